@@ -1,0 +1,166 @@
+"""What is refused, or warned about, before anything is collected or pruned."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from lrp_prune.attribution.composites import COMPOSITES, Composite
+from lrp_prune.pruning import sparsity_schedule
+from lrp_prune.pruning.keys import RANKINGS
+from lrp_prune.pruning.schedules import SCHEDULES, Schedule
+from lrp_prune.pruning.scopes import Structure, parse_scope
+from lrp_prune.pruning.scorers import METHODS
+from lrp_prune.relevance import GRANULARITIES, NORMALIZATIONS, STATISTICS
+
+PROPAGATING = ("lrp", "gradient")
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str], optional: bool = True) -> None:
+    """Refuse a value that is none of the choices."""
+    if not (optional and value is None) and value not in tuple(choices):
+        raise MisconfigurationException(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, minimum: int, optional: bool = False) -> None:
+    """Refuse what is no integer of at least ``minimum``."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise MisconfigurationException(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """Refuse what is no list of name patterns; a single string would be read letter by letter."""
+    if value is not None and (isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value)):
+        raise MisconfigurationException(f"{name} must be a list of name patterns such as ['*.mlp'], got {value!r}")
+
+
+def check_collection(
+    *,
+    method: Any,
+    composite: Any,
+    statistic: Any,
+    granularity: Any,
+    target: Any,
+    include: Any,
+    exclude: Any,
+    seed: Any,
+    trainable_only: Any,
+    accumulate_on: Any,
+    max_batches: Any,
+    dataloader: Any,
+    reference: Any,
+) -> None:
+    """Check the arguments that say how relevance is collected."""
+    check_choice("method", method, METHODS, optional=False)
+    if not isinstance(composite, Composite):
+        check_choice("composite", composite, COMPOSITES)
+    check_choice("statistic", statistic, STATISTICS)
+    check_choice("granularity", granularity, GRANULARITIES, optional=False)
+    if method not in PROPAGATING and (composite is not None or statistic is not None or granularity != "weight"):
+        raise MisconfigurationException(
+            f"method={method!r} scores single weights and has neither composite nor statistic, got "
+            f"composite={composite!r}, statistic={statistic!r}, granularity={granularity!r}: leave them out, or use "
+            "method='lrp'"
+        )
+    if method == "gradient" and composite not in (None, "gradient"):
+        raise MisconfigurationException(f"method='gradient' has no composite, got {composite!r}: use method='lrp'")
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    check_count("max_batches", max_batches, 1, optional=True)
+    check_count("dataloader", dataloader, 0, optional=True)
+    check_count("seed", seed, 0)
+    if not isinstance(trainable_only, bool):
+        raise MisconfigurationException(f"trainable_only must be true or false, got {trainable_only!r}")
+    if accumulate_on is not None:
+        try:
+            torch.device(accumulate_on)
+        except (RuntimeError, TypeError) as error:
+            raise MisconfigurationException(f"accumulate_on must name a device, got {accumulate_on!r}") from error
+    if reference is not None and (
+        isinstance(reference, str | Mapping) or not isinstance(reference, Iterable | LightningDataModule)
+    ):
+        raise MisconfigurationException(
+            f"reference must be batches that can be iterated over again (a list, a DataLoader) or a "
+            f"LightningDataModule, got {type(reference).__name__}"
+        )
+    if reference is not None and iter_once(reference):
+        raise MisconfigurationException(
+            f"reference is a {type(reference).__name__}, which can be iterated over only once, but each round needs "
+            "it: pass a list or a DataLoader"
+        )
+
+
+def iter_once(batches: Any) -> bool:
+    """Whether this is an iterator, such as a generator, and not a collection."""
+    return hasattr(batches, "__next__")
+
+
+def check_selection(
+    sparsity: Any, rounds: int, schedule: Schedule, scope: str | None, ranking: str, normalize: str | None
+) -> list[float] | list[dict[str, float]]:
+    """Check what is pruned, and return the total sparsity after each round."""
+    check_count("rounds", rounds, 1)
+    if not (isinstance(schedule, str | Sequence) or callable(schedule)):
+        raise MisconfigurationException(
+            f"schedule must be one of {', '.join(SCHEDULES)}, a list of {rounds} numbers or a callable, got "
+            f"{schedule!r}"
+        )
+    check_choice("ranking", ranking, RANKINGS, optional=False)
+    check_choice("normalize", normalize, ("auto", *NORMALIZATIONS))
+    try:
+        targets = sparsity_schedule(schedule, sparsity, rounds)
+        structure = parse_scope(scope) if scope is not None else None
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(str(error)) from error
+    if isinstance(structure, Structure):
+        only = 1 - structure.kept / structure.size
+        for target in targets:
+            for value in target.values() if isinstance(target, dict) else [target]:
+                if abs(value - only) > 1e-6:
+                    raise MisconfigurationException(
+                        f"scope {scope!r} prunes {only:g} of the weights, so that a total sparsity of {value:g} "
+                        f"cannot be reached with it: set sparsity={only:g} and rounds=1 (or schedule='one_shot'), or "
+                        "another scope"
+                    )
+    return targets
+
+
+def check_strategy(trainer: Trainer, name: str, allow_untested: bool) -> None:
+    """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's)."""
+    if type(trainer.strategy) in STRATEGIES:
+        return
+    message = (
+        f"{name} is tested with the strategies 'auto' on one device and 'ddp' in all its variants, not with "
+        f"{type(trainer.strategy).__name__}"
+    )
+    if not allow_untested:
+        raise MisconfigurationException(f"{message}: use one of those, or pass allow_untested=True to try")
+    rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
+
+
+def warn_unguarded_monitors(trainer: Trainer) -> None:
+    """Warn about callbacks that compare a metric of the dense model with one of the pruned model."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+        monitor = getattr(callback, "monitor", None)
+        if monitor is None or monitor.startswith("pruning/"):
+            continue
+        if isinstance(callback, ModelCheckpoint):
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={monitor!r}) compares models of different sparsity, and keeps a dense one "
+                f"where that is better: pass guard={monitor!r} to RelevancePruning and monitor 'pruning/{monitor}', "
+                "which counts from the last round on (or keep the last checkpoint by save_last=True)"
+            )
+        elif isinstance(callback, EarlyStopping):
+            rank_zero_warn(
+                f"EarlyStopping(monitor={monitor!r}) may stop the training when a round makes {monitor!r} worse, "
+                f"before all rounds are done: pass guard={monitor!r} to RelevancePruning and monitor "
+                f"'pruning/{monitor}', which counts from the last round on"
+            )

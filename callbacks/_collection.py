@@ -1,0 +1,196 @@
+"""Collecting relevance inside a Lightning run: from the batches of a validation, or from reference data."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import chain, islice, repeat
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lrp_prune.attribution.composites import Composite
+from lrp_prune.callbacks._checks import check_collection
+from lrp_prune.callbacks._progress import CollectionProgress
+from lrp_prune.pruning import scorers
+
+if TYPE_CHECKING:
+    from lrp_prune.relevance import Relevance
+
+
+class Collection:
+    """Scores a module's weights by one method, batch by batch; used by each callback that needs relevance.
+
+    Between :meth:`start` and :meth:`finish` there is one scorer, which takes the batches given to :meth:`observe`. The
+    scorer runs the model by itself and leaves modes, random state and ``.grad`` as they were.
+
+    Args:
+        method, composite, statistic, granularity, target, include, exclude, seed, trainable_only, accumulate_on:
+            see :class:`~lrp_prune.callbacks.RelevancePruning`; ``None`` leaves the choice to the method.
+        max_batches: batches used of each pass over the data.
+        dataloader: index of the validation loader whose batches are used, ``None`` for all.
+        reference: batches, a loader or a data module, instead of the validation's batches.
+
+    Raises:
+        MisconfigurationException: an argument has a value that is not possible.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        max_batches: int | None,
+        dataloader: int | None,
+        reference: "Iterable[Any] | LightningDataModule | None",
+        **options: Any,
+    ) -> None:
+        composite = options.get("composite")
+        if isinstance(composite, Mapping):
+            with _misconfiguration():
+                options["composite"] = Composite("custom", composite)
+        check_collection(method=method, max_batches=max_batches, dataloader=dataloader, reference=reference, **options)
+        self.method = method
+        self.max_batches = max_batches
+        self.dataloader = dataloader
+        self.reference = reference
+        self.options = options
+        self._scorer: Any = None
+        self._progress: CollectionProgress | None = None
+        self._taken = 0
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method looks at data at all."""
+        return scorers.METHODS[self.method].needs_data
+
+    @property
+    def uses_validation(self) -> bool:
+        """Whether the data are the validation's batches: there is no reference, and the method needs data."""
+        return self.reference is None and self.needs_data
+
+    @property
+    def active(self) -> bool:
+        """Whether a collection is under way."""
+        return self._scorer is not None
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise now what can be known without data: patterns that match nothing, a module that cannot be run."""
+        self._make_scorer(trainer, pl_module)
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a collection over the validation that begins."""
+        self._scorer = self._make_scorer(trainer, pl_module)
+        self._taken = 0
+        batches = trainer.num_val_batches
+        total = sum(batches) if self.dataloader is None else batches[min(self.dataloader, len(batches) - 1)]
+        self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
+
+    def observe(self, batch: Any, dataloader_idx: int) -> None:
+        """Add a validation batch, if it is one of those that are used."""
+        if self._scorer is None or self.dataloader not in (None, dataloader_idx):
+            return
+        if self.max_batches is None or self._taken < self.max_batches:
+            self._update(batch)
+
+    def finish(self) -> "Relevance":
+        """End the collection and return what it collected.
+
+        Raises:
+            MisconfigurationException: there was no batch.
+            RuntimeError: the relevance is not finite.
+        """
+        try:
+            if self._taken == 0 and self.needs_data:
+                raise MisconfigurationException(
+                    f"no batch reached method={self.method!r}: validation loader {self.dataloader} is empty or does "
+                    "not exist; choose another by dataloader=, or pass reference= with batches"
+                )
+            with torch.inference_mode(False), _misconfiguration():
+                return cast("Relevance", self._scorer.compute())
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Forget the collection under way, if there is one."""
+        self._scorer = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def run(self, trainer: Trainer, pl_module: LightningModule) -> "Relevance":
+        """Collect at once, outside of a validation: from the reference data, else from the validation's loaders."""
+        self._scorer = self._make_scorer(trainer, pl_module)
+        self._taken = 0
+        try:
+            if self.needs_data:
+                # A loader draws from the global random generator whenever it is iterated.
+                with isolate_rng():
+                    self._go_through(trainer, pl_module)
+        except BaseException:
+            self.abandon()
+            raise
+        return self.finish()
+
+    def _go_through(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.reference is not None:
+            batches = _batches_of(self.reference)
+            total = len(batches) if isinstance(batches, Sized) else float("inf")
+            batches = zip(batches, repeat(0), strict=False)
+        else:
+            batches = _validation_batches(trainer, self.dataloader)
+            total = float("inf")
+        self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
+        for batch, dataloader_idx in islice(batches, self.max_batches):
+            self._update(_to_device(batch, trainer, pl_module, dataloader_idx))
+
+    def _update(self, batch: Any) -> None:
+        with torch.inference_mode(False), _misconfiguration():
+            self._scorer.update(batch)
+        self._taken += 1
+        if self._progress is not None:
+            self._progress.advance()
+
+    def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        given = {name: value for name, value in self.options.items() if value is not None}
+        with torch.inference_mode(False), _misconfiguration():
+            return scorers.scorer(
+                self.method, pl_module, forward_context=trainer.precision_plugin.val_step_context, **given
+            )
+
+
+@contextmanager
+def _misconfiguration() -> Iterator[None]:
+    """Turns what the engine says about wrong arguments into Lightning's error."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def _batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iterable[Any]:
+    if isinstance(reference, LightningDataModule):
+        reference.prepare_data()
+        reference.setup("validate")
+        loaders = reference.val_dataloader()
+        return chain.from_iterable(loaders) if isinstance(loaders, list | tuple) else cast("Iterable[Any]", loaders)
+    return reference if reference is not None else ()
+
+
+def _validation_batches(trainer: Trainer, dataloader: int | None) -> Iterator[tuple[Any, int]]:
+    """The batches that a validation would see, each with its loader's index."""
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
+        if dataloader in (None, index):
+            limit = trainer.num_val_batches[index]
+            for batch in islice(loader, None if limit == float("inf") else int(limit)):
+                yield batch, index
+
+
+def _to_device(batch: Any, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> Any:
+    """What Lightning's own loops do to a batch before a step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)

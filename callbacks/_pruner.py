@@ -1,0 +1,112 @@
+"""Applying masks to a model in training, and telling about it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from lrp_prune.callbacks._averages import averaged_models
+from lrp_prune.callbacks._state import PruningState
+from lrp_prune.callbacks._summary import group_sparsities
+from lrp_prune.pruning import Masks, select
+from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.pruning.scorers import METHODS
+from lrp_prune.relevance import Relevance
+
+
+def selection_of(
+    method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
+) -> dict[str, str | None]:
+    """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
+    best, by_unit = METHODS[method], granularity != "weight"
+    return {
+        "scope": scope or ("global" if by_unit else best.scope),
+        "ranking": ranking,
+        "normalize": (None if by_unit else best.normalize) if normalize == "auto" else normalize,
+    }
+
+
+class Pruner:
+    """Selects masks by a schedule, applies them and keeps them in effect.
+
+    Args:
+        targets: the total sparsity after each round.
+        selection: scope, ranking and normalize for :func:`lrp_prune.pruning.select`.
+    """
+
+    def __init__(self, targets: list[float] | list[dict[str, float]], selection: Mapping[str, Any]) -> None:
+        self.targets = targets
+        self.selection = dict(selection)
+        self.state = PruningState()
+        self._keeper: MaskKeeper | None = None
+
+    @property
+    def target(self) -> float | dict[str, float]:
+        """The total sparsity after the coming round."""
+        return self.targets[self.state.round]
+
+    def select(self, relevance: Relevance) -> Masks:
+        """Masks of the coming round; no weight changes.
+
+        Raises:
+            MisconfigurationException: the sparsity cannot be reached, or patterns match nothing.
+        """
+        try:
+            return select(relevance, sparsity=self.target, existing=self.state.masks, **self.selection)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the masks so far take effect on the weights, optimizers and averages as they are now."""
+        if self.state.masks is None:
+            return
+        if self._keeper is None:
+            self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
+            self._mask_averages(trainer)
+        else:
+            self._keeper.attach(trainer.optimizers)
+
+    def apply(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
+        """Prune by these masks and count the round."""
+        if self._keeper is None:
+            self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
+        else:
+            self._keeper.update(masks)
+        self.state = PruningState(round=self.state.round + 1, masks=masks)
+        self._mask_averages(trainer)
+
+    def release(self) -> None:
+        """Take off every hook; the weights keep their zeros."""
+        if self._keeper is not None:
+            self._keeper.remove()
+            self._keeper = None
+
+    def log_progress(self, pl_module: LightningModule) -> None:
+        """Log the total sparsity and the round."""
+        sparsity = self.state.masks.sparsity if self.state.masks is not None else 0.0
+        _log(pl_module, {"pruning/sparsity": sparsity, "pruning/round": float(self.state.round)})
+
+    def log_round(self, pl_module: LightningModule, previous: Masks | None, samples: int) -> None:
+        """Log the figures of the round just done: its target, what is newly pruned, the sparsity by kind of layer."""
+        masks, target = self.state.masks, self.targets[self.state.round - 1]
+        assert masks is not None
+        newly = masks.num_pruned - (previous.num_pruned if previous is not None else 0)
+        figures = {"pruning/newly_pruned": float(newly), "pruning/samples": float(samples)}
+        if isinstance(target, float):
+            figures["pruning/target"] = target
+        for group, (_, entries, pruned) in group_sparsities(masks).items():
+            figures[f"pruning/sparsity/{group.replace('*.', '')}"] = pruned / max(entries, 1)
+        _log(pl_module, figures)
+
+    def _mask_averages(self, trainer: Trainer) -> None:
+        if self.state.masks is not None:
+            for average in averaged_models(trainer):
+                self.state.masks.apply_(average)
+
+
+def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
+    # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
+    values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
+    pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)

@@ -1,0 +1,203 @@
+"""When each round collects and prunes, and whether all rounds fit into a training."""
+
+import math
+from dataclasses import dataclass
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lrp_prune.callbacks._checks import check_count
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The times of the rounds 0, 1, ..., ``count - 1``, by epochs or by optimizer steps.
+
+    By epochs, round ``r`` prunes at the start of epoch ``start + r * every`` with what the last validation before it
+    collected. By steps, it becomes due at step ``start + r * every``: the first validation from then on collects, and
+    the next training batch begins with the pruning; without a validation, the pruning is at that step.
+
+    Args:
+        count: number of rounds.
+        every: epochs or optimizer steps (``trainer.global_step``) between rounds.
+        start: the epoch or step of the first.
+        by_steps: which of the two.
+    """
+
+    count: int
+    every: int
+    start: int
+    by_steps: bool
+
+    @classmethod
+    def from_arguments(
+        cls,
+        rounds: int,
+        every_n_epochs: int | None,
+        every_n_steps: int | None,
+        start_epoch: int,
+        start_step: int | None,
+        uses_validation: bool,
+    ) -> "Rounds":
+        """The times that the callback's arguments mean.
+
+        Raises:
+            MisconfigurationException: they are impossible or contradict each other.
+        """
+        check_count("rounds", rounds, 1)
+        check_count("every_n_epochs", every_n_epochs, 1, optional=True)
+        check_count("every_n_steps", every_n_steps, 1, optional=True)
+        check_count("start_epoch", start_epoch, 0)
+        check_count("start_step", start_step, 0, optional=True)
+        if every_n_steps is not None:
+            if every_n_epochs is not None:
+                raise MisconfigurationException(
+                    f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} exclude each other: pass one "
+                    "of them"
+                )
+            start = every_n_steps if start_step is None else start_step
+            return cls(rounds, every_n_steps, start, by_steps=True)
+        if start_step is not None:
+            raise MisconfigurationException(f"start_step={start_step} needs every_n_steps; by epochs, use start_epoch")
+        if start_epoch == 0 and uses_validation:
+            raise MisconfigurationException(
+                "start_epoch=0 prunes before there was a validation to collect relevance in: pass reference= with "
+                "batches, or start_epoch=1"
+            )
+        return cls(rounds, every_n_epochs or 1, start_epoch, by_steps=False)
+
+    def time_of(self, index: int) -> int:
+        """The epoch or the step of a round."""
+        return self.start + index * self.every
+
+    def is_due(self, trainer: Trainer, index: int) -> bool:
+        """Whether the round may prune at the start of this epoch or batch."""
+        now = trainer.global_step if self.by_steps else trainer.current_epoch
+        return index < self.count and now >= self.time_of(index)
+
+    def needs_validation(self, trainer: Trainer, index: int) -> bool:
+        """Whether the validation that begins is one that the round collects in.
+
+        If an epoch has several validations, only its last one is, where that is known beforehand; else each is, and a
+        later one replaces what an earlier one gave.
+        """
+        if index >= self.count:
+            return False
+        if self.by_steps:
+            return trainer.global_step >= self.time_of(index)
+        interval = trainer.check_val_every_n_epoch
+        if trainer.current_epoch + (interval or 1) < self.time_of(index):
+            return False
+        batches, between = trainer.num_training_batches, trainer.val_check_batch
+        if between is None or math.isinf(between) or math.isinf(batches):
+            return True
+        if interval is None:
+            done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            return done + between > self.time_of(index) * batches
+        done = trainer.fit_loop.epoch_loop.batch_idx + 1
+        return done + between > batches
+
+    def check_fit(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
+        """Refuse a training in which the remaining rounds cannot all happen.
+
+        Args:
+            trainer: the training, as it is at its start.
+            done: rounds that were pruned, or collected for, before.
+            uses_validation: whether a round needs a validation before it.
+
+        Raises:
+            MisconfigurationException: a round comes too late, or has no validation; the message says what would do.
+        """
+        if done >= self.count or getattr(trainer, "fast_dev_run", False):
+            return
+        if uses_validation and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "relevance is collected in validations, but this training has none: give it a validation loader and a "
+                "validation_step (and limit_val_batches > 0), or pass reference= with batches to the callback"
+            )
+        if self.by_steps:
+            self._check_steps(trainer, done, uses_validation)
+        else:
+            self._check_epochs(trainer, done, uses_validation)
+
+    def _check_epochs(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
+        available, limit = _epochs_of(trainer)
+        needed = self.time_of(self.count - 1) + 1
+        if needed > available:
+            raise MisconfigurationException(
+                f"{self.count} rounds, one every {self.every} epochs from epoch {self.start} on, need {needed} epochs, "
+                f"but the training ends after {available:g} ({limit}): set Trainer(max_epochs={needed}), or use fewer "
+                f"rounds, a smaller every_n_epochs, or every_n_steps"
+            )
+        interval = trainer.check_val_every_n_epoch
+        if not uses_validation or interval is None:
+            return
+        for index in range(done, self.count):
+            begin = max(self.time_of(index - 1), 0) if index else 0
+            end = self.time_of(index)
+            if not end // interval * interval > begin:
+                raise MisconfigurationException(
+                    f"round {index + 1} prunes at the start of epoch {end}, but no validation lies between epoch "
+                    f"{begin} and it with check_val_every_n_epoch={interval}: set every_n_epochs to a multiple of "
+                    f"{interval} (and start_epoch likewise), or validate more often"
+                )
+
+    def _check_steps(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
+        if not trainer.lightning_module.automatic_optimization:
+            return  # how often the module will step is its own affair
+        total = trainer.estimated_stepping_batches
+        needed = self.time_of(self.count - 1) + 1
+        placed, last = done, self.time_of(self.count - 1)
+        if uses_validation and not math.isinf(total):
+            for step in _validation_steps(trainer, int(total)):
+                if placed < self.count and step >= self.time_of(placed):
+                    placed += 1
+        elif last < total:
+            placed = self.count
+        if placed < self.count:
+            per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            epochs = math.ceil(needed / per_epoch) + (1 if uses_validation else 0)
+            validations = (
+                ", with a validation after each of them that leaves steps to train," if uses_validation else ""
+            )
+            raise MisconfigurationException(
+                f"{self.count} rounds, one every {self.every} steps from step {self.start} on, need {needed} optimizer "
+                f"steps{validations} but only {placed} of them fit into the {total:g} steps of this training: about "
+                f"{epochs} epochs of {per_epoch} steps are needed, or fewer rounds, a smaller every_n_steps, or a "
+                "smaller val_check_interval"
+            )
+
+
+def _epochs_of(trainer: Trainer) -> tuple[float, str]:
+    """How many epochs begin, and by which limit."""
+    epochs: float = math.inf
+    limit = "no limit"
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs, limit = trainer.max_epochs, f"max_epochs={trainer.max_epochs}"
+    if trainer.max_steps >= 0 and not math.isinf(trainer.num_training_batches):
+        per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        by_steps = math.ceil(trainer.max_steps / per_epoch)
+        if by_steps < epochs:
+            epochs, limit = by_steps, f"max_steps={trainer.max_steps}"
+    return epochs, limit
+
+
+def _validation_steps(trainer: Trainer, total: int) -> list[int]:
+    """Optimizer steps taken at each validation after which training goes on; those of unknown time are left out."""
+    batches, between = trainer.num_training_batches, trainer.val_check_batch
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    interval = trainer.check_val_every_n_epoch
+    if between is None or math.isinf(between):
+        between, interval = batches, interval or 1
+    between = int(between)
+    steps = []
+    for epoch in range(math.ceil(total / per_epoch)):
+        if interval is not None and (epoch + 1) % interval:
+            continue
+        offset = epoch * int(batches) if interval is None else 0
+        first = between - offset % between
+        for batch in range(first, int(batches) + 1, between):
+            taken = per_epoch if batch == batches else batch // trainer.accumulate_grad_batches
+            if epoch * per_epoch + taken < total:
+                steps.append(epoch * per_epoch + taken)
+    return steps

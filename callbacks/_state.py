@@ -1,0 +1,76 @@
+"""What pruning has done so far, as it is written into a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lrp_prune.pruning import Masks
+
+VERSION = 1
+
+
+@dataclass
+class PruningState:
+    """Rounds that are done, the masks in effect, and masks that wait to be applied.
+
+    Args:
+        round: rounds done.
+        masks: in effect.
+        pending: selected in a validation, to be applied when the next training epoch or batch starts.
+        pending_epoch: the epoch of that validation.
+        pending_samples: samples they were selected on.
+    """
+
+    round: int = 0
+    masks: Masks | None = None
+    pending: Masks | None = None
+    pending_epoch: int = -1
+    pending_samples: int = 0
+
+    def to_dict(self, fingerprint: Mapping[str, str]) -> dict[str, Any]:
+        """Tensors and plain values only, since checkpoints are loaded with ``weights_only=True``."""
+        return {
+            "version": VERSION,
+            "round": self.round,
+            "masks": self.masks.state_dict() if self.masks is not None else None,
+            "pending": self.pending.state_dict() if self.pending is not None else None,
+            "pending_epoch": self.pending_epoch,
+            "pending_samples": self.pending_samples,
+            "fingerprint": dict(fingerprint),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any], fingerprint: Mapping[str, str]) -> "PruningState":
+        """The state that :meth:`to_dict` gave; warns if it was made with other arguments.
+
+        Raises:
+            MisconfigurationException: the state is of another version.
+        """
+        if state.get("version") != VERSION:
+            raise MisconfigurationException(
+                f"the checkpoint's pruning state has version {state.get('version')!r}, this lrp-prune reads {VERSION}: "
+                f"resume with the lrp-prune that wrote it"
+            )
+        changed = [
+            f"{name}={value} (was {state['fingerprint'].get(name)})"
+            for name, value in fingerprint.items()
+            if state["fingerprint"].get(name) != value
+        ]
+        if changed:
+            rank_zero_warn(
+                f"the checkpoint was written with other pruning arguments; the {state['round']} rounds that are done "
+                f"count, and the rest goes on with {'; '.join(changed)}"
+            )
+        masks = {
+            name: Masks.from_state_dict(state[name]) if state[name] is not None else None
+            for name in ("masks", "pending")
+        }
+        return cls(
+            round=state["round"],
+            pending_epoch=state["pending_epoch"],
+            pending_samples=state["pending_samples"],
+            **masks,
+        )

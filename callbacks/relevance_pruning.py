@@ -1,0 +1,310 @@
+"""The callback that prunes a model in rounds while it trains."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
+
+from lrp_prune.attribution.composites import Composite
+from lrp_prune.callbacks import _checks, _guard
+from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._pruner import Pruner, selection_of
+from lrp_prune.callbacks._rounds import Rounds
+from lrp_prune.callbacks._state import PruningState
+from lrp_prune.callbacks._summary import round_table, show
+from lrp_prune.pruning import Masks, Schedule
+
+
+class RelevancePruning(Callback):
+    """Prunes a model during an ordinary training, in rounds, by what its weights contribute.
+
+    A round collects relevance in a validation, decides there what to prune, and prunes at the start of the next
+    training epoch (or batch), so that no checkpoint holds pruned weights under a metric measured before. Until the next
+    round the training goes on as usual: fine-tuning is yours. Sparsity is always total sparsity, and what is pruned
+    stays pruned.
+
+    What happens in which hook:
+
+    - ``setup``: the strategy is checked.
+    - ``on_sanity_check_start`` or ``on_train_start``, whichever is first: it is checked that all rounds fit into the
+      training and that patterns match; after a resume the masks take effect again.
+    - ``on_validation_batch_end`` of the validations that a round needs, not of the sanity check: the batch's relevance
+      is added up. ``on_validation_epoch_end``: masks are selected, and are pending. They are part of the checkpoint.
+    - ``on_train_epoch_start``, ``on_train_batch_start``: pending masks are applied, a table is printed.
+    - ``on_train_epoch_end``, ``on_validation_epoch_end``: ``pruning/sparsity`` and ``pruning/round`` are logged.
+    - ``on_fit_end``: masks that are still pending are applied, with a warning.
+
+    Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
+    validation and score the weights right before they are pruned.
+
+    The zeros are kept by :class:`~lrp_prune.pruning.keeping.MaskKeeper`. Parameters keep their names, so the
+    checkpoint's state dict is that of the plain model.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from lrp_prune.callbacks import RelevancePruning
+
+        pruning = RelevancePruning(sparsity=0.7, rounds=5, schedule="cubic")
+        trainer = Trainer(max_epochs=6, callbacks=[pruning])
+        trainer.fit(module, train_loader, validation_loader)
+        pruning.masks.save("masks.safetensors")
+
+    Args:
+        sparsity: total sparsity after the last round in [0, 1), or one for each name pattern.
+        rounds: number of rounds.
+        schedule: total sparsity by round: ``"one_shot"``, ``"linear"``, ``"cubic"``, ``"exponential"``, a list of
+            ``rounds`` numbers, or a callable from the round (from 1) to a number.
+        every_n_epochs: epochs between rounds; 1 if neither this nor ``every_n_steps`` is given.
+        every_n_steps: optimizer steps (``trainer.global_step``) between rounds, instead of epochs.
+        start_epoch: the epoch at whose start the first round prunes. 0 needs ``reference``, or a method without data.
+        start_step: the step from which the first round is due; ``None`` for ``every_n_steps``.
+        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
+        composite, statistic, granularity, target, include, exclude, max_batches, dataloader, reference, seed,
+            trainable_only, accumulate_on, allow_untested: see :class:`~lrp_prune.callbacks.RelevanceCollector`;
+            ``None`` leaves the choice to the method.
+        scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; ``None`` for
+            the method's best.
+        ranking: ``"absolute"`` or ``"ascending"``: what is smallest is pruned.
+        normalize: by what each tensor is divided before it is compared: ``"mean"``, ``"sum"``, ``"max"``, ``None`` for
+            nothing; ``"auto"`` for the method's best.
+        guard: name of a metric logged in ``validation_step``; ``pruning/<guard>`` equals it once all rounds are done
+            and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+        guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
+        summary: print a table after each round.
+
+    Raises:
+        MisconfigurationException: an argument has an impossible value, or does not fit another.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] = 0.5,
+        rounds: int = 1,
+        schedule: Schedule = "cubic",
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        start_epoch: int = 1,
+        start_step: int | None = None,
+        method: str = "lrp",
+        composite: str | Composite | dict[str, str] | None = None,
+        statistic: str | None = None,
+        scope: str | None = None,
+        ranking: str = "absolute",
+        normalize: str | None = "auto",
+        granularity: str = "weight",
+        target: Any = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        max_batches: int | None = None,
+        dataloader: int | None = 0,
+        reference: Iterable[Any] | LightningDataModule | None = None,
+        seed: int = 0,
+        trainable_only: bool = True,
+        accumulate_on: str | None = None,
+        guard: str | None = None,
+        guard_mode: str = "min",
+        summary: bool = True,
+        allow_untested: bool = False,
+    ) -> None:
+        targets = _checks.check_selection(sparsity, rounds, schedule, scope, ranking, normalize)
+        self._collection = Collection(
+            method=method,
+            composite=composite,
+            statistic=statistic,
+            granularity=granularity,
+            target=target,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            trainable_only=trainable_only,
+            accumulate_on=accumulate_on,
+            max_batches=max_batches,
+            dataloader=dataloader,
+            reference=reference,
+        )
+        self._rounds = Rounds.from_arguments(
+            rounds, every_n_epochs, every_n_steps, start_epoch, start_step, self._collection.uses_validation
+        )
+        _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
+        selection = selection_of(method, granularity, scope, ranking, normalize)
+        self._pruner = Pruner(targets, selection)
+        self._guard, self._guard_mode = guard, guard_mode
+        self._summary = summary
+        self._allow_untested = allow_untested
+        self._identity = {"granularity": granularity, "include": include, "exclude": exclude}
+        self._fingerprint = {
+            "total sparsities": str(targets),
+            "rounds": str(self._rounds),
+            "method": method,
+            **{name: str(value) for name, value in selection.items()},
+        }
+        self._module: weakref.ref[LightningModule] | None = None
+        self._checked = False
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks in effect: what is pruned now; ``None`` before the first round."""
+        return self._pruner.state.masks
+
+    @property
+    def round(self) -> int:
+        """Rounds that are done."""
+        return self._pruner.state.round
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(**self._identity)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._pruner.state.to_dict(self._fingerprint)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pruner.state = PruningState.from_dict(state_dict, self._fingerprint)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested)
+        if stage != "fit":
+            return
+        known = self._module() if self._module is not None else None
+        if known is not pl_module:  # what was pruned in another model says nothing about this one
+            self._pruner.state = PruningState()
+        self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
+        self._module = weakref.ref(pl_module)
+        self._checked = False
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+        done = self.round + (self._pruner.state.pending is not None)
+        self._rounds.check_fit(trainer, done, self._collection.uses_validation)
+        if done < self._rounds.count:
+            _checks.warn_unguarded_monitors(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if in_training and self._collection.uses_validation and self._rounds.needs_validation(trainer, self.round):
+            self._collection.start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._collection.observe(batch, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self._collection.active:
+            relevance = self._collection.finish()
+            state = self._pruner.state
+            state.pending = self._pruner.select(relevance)
+            state.pending_epoch, state.pending_samples = trainer.current_epoch, relevance.num_samples
+        self._log_progress(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pruner.resume(trainer, pl_module)  # parameters and optimizers may have been replaced since
+        self._prune_if_due(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # After a resume within an epoch there was no on_train_epoch_start.
+        self._prune_if_due(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_progress(trainer, pl_module)
+        if self._guard is not None:
+            _guard.check_logged(trainer, self._guard)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end, where ModelCheckpoint may still write the last metrics' checkpoint.
+        if self._pruner.state.pending is not None:
+            rank_zero_warn(
+                f"the training ended after round {self.round + 1} had collected and before it could prune: its masks "
+                "are applied now, with no training after them and in no checkpoint written so far"
+            )
+            self._prune(trainer, pl_module, log=False)
+        elif self.round < self._rounds.count and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(f"the training ended after {self.round} of {self._rounds.count} pruning rounds")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
+        self._pruner.resume(trainer, pl_module)
+        if self.round < self._rounds.count and not self._checked:
+            self._collection.check(trainer, pl_module)
+            self._checked = True
+
+    def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = self._pruner.state
+        if not self._rounds.is_due(trainer, state.round):
+            return
+        if state.pending is None and self._rounds.by_steps and self._collection.uses_validation:
+            return  # the next validation collects
+        if not self._rounds.by_steps and trainer.current_epoch <= state.pending_epoch:
+            return  # collected in this epoch, whose end may write a checkpoint under the metric of that validation
+        self._prune(trainer, pl_module, log=True)
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
+        pruner, previous = self._pruner, self.masks
+        masks, samples, target = pruner.state.pending, pruner.state.pending_samples, pruner.target
+        if masks is None:
+            # No data are needed, or there are reference data, or the validation before was skipped: Lightning does not
+            # make up for one when it resumes from a checkpoint written between the last batch and the validation.
+            relevance = self._collection.run(trainer, pl_module)
+            masks = pruner.select(relevance)
+            samples = relevance.num_samples if self._collection.needs_data else 0
+        pruner.apply(trainer, pl_module, masks)
+        if log:
+            pruner.log_round(pl_module, previous, samples)
+        if self._summary and trainer.is_global_zero:
+            table = round_table(
+                masks,
+                previous,
+                index=self.round,
+                count=self._rounds.count,
+                target=target,
+                method=self._collection.method,
+                samples=samples,
+            )
+            show(trainer, table)
+
+    def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pruner.log_progress(pl_module)
+        if self._guard is not None:
+            final = self.round == self._rounds.count
+            _guard.log_guarded(trainer, pl_module, self._guard, self._guard_mode, final)
+
+    def _release(self) -> None:
+        self._collection.abandon()
+        self._pruner.release()

@@ -1,0 +1,178 @@
+"""Collecting: relevance of weights or units over batches, streaming."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.composites import Composite, composite_of
+from lrp_prune.attribution.observers import ObserverTable
+from lrp_prune.attribution.propagation import propagating
+from lrp_prune.attribution.running import Subject, counted_tokens, samples_in, subject_of, to_device, undisturbed
+from lrp_prune.attribution.targets import Target, describe, target_of
+from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.relevance import Relevance
+
+
+class RelevanceAccumulator:
+    """Collects relevance batch by batch; :func:`attribute` is the loop around it.
+
+    The model's parameters, gradients, modes, buffers and random numbers are untouched by :meth:`update`.
+
+    Args:
+        model: any module; of a ``LightningModule`` what :func:`~lrp_prune.attribution.running.subject_of` names is run.
+        target: what is explained, see :func:`attribute`.
+        composite: rules.
+        statistic: reduction over tokens and samples.
+        granularity: what relevance is about.
+        include: patterns of names to score instead of the default.
+        exclude: patterns of names to leave out.
+        trainable_only: score only weights that require grad, unless ``include`` names them.
+        accumulate_on: device of the sums; the weights' own by default.
+        matmul_dtype: dtype in which statistics are multiplied. ``"auto"`` is bfloat16 for float32 weights where the device
+            multiplies it faster (the sums stay float32), else the weights' own; relative rounding is 0.4 % a batch.
+        skip_first: how many tokens at the beginning of each sample of a causal language model enter no statistic. Such
+            models use the first token as a sink of attention, with activations that dwarf all others.
+        unruled: what to do about operations without a rule.
+        forward_context: a context manager for the forward, such as autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
+        composite: str | Composite = "attnlrp",
+        statistic: str = "abs_token",
+        granularity: str = "weight",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        trainable_only: bool = False,
+        accumulate_on: str | torch.device | None = None,
+        matmul_dtype: str | torch.dtype | None = "auto",
+        skip_first: int = 0,
+        unruled: str = "warn",
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._subject: Subject = subject_of(model)
+        self._composite = composite_of(composite)
+        self._target = self._subject.own_target if target is None and self._subject.own_target else target_of(target)
+        if skip_first < 0:
+            raise ValueError(f"skip_first must be 0 or more, got {skip_first}")
+        self._skip_first = skip_first
+        self._unruled, self._forward_context = unruled, forward_context
+        self._table = ObserverTable(
+            self._subject.module,
+            statistic=statistic,
+            granularity=granularity,
+            include=include,
+            exclude=exclude,
+            trainable_only=trainable_only,
+            accumulate_on=accumulate_on,
+            matmul_dtype=matmul_dtype,
+        )
+        self.num_samples = 0
+
+    def update(self, batch: Any) -> None:
+        """Add one batch: one forward and one backward pass.
+
+        Raises:
+            FloatingPointError: if the explained value or the relevance of an input is not finite.
+            ValueError: if the target does not fit the batch.
+        """
+        module = self._subject.module
+        device = next(module.parameters()).device
+        with torch.inference_mode(False), undisturbed(module):
+            batch = to_device(batch, device)
+            self._table.batch.samples = samples_in(batch)
+            self._table.batch.counted = counted_tokens(module, batch, self._skip_first)
+            uses = WeightUses(self._table.observers)
+            unruled = self._unruled if self.num_samples == 0 else "ignore"
+            with propagating(module, self._composite, None, unruled, uses, tracing=self._table.tracing) as propagation:
+                with self._forward_context():
+                    value = self._target(module, batch)
+                roots = propagation.roots() if self._table.backward_needed else []
+                gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
+        for root, gradient in zip(roots, gradients, strict=True):
+            if gradient is None:
+                continue
+            if not bool(torch.isfinite(gradient).all()):
+                raise FloatingPointError(
+                    f"relevance is not finite at {root.name!r} after {self.num_samples} good samples: check the batch and the precision"
+                )
+            self._table.add_root(root, gradient)
+        self.num_samples += self._table.batch.samples
+
+    def compute(self) -> Relevance:
+        """The relevance so far; the accumulator is empty afterwards.
+
+        Raises:
+            ValueError: if there was no batch, or nothing was scored.
+            FloatingPointError: if a sum is not finite.
+        """
+        if self.num_samples == 0:
+            raise ValueError("no batch was seen: relevance needs at least one reference sample")
+        samples, self.num_samples = self.num_samples, 0
+        return self._table.finish(composite=self._composite.name, num_samples=samples, target=describe(self._target))
+
+
+def attribute(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
+    composite: str | Composite = "attnlrp",
+    statistic: str = "abs_token",
+    granularity: str = "weight",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    **options: Any,
+) -> Relevance:
+    """Relevance of a model's weights or units over reference batches, in one forward and backward pass each.
+
+    Args:
+        model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
+        batches: batches as the model takes them: mappings (``input_ids``, ``attention_mask``, ``labels``, ...), pairs of
+            inputs and labels, or tensors.
+        target: what is explained: ``"next_token"`` (log-probabilities of the labelled tokens), ``"last_token"`` (largest
+            logit at the last attended token), ``"class"`` (logit of the true class), a
+            :class:`~lrp_prune.attribution.Target` such as ``LogitDifference``, a function of model and batch that returns a
+            scalar; None: inferred.
+        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a :class:`~lrp_prune.attribution.Composite`.
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"`` or ``"squared_token"``.
+        granularity: ``"weight"``; ``"neuron"`` (hidden units between two layers), ``"head"`` (before the output
+            projection), ``"block"`` (what a head or neuron layer writes), ``"embedding"`` (rows of embeddings).
+        include: patterns of parameter names to score; by default all weights of two and more dimensions except
+            embeddings and the output embedding.
+        exclude: patterns of parameter names to leave out.
+        **options: further arguments of :class:`RelevanceAccumulator`.
+
+    Returns:
+        The :class:`~lrp_prune.relevance.Relevance`. Weights that no relevance reaches are listed as ``unscored``.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, a target that cannot be inferred, no batches, quantized weights.
+        FloatingPointError: if the explained value or a relevance is not finite.
+
+    Example:
+        >>> import torch, lrp_prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batches = [(torch.randn(16, 4), torch.randint(2, (16,)))]
+        >>> relevance = lrp_prune.attribute(model, batches)
+        >>> {name: tuple(tensor.shape) for name, tensor in relevance.items()}
+        {'0.weight': (8, 4), '2.weight': (2, 8)}
+    """
+    accumulator = RelevanceAccumulator(
+        model,
+        target=target,
+        composite=composite,
+        statistic=statistic,
+        granularity=granularity,
+        include=include,
+        exclude=exclude,
+        **options,
+    )
+    for batch in batches:
+        accumulator.update(batch)
+    return accumulator.compute()

@@ -1,0 +1,104 @@
+r"""Forms: the shapes in which a weight meets an activation, and what their derivatives are.
+
+Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a, d) = \partial \langle d, B(a, W) \rangle /
+\partial W` gives all statistics: signed relevance from :math:`G(a, d)`, absolute from :math:`G(|a|, |d|)`, squared from
+:math:`G(a^2, d^2)`.
+"""
+
+import torch
+from torch import Tensor
+
+from lrp_prune.attribution.rules import Call
+
+
+class Form:
+    """Any bilinear function, through autograd of the function itself; it costs one more forward.
+
+    Args:
+        call: the call; its operands ``activation`` and ``weight`` are given by index.
+        activation: index of the activation among the operands.
+        weight: index of the weight.
+    """
+
+    channel_dim: int | None = None
+    """Dimension of the activation along which it has channels, where every channel meets one slice of the weight."""
+    in_axis = out_axis = -1
+    """Axis of the weight that the activation's channels, and the output's, lie along."""
+
+    def __init__(self, call: Call, activation: int, weight: int) -> None:
+        self.call, self._activation, self._weight = call, activation, weight
+
+    def forward(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation, exactly as the model called it."""
+        operands = self.call.operands()
+        operands[self._activation], operands[self._weight] = activation, weight
+        result: Tensor = self.call.with_operands(operands).run()
+        return result
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the activation, in its dtype."""
+        with torch.enable_grad():
+            leaf = activation.detach().requires_grad_()
+            result = self.forward(leaf, weight)
+            (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
+        return gradient
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        """``G(activation, d)``, in the shape of the weight."""
+        with torch.enable_grad():
+            leaf = torch.zeros_like(weight).requires_grad_()
+            result = self.forward(activation.to(weight.dtype), leaf)
+            (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
+        return gradient
+
+    def in_channels(self, activation: Tensor) -> int:
+        """How many channels the activation has."""
+        return 0 if self.channel_dim is None else int(activation.shape[self.channel_dim])
+
+
+class Linear(Form):
+    """``y = a W^T``: ``F.linear``, weight ``[out, in]``."""
+
+    channel_dim = -1
+    out_axis, in_axis = 0, 1
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(d, weight.to(d.dtype)).to(activation.dtype)
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        return d.reshape(-1, d.shape[-1]).T @ activation.reshape(-1, activation.shape[-1])
+
+
+class Matmul(Form):
+    """``y = a W``: ``matmul``, ``mm``, ``addmm``, weight ``[in, out]``."""
+
+    channel_dim = -1
+    out_axis, in_axis = 1, 0
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(d, weight.to(d.dtype).T).to(activation.dtype)
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        return activation.reshape(-1, activation.shape[-1]).T @ d.reshape(-1, d.shape[-1])
+
+
+class Convolution(Form):
+    """Convolutions, weight ``[out, in / groups, ...]``; a token is a position."""
+
+    channel_dim = 1
+    out_axis, in_axis = 0, 1
+
+
+def form_of(call: Call, activation: int, weight: int) -> Form:
+    """The form of a call of kind ``matmul`` with one activation and one weight."""
+    name = call.function.__name__
+    if name.startswith("conv") and (activation, weight) == (0, 1):
+        transposed = name.startswith("conv_transpose")
+        return (Form if transposed else Convolution)(call, activation, weight)
+    if (activation, weight) == (0, 1) and call.operand(1).dim() == 2:
+        if name == "linear":
+            return Linear(call, activation, weight)
+        scaled = {"alpha", "beta"} & set(call.kwargs)
+        if name in ("matmul", "mm", "addmm") and not scaled:
+            return Matmul(call, activation, weight)
+    return Form(call, activation, weight)

@@ -1,0 +1,93 @@
+"""Autograd functions with the forward of the original operation and a backward whose gradient x input is the relevance.
+
+All keep the forward value bit for bit. None returns a view where a model may add in place (autograd refuses that),
+and all bypass torch-function modes in backward, so that no rule is applied to a rule.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_bypass = torch._C.DisableTorchFunction
+
+
+class ScaledGradient(Function):
+    """The identity, whose gradient is multiplied by a constant. For operands of an operation, never for its result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with _bypass():
+            return gradient * ctx.factor, None
+
+
+class IdentityRule(Function):
+    r"""An elementwise function that hands its relevance on unchanged (AttnLRP, arXiv 2402.05602, eq. 9).
+
+    Gradient form: :math:`\partial f / \partial x := f(x) / x`, 0 where ``x = 0``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        y = function(x)
+        ctx.save_for_backward(x, y)  # not their ratio: many are never asked for it, and y is kept by its reader anyway
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x, y = ctx.saved_tensors
+        with _bypass():
+            ratio = (y / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
+            return ratio.mul_(gradient).to(x.dtype), None
+
+
+class ConstantStatistic(Function):
+    r"""A normalisation whose standard deviation is a constant (AttnLRP, arXiv 2402.05602, prop. 3.4).
+
+    :math:`y = (x - \mathrm{mean}(x)) \, s \, w + b` with ``s`` fixed; without the mean for RMS norm. Mean and ``s`` are taken
+    over the last axis of ``x`` seen as ``shape``.
+
+    Args (of ``apply``):
+        x: the input.
+        function: computes the output from the input.
+        inverse_deviation: ``s``, from the input, broadcastable to ``x.reshape(shape)``.
+        shape: ``x`` as ``[..., entries that share a statistic]``.
+        weight: broadcastable to ``x``, or None.
+        centered: whether the mean is subtracted.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        function: Callable[[Tensor], Tensor],
+        inverse_deviation: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        weight: Tensor | None,
+        centered: bool,
+    ) -> Tensor:
+        ctx.shape, ctx.centered, ctx.dtype = shape, centered, x.dtype
+        ctx.save_for_backward(inverse_deviation(x.reshape(shape)), weight)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scale, weight = ctx.saved_tensors
+        with _bypass():
+            passed = gradient if weight is None else gradient * weight
+            rows = passed.reshape(ctx.shape)
+            if ctx.centered:
+                rows = rows - rows.mean(-1, keepdim=True)
+            result = (rows * scale).reshape(gradient.shape).to(ctx.dtype)
+        return result, None, None, None, None, None

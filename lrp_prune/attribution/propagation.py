@@ -1,0 +1,293 @@
+"""``attributing``: LRP for the time of a context, on any model, without a trace."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.audit import Audit
+from lrp_prune.attribution.backends import traceable_attention
+from lrp_prune.attribution.composites import Composite, composite_of
+from lrp_prune.attribution.functional import IdentityRule
+from lrp_prune.attribution.mode import PropagationMode
+from lrp_prune.attribution.modules import is_activation_module
+from lrp_prune.attribution.roots import Root, Roots
+from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.names import named_modules, named_parameters, unwrap
+
+UNRULED = ("warn", "error", "ignore")
+_NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
+
+
+class Propagation:
+    """What :func:`attributing` yields: turns an explained value into relevance."""
+
+    def __init__(self, mode: PropagationMode, roots: Roots) -> None:
+        self._mode, self._roots = mode, roots
+        self._latent: list[tuple[str, Tensor]] = []
+
+    def relevance(self, target: Tensor) -> dict[str, Tensor]:
+        r"""Relevance of every root and latent module for the value: :math:`R = x \cdot \partial\,\mathrm{target} / \partial x`.
+
+        One backward pass; ``.grad`` of no parameter is touched.
+
+        Args:
+            target: a scalar computed from the model's output inside the context.
+
+        Returns:
+            Name -> tensor of its shape, in its dtype. Roots are the outputs of embeddings (by module name), float inputs (by
+            argument name) and parameters that enter as data (by parameter name); a module that ran several times has
+            further entries ``name#1``, ``name#2``, ... A root that the target does not depend on has relevance zero.
+
+        Raises:
+            ValueError: if the target is no scalar, or does not depend on a forward inside this context.
+            FloatingPointError: if the target is not finite.
+        """
+        roots, latent = self._roots.take(), self._latent
+        self._latent = []
+        tensors = [root.leaf for root in roots] + [tensor for _, tensor in latent]
+        gradients = self.gradients(target, tensors)
+        result: dict[str, Tensor] = {}
+        for name, tensor, gradient in zip(
+            [root.name for root in roots] + [name for name, _ in latent], tensors, gradients, strict=True
+        ):
+            repeats = sum(key == name or key.startswith(f"{name}#") for key in result)
+            relevance = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
+            result[f"{name}#{repeats}" if repeats else name] = relevance
+        return result
+
+    def roots(self) -> list[Root]:
+        """The roots of the forward that has just run, for those who reduce relevance themselves."""
+        return self._roots.take()
+
+    def gradients(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Run the backward pass under the rules, so that recomputed (checkpointed) layers see them as well."""
+        if not isinstance(target, Tensor) or target.numel() != 1:
+            raise ValueError(f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time")
+        if not tensors or not target.requires_grad:
+            raise ValueError("the target does not depend on a forward of the model inside this context: call the model in it")
+        if not bool(torch.isfinite(target.detach())):
+            raise FloatingPointError(f"the explained value is {target.item()}: the model's output is not finite on this batch")
+        mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
+        mode.audit = None
+        try:
+            with mode.acting(), torch.autocast(target.device.type, enabled=False):
+                return mode.backward(target.reshape(()), tensors)
+        finally:
+            self._roots.recording, mode.audit = True, mode_audit
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+@contextmanager
+def attributing(
+    model: nn.Module,
+    composite: str | Composite = "attnlrp",
+    latent: Sequence[str] | None = None,
+    unruled: str = "warn",
+) -> Iterator[Propagation]:
+    """Propagate relevance through ``model`` by the rules of a composite, while the context lasts.
+
+    Rules act inside the model's forward and in the backward pass of :meth:`Propagation.relevance`, and nowhere else: what is
+    computed from the output (softmax, differences) seeds the outputs by its plain gradient. Dropout is off. When
+    the context is left, also by an exception, everything is as before. Whether the model is in training or evaluation mode
+    is the caller's choice.
+
+    Args:
+        model: any ``nn.Module``; parameters need not require grad.
+        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, or a :class:`~lrp_prune.attribution.Composite`.
+        latent: patterns of module names whose outputs' relevance is wanted too.
+        unruled: what to do where a nonlinear operation has no rule: ``"warn"``, ``"error"`` or ``"ignore"``.
+
+    Raises:
+        ValueError: for an unknown composite, or a latent pattern that matches no module.
+
+    Example:
+        >>> import torch, lrp_prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False))
+        >>> with lrp_prune.attributing(model, composite="cp_lrp") as propagation:
+        ...     output = model(torch.ones(1, 4))
+        ...     relevance = propagation.relevance(output[0, 0])
+        >>> bool(torch.isclose(relevance["input"].sum(), output[0, 0], atol=1e-6))
+        True
+    """
+    with propagating(model, composite_of(composite), latent, unruled, WeightUses()) as propagation:
+        yield propagation
+
+
+@contextmanager
+def propagating(
+    model: nn.Module,
+    composite: Composite,
+    latent: Sequence[str] | None,
+    unruled: str,
+    uses: WeightUses,
+    entries: Sequence[nn.Module] | None = None,
+    tracing: bool = False,
+) -> Iterator[Propagation]:
+    """:func:`attributing` with observers of weights.
+
+    Args:
+        entries: the modules whose calls are "the model's forward"; by default the model itself, or where it is never called
+            (a ``LightningModule`` that calls its children) its direct children.
+    """
+    if unruled not in UNRULED:
+        raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
+    compiled = _is_compiled(model)
+    model, modules = unwrap(model), named_modules(model)
+    wanted = [name for name in modules if name and _matching(name, latent)]
+    for pattern in latent or ():
+        if not any(_matching(name, [pattern]) for name in modules):
+            raise ValueError(f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ...")
+    roots = Roots()
+    lrp = any(composite.rules.values())
+    audit = Audit() if lrp and unruled != "ignore" else None
+    gated = composite.rules.get("product") == "stop_gate"
+    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing or gated, audit)
+    propagation = Propagation(mode, roots)
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged_buffers(model))
+        stack.enter_context(traceable_attention(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if composite.rules.get("activation") is not None and composite.rules["activation"] != "gradient":
+            for module in modules.values():
+                if is_activation_module(module):
+                    stack.enter_context(_whole(module, mode))
+        if audit is not None:
+            for name, module in modules.items():
+                handle = module.register_forward_hook(_audited(name, mode), always_call=False)
+                stack.callback(handle.remove)
+        for name in wanted:
+            handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
+            stack.callback(handle.remove)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, unruled)
+        stack.enter_context(mode)
+        yield propagation
+
+
+def _matching(name: str, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns or ())
+
+
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Running statistics, counters and caches come out as they went in, also where a forward replaces a buffer."""
+    buffers = [
+        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, value in buffers:
+            if version is not None and buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+            module._buffers[name] = buffer
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+def _guard(
+    stack: ExitStack, model: nn.Module, entries: Sequence[nn.Module], mode: PropagationMode, roots: Roots, unruled: str
+) -> None:
+    """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
+    calls: list[ExitStack] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        outermost = not mode.is_acting
+        call = ExitStack()
+        call.enter_context(mode.acting())
+        calls.append(call)
+        if not outermost:
+            return None
+        adopt = module is model
+        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
+        converted = tuple(
+            arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in zip(named, args, strict=True)
+        )
+        return converted, {name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if calls:
+            calls.pop().close()
+        if not calls and mode.audit is not None and output is not None:
+            audit, mode.audit = mode.audit, None
+            audit.report(unruled)
+
+    for module in dict.fromkeys(entries):
+        before = module.register_forward_pre_hook(enter, with_kwargs=True)
+        after = module.register_forward_hook(leave, always_call=True)
+        stack.callback(before.remove)
+        stack.callback(after.remove)
+
+
+def _is_no_data(name: str) -> bool:
+    return any(part in name for part in _NOT_DATA)
+
+
+def _audited(name: str, mode: PropagationMode) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if mode.audit is not None and mode.is_acting:
+            with torch._C.DisableTorchFunction():
+                mode.audit.leave(name, module, output)
+
+    return hook
+
+
+def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Callable[..., Any]:
+    """Record a module's output, and hand on a copy: the model may add to it in place."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not propagation._roots.recording:
+            return None
+        entries = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+        tensor = next(iter(entries), None)
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None
+        propagation._latent.append((name, tensor))
+        copy = tensor.clone()
+        if isinstance(output, Mapping):
+            output[next(iter(output))] = copy  # type: ignore[index]  # model outputs are mutable mappings
+            return output
+        return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
+
+    return hook
+
+
+@contextmanager
+def _whole(module: nn.Module, mode: PropagationMode) -> Iterator[None]:
+    """Give an activation module of several operations the identity rule as a whole, by an attribute of this one instance."""
+    original, own = module.forward, "forward" in module.__dict__
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not mode.is_acting or len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not args[0].requires_grad:
+            return original(*args, **kwargs)
+        with mode.acting(False):
+            result = IdentityRule.apply(args[0], original)
+        mode.rule_applied(module, args[0], result)
+        return result
+
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = original  # type: ignore[method-assign]
+        else:
+            del module.forward
+

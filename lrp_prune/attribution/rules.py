@@ -1,0 +1,260 @@
+"""Rules: how one operation hands relevance to its inputs, in gradient x input form.
+
+A rule takes a :class:`Call` and returns the operation's result, built so that the ordinary gradient of the graph, times the
+input, is the relevance. Papers: AttnLRP (Achtibat et al. 2024, arXiv 2402.05602), CP-LRP (Ali et al. 2022, arXiv
+2202.07304); the gradient form follows Arras et al. 2025 (arXiv 2502.15886).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.functional import ConstantStatistic, IdentityRule, ScaledGradient
+from lrp_prune.attribution.operations import Operation
+from lrp_prune.attribution.tags import is_gate
+
+
+class Call(NamedTuple):
+    """One call of a torch function inside the model's forward. Parameters among the arguments are detached already."""
+
+    function: Callable[..., Any]
+    operation: Operation
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """Compute the operation as the model asked for it: the plain gradient."""
+        return self.function(*self.args, **self.kwargs)
+
+    def operand(self, index: int) -> Any:
+        """The operand's value, given by position or by name; None where the model left it out."""
+        position, name = self.operation.operands[index]
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def operands(self) -> list[Any]:
+        """All operands in the order of the operation."""
+        return [self.operand(index) for index in range(len(self.operation.operands))]
+
+    def with_operands(self, values: Sequence[Any]) -> "Call":
+        """The same call with other operands."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for (position, name), value in zip(self.operation.operands, values, strict=True):
+            if position < len(args):
+                args[position] = value
+            elif name in kwargs:
+                kwargs[name] = value
+        return self._replace(args=tuple(args), kwargs=kwargs)
+
+
+Rule = Callable[[Call], Any]
+
+
+def is_activation(value: Any) -> bool:
+    """Whether relevance flows through the value: in the mode every parameter is detached, so what requires grad is one."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+def detached(value: Any) -> Any:
+    """The tensor without its history; other values as they are."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def gradient(call: Call) -> Any:
+    """The plain gradient: epsilon -> 0 for linear operations, a Taylor expansion for the others."""
+    return call.run()
+
+
+def stop(call: Call) -> Any:
+    """The result is a constant: no relevance goes through."""
+    result = call.with_operands([detached(value) for value in call.operands()]).run()
+    return type(result)(map(detached, result)) if isinstance(result, tuple | list) else detached(result)
+
+
+def identity(call: Call) -> Any:
+    """Relevance out = relevance in (AttnLRP, eq. 9): the gradient becomes f(x)/x, and 0 where x is 0."""
+    x = call.operand(0)
+    if not is_activation(x):
+        return call.run()
+    rest = call.operands()[1:]
+
+    def function(value: Tensor) -> Tensor:
+        result: Tensor = call.with_operands([value, *(detached(other) for other in rest)]).run()
+        return result
+
+    return IdentityRule.apply(x, function)
+
+
+def uniform(call: Call) -> Any:
+    """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved."""
+    values = call.operands()
+    active = [index for index, value in enumerate(values) if is_activation(value)]
+    if len(active) < 2:
+        return call.run()
+    for index in active:
+        values[index] = ScaledGradient.apply(values[index], 1 / len(active))
+    return call.with_operands(values).run()
+
+
+def stop_gate(call: Call) -> Any:
+    """All relevance to the gated side (CP-LRP): the side that comes out of an activation function is a constant.
+
+    Where both sides or neither do, nothing tells which is the gate, and they share equally; that conserves as well.
+    """
+    values = call.operands()
+    gates = [is_activation(value) and is_gate(value) for value in values]
+    if sum(map(is_activation, values)) == 2 and sum(gates) == 1:
+        return call.with_operands(
+            [detached(value) if gate else value for value, gate in zip(values, gates, strict=True)]
+        ).run()
+    return uniform(call)
+
+
+def stop_denominator(call: Call) -> Any:
+    """A divisor is a statistic, hence a constant; the dividend keeps the plain gradient."""
+    numerator, denominator = call.operands()
+    return call.with_operands([numerator, detached(denominator)]).run()
+
+
+def attention_uniform(call: Call) -> Any:
+    """Scaled dot-product attention as two halved products (AttnLRP, prop. 3.3): q and k by 1/4, a learned bias and v by 1/2."""
+
+    def scaled(value: Any, factor: float) -> Any:
+        return ScaledGradient.apply(value, factor) if is_activation(value) else value
+
+    operands = [scaled(value, factor) for value, factor in zip(call.operands(), (0.25, 0.25, 0.5), strict=True)]
+    return _attention(call, operands, lambda bias: scaled(bias, 0.5))
+
+
+def attention_to_values(call: Call) -> Any:
+    """The attention pattern is a constant (CP-LRP): all relevance to the values."""
+    query, key, value = call.operands()
+    return _attention(call, [detached(query), detached(key), value], detached)
+
+
+def attention_gradient(call: Call) -> Any:
+    """The plain gradient, without dropout."""
+    return _attention(call, call.operands(), lambda bias: bias)
+
+
+def _attention(call: Call, operands: Sequence[Any], bias: Callable[[Any], Any]) -> Any:
+    args, kwargs = list(call.args), dict(call.kwargs)
+    if len(args) > 3:
+        args[3] = bias(args[3])
+    elif "attn_mask" in kwargs:
+        kwargs["attn_mask"] = bias(kwargs["attn_mask"])
+    if len(args) > 4:
+        args[4] = 0.0
+    elif "dropout_p" in kwargs:
+        kwargs["dropout_p"] = 0.0
+    return call._replace(args=tuple(args), kwargs=kwargs).with_operands(operands).run()
+
+
+def skip(call: Call) -> Any:
+    """Dropout is off: the result is the input, and no random number is drawn."""
+    return call.operand(0)
+
+
+def constant_statistic(call: Call) -> Any:
+    """The deviation that a normalisation divides by is a constant (AttnLRP, prop. 3.4; the identity rule of LRP for norms)."""
+    x = call.operand(0)
+    if not is_activation(x):
+        return call.run()
+    arguments = _NORM_SIGNATURES[call.function.__name__](*call.args, **call.kwargs)
+    if arguments is None:
+        return _frozen_batch_statistics(call)
+    shape, eps, weight, centered = arguments
+
+    def inverse_deviation(rows: Tensor) -> Tensor:
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        spread = wide.var(-1, keepdim=True, unbiased=False) if centered else wide.square().mean(-1, keepdim=True)
+        return torch.rsqrt(spread + eps)
+
+    def function(value: Tensor) -> Tensor:
+        rest = [detached(other) for other in call.operands()[1:]]
+        result: Tensor = call.with_operands([value, *rest]).run()
+        return result
+
+    return ConstantStatistic.apply(x, function, inverse_deviation, shape, weight, centered)
+
+
+_Norm = tuple[tuple[int, ...], float, Tensor | None, bool]
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
+) -> _Norm:
+    count = len(normalized_shape)
+    return (*input.shape[:-count], input.shape[-count:].numel()), eps, weight, True
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> _Norm:
+    count = len(normalized_shape)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return (*input.shape[:-count], input.shape[-count:].numel()), eps, weight, False
+
+
+def _per_channel(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    return None if weight is None else weight.reshape(-1, *(1,) * (input.dim() - 2))
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
+) -> _Norm:
+    return (input.shape[0], num_groups, input[0].numel() // num_groups), eps, _per_channel(weight, input), True
+
+
+def _instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> _Norm | None:
+    if not use_input_stats:
+        return None
+    return (*input.shape[:2], input[0, 0].numel()), eps, _per_channel(weight, input), True
+
+
+def _batch_norm(*_: Any, **__: Any) -> None:
+    return None
+
+
+_NORM_SIGNATURES: dict[str, Callable[..., _Norm | None]] = {
+    "layer_norm": _layer_norm,
+    "native_layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "batch_norm": _batch_norm,
+}
+
+
+def _frozen_batch_statistics(call: Call) -> Any:
+    """Batch norm: linear with running statistics; with the batch's own, these are constants and the buffers stay."""
+    args = list(call.args)
+    x, weight, bias, mean, variance, training = args[:6]
+    if training or mean is None:
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = torch.var_mean(x.detach(), dims, unbiased=False)
+    args[:6] = [x, weight, bias, mean, variance, False]
+    return call.function(*args, **call.kwargs)

@@ -1,0 +1,233 @@
+r"""Statistics: how relevance at the uses of weights is reduced over tokens and samples, and where the sums are kept.
+
+With the activation ``a`` ``[tokens, in]`` and the propagated gradient ``d`` ``[tokens, out]`` of a use, the relevance of a
+weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.13727, eq. 8, in gradient form). Summed are
+
+=================  ==========================================================================
+``signed``         :math:`W \cdot (d^T a)`
+``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
+``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
+``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
+=================  ==========================================================================
+
+The factor ``W`` is applied once, when the sums are read.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrp_prune.attribution.origins import Layout
+from lrp_prune.attribution.uses import Use
+
+
+class BatchLayout:
+    """How the batch at hand is laid out in samples and tokens."""
+
+    def __init__(self) -> None:
+        self.samples = 1
+        self.counted: Tensor | None = None
+        """``[samples, tokens]``: which tokens enter statistics; None for all."""
+
+    def by_sample(self, tensor: Tensor, name: str) -> Tensor:
+        """The tensor with the samples as its first dimension.
+
+        Raises:
+            ValueError: if the rows cannot be told apart by sample.
+        """
+        if tensor.shape[0] == self.samples:
+            return tensor
+        if tensor.dim() == 2 and tensor.shape[0] % self.samples == 0:
+            return tensor.reshape(self.samples, -1, tensor.shape[-1])
+        raise ValueError(
+            f"statistic 'abs_sample' needs to tell samples apart, but {name} is used with {tensor.shape[0]} rows for "
+            f"{self.samples} samples: use 'abs_token' or 'squared_token', or batches of one sample"
+        )
+
+    def only_counted(self, tensor: Tensor) -> Tensor:
+        """The tensor with zeros at tokens that do not count; as it is where it has other rows than tokens."""
+        mask = self.counted
+        if mask is None:
+            return tensor
+        if tensor.shape[:2] == mask.shape:
+            return tensor * mask.reshape(*mask.shape, *(1,) * (tensor.dim() - 2)).to(tensor.dtype)
+        if tensor.dim() == 2 and tensor.shape[0] == mask.numel():
+            return tensor * mask.reshape(-1, 1).to(tensor.dtype)
+        return tensor
+
+
+def _reduced(statistic: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What enters the contraction: the tensor itself, its absolute value, or its square."""
+    tensor = tensor.to(dtype)
+    if statistic == "abs_token":
+        return tensor.abs()
+    return tensor.square() if statistic == "squared_token" else tensor
+
+
+class WeightStatistic:
+    """Sums of one weight, in its shape.
+
+    Args:
+        name: canonical name.
+        parameter: the weight. Only its layout is used until :meth:`finish`.
+        statistic: see the module's docstring.
+        batch: tells samples and tokens apart.
+        matmul_dtype: dtype in which the contraction is multiplied; None for the operands' own.
+        device: where the sums are kept; None for the weight's own.
+    """
+
+    backward_needed = True
+
+    def __init__(
+        self,
+        name: str,
+        parameter: Tensor,
+        statistic: str,
+        batch: BatchLayout,
+        matmul_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.name, self.statistic, self._batch, self._dtype = name, statistic, batch, matmul_dtype
+        self._parameter, self._device = parameter, device
+        self.sums: Tensor | None = None
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        """Nothing is known yet."""
+
+    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
+        """Add one use of one batch."""
+        dtype = self._dtype or d.dtype
+        if activation.numel() <= d.numel():
+            activation = self._batch.only_counted(activation)
+        else:
+            d = self._batch.only_counted(d)
+        if self.statistic == "abs_sample":
+            samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
+            contributions = [
+                use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
+            ]
+            contribution = torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
+        else:
+            a = _reduced(self.statistic, activation, dtype)
+            contribution = use.form.contract(a, _reduced(self.statistic, d, dtype), use.weight)
+        self.add(contribution, use.origin.layout)
+
+    def add_rows(self, ids: Tensor, d: Tensor) -> None:
+        """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
+        rows = _reduced(self.statistic, d.reshape(-1, d.shape[-1]), torch.float32)
+        if self.statistic == "abs_sample":
+            raise ValueError(f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'")
+        sums = self._allocated()
+        sums.index_add_(0, ids.reshape(-1).to(sums.device), rows.to(sums.device, sums.dtype))
+
+    def _allocated(self) -> Tensor:
+        if self.sums is None:
+            dtype = torch.float64 if self._parameter.dtype == torch.float64 else torch.float32
+            self.sums = torch.zeros_like(self._parameter, dtype=dtype, device=self._device, requires_grad=False)
+        return self.sums
+
+    def add(self, contribution: Tensor, layout: Layout | None) -> None:
+        """Add to the entries that the layout covers, in float32 (float64 for weights of that type)."""
+        if layout is None:
+            raise ValueError(f"{self.name} is reshaped beyond a view before it is used: exclude it, or register a rule for its use")
+        sums = self._allocated()
+        view = sums if layout.size == tuple(sums.size()) and layout.offset == 0 and layout.stride == sums.stride() else None
+        if view is None:
+            view = sums.as_strided(layout.size, layout.stride, layout.offset)
+        view.add_(contribution.reshape(view.shape).to(view.device, view.dtype))  # mixed types would be slower than a copy
+
+    def finish(self) -> Tensor | None:
+        """The sums with the factor ``W``, handed over; None if no relevance arrived."""
+        sums, self.sums = self.sums, None
+        if sums is None:
+            return None
+        weight = self._parameter.detach().to(sums.device, sums.dtype)
+        if self.statistic == "signed":
+            return sums.mul_(weight)
+        return sums.mul_(weight.square() if self.statistic in ("squared_token", "input_norm") else weight.abs())
+
+
+class InputNorm(WeightStatistic):
+    r"""Wanda (arXiv 2306.11695): :math:`|W_{ji}| \cdot \|a_i\|_2`, from the forward alone, over attended tokens."""
+
+    backward_needed = False
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        """Add the squares of one use's activations."""
+        a = self._batch.only_counted(activation.detach()).to(torch.float32)
+        with torch.no_grad():
+            if use.form.channel_dim == -1:
+                norms = a.reshape(-1, a.shape[-1]).square().sum(0)
+                contribution = norms.expand(use.weight.T.shape if use.form.in_axis == 0 else use.weight.shape)
+                contribution = contribution.T if use.form.in_axis == 0 else contribution
+            else:
+                ones = torch.ones_like(use.form.forward(a, use.weight.to(a.dtype)))
+                contribution = use.form.contract(a.square(), ones, use.weight)
+        self.add(contribution, use.origin.layout)
+
+
+class UnitStatistic:
+    """Sums of the units of one group: what arrives at their channels in the layer that reads them.
+
+    Args:
+        name: canonical name of the reading layer.
+        units: number of units; each has the same number of neighbouring channels.
+        statistic: reduction over tokens and samples; ``a d`` is summed over a unit's channels before.
+        batch: tells samples and tokens apart.
+    """
+
+    backward_needed = True
+
+    def __init__(self, name: str, units: int, statistic: str, batch: BatchLayout) -> None:
+        self.name, self.units, self.statistic, self._batch = name, units, statistic, batch
+        self.sums: Tensor | None = None
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        """Nothing is known yet."""
+
+    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
+        """Add one use of one batch."""
+        wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
+        relevance = self._batch.only_counted(activation.to(wide) * input_gradient.to(wide))
+        if use.form.channel_dim == 1:
+            relevance = relevance.movedim(1, -1)
+        relevance = relevance.unflatten(-1, (self.units, -1)).sum(-1)
+        if self.statistic == "signed":
+            reduced = relevance.reshape(-1, self.units).sum(0)
+        elif self.statistic == "abs_token":
+            reduced = relevance.reshape(-1, self.units).abs().sum(0)
+        elif self.statistic == "squared_token":
+            reduced = relevance.reshape(-1, self.units).square().sum(0)
+        else:
+            samples = self._batch.by_sample(relevance, self.name)
+            reduced = samples.reshape(samples.shape[0], -1, self.units).sum(1).abs().sum(0)
+        self.sums = reduced if self.sums is None else self.sums + reduced
+
+    def finish(self) -> Tensor | None:
+        """The sums, handed over; None if no relevance arrived."""
+        sums, self.sums = self.sums, None
+        return sums
+
+
+class RowStatistic:
+    """Sums of the rows of an embedding: the relevance of each entry of a vocabulary."""
+
+    def __init__(self, name: str, rows: int, statistic: str) -> None:
+        self.name, self.statistic = name, statistic
+        self.sums = torch.zeros(rows, dtype=torch.float32)
+
+    def add_rows(self, ids: Tensor, relevance: Tensor) -> None:
+        """Add the relevance ``[..., features]`` of the rows that were looked up."""
+        values = relevance.to(torch.float32).sum(-1)
+        if self.statistic == "abs_sample":
+            samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(1, ids.reshape(ids.shape[0], -1).cpu(), values.reshape(ids.shape[0], -1).cpu())
+            self.sums += samples.abs().sum(0)
+            return
+        reduce: dict[str, Callable[[Tensor], Tensor]] = {"abs_token": torch.abs, "squared_token": torch.square}
+        values = reduce.get(self.statistic, lambda entry: entry)(values)
+        self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
+
+    def finish(self) -> Tensor | None:
+        """The sums."""
+        return self.sums

@@ -1,0 +1,116 @@
+"""Weight uses: where a weight meets an activation, what arrives there is shown to observers.
+
+The gradient that reaches a use is the propagated one, so ``(a, d)`` there is all that weight relevance needs: no weight
+gradient is made, and nothing is kept per batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lrp_prune.attribution.forms import Convolution, Form, form_of
+from lrp_prune.attribution.origins import Origin, marked
+from lrp_prune.attribution.rules import Call, is_activation
+from lrp_prune.attribution.tags import Tag, set_tag, tag_of
+
+
+class Use:
+    """One use of a weight in a forward."""
+
+    def __init__(self, form: Form, weight: Tensor, origin: Origin, tag: Tag | None) -> None:
+        self.form, self.weight, self.origin, self.tag = form, weight, origin, tag
+
+    def layout(self) -> str | None:
+        """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
+        if isinstance(self.form, Convolution):
+            return "convolution"
+        if self.form.channel_dim is None or self.origin.layout is None:
+            return None
+        strides = self.origin.layout.stride
+        upright = strides[self.form.out_axis] > strides[self.form.in_axis]
+        if len(self.origin.parameter.size) == 3:
+            return "stacked" if upright else "stacked_transposed"
+        return "linear" if upright else "transposed"
+
+
+class Observer(Protocol):
+    """Sees a use in the forward and, where it asks for it, in the backward."""
+
+    backward_needed: bool
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        """Called with the activation ``a``."""
+
+    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
+        """Called with ``a``, the propagated gradient ``d`` of the output, and the one that goes on to ``a``."""
+
+
+class _Observed(Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, weight: Tensor, use: Use, observers: list[Observer]) -> Tensor:
+        ctx.save_for_backward(activation, weight)
+        ctx.use, ctx.observers = use, observers
+        return use.form.forward(activation, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        activation, weight = ctx.saved_tensors
+        with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
+            gradient = ctx.use.form.input_gradient(d, activation, weight)
+            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag)
+            for observer in ctx.observers:
+                observer.backward(use, activation, d, gradient)
+        return gradient, None, None, None
+
+
+class WeightUses:
+    """Finds uses of weights among the calls, and connects observers to them.
+
+    Args:
+        observers: for the canonical name of a weight and the use's tag, what observes it.
+    """
+
+    def __init__(self, observers: Callable[[Use], list[Observer]] | None = None) -> None:
+        self._observers = observers
+        self.showing = True
+
+    def observed(self, call: Call) -> Any:
+        """The result of a product of one activation and one weight, observed; None for other calls."""
+        if self._observers is None:
+            return None
+        operands = call.operands()
+        origins = [marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands]
+        active = [index for index, value in enumerate(operands) if is_activation(value)]
+        weights = [index for index, origin in enumerate(origins) if origin is not None]
+        if len(operands) != 2 or len(active) != 1 or len(weights) != 1:
+            return None
+        if any(is_activation(arg) for arg in (*call.args, *call.kwargs.values()) if arg is not operands[active[0]]):
+            return None
+        activation, weight, origin = operands[active[0]], operands[weights[0]], origins[weights[0]]
+        assert origin is not None
+        # The form is kept for backward: it must not hold the activation a second time.
+        form = form_of(call.with_operands([None if index == active[0] else value for index, value in enumerate(operands)]), active[0], weights[0])
+        use = Use(form, weight, origin, tag_of(activation))
+        observers = self._observers(use)
+        if self.showing:
+            for observer in observers:
+                observer.forward(use, activation)
+        late = [observer for observer in observers if observer.backward_needed]
+        result = _Observed.apply(activation, weight, use, late) if late else call.run()
+        if type(form) is not Form:
+            set_tag(result, _producer(use, call, result))
+        return result
+
+
+def _producer(use: Use, call: Call, result: Tensor) -> Tag:
+    """The tag of a layer's output: each channel is one of its hidden units."""
+    bias = next((marked(arg) for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 1), None)
+    channels, dim = int(use.weight.shape[use.form.out_axis]), use.origin.dim(use.form.out_axis)
+    if dim is None:
+        return Tag(units=channels)
+    return Tag(producers=frozenset({(use.origin.name, dim, bias.name if bias else "")}), units=channels)

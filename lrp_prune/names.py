@@ -1,0 +1,90 @@
+"""Canonical parameter names: what a parameter is called whatever has been wrapped around its model.
+
+A mask made in a Lightning run is applied to the bare Hugging Face model and the other way round, so names in
+relevance, masks and patches carry no wrapper: neither those of ``torch.compile``, DDP, FSDP and activation
+checkpointing, nor the attribute under which a ``LightningModule`` holds its model.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_CLASSES = frozenset({"DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel"})
+
+
+def canonical_name(name: str) -> str:
+    """Remove the path segments that wrappers insert.
+
+    Example:
+        >>> canonical_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+        'layers.0.weight'
+    """
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``, ``DistributedDataParallel`` and the like; other modules as they are."""
+    while type(model).__name__ in _WRAPPER_CLASSES:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of the unwrapped model once (tied ones under their first name), by canonical name."""
+    return {canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the unwrapped model by canonical name; the root is ``""``."""
+    return {canonical_name(name): module for name, module in unwrap(model).named_modules()}
+
+
+def matches(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether one of the shell-style patterns matches the name, or the name of a module that contains it.
+
+    Example:
+        >>> matches("layers.0.mlp.up_proj.weight", ["*.mlp"]), matches("layers.0.mlp.up_proj.weight", ["mlp"])
+        (True, False)
+    """
+    prefixes = [name]
+    while "." in prefixes[-1]:
+        prefixes.append(prefixes[-1].rpartition(".")[0])
+    return any(fnmatchcase(prefix, pattern) for pattern in patterns or () for prefix in prefixes)
+
+
+def resolve(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
+    """Find recorded canonical names on a model that may be wrapped one attribute deeper, or less deep.
+
+    Returns:
+        ``{recorded name: parameter}`` in the order of ``names``.
+
+    Raises:
+        KeyError: if no single prefix makes all names parameters of the model; the message names the first that is missing.
+    """
+    wanted = list(names)
+    parameters = named_parameters(model)
+    aliases = {
+        canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters(remove_duplicate=False)
+    }
+    if all(name in aliases for name in wanted):
+        return {name: aliases[name] for name in wanted}
+    for prefix in sorted(
+        {name[: -len(wanted[0])] for name in aliases if wanted and name.endswith("." + wanted[0])}, key=len
+    ):
+        if all(prefix + name in aliases for name in wanted):
+            return {name: aliases[prefix + name] for name in wanted}
+    segments = wanted[0].split(".") if wanted else []
+    for depth in range(1, len(segments)):
+        prefix = ".".join(segments[:depth]) + "."
+        if all(name.startswith(prefix) and name[len(prefix) :] in aliases for name in wanted):
+            return {name: aliases[name[len(prefix) :]] for name in wanted}
+    missing = next(name for name in wanted if name not in aliases)
+    examples = ", ".join(list(parameters)[:3])
+    raise KeyError(
+        f"{type(unwrap(model)).__name__} has no parameter {missing!r} (it has {examples}, ...): was it made for another model?"
+    )

@@ -1,0 +1,305 @@
+"""Keeping pruned weights at exactly zero through any training, at one byte per weight."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lrp_prune.names import resolve
+
+KEEPS_ZEROS: frozenset[type[Optimizer]] = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adafactor,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+        torch.optim.SparseAdam,
+    }
+)
+"""Elementwise optimizers whose update of a zero weight with zero gradient and zero moments is exactly zero, for all
+their options (weight decay, momentum, maximize, fused, ...) as long as ``eps`` is not 0. Each is tested. Subclasses may
+do anything and do not count."""
+
+_INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 65536  # elements; the mask is widened piece by piece, so that the widened copy stays in cache
+_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+_SECOND_MOMENT = 1e-6
+_SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
+_NOT_MOMENTS = frozenset({"step", "eta", "mu", "mu_product"})  # counters, which have the shape of a scalar parameter
+
+
+class MaskKeeper:
+    """Zeroes what the masks prune, and keeps it at exactly zero while the model trains.
+
+    What happens when:
+
+    - **Once, in the constructor and in** :meth:`update`: pruned weights, their ``.grad`` and their optimizer moments
+      become zero. All masks are checked before the first weight changes.
+    - **In each backward**: the gradient of pruned weights is zeroed as soon as it is accumulated, hence before gradient
+      clipping, before DDP reduces it, and in manual optimization as well. Left in, it inflates the norm that clipping
+      divides by, and optimizers that mix entries (Muon) change the kept weights by it.
+    - **In each optimizer step**: nothing is left to do for the optimizers in :data:`KEEPS_ZEROS`. After a step of any
+      other, weights and moments are zeroed again. Gradients that were assigned and not accumulated (``p.grad = ...``)
+      are zeroed before the step.
+    - **When an optimizer loads its state**: the loaded moments are zeroed.
+
+    Second moments (averages of squared gradients) are the exception: of the optimizers in :data:`KEEPS_ZEROS` they stay
+    positive where the first moment is zero, which makes the same update, exactly zero. On the CPU they are even kept
+    from reaching zero, since the square root of a tensor with zeros in it takes ten times as long there (MKL; it made a
+    whole training step a fifth slower).
+
+    No parameter is renamed, wrapped or replaced, so state dicts are those of the plain model. Zeroing is a bitwise "and"
+    with 0 or -1: it also turns NaN and infinity into zero, which a product would not.
+
+    Args:
+        model: the model; may be wrapped (see :func:`lrp_prune.names.resolve`).
+        masks: canonical parameter name to a bool tensor of the parameter's shape, True where the weight is kept.
+        optimizers: see :meth:`attach`.
+
+    Raises:
+        KeyError: a name is no parameter of the model.
+        ValueError: a mask has another shape than its parameter, or another type than bool.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> keeper = MaskKeeper(model, {"weight": torch.tensor([[True, False]])}, [optimizer])
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight[0, 1].item(), model.weight.grad[0].tolist()
+        (0.0, [1.0, 0.0])
+        >>> keeper.remove()
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        self._model = model
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._seen_gradient: dict[str, int] = {}
+        self._optimizers: list[Optimizer] = []
+        self._parameter_hooks: list[RemovableHandle] = []
+        self._optimizer_hooks: list[RemovableHandle] = []
+        self.update(masks)
+        self.attach(optimizers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the masks: one for each weight of the masked parameters."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks by these and zero what they prune; raises as the constructor does."""
+        parameters = resolve(masks, self._model) if len(masks) else {}
+        kept = {}
+        for name, parameter in parameters.items():
+            mask = masks[name]
+            if mask.dtype != torch.bool or mask.shape != parameter.shape:
+                raise ValueError(
+                    f"the mask of {name!r} must be a bool tensor of shape {tuple(parameter.shape)}, "
+                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            if not mask.all():
+                kept[name] = _as_bits(mask, parameter)
+        self._kept = kept
+        self._parameters = {name: parameters[name] for name in kept}
+        self._hook_parameters()
+        self.enforce()
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Watch these optimizers, and no others, and zero the moments they hold.
+
+        Also finds parameters again that were replaced since (by ``to_empty``, a parametrization, a new layer).
+        Cheap enough to be called at each epoch.
+
+        Raises:
+            TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
+        """
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise TypeError(
+                    f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at zero "
+                    f"through its steps: derive it from torch.optim.Optimizer"
+                )
+        current = resolve(self._kept, self._model) if self._kept else {}
+        if any(current[name] is not parameter for name, parameter in self._parameters.items()):
+            self._parameters = current
+            self._hook_parameters()
+        _clear(self._optimizer_hooks)
+        self._optimizers = optimizers
+        for optimizer in optimizers:
+            self._optimizer_hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_load_state_dict_post_hook(self._zero_moments),
+            ]
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Zero pruned weights, their gradients and their moments now, whatever has happened to them."""
+        for name, parameter in self._parameters.items():
+            zero_pruned_(parameter, self._bits(name, parameter))
+            self._zero_gradient(name, parameter)
+        for optimizer in self._optimizers:
+            self._zero_moments(optimizer)
+
+    def remove(self) -> None:
+        """Take off every hook. The weights stay as they are; the next step may change pruned ones again."""
+        _clear(self._parameter_hooks)
+        _clear(self._optimizer_hooks)
+        self._optimizers = []
+
+    def _bits(self, name: str, parameter: Tensor) -> Tensor:
+        kept = self._kept[name]
+        if kept.device != parameter.device:
+            kept = self._kept[name] = kept.to(parameter.device)
+        return kept
+
+    def _hook_parameters(self) -> None:
+        _clear(self._parameter_hooks)
+        self._seen_gradient = {}
+        for name, parameter in self._parameters.items():
+
+            def zero_gradient(parameter: Tensor, name: str = name) -> None:
+                self._zero_gradient(name, parameter)
+
+            # A frozen parameter takes no hook, but may be unfrozen later.
+            requires_grad = parameter.requires_grad
+            parameter.requires_grad_(True)
+            hook = parameter.register_post_accumulate_grad_hook(zero_gradient)  # type: ignore[no-untyped-call]  # torch's
+            self._parameter_hooks.append(hook)
+            parameter.requires_grad_(requires_grad)
+
+    def _zero_gradient(self, name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        kept = self._bits(name, parameter)
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            values, indices = gradient.values(), gradient.indices()
+            zero_pruned_(values, kept[tuple(indices)])
+            parameter.grad = torch.sparse_coo_tensor(
+                indices, values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
+            return
+        zero_pruned_(gradient, kept)
+        self._seen_gradient[name] = gradient.data_ptr()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for name, parameter in self._of(optimizer):
+            gradient = parameter.grad
+            if gradient is not None and (gradient.is_sparse or gradient.data_ptr() != self._seen_gradient.get(name)):
+                self._zero_gradient(name, parameter)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if keeps_zeros(optimizer):
+            self._keep_second_moments_positive(optimizer)
+            return
+        for name, parameter in self._of(optimizer):
+            zero_pruned_(parameter, self._bits(name, parameter))
+        self._zero_moments(optimizer)
+
+    def _keep_second_moments_positive(self, optimizer: Optimizer) -> None:
+        # By the optimizer's own count of steps, so that a resumed run does it at the same steps.
+        for name, parameter in self._of(optimizer):
+            state = optimizer.state.get(parameter, {})
+            if parameter.device.type == "cpu" and "step" in state and int(state["step"]) % _SECOND_MOMENT_EVERY == 1:
+                for key in _SECOND_MOMENTS & state.keys():
+                    state[key].masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
+
+    def _of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return ((name, parameter) for name, parameter in self._parameters.items() if id(parameter) in owned)
+
+    def _zero_moments(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._zero_history(optimizer)
+            return
+        left = _NOT_MOMENTS | _SECOND_MOMENTS if keeps_zeros(optimizer) else _NOT_MOMENTS
+        for name, parameter in self._of(optimizer):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                moment = isinstance(value, Tensor) and value.shape == parameter.shape and key not in left
+                # Integer states are codes of a quantized optimizer, in which 0 need not mean zero.
+                if moment and (value.is_floating_point() or value.is_complex()):
+                    zero_pruned_(value, self._bits(name, parameter).to(value.device))
+
+    def _zero_history(self, optimizer: torch.optim.LBFGS) -> None:
+        """L-BFGS keeps past steps and gradients as vectors over all its parameters, in the state of the first."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        sizes = [parameter.numel() for parameter in parameters]
+        for value in list(optimizer.state.get(parameters[0], {}).values()):
+            for vector in value if isinstance(value, list) else [value]:
+                if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),):
+                    continue
+                for parameter, part in zip(parameters, torch.split(vector, sizes), strict=True):
+                    if id(parameter) in names:
+                        zero_pruned_(part, self._bits(names[id(parameter)], parameter).reshape(-1).to(part.device))
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether a zero weight with zero gradient and zero moments stays exactly zero in a step of this optimizer.
+
+    Example:
+        >>> weights = [torch.nn.Parameter(torch.ones(2, 2))]
+        >>> keeps_zeros(torch.optim.AdamW(weights)), keeps_zeros(torch.optim.AdamW(weights, eps=0.0))
+        (True, False)
+    """
+    return type(optimizer) in KEEPS_ZEROS and all(group.get("eps") != 0 for group in optimizer.param_groups)
+
+
+def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
+    """Set the entries of a tensor to zero, in place and outside of autograd, where ``kept`` is 0.
+
+    Args:
+        tensor: any dense tensor.
+        kept: int8 of the same shape, -1 (all bits set) where the entry is kept and 0 where it is pruned.
+
+    Example:
+        >>> tensor = torch.tensor([1.5, float("nan"), -2.0])
+        >>> zero_pruned_(tensor, torch.tensor([-1, 0, -1], dtype=torch.int8))
+        >>> tensor
+        tensor([ 1.5000,  0.0000, -2.0000])
+    """
+    tensor = tensor.detach()
+    integer = _INTEGER_OF_BYTES.get(tensor.element_size())
+    if integer is None:
+        tensor.masked_fill_(kept == 0, 0)
+        return
+    bits = tensor.view(integer)
+    same_layout = bits.stride() == kept.stride() and torch.ops.aten.is_non_overlapping_and_dense(bits)
+    if bits.device.type == "cpu" and same_layout:
+        bits, kept = _flat(bits), _flat(kept)
+        for start in range(0, bits.numel(), _CHUNK):
+            bits[start : start + _CHUNK].bitwise_and_(kept[start : start + _CHUNK])
+    else:
+        bits.bitwise_and_(kept)
+
+
+def _as_bits(mask: Tensor, parameter: Tensor) -> Tensor:
+    """0 where pruned and -1 where kept, laid out in memory as the parameter is."""
+    kept = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
+    kept.copy_(mask)
+    return kept.neg_()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _clear(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()

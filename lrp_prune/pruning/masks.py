@@ -1,0 +1,237 @@
+"""Masks: which entries of which parameters are kept, at one bit for each."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.names import resolve
+from lrp_prune.pruning import bits as packing
+from lrp_prune.storage import load_tensors, save_tensors
+
+_STATE_VERSION = 1
+
+
+class Masks(Mapping[str, Tensor]):
+    """Boolean masks by canonical parameter name; True is kept, False is pruned.
+
+    They are stored packed on the CPU, one bit for each entry; reading one unpacks it into a new tensor. ``&`` keeps
+    what both keep, ``|`` what one of them keeps, ``~`` what is pruned; both sides must have the same names and shapes.
+    Equal masks compare equal whatever the order of their names and their granularity.
+
+    Args:
+        masks: bool tensors of the parameters' shapes.
+        granularity: what was pruned as a whole: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``.
+
+    Raises:
+        ValueError: if a mask is not boolean.
+
+    Example:
+        >>> masks = Masks({"weight": torch.tensor([[True, False], [True, True]])})
+        >>> masks.sparsity, masks.num_pruned, masks.num_entries
+        (0.25, 1, 4)
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> masks.apply_(layer)
+        >>> int((layer.weight == 0).sum())
+        1
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], *, granularity: str = "weight") -> None:
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the mask of {name} has type {mask.dtype}: masks are torch.bool, True for what is kept"
+                )
+        self._bits = {name: packing.pack(mask).cpu() for name, mask in masks.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(mask.shape) for name, mask in masks.items()}
+        self.granularity = granularity
+        self._pruned: dict[str, int] = {}
+
+    @classmethod
+    def from_bits(
+        cls, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, granularity: str = "weight"
+    ) -> "Masks":
+        """Masks from what :meth:`bits` and ``shapes`` give; the bytes are kept, not copied.
+
+        Raises:
+            ValueError: if bytes and shape of a mask do not fit together.
+        """
+        masks = cls({}, granularity=granularity)
+        for name, packed in bits.items():
+            if name not in shapes:
+                raise ValueError(f"the mask of {name} has no shape")
+            shape = tuple(int(size) for size in shapes[name])
+            entries = math.prod(shape)
+            if packed.dtype != torch.uint8 or tuple(packed.shape) != (packing.num_bytes(entries),):
+                raise ValueError(
+                    f"the mask of {name} has {tuple(packed.shape)} {packed.dtype} where shape {shape} needs "
+                    f"({packing.num_bytes(entries)},) torch.uint8"
+                )
+            if entries % 8 and int(packed[-1]) >> entries % 8:
+                raise ValueError(f"the mask of {name} has bits beyond its {entries} entries")
+            masks._bits[name] = packed.cpu()
+            masks.shapes[name] = shape
+        return masks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return packing.unpack(self._bits[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits
+
+    def bits(self, name: str) -> Tensor:
+        """The packed mask, uint8 ``[ceil(entries / 8)]``: entry ``i`` is bit ``i % 8`` of byte ``i // 8``; no copy."""
+        return self._bits[name]
+
+    def pruned_in(self, name: str) -> int:
+        """How many entries of one parameter are pruned."""
+        if name not in self._pruned:
+            self._pruned[name] = math.prod(self.shapes[name]) - packing.count(self._bits[name])
+        return self._pruned[name]
+
+    def sparsity_of(self, name: str) -> float:
+        """The fraction of one parameter's entries that is pruned."""
+        return self.pruned_in(name) / max(math.prod(self.shapes[name]), 1)
+
+    @property
+    def num_pruned(self) -> int:
+        """How many entries are pruned."""
+        return sum(self.pruned_in(name) for name in self)
+
+    @property
+    def num_entries(self) -> int:
+        """How many entries the masks have."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of all entries that is pruned."""
+        return self.num_pruned / max(self.num_entries, 1)
+
+    def apply_(self, model: nn.Module) -> None:
+        """Set what is pruned to +0.0 in place, whatever was there (-0.0, infinity and NaN too).
+
+        Args:
+            model: the model; wrapped or not, or one that holds the model the masks were made for under an attribute.
+
+        Raises:
+            KeyError: if the model has not all parameters; nothing has changed then.
+            ValueError: if a shape differs or a parameter is not floating-point; nothing has changed then.
+        """
+        parameters = resolve(self, model)
+        for name, parameter in parameters.items():
+            if tuple(parameter.shape) != self.shapes[name]:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, its mask {self.shapes[name]}: "
+                    "was it made for another model?"
+                )
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} has type {parameter.dtype}: quantized weights cannot be set to zero, dequantize first"
+                )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                flipped = packing.invert(self._bits[name], math.prod(self.shapes[name]))
+                parameter.masked_fill_(packing.unpack(flipped.to(parameter.device), self.shapes[name]), 0.0)
+
+    def _combined(self, other: "Masks", function: Callable[[Tensor, Tensor], Tensor], action: str) -> "Masks":
+        difference = sorted(set(self) ^ set(other))
+        if difference:
+            raise ValueError(f"cannot {action} masks of different parameters: {difference[0]!r} is in one of them only")
+        for name in self:
+            if self.shapes[name] != other.shapes[name]:
+                raise ValueError(
+                    f"cannot {action} masks of {name!r}: shapes {self.shapes[name]} and {other.shapes[name]}"
+                )
+        granularity = self.granularity if self.granularity == other.granularity else "weight"
+        joined = {name: function(self._bits[name], other._bits[name]) for name in self}
+        return Masks.from_bits(joined, self.shapes, granularity=granularity)
+
+    def __and__(self, other: "Masks") -> "Masks":
+        """Keep what both keep."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self._combined(other, torch.bitwise_and, "intersect")
+
+    def __or__(self, other: "Masks") -> "Masks":
+        """Keep what one of them keeps."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self._combined(other, torch.bitwise_or, "unite")
+
+    def __invert__(self) -> "Masks":
+        """Keep what is pruned, prune what is kept."""
+        flipped = {name: packing.invert(packed, math.prod(self.shapes[name])) for name, packed in self._bits.items()}
+        return Masks.from_bits(flipped, self.shapes, granularity=self.granularity)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.shapes == other.shapes and all(torch.equal(self._bits[name], other._bits[name]) for name in self)
+
+    def checksum(self) -> str:
+        """SHA-256 of names, shapes and bits, in hexadecimal; the same on every machine and in any order of names."""
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            digest.update(f"{name}\0{self.shapes[name]}\0".encode())
+            digest.update(self._bits[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, for a checkpoint; the tensors are not copies."""
+        return {
+            "version": _STATE_VERSION,
+            "granularity": self.granularity,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "bits": dict(self._bits),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Masks":
+        """Masks from what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the state is of another version, or its bytes and shapes do not fit together.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the masks' state has version {state.get('version')!r}, this lrp-prune reads {_STATE_VERSION}"
+            )
+        return cls.from_bits(state["bits"], state["shapes"], granularity=state["granularity"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file with shapes and a format version; atomic."""
+        description = {
+            "granularity": self.granularity,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+        save_tensors(path, "masks", self._bits, description)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Masks":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged, of another kind, or of a newer version.
+        """
+        tensors, description = load_tensors(path, "masks")
+        if set(tensors) != set(description["shapes"]):
+            raise ValueError(f"{path} is damaged: its masks and their shapes have different names")
+        ordered = {name: tensors[name] for name in description["shapes"]}
+        return cls.from_bits(ordered, description["shapes"], granularity=description["granularity"])
+
+    def __repr__(self) -> str:
+        return (
+            f"Masks({len(self)} parameters, {self.num_pruned:,} of {self.num_entries:,} entries pruned "
+            f"({self.sparsity:.2%}), granularity {self.granularity!r})"
+        )

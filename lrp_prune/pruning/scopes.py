@@ -1,0 +1,134 @@
+"""What is compared with what: how a scope divides a parameter into groups of entries."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lrp_prune.names import matches
+
+SCOPES: tuple[str, ...] = ("global", "layer", "row", "column", "N:M")
+LAYOUTS: tuple[str, ...] = ("linear", "transposed", "stacked", "stacked_transposed", "convolution")
+
+
+class Structure(NamedTuple):
+    """N:M sparsity: of each ``size`` consecutive inputs of an output, ``kept`` are kept."""
+
+    kept: int
+    size: int
+
+
+def parse_scope(scope: str) -> str | Structure:
+    """A scope's name, or what ``"N:M"`` says.
+
+    Example:
+        >>> parse_scope("row"), parse_scope("2:4")
+        ('row', Structure(kept=2, size=4))
+    """
+    if scope in SCOPES[:-1]:
+        return scope
+    if isinstance(scope, str) and (match := re.fullmatch(r"(\d+):(\d+)", scope)):
+        structure = Structure(int(match[1]), int(match[2]))
+        if 0 < structure.kept <= structure.size:
+            return structure
+    raise ValueError(
+        f"scope must be 'global', 'layer', 'row', 'column' or 'N:M' with 0 < N <= M ('2:4', say), got {scope!r}"
+    )
+
+
+def number_to_prune(sparsity: float, entries: int) -> int:
+    """How many of ``entries`` a sparsity means: the nearest integer (to the even one from the middle), in every scope.
+
+    The same convention as :mod:`torch.nn.utils.prune`. Rounding down would turn 0.29 of 100 into 28.
+
+    Example:
+        >>> number_to_prune(0.5, 576), number_to_prune(0.29, 100), number_to_prune(0.5, 5)
+        (288, 29, 2)
+    """
+    return round(sparsity * entries)
+
+
+def check_sparsity(sparsity: float, what: str = "sparsity") -> float:
+    """Refuse what is no fraction in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ValueError(f"{what} must be a number in [0, 1), got {sparsity!r}")
+    return float(sparsity)
+
+
+def groups_by_pattern(names: list[str], sparsity: float | Mapping[str, float]) -> list[tuple[list[str], float]]:
+    """The names that are selected together, with their sparsity; a name belongs to the first pattern that matches it.
+
+    Raises:
+        ValueError: if a pattern matches no name, or a sparsity is out of range.
+
+    Example:
+        >>> groups_by_pattern(["a.weight", "b.weight", "c.weight"], {"a": 0.5, "[ab].weight": 0.7})
+        [(['a.weight'], 0.5), (['b.weight'], 0.7)]
+    """
+    if not isinstance(sparsity, Mapping):
+        return [(names, check_sparsity(sparsity))]
+    if not sparsity:
+        raise ValueError("sparsity has no pattern: give a number in [0, 1) or {pattern: number}")
+    groups: dict[str, list[str]] = {pattern: [] for pattern in sparsity}
+    for name in names:
+        pattern = next((pattern for pattern in sparsity if matches(name, [pattern])), None)
+        if pattern is not None:
+            groups[pattern].append(name)
+    for pattern, rate in sparsity.items():
+        check_sparsity(rate, f"sparsity[{pattern!r}]")
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"sparsity[{pattern!r}] matches no tensor of the relevance, which has {', '.join(names[:3])}, ..."
+            )
+        if not groups[pattern]:
+            raise ValueError(
+                f"sparsity[{pattern!r}] matches only tensors that earlier patterns took: put it before them"
+            )
+    return [(groups[pattern], float(rate)) for pattern, rate in sparsity.items()]
+
+
+def layout_of(shape: tuple[int, ...]) -> str:
+    """The layout that a shape suggests: 2 dimensions a linear layer, 3 stacked ones (experts), more a convolution."""
+    return {2: "linear", 3: "stacked"}.get(len(shape), "convolution") if len(shape) > 1 else "vector"
+
+
+def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> Tensor:
+    """A view whose first two dimensions number the groups and whose other dimensions are a group's entries.
+
+    | layout | shape | row | column | N:M along |
+    |---|---|---|---|---|
+    | ``linear`` | ``[out, in]`` | ``out`` | ``in`` | ``in`` |
+    | ``transposed`` (``Conv1D`` of GPT-2) | ``[in, out]`` | ``out`` | ``in`` | ``in`` |
+    | ``stacked`` (experts) | ``[stack, out, in]`` | ``stack, out`` | ``stack, in`` | ``in`` |
+    | ``stacked_transposed`` | ``[stack, in, out]`` | ``stack, out`` | ``stack, in`` | ``in`` |
+    | ``convolution`` | ``[out, in, *kernel]`` | ``out`` | ``in`` | ``in`` |
+    | ``vector`` | ``[n]`` | the whole | none | ``n`` |
+
+    Raises:
+        ValueError: if the tensor has too few dimensions for its layout or scope, or an input dimension that M does not
+        divide.
+    """
+    if tensor.dim() < 2:
+        if scope == "column":
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: scope 'column' needs matrices, exclude it or use 'layer'"
+            )
+        view = tensor.reshape(1, 1, -1)
+    else:
+        stacked = layout.startswith("stacked")
+        if tensor.dim() < 2 + stacked or (layout != "convolution" and tensor.dim() != 2 + stacked):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is not {layout}")
+        view = tensor if stacked else tensor.unsqueeze(0)
+        if layout.endswith("transposed"):
+            view = view.transpose(1, 2)
+        if scope == "column":
+            view = view.transpose(1, 2)
+    if isinstance(scope, Structure):
+        view = view.movedim(2, -1)
+        if view.shape[-1] % scope.size:
+            raise ValueError(
+                f"{name} has {view.shape[-1]} inputs, which {scope.size} does not divide: "
+                f"scope '{scope.kept}:{scope.size}' cannot be applied to it"
+            )
+    return view

@@ -1,0 +1,195 @@
+"""From relevance to masks: exactly the asked share of what is compared, the least relevant first."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+
+from lrp_prune.pruning import bits
+from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
+from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.rows import smallest_per_row
+from lrp_prune.pruning.scopes import Structure, as_rows, groups_by_pattern, layout_of, number_to_prune, parse_scope
+from lrp_prune.pruning.selection import smallest
+from lrp_prune.pruning.units import existing_units, expand_units
+
+if TYPE_CHECKING:
+    from lrp_prune.relevance import Relevance
+
+
+def select(
+    relevance: "Relevance",
+    sparsity: float | Mapping[str, float] = 0.5,
+    scope: str = "row",
+    ranking: str = "absolute",
+    normalize: str | None = None,
+    existing: Masks | None = None,
+) -> Masks:
+    r"""Mask the least relevant weights or units.
+
+    Of the :math:`n` entries of each comparison set exactly :math:`\mathrm{round}(s n)` are pruned: those with the
+    smallest :math:`|R|` (``"absolute"``) or :math:`R` (``"ascending"``, the most negative first), equal ones by
+    position. A set is what ``scope`` says; ``normalize`` matters where a set spans several tensors.
+
+    Args:
+        relevance: values of weights in their parameters' shapes, or of units ``[units]`` by group.
+        sparsity: total fraction to prune, in [0, 1); or ``{pattern: fraction}``: tensors of one pattern are selected
+            together, a tensor belongs to the first pattern that matches its name, and one that none matches gets no
+            mask.
+        scope: what is compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one
+            output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept). Units
+            are compared ``"global"`` or by ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
+            :data:`lrp_prune.pruning.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
+        ranking: ``"absolute"`` or ``"ascending"``.
+        normalize: divide each tensor by its ``"mean"``, ``"sum"`` or ``"max"`` of absolute values before comparing.
+        existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
+            selected here are taken over.
+
+    Returns:
+        Masks of the selected parameters, and of those in ``existing``.
+
+    Raises:
+        ValueError: if an argument is out of range, a pattern matches nothing, the scope cannot reach the sparsity or
+            does not fit the granularity or a shape, a value is infinite or NaN, or ``existing`` prunes more than asked
+            already.
+
+    Example:
+        >>> from lrp_prune.relevance import Relevance
+        >>> values = torch.tensor([[1.0, -3.0, 2.0, 0.0], [7.0, 8.0, -5.0, 6.0]])
+        >>> relevance = Relevance({"weight": values}, statistic="signed")
+        >>> select(relevance, sparsity=0.5)["weight"]
+        tensor([[False,  True,  True, False],
+                [ True,  True, False, False]])
+        >>> select(relevance, sparsity=0.5, scope="global")["weight"]
+        tensor([[False, False, False, False],
+                [ True,  True,  True,  True]])
+    """
+    parsed = parse_scope(scope)
+    if ranking not in RANKINGS:
+        raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
+    if not len(relevance):
+        raise ValueError("the relevance holds no tensor: was everything excluded?")
+    groups = groups_by_pattern(list(relevance), sparsity)
+    for _, rate in groups:
+        _check_reachable(parsed, rate)
+    if normalize is not None:
+        relevance = relevance.normalized(normalize)
+    if relevance.granularity == "weight":
+        shapes = {name: tuple(relevance.parameter_shapes[name]) for names, _ in groups for name in names}
+        _check_shapes(shapes, existing)
+        kept = {name: existing.bits(name) for name in shapes if name in existing} if existing is not None else {}
+        chosen = _select_weights(relevance, groups, parsed, ranking, shapes, kept)
+    else:
+        if parsed not in ("global", "layer"):
+            raise ValueError(
+                f"scope {scope!r} compares single weights, but the relevance is about {relevance.granularity}s: "
+                "use 'global' or 'layer'"
+            )
+        units = {name: (math.prod(relevance[name].shape),) for names, _ in groups for name in names}
+        _check_shapes(relevance.parameter_shapes, existing)
+        kept = existing_units(relevance, units, existing)
+        chosen = _select_weights(relevance, groups, parsed, ranking, units, kept)
+        shapes, chosen = expand_units(relevance, chosen, existing)
+    if existing is not None:
+        for name in existing:
+            if name not in chosen:
+                chosen[name], shapes[name] = existing.bits(name), existing.shapes[name]
+    return Masks.from_bits(chosen, shapes, granularity=relevance.granularity)
+
+
+def _check_reachable(scope: str | Structure, sparsity: float) -> None:
+    if isinstance(scope, Structure) and not math.isclose(sparsity, 1 - scope.kept / scope.size, abs_tol=1e-6):
+        raise ValueError(
+            f"sparsity {sparsity} is unreachable with scope '{scope.kept}:{scope.size}', which prunes exactly "
+            f"{1 - scope.kept / scope.size:.6g}: use sparsity={1 - scope.kept / scope.size:.6g} or another scope"
+        )
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], existing: Masks | None) -> None:
+    for name in existing or ():
+        if existing is not None and name in shapes and existing.shapes[name] != tuple(shapes[name]):
+            raise ValueError(
+                f"the existing mask of {name} has shape {existing.shapes[name]}, its relevance {tuple(shapes[name])}: "
+                "was it made for another model?"
+            )
+
+
+class _Named(Sequence[Tensor | LazyValues]):
+    """A relevance's tensors by number; each is computed when it is read, by chunks where it can be; none is held."""
+
+    def __init__(self, relevance: "Relevance", names: list[str]) -> None:
+        self.relevance, self.names = relevance, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | LazyValues: ...
+    @overload
+    def __getitem__(self, index: slice) -> "_Named": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | LazyValues | _Named":
+        if isinstance(index, slice):
+            return _Named(self.relevance, self.names[index])
+        name = self.names[index]
+        read = getattr(self.relevance, "read", None)
+        if read is None:
+            return self.relevance[name]
+        shape = self.relevance.parameter_shapes.get(name) if self.relevance.granularity == "weight" else None
+        entries = math.prod(self.relevance[name].shape if shape is None else shape)
+        return LazyValues(entries, partial(read, name))
+
+
+def _select_weights(
+    relevance: "Relevance",
+    groups: list[tuple[list[str], float]],
+    scope: str | Structure,
+    ranking: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    kept: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Packed masks of the selected tensors, in the relevance's order."""
+    found: dict[str, Tensor] = {}
+    layouts: Mapping[str, str] = getattr(relevance, "layouts", None) or {}
+    for names, rate in groups:
+        for together in [names] if scope == "global" else [[name] for name in names]:
+            if scope in ("global", "layer"):
+                k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
+                masks = smallest(
+                    _Named(relevance, together),
+                    k,
+                    ranking=ranking,
+                    kept=[kept.get(name) for name in together],
+                    names=together,
+                    dtype=torch.float32,
+                )
+                found.update(zip(together, masks, strict=True))
+            else:
+                (name,) = together
+                layout = layouts.get(name) or layout_of(shapes[name])
+                found[name] = _select_rows(relevance[name], rate, scope, layout, ranking, kept.get(name), name)
+    return {name: found[name] for name in relevance if name in found}
+
+
+def _select_rows(
+    values: Tensor, rate: float, scope: str | Structure, layout: str, ranking: str, kept: Tensor | None, name: str
+) -> Tensor:
+    """The packed mask of one tensor, selected group by group."""
+    view = as_rows(values, layout, scope, name)
+    result = torch.empty(values.shape, dtype=torch.bool)
+    result_view = as_rows(result, layout, scope, name)
+    kept_view = None if kept is None else as_rows(bits.unpack(kept, values.shape), layout, scope, name)
+    stack, rows = view.shape[:2]
+    entries = math.prod(view.shape[2:])
+    length = scope.size if isinstance(scope, Structure) else entries
+    k = scope.size - scope.kept if isinstance(scope, Structure) else number_to_prune(rate, entries)
+    step = max((CHUNK if values.device.type == "cpu" else DEVICE_CHUNK) // max(entries, 1), 1)
+    for number in range(stack):
+        for start in range(0, rows, step):
+            block = view[number, start : start + step]
+            old = None if kept_view is None else kept_view[number, start : start + step].reshape(-1, length)
+            chosen = smallest_per_row(block.reshape(-1, length), k, ranking=ranking, kept=old, name=name)
+            result_view[number, start : start + step] = chosen.reshape(block.shape).cpu()
+    return bits.pack(result)

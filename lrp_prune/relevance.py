@@ -1,0 +1,262 @@
+"""Relevance: named tensors together with what they mean, so that only what fits together is merged or compared."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrp_prune.storage import load_tensors, save_tensors
+
+Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
+Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token"]
+GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
+STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token")
+NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
+
+
+class Member(NamedTuple):
+    """Entries of one parameter that belong to the units of a group.
+
+    Unit ``u`` owns the indices ``[u * width, (u + 1) * width)`` along dimension ``dim`` of ``parameter``.
+    """
+
+    parameter: str
+    dim: int
+    width: int
+
+
+class Relevance(Mapping[str, Tensor]):
+    r"""Relevance of weights or units, averaged over reference samples.
+
+    Stored are additive sums over samples, so that batches and ranks add; reading gives
+    :math:`\bar R = s \, (\mathrm{sums} / n)^{1/p}` with the number of samples ``n``, ``p = 2`` for ``squared_token``
+    and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
+    ``signed``).
+
+    At weight granularity the keys are canonical parameter names and each tensor has its parameter's shape; at any
+    other the keys are groups of units and the tensors are ``[units]``, with ``members`` saying which entries of
+    which parameters each unit owns.
+
+    Args:
+        sums: the sums over samples, by name. Kept, not copied.
+        granularity: what a value is about.
+        statistic: how tokens and samples were reduced.
+        composite: the rules that propagated it.
+        num_samples: samples in ``sums``.
+        target: what was explained, in words.
+        model: the model's description; only relevance of the same model is merged.
+        members: the entries of each group's units.
+        parameter_shapes: shapes of all parameters that a mask made from this may touch.
+        unscored: parameters that were asked for, but that no relevance reached (queries and keys under CP-LRP,
+            say): unknown, not irrelevant, and never pruned.
+        layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
+            ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
+        derived: the values are no sums over samples any more (a difference); they are not merged.
+        scales: a factor for each tensor, from normalisation or multiplication.
+
+    Example:
+        >>> import torch
+        >>> relevance = Relevance({"weight": torch.tensor([[2.0, -4.0]])}, statistic="signed", num_samples=2)
+        >>> relevance["weight"]
+        tensor([[ 1., -2.]])
+        >>> (relevance + relevance).num_samples
+        4
+    """
+
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        *,
+        granularity: str = "weight",
+        statistic: str = "abs_token",
+        composite: str = "attnlrp",
+        num_samples: int = 1,
+        target: str = "",
+        model: str = "",
+        members: Mapping[str, tuple[Member, ...]] | None = None,
+        parameter_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        unscored: tuple[str, ...] = (),
+        layouts: Mapping[str, str] | None = None,
+        derived: bool = False,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self._sums = dict(sums)
+        self._scales = dict(scales or {})
+        self.granularity = granularity
+        self.statistic = statistic
+        self.composite = composite
+        self.num_samples = num_samples
+        self.target = target
+        self.model = model
+        self.members = {name: tuple(Member(*member) for member in entries) for name, entries in (members or {}).items()}
+        self.parameter_shapes = {name: tuple(shape) for name, shape in (parameter_shapes or {}).items()}
+        if granularity == "weight" and not self.parameter_shapes:
+            self.parameter_shapes = {name: tuple(tensor.shape) for name, tensor in self._sums.items()}
+        self.unscored = tuple(unscored)
+        self.layouts = dict(layouts or {})
+        self.derived = derived
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values(name, self._sums[name])
+
+    def read(self, name: str, index: slice) -> Tensor:
+        """The values of a slice of the flattened tensor: selection goes through large tensors in pieces."""
+        return self._values(name, self._sums[name].reshape(-1)[index])
+
+    def _values(self, name: str, sums: Tensor) -> Tensor:
+        values = sums.to(torch.float32)
+        if not self.derived:
+            if self.num_samples > 1:
+                values = values / self.num_samples
+            if self.statistic in ("squared_token", "input_norm"):
+                values = values.sqrt()
+        scale = self._scales.get(name, 1.0)
+        return values if scale == 1.0 else values * scale
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __repr__(self) -> str:
+        return (
+            f"Relevance({len(self)} tensors of {sum(tensor.numel() for tensor in self._sums.values()):,} {self.granularity} "
+            f"values, {self.composite} {self.statistic}, {self.num_samples} samples)"
+        )
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "granularity": self.granularity,
+            "statistic": self.statistic,
+            "composite": self.composite,
+            "num_samples": self.num_samples,
+            "target": self.target,
+            "model": self.model,
+            "members": {name: [list(member) for member in entries] for name, entries in self.members.items()},
+            "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
+            "unscored": list(self.unscored),
+            "layouts": self.layouts,
+            "derived": self.derived,
+            "scales": self._scales,
+        }
+
+    def _replace(self, sums: Mapping[str, Tensor], **changes: Any) -> "Relevance":
+        description = {**self._description(), **changes}
+        description["members"] = self.members
+        description["unscored"] = tuple(description["unscored"])
+        return Relevance(sums, **description)
+
+    def _check_same_entries(self, other: "Relevance", action: str) -> None:
+        if self.granularity != other.granularity:
+            raise ValueError(f"cannot {action} relevance of {self.granularity}s and of {other.granularity}s")
+        difference = sorted(set(self) ^ set(other))
+        if difference:
+            raise ValueError(
+                f"cannot {action} relevance of different tensors: {difference[0]!r} is in one of them only"
+            )
+        for name in self:
+            if self._sums[name].shape != other._sums[name].shape:
+                raise ValueError(
+                    f"cannot {action} {name!r}: shapes {tuple(self._sums[name].shape)} and {tuple(other._sums[name].shape)}"
+                )
+
+    def __add__(self, other: "Relevance") -> "Relevance":
+        """Merge two sets of reference samples: as if collected in one run.
+
+        Raises:
+            ValueError: if they differ in granularity, statistic, composite, target, model or tensors, or if one of
+                them is normalised or a difference.
+        """
+        if not isinstance(other, Relevance):
+            return NotImplemented
+        for what in ("statistic", "composite", "target", "model"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise ValueError(f"cannot merge relevance with {what} {mine!r} and {theirs!r}")
+        if self.derived or other.derived or self._scales or other._scales:
+            raise ValueError("cannot merge normalised, scaled or subtracted relevance: merge first, normalise then")
+        # A tensor that only some batches reach (a mixture's expert) is in one of the two: absent means a sum of zero.
+        if (set(self) | set(self.unscored)) == (set(other) | set(other.unscored)):
+            names = [name for name in (*self, *other) if name in self or name in other]
+            sums = {name: self._sum_or_zero(name, other) for name in dict.fromkeys(names)}
+            unscored = tuple(name for name in self.unscored if name not in sums)
+        else:
+            self._check_same_entries(other, "merge")
+            raise AssertionError("unreachable: different tensors were refused")
+        return self._replace(sums, num_samples=self.num_samples + other.num_samples, unscored=unscored)
+
+    def _sum_or_zero(self, name: str, other: "Relevance") -> Tensor:
+        mine, theirs = self._sums.get(name), other._sums.get(name)
+        if mine is None or theirs is None:
+            present = mine if mine is not None else theirs
+            assert present is not None
+            return present.clone()
+        return mine + theirs.to(mine.device)
+
+    def __sub__(self, other: "Relevance") -> "Relevance":
+        """The difference of the two values, as in contrastive relevance (SparC3, eq. 7)."""
+        if not isinstance(other, Relevance):
+            return NotImplemented
+        self._check_same_entries(other, "subtract")
+        values = {name: self[name] - other[name].to(self[name].device) for name in self}
+        samples = self.num_samples + other.num_samples
+        return self._replace(
+            values, num_samples=samples, derived=True, scales={}, target=f"{self.target} - {other.target}"
+        )
+
+    def __mul__(self, factor: float) -> "Relevance":
+        """Scale all values by a number."""
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        return self._replace(self._sums, scales={name: self._scales.get(name, 1.0) * factor for name in self})
+
+    __rmul__ = __mul__
+
+    def normalized(self, by: str = "mean") -> "Relevance":
+        """Divide each tensor by its mean, sum or maximum of absolute values; ``"total"``: all by their common sum.
+
+        LRP's scale drifts with depth (on a 30-layer model the mean relevance of a weight grew fivefold to
+        twentyfold from the first to the last layer), so a ranking across tensors needs this. A tensor of zeros stays.
+
+        Example:
+            >>> import torch
+            >>> Relevance({"weight": torch.tensor([1.0, 3.0])}).normalized()["weight"]
+            tensor([0.5000, 1.5000])
+        """
+        if by not in NORMALIZATIONS:
+            raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {by!r}")
+        sizes: dict[str, float] = {}
+        for name in self:
+            magnitude = self[name].abs_()
+            if by == "mean":
+                sizes[name] = float(magnitude.mean(dtype=torch.float64))
+            else:
+                sizes[name] = float(magnitude.max()) if by == "max" else float(magnitude.sum(dtype=torch.float64))
+        if by == "total":
+            sizes = dict.fromkeys(self, sum(sizes.values()))
+        scales = {name: self._scales.get(name, 1.0) / sizes[name] if sizes[name] else 1.0 for name in self}
+        return self._replace(self._sums, scales=scales)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, with its description; atomic."""
+        save_tensors(path, "relevance", self._sums, self._description())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Relevance":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged, of another kind, or of a newer version.
+        """
+        sums, description = load_tensors(path, "relevance")
+        description["members"] = {
+            name: tuple(Member(*member) for member in entries) for name, entries in description["members"].items()
+        }
+        return cls({name: sums[name] for name in sums}, **description)

@@ -1,0 +1,317 @@
+"""Relevance of weights against independent computations by hooks and autograd."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from small_models import CAUSAL, batch_for, build
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.relevance import STATISTICS, Relevance
+
+
+def _tokens(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Weight ``[out, in]``, activations and gradients ``[samples, tokens, .]`` of each linear layer, by plain autograd hooks."""
+    found: dict[str, list[Any]] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: Any, args: Any, output: Tensor) -> None:
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            found[f"{name}.weight"] = [weight.detach(), args[0].detach(), output]
+
+        return record
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and "lm_head" not in name
+    ]
+    logits = model(**batch, use_cache=False).logits
+    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    gradients = torch.autograd.grad(value, [entry[2] for entry in found.values()])
+    for handle in handles:
+        handle.remove()
+    samples, tokens = batch["input_ids"].shape  # some models flatten both into one dimension
+    return {
+        name: (entry[0], entry[1].reshape(samples, tokens, -1), d.reshape(samples, tokens, -1))
+        for (name, entry), d in zip(found.items(), gradients, strict=True)
+    }
+
+
+def _expected(statistic: str, weight: Tensor, a: Tensor, d: Tensor) -> Tensor:
+    by_token = weight * torch.einsum("bto,bti->btoi", d, a)
+    return {
+        "signed": by_token.sum((0, 1)),
+        "abs_sample": by_token.sum(1).abs().sum(0),
+        "abs_token": by_token.abs().sum((0, 1)),
+        "squared_token": by_token.square().sum((0, 1)),
+    }[statistic]
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
+    model, batch = build(name).double(), batch_for(name)
+    expected = _tokens(model, batch)
+    relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic=statistic)
+    assert set(relevance) == set(expected)
+    for weight_name, (weight, a, d) in expected.items():
+        value = _expected(statistic, weight, a, d) / 2
+        value = value.sqrt() if statistic == "squared_token" else value
+        value = value.T if name == "gpt2" else value
+        torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten()).double()
+    x, c = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
+    relevance = lrp_prune.attribute(model, [x], composite="gradient", statistic=statistic, target=lambda m, b: (m(b) * c).sum())
+    patches = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2)  # [samples, positions, 18]
+    weight = model[0].weight.detach()
+    d = c.reshape(3, 16).T.expand(2, 16, 3)
+    value = _expected(statistic, weight.flatten(1), patches, d).reshape(weight.shape) / 2
+    torch.testing.assert_close(relevance["0.weight"].double(), value.sqrt() if statistic == "squared_token" else value)
+
+
+def test_bfloat16_products_are_close_and_the_sums_are_float32() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    exact = lrp_prune.attribute(model, [batch], statistic="squared_token", matmul_dtype=None)
+    fast = lrp_prune.attribute(model, [batch], statistic="squared_token", matmul_dtype="bfloat16")
+    for name in exact:
+        assert fast[name].dtype == torch.float32
+        torch.testing.assert_close(fast[name], exact[name], rtol=0.03, atol=1e-3 * float(exact[name].max()))
+
+
+def test_weight_relevance_is_weight_times_the_gradient_of_the_same_graph() -> None:
+    """Signed AttnLRP relevance summed over a layer's weights is what arrives at its input, for a layer without bias."""
+    model, batch = build("llama", biases=False).double(), batch_for("llama")
+    relevance = lrp_prune.attribute(model, [batch], target="last_token", statistic="signed", matmul_dtype=None)
+    with lrp_prune.attributing(model, latent=["model.layers.0.mlp.down_proj"]) as propagation:
+        value = model(**batch, use_cache=False).logits[:, -1].amax(-1).sum()
+        latent = propagation.relevance(value)["model.layers.0.mlp.down_proj"]
+    torch.testing.assert_close(relevance["model.layers.0.mlp.down_proj.weight"].sum().double() * 2, latent.sum())
+
+
+def test_batches_add_up() -> None:
+    model, ids = build("llama"), torch.randint(3, 50, (6, 7))
+    options: dict[str, Any] = {"statistic": "squared_token", "matmul_dtype": None}
+    together = lrp_prune.attribute(model, [{"input_ids": ids}], **options)
+    apart = lrp_prune.attribute(model, [{"input_ids": part} for part in ids.split(2)], **options)
+    merged = lrp_prune.attribute(model, [{"input_ids": ids[:2]}], **options) + lrp_prune.attribute(
+        model, [{"input_ids": ids[2:]}], **options
+    )
+    assert together.num_samples == apart.num_samples == merged.num_samples == 6
+    for name in together:
+        torch.testing.assert_close(apart[name], together[name])
+        torch.testing.assert_close(merged[name], together[name])
+
+
+def test_collecting_twice_gives_the_same_bits() -> None:
+    model, batch = build("gpt2"), batch_for("gpt2")
+    first, second = (lrp_prune.attribute(model, [batch]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("name", "side"), list(itertools.product(["llama", "gpt2", "opt", "qwen2"], ["left", "right"])))
+def test_padding_changes_nothing(name: str, side: str) -> None:
+    model = build(name)
+    short, long = batch_for(name, 1, 5)["input_ids"], batch_for(name, 1, 9)["input_ids"]
+    pad = (4, 0) if side == "left" else (0, 4)
+    ids = torch.cat([torch.nn.functional.pad(short, pad, value=1), long])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(short), pad), torch.ones_like(long)])
+    for method in ("attnlrp", "gradient"):
+        options: dict[str, Any] = {"composite": method, "statistic": "abs_token", "matmul_dtype": None}
+        padded = lrp_prune.attribute(model, [{"input_ids": ids, "attention_mask": mask}], **options)
+        plain = lrp_prune.attribute(model, [{"input_ids": short}, {"input_ids": long}], **options)
+        for weight in plain:
+            torch.testing.assert_close(padded[weight], plain[weight], rtol=1e-3, atol=1e-5 * float(plain[weight].max()))
+    from lrp_prune.pruning import scorer
+
+    padded_norms, plain_norms = scorer("wanda", model), scorer("wanda", model)
+    padded_norms.update({"input_ids": ids, "attention_mask": mask})
+    for part in (short, long):
+        plain_norms.update({"input_ids": part})
+    one, two = padded_norms.compute(), plain_norms.compute()
+    for weight in one:
+        torch.testing.assert_close(one[weight], two[weight], rtol=1e-4, atol=1e-6)
+
+
+def test_positions_labelled_minus_100_are_not_explained() -> None:
+    model, ids = build("llama"), batch_for("llama", 1, 8)["input_ids"]
+    labels = ids.clone()
+    labels[:, 5:] = -100
+    cut = lrp_prune.attribute(model, [{"input_ids": ids[:, :5]}], matmul_dtype=None)
+    masked = lrp_prune.attribute(model, [{"input_ids": ids, "labels": labels}], matmul_dtype=None)
+    for name in cut:
+        torch.testing.assert_close(cut[name], masked[name], rtol=1e-4, atol=1e-8)
+
+
+def test_tied_weights_are_one_parameter_with_the_relevance_of_all_uses() -> None:
+    shared = nn.Linear(4, 4, bias=False)
+    tied = nn.Sequential(shared, nn.Tanh(), shared)
+    apart = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    for layer in (apart[0], apart[2]):
+        layer.weight.data.copy_(shared.weight.data)
+    x, target = torch.randn(3, 4), lambda model, batch: model(batch).sum()
+    one = lrp_prune.attribute(tied, [x], target=target, matmul_dtype=None)
+    two = lrp_prune.attribute(apart, [x], target=target, matmul_dtype=None)
+    assert list(one) == ["0.weight"]
+    torch.testing.assert_close(one["0.weight"], two["0.weight"] + two["2.weight"])
+
+
+def test_a_tied_output_embedding_is_left_out_unless_included() -> None:
+    config = tf.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, tie_word_embeddings=True
+    )
+    model, batch = tf.LlamaForCausalLM(config).eval(), batch_for("llama")
+    assert all("embed" not in name and "lm_head" not in name for name in lrp_prune.attribute(model, [batch]))
+    included = lrp_prune.attribute(model, [batch], include=["model.embed_tokens"], composite="gradient", statistic="signed", matmul_dtype=None)
+    logits = model(**batch, use_cache=False).logits
+    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    weight = model.model.embed_tokens.weight
+    (gradient,) = torch.autograd.grad(value, weight)
+    torch.testing.assert_close(included["model.embed_tokens.weight"] * 2, (weight * gradient).detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp"])
+def test_experts_are_scored_in_their_stack(composite: str) -> None:
+    model, batch = build("mixtral"), batch_for("mixtral", 3, 9)
+    relevance = lrp_prune.attribute(model, [batch], composite=composite)
+    stacked = {name: tensor for name, tensor in relevance.items() if tensor.dim() == 3}
+    assert stacked and all(tensor.shape[0] == 4 for tensor in stacked.values())
+    assert all((tensor.flatten(1).sum(1) > 0).sum() >= 2 for tensor in stacked.values())
+
+
+def test_expert_relevance_equals_the_gradient_times_the_weight() -> None:
+    model, batch = build("mixtral"), batch_for("mixtral", 3, 9)
+    relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic="signed", matmul_dtype=None)
+    logits = model(**batch, use_cache=False).logits
+    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    for name, parameter in model.named_parameters():
+        if name in relevance:
+            (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+            torch.testing.assert_close(relevance[name] * 3, (parameter * gradient).detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_queries_and_keys_are_unscored_under_cp_lrp_not_irrelevant() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    relevance = lrp_prune.attribute(model, [batch], composite="cp_lrp")
+    assert {name.split(".")[-2] for name in relevance.unscored} == {"q_proj", "k_proj", "gate_proj"}
+    assert not any("q_proj" in name for name in relevance)
+    assert "self_attn.q_proj" not in " ".join(lrp_prune.select(relevance, 0.5, scope="layer"))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_block_weight_of_every_architecture_is_scored(name: str) -> None:
+    model = build(name)
+    relevance = lrp_prune.attribute(model, [batch_for(name, 3, 9)])
+    expected = {n for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in ("embed", "wte", "wpe", "lm_head"))}
+    assert set(relevance) == expected and not relevance.unscored
+
+
+def test_relevance_is_saved_with_its_description(tmp_path: Path) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    for granularity in ("weight", "neuron", "head"):
+        relevance = lrp_prune.attribute(model, [batch], granularity=granularity, statistic="squared_token").normalized()
+        relevance.save(tmp_path / "relevance.safetensors")
+        loaded = Relevance.load(tmp_path / "relevance.safetensors")
+        assert list(loaded) == list(relevance)
+        assert loaded._description() == relevance._description()
+        assert loaded.members == relevance.members
+        assert all(torch.equal(loaded[name], relevance[name]) for name in relevance)
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "relevance.safetensors").read_bytes()[:200])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        Relevance.load(tmp_path / "broken.safetensors")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_only_what_fits_together_is_merged() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    signed = lrp_prune.attribute(model, [batch], statistic="signed")
+    absolute = lrp_prune.attribute(model, [batch], statistic="abs_token")
+    with pytest.raises(ValueError, match="statistic 'signed' and 'abs_token'"):
+        signed + absolute
+    with pytest.raises(ValueError, match="normalised"):
+        signed + signed.normalized()
+    with pytest.raises(ValueError, match="model"):
+        signed + lrp_prune.attribute(build("mistral"), [batch], statistic="signed", target="next_token")
+    with pytest.raises(ValueError, match="weights and of heads"):
+        signed - lrp_prune.attribute(model, [batch], statistic="signed", granularity="head")
+    difference = signed - 2.0 * signed
+    assert all(torch.allclose(difference[name], -signed[name]) for name in signed)
+
+
+@pytest.mark.parametrize("by", ["mean", "sum", "max", "total"])
+def test_normalisation_scales_tensors_not_orders(by: str) -> None:
+    relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")])
+    normalized = relevance.normalized(by)
+    measure = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}.get(by)
+    if measure is not None:
+        assert all(torch.isclose(measure(tensor.abs()), torch.tensor(1.0), rtol=1e-3) for tensor in normalized.values())
+    else:
+        assert sum(float(tensor.abs().sum()) for tensor in normalized.values()) == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(ValueError, match="normalize must be one of"):
+        relevance.normalized("median")
+
+
+def test_clear_errors_before_anything_is_scored() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    with pytest.raises(ValueError, match=r"pattern '\*\.fc1' matches no parameter"):
+        lrp_prune.attribute(model, [batch], include=["*.fc1"])
+    with pytest.raises(ValueError, match="statistic must be one of"):
+        lrp_prune.attribute(model, [batch], statistic="squared")
+    with pytest.raises(ValueError, match="granularity must be one of"):
+        lrp_prune.attribute(model, [batch], granularity="neurons")
+    with pytest.raises(ValueError, match="no batch was seen"):
+        lrp_prune.attribute(model, [])
+    with pytest.raises(ValueError, match="no weight to score"):
+        lrp_prune.attribute(model.requires_grad_(False), [batch], trainable_only=True)
+    poisoned = build("llama")
+    poisoned.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        lrp_prune.attribute(poisoned, [batch])
+    quantized = build("llama")
+    layer = quantized.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(torch.ones(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj.weight is quantized \(torch.int8\)"):
+        lrp_prune.attribute(quantized, [batch])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_first_tokens_can_be_left_out_of_the_statistics(name: str) -> None:
+    model, batch = build(name).double(), batch_for(name)
+    relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic="squared_token", skip_first=1)
+    for weight_name, (weight, a, d) in _tokens(model, batch).items():
+        value = (_expected("squared_token", weight, a[:, 1:], d[:, 1:]) / 2).sqrt()
+        torch.testing.assert_close(relevance[weight_name].double(), value.T if name == "gpt2" else value, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match="skip_first must be 0 or more, got -1"):
+        lrp_prune.attribute(model, [batch], skip_first=-1)
+
+
+def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
+    from lrp_prune.pruning import scorer
+
+    model, batch = build("llama"), batch_for("llama")
+    wanda = scorer("wanda", model)
+    wanda.update(batch)
+    scores = wanda.compute()
+    for name, (weight, a, _) in _tokens(model, batch).items():
+        torch.testing.assert_close(scores[name], weight.abs() * (a.square().sum((0, 1)) / 2).sqrt(), rtol=1e-4, atol=1e-7)
+
+
+def test_rows_are_those_of_the_layer_also_where_the_weight_is_transposed() -> None:
+    model, batch = build("gpt2"), batch_for("gpt2")
+    masks = lrp_prune.select(lrp_prune.attribute(model, [batch]), 0.5, scope="row")
+    kept = masks["transformer.h.0.mlp.c_fc.weight"]  # [in, out]
+    assert (kept.sum(0) == 16).all() and not (kept.sum(1) == 64).all()
+
+
+def test_values_are_read_in_pieces() -> None:
+    relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")], statistic="squared_token").normalized()
+    for name, tensor in relevance.items():
+        assert torch.equal(relevance.read(name, slice(5, 40)), tensor.flatten()[5:40])

@@ -1,0 +1,137 @@
+"""What is explained, and what is run."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from small_models import batch_for, build, forward
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.attribution import ClassLogit, LastToken, LogitDifference, NextToken
+from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.targets import Inferred, describe, target_of
+
+
+def test_next_token_is_the_log_probability_of_the_text() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    output = model(**batch, labels=batch["input_ids"])
+    expected = -output.loss * batch["input_ids"][:, 1:].numel()
+    torch.testing.assert_close(NextToken()(model, batch), expected)
+
+
+def test_last_token_is_the_last_attended_one() -> None:
+    model, ids = build("llama"), batch_for("llama")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    value = LastToken()(model, {"input_ids": ids, "attention_mask": mask})
+    torch.testing.assert_close(value, logits[0, 3].amax() + logits[1, -1].amax())
+
+
+def test_class_is_the_true_classs_logit() -> None:
+    model = nn.Linear(4, 3)
+    x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+    expected = model(x)[torch.arange(5), y].sum()
+    torch.testing.assert_close(ClassLogit()(model, (x, y)), expected)
+    with pytest.raises(ValueError, match="integer labels"):
+        ClassLogit()(model, (x, torch.randn(5)))
+
+
+def test_logit_difference_by_ids_and_by_entries_of_the_batch() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    logits = forward(model, batch)
+    torch.testing.assert_close(LogitDifference(5, [7, 9])(model, batch), (logits[:, 5] - logits[:, [7, 9]].mean(1)).sum())
+    batch = {**batch, "answer": torch.tensor([3, 4]), "wrong": torch.tensor([[1, 2], [5, 6]])}
+    expected = logits[0, 3] - logits[0, [1, 2]].mean() + logits[1, 4] - logits[1, [5, 6]].mean()
+    torch.testing.assert_close(LogitDifference("answer", "wrong")(model, batch), expected)
+    with pytest.raises(ValueError, match="no entry 'answers'"):
+        LogitDifference("answers", 1)(model, batch)
+    with pytest.raises(ValueError, match="3 token ids for 2 samples"):
+        LogitDifference(torch.tensor([1, 2, 3]), 1)(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "chosen"),
+    [
+        ("llama", {}, "next_token"),
+        ("llama", {"labels": "ids"}, "next_token"),
+        ("bert", {"labels": torch.tensor([0, 1])}, "class"),
+        ("vit", {"labels": torch.tensor([0, 1])}, "class"),
+    ],
+)
+def test_the_target_is_inferred(name: str, extra: dict[str, Any], chosen: str) -> None:
+    batch: dict[str, Any] = batch_for(name)
+    batch |= {key: batch["input_ids"] if isinstance(value, str) else value for key, value in extra.items()}
+    assert lrp_prune.attribute(build(name), [batch]).target == chosen
+
+
+def test_a_target_that_cannot_be_inferred_says_what_to_pass() -> None:
+    with pytest.raises(ValueError, match="cannot be inferred for BertForSequenceClassification.*pass target="):
+        lrp_prune.attribute(build("bert"), [batch_for("bert")])
+    with pytest.raises(ValueError, match="target must be one of"):
+        target_of("logit")
+    with pytest.raises(ValueError, match="no labelled, unpadded token"):
+        NextToken()(build("llama"), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)})
+    assert isinstance(target_of(None), Inferred) and describe(LastToken()) == "last_token"
+
+
+class _Base(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build("llama")
+
+
+class OnlyChild(_Base):
+    pass
+
+
+class OwnForward(_Base):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+class OwnTarget(_Base):
+    def relevance_target(self, batch: dict[str, Tensor]) -> Tensor:
+        return forward(self.model, batch).amax(-1).sum()
+
+
+class TwoModels(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def test_lightning_modules_are_run_by_what_they_define() -> None:
+    batch = batch_for("llama")
+    child, own, target = OnlyChild(), OwnForward(), OwnTarget()
+    bare = lrp_prune.attribute(child.model, [batch], target="last_token", matmul_dtype=None)
+    assert subject_of(child).module is child.model
+    by_child = lrp_prune.attribute(child, [batch], target="last_token", matmul_dtype=None)
+    assert list(by_child) == list(bare)
+    by_forward = lrp_prune.attribute(own, [batch], target="last_token", matmul_dtype=None)
+    by_target = lrp_prune.attribute(target, [batch], matmul_dtype=None)
+    for name in bare:
+        for other in (by_child[name], by_forward[f"model.{name}"], by_target[f"model.{name}"]):
+            torch.testing.assert_close(other, bare[name])
+    with pytest.raises(ValueError, match=r"TwoModels does not say what to run.*relevance_target"):
+        subject_of(TwoModels())
+
+
+def test_masks_of_a_lightning_module_fit_the_bare_model_and_back() -> None:
+    own, batch = OwnForward(), batch_for("llama")
+    masks = lrp_prune.select(lrp_prune.attribute(own, [batch], target="last_token"), sparsity=0.5)
+    bare = build("llama")
+    masks.apply_(bare)
+    masks.apply_(own)
+    for (_, one), (_, two) in zip(bare.named_parameters(), own.model.named_parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_unfitting_batch_is_named() -> None:
+    with pytest.raises(ValueError, match="no entry fits"):
+        lrp_prune.attribute(build("vit"), [{"picture": torch.randn(1, 3, 16, 16), "labels": torch.tensor([1])}], target="class")
+    with pytest.raises(ValueError, match="holds no tensor"):
+        lrp_prune.attribute(nn.Linear(2, 2), ["text"])

@@ -1,0 +1,98 @@
+"""Tiny models with random weights of the architectures that transformers ships, and batches for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+VOCABULARY = 50
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+}
+_BERT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def _causal(name: str, **config: Any) -> Callable[..., nn.Module]:
+    def build(**attention: Any) -> nn.Module:
+        configuration = getattr(tf, f"{name}Config", None) or getattr(tf, f"{name}TextConfig")
+        model: nn.Module = getattr(tf, f"{name}ForCausalLM")(configuration(**{**config, **attention}))
+        return model
+
+    return build
+
+
+CAUSAL: dict[str, Callable[..., nn.Module]] = {
+    "llama": _causal("Llama", **_LLAMA),
+    "mistral": _causal("Mistral", **_LLAMA, head_dim=8),
+    "qwen2": _causal("Qwen2", **_LLAMA),
+    "qwen3": _causal("Qwen3", **_LLAMA, head_dim=8),
+    "gemma": _causal("Gemma", **_LLAMA, head_dim=8),
+    "phi3": _causal("Phi3", **_LLAMA, pad_token_id=0, eos_token_id=1, bos_token_id=1),
+    "mixtral": _causal("Mixtral", **_LLAMA, num_local_experts=4),
+    "opt": _causal(
+        "OPT",
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        word_embed_proj_dim=32,
+    ),
+    "gpt2": lambda **attention: tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1, **attention)
+    ),
+}
+OTHERS: dict[str, Callable[..., nn.Module]] = {
+    "bert": lambda **attention: tf.BertForSequenceClassification(tf.BertConfig(**_BERT, vocab_size=VOCABULARY, **attention)),
+    "vit": lambda **attention: tf.ViTForImageClassification(tf.ViTConfig(**_BERT, image_size=16, patch_size=4, **attention)),
+}
+ARCHITECTURES = {**CAUSAL, **OTHERS}
+NO_CHOICE: dict[str, Callable[..., nn.Module]] = {
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+    ),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)),
+    "resnet": lambda: tf.ResNetForImageClassification(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
+}
+"""Models whose attention implementation is not chosen here."""
+
+
+def build(name: str, attention: str | None = "sdpa", biases: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model in evaluation mode; without biases all of them are zero, so that nothing absorbs relevance."""
+    torch.manual_seed(0)
+    model = NO_CHOICE[name]() if name in NO_CHOICE else ARCHITECTURES[name](attn_implementation=attention)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter) if biases else torch.zeros_like(parameter))
+    return model.eval().to(dtype)
+
+
+def batch_for(name: str, samples: int = 2, tokens: int = 7, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs for the model of that name, without labels."""
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=generator, dtype=dtype)}
+    if name == "resnet":
+        return {"pixel_values": torch.randn(samples, 3, 32, 32, generator=generator, dtype=dtype)}
+    ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator)
+    return {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits ``[batch, classes]``: of a classifier, or at the last token."""
+    caches = hasattr(model.config, "use_cache")  # type: ignore[union-attr]
+    logits: Tensor = model(**batch, **({"use_cache": False} if caches else {})).logits
+    return logits[:, -1] if logits.dim() == 3 else logits
