@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks._checks import check_collection
+from lrp_prune.callbacks._distributed import merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
 
@@ -94,23 +95,37 @@ class Collection:
         if self.max_batches is None or self._taken < self.max_batches:
             self._update(batch)
 
-    def finish(self) -> "Relevance":
-        """End the collection and return what it collected.
+    def finish(self, trainer: Trainer) -> "Relevance":
+        """End the collection and return what all processes together collected.
 
         Raises:
             MisconfigurationException: there was no batch.
-            RuntimeError: the relevance is not finite.
+            FloatingPointError: the relevance is not finite.
         """
+        relevance, failure = None, None
         try:
-            if self._taken == 0 and self.needs_data:
+            if self._taken == 0 and self.needs_data and trainer.world_size == 1:
                 raise MisconfigurationException(
                     f"no batch reached method={self.method!r}: validation loader {self.dataloader} is empty or does "
                     "not exist; choose another by dataloader=, or pass reference= with batches"
                 )
-            with torch.inference_mode(False), _misconfiguration():
-                return cast("Relevance", self._scorer.compute())
+            if self._taken or not self.needs_data:
+                with torch.inference_mode(False), _misconfiguration():
+                    relevance = cast("Relevance", self._scorer.compute())
+        except Exception as error:  # the other processes have to hear of it before it is raised
+            failure = error
         finally:
             self.abandon()
+        if trainer.world_size > 1 and not self._same_everywhere:
+            return merged(trainer, relevance, failure)
+        if failure is not None or relevance is None:
+            raise failure or RuntimeError("nothing was collected")
+        return relevance
+
+    @property
+    def _same_everywhere(self) -> bool:
+        """Whether each process scores by itself what all others score: without data, or by the same reference data."""
+        return self.reference is not None or not self.needs_data
 
     def abandon(self) -> None:
         """Forget the collection under way, if there is one."""
@@ -131,7 +146,7 @@ class Collection:
         except BaseException:
             self.abandon()
             raise
-        return self.finish()
+        return self.finish(trainer)
 
     def _go_through(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reference is not None:

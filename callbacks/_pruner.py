@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._averages import averaged_models
+from lrp_prune.callbacks._distributed import check_equal
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import group_sparsities
 from lrp_prune.pruning import Masks, select
@@ -69,7 +70,12 @@ class Pruner:
             self._keeper.attach(trainer.optimizers)
 
     def apply(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
-        """Prune by these masks and count the round."""
+        """Prune by these masks and count the round.
+
+        Raises:
+            RuntimeError: the processes of the run have different masks; no weight has changed.
+        """
+        check_equal(trainer, masks)
         if self._keeper is None:
             self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
         else:

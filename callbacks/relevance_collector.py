@@ -138,7 +138,7 @@ class RelevanceCollector(Callback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._collection.active:
-            self._relevance = self._collection.finish()
+            self._relevance = self._collection.finish(trainer)
         elif self._collects(trainer):
             self._relevance = self._collection.run(trainer, pl_module)
 

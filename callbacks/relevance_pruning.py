@@ -216,7 +216,7 @@ class RelevancePruning(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._collection.active:
-            relevance = self._collection.finish()
+            relevance = self._collection.finish(trainer)
             state = self._pruner.state
             state.pending = self._pruner.select(relevance)
             state.pending_epoch, state.pending_samples = trainer.current_epoch, relevance.num_samples

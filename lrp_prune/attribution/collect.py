@@ -100,7 +100,8 @@ class RelevanceAccumulator:
                 continue
             if not bool(torch.isfinite(gradient).all()):
                 raise FloatingPointError(
-                    f"relevance is not finite at {root.name!r} after {self.num_samples} good samples: check the batch and the precision"
+                    f"relevance is not finite at {root.name!r} after {self.num_samples} good samples: "
+                    "check the batch and the precision"
                 )
             self._table.add_root(root, gradient)
         self.num_samples += self._table.batch.samples

@@ -48,7 +48,9 @@ class Composite:
     def __post_init__(self) -> None:
         for kind, rule in self.rules.items():
             if kind not in KINDS:
-                raise ValueError(f"composite {self.name!r}: unknown kind of operation {kind!r}, expected one of {KINDS}")
+                raise ValueError(
+                    f"composite {self.name!r}: unknown kind of operation {kind!r}, expected one of {KINDS}"
+                )
             if isinstance(rule, str) and rule not in RULES:
                 raise ValueError(f"composite {self.name!r}: unknown rule {rule!r}, expected one of {tuple(RULES)}")
         object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
@@ -61,7 +63,12 @@ class Composite:
         return RULES[chosen] if isinstance(chosen, str) else chosen
 
 
-_COMMON = {"activation": "identity", "normalization": "constant_statistic", "statistic": "stop", "division": "stop_denominator"}
+_COMMON = {
+    "activation": "identity",
+    "normalization": "constant_statistic",
+    "statistic": "stop",
+    "division": "stop_denominator",
+}
 
 COMPOSITES: dict[str, Composite] = {
     composite.name: composite
@@ -69,7 +76,13 @@ COMPOSITES: dict[str, Composite] = {
         Composite("attnlrp", {**_COMMON, "product": "uniform", "matmul": "uniform", "attention": "attention_uniform"}),
         Composite(
             "cp_lrp",
-            {**_COMMON, "product": "stop_gate", "matmul": "uniform", "softmax": "stop", "attention": "attention_to_values"},
+            {
+                **_COMMON,
+                "product": "stop_gate",
+                "matmul": "uniform",
+                "softmax": "stop",
+                "attention": "attention_to_values",
+            },
         ),
         Composite("gradient"),
     )

@@ -124,9 +124,10 @@ class PropagationMode(TorchFunctionMode):
         self._finish(func, operation.kind, call.operands() if registered is None else [], result, ruled=True)
         return result
 
-    def _look_inside(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         copy = self._copies.get(func)
         if copy is None:
+            assert isinstance(func, FunctionType)
             copy = self._copies[func] = _unchecked(func, self._namespaces)
         self._inside.append(func)
         try:
@@ -176,7 +177,7 @@ class PropagationMode(TorchFunctionMode):
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "__set__" or not args and not kwargs:
+        if name == "__set__" or (not args and not kwargs):
             return func(*args, **kwargs)
         if name == "__get__":
             result = func(*args, **kwargs)
@@ -193,14 +194,19 @@ class PropagationMode(TorchFunctionMode):
             if origin is not None:
                 mark(result, derive(origin, source, result, elementwise=False))
             return result
-        args, kwargs, source = self._without_parameters(args, kwargs)
+        args, kwargs, constant = self._without_parameters(args, kwargs)
         result = func(*args, **kwargs)
-        if source is not None:
-            origin = marked(source)
+        if constant is not None:
+            origin = marked(constant)
             elementwise = name in tags.ELEMENTWISE_COPIES
             for entry in result if isinstance(result, tuple | list) else (result,):
-                if origin is not None and isinstance(entry, Tensor) and entry.is_floating_point() and not entry.requires_grad:
-                    mark(entry, derive(origin, source, entry, elementwise))
+                if (
+                    origin is not None
+                    and isinstance(entry, Tensor)
+                    and entry.is_floating_point()
+                    and not entry.requires_grad
+                ):
+                    mark(entry, derive(origin, constant, entry, elementwise))
         self._finish(func, "plain", [args[0]] if args else [], result, ruled=False)
         return result
 

@@ -25,6 +25,7 @@ def is_activation_module(module: nn.Module) -> bool:
     required = [
         parameter
         for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return len(required) == 1 and all(parameter.dim() <= 1 for parameter in module.parameters())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.roots import Root
-from lrp_prune.attribution.statistics import InputNorm, RowStatistic, BatchLayout, UnitStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import BatchLayout, InputNorm, RowStatistic, UnitStatistic, WeightStatistic
 from lrp_prune.attribution.uses import Observer, Use
 from lrp_prune.names import matches, named_parameters, unwrap
 from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
@@ -28,7 +28,9 @@ def scored_parameters(
     parameters = named_parameters(model)
     for pattern in (*(include or ()), *(exclude or ())):
         if not any(matches(name, [pattern]) for name in parameters):
-            raise ValueError(f"pattern {pattern!r} matches no parameter; there are {', '.join(list(parameters)[:4])}, ...")
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter; there are {', '.join(list(parameters)[:4])}, ..."
+            )
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     outputs = _output_embeddings(model)
     chosen: dict[str, nn.Parameter] = {}
@@ -45,9 +47,13 @@ def scored_parameters(
             chosen[name] = parameter
     quantized = [name for name, parameter in parameters.items() if not parameter.is_floating_point()]
     if quantized and any(matches(name, include) if include else True for name in quantized):
-        raise ValueError(f"{quantized[0]} is quantized ({parameters[quantized[0]].dtype}): load the model in a floating-point type")
+        raise ValueError(
+            f"{quantized[0]} is quantized ({parameters[quantized[0]].dtype}): load the model in a floating-point type"
+        )
     if not chosen:
-        why = "none requires grad" if trainable_only and include is None else f"include={include!r}, exclude={exclude!r}"
+        why = (
+            "none requires grad" if trainable_only and include is None else f"include={include!r}, exclude={exclude!r}"
+        )
         raise ValueError(f"{type(model).__name__} has no weight to score: {why}")
     return chosen
 
@@ -145,7 +151,11 @@ class ObserverTable:
         channels = int(use.weight.shape[use.form.in_axis])
         heads = tag.head_width is not None and channels % tag.head_width == 0
         wanted = {"head": heads, "neuron": bool(tag.units), "block": heads or bool(tag.units)}[self._granularity]
-        if not wanted or dim is None or not (name in self.parameters or any(entry[0] in self.parameters for entry in tag.producers)):
+        if (
+            not wanted
+            or dim is None
+            or not (name in self.parameters or any(entry[0] in self.parameters for entry in tag.producers))
+        ):
             return []
         group = name.removesuffix(".weight")
         known = self._statistics.get(group)
@@ -202,7 +212,9 @@ class ObserverTable:
             if values is None:
                 continue
             if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
-                raise FloatingPointError(f"the relevance of {name!r} is not finite: check the batches and the precision")
+                raise FloatingPointError(
+                    f"the relevance of {name!r} is not finite: check the batches and the precision"
+                )
             sums[name] = values
         if not sums:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.backends import traceable_attention
 from lrp_prune.attribution.composites import Composite, composite_of
-from lrp_prune.attribution.functional import IdentityRule
+from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.roots import Root, Roots
@@ -67,11 +67,17 @@ class Propagation:
     def gradients(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Run the backward pass under the rules, so that recomputed (checkpointed) layers see them as well."""
         if not isinstance(target, Tensor) or target.numel() != 1:
-            raise ValueError(f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time")
+            raise ValueError(
+                f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
+            )
         if not tensors or not target.requires_grad:
-            raise ValueError("the target does not depend on a forward of the model inside this context: call the model in it")
+            raise ValueError(
+                "the target does not depend on a forward of the model inside this context: call the model in it"
+            )
         if not bool(torch.isfinite(target.detach())):
-            raise FloatingPointError(f"the explained value is {target.item()}: the model's output is not finite on this batch")
+            raise FloatingPointError(
+                f"the explained value is {target.item()}: the model's output is not finite on this batch"
+            )
         mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
         mode.audit = None
         try:
@@ -144,7 +150,9 @@ def propagating(
     wanted = [name for name in modules if name and _matching(name, latent)]
     for pattern in latent or ():
         if not any(_matching(name, [pattern]) for name in modules):
-            raise ValueError(f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ...")
+            raise ValueError(
+                f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
+            )
     roots = Roots()
     lrp = any(composite.rules.values())
     audit = Audit() if lrp and unruled != "ignore" else None
@@ -220,7 +228,9 @@ def _guard(
         converted = tuple(
             arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in zip(named, args, strict=True)
         )
-        return converted, {name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()}
+        return converted, {
+            name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()
+        }
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if calls:
@@ -255,7 +265,9 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not propagation._roots.recording:
             return None
-        entries = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+        entries = (
+            output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+        )
         tensor = next(iter(entries), None)
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
@@ -275,19 +287,24 @@ def _whole(module: nn.Module, mode: PropagationMode) -> Iterator[None]:
     original, own = module.forward, "forward" in module.__dict__
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not mode.is_acting or len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not args[0].requires_grad:
+        if (
+            not mode.is_acting
+            or len(args) != 1
+            or kwargs
+            or not isinstance(args[0], Tensor)
+            or not args[0].requires_grad
+        ):
             return original(*args, **kwargs)
         with mode.acting(False):
-            result = IdentityRule.apply(args[0], original)
+            result = identity_rule(args[0], original)
         mode.rule_applied(module, args[0], result)
         return result
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own:
-            module.forward = original  # type: ignore[method-assign]
+            module.forward = original
         else:
             del module.forward
-

@@ -77,7 +77,9 @@ class Roots:
             self._record(Root(name, leaf))
             return leaf.clone()
         if isinstance(value, Mapping) and type(value).__module__ != "transformers.cache_utils":
-            converted = {key: self.inputs(entry, f"{name}.{key}" if name else str(key), adopt) for key, entry in value.items()}
+            converted = {
+                key: self.inputs(entry, f"{name}.{key}" if name else str(key), adopt) for key, entry in value.items()
+            }
             return converted if type(value) is dict else _rebuilt(value, converted)
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             entries = [self.inputs(entry, f"{name}.{index}", adopt) for index, entry in enumerate(value)]

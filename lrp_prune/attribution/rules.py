@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.functional import ConstantStatistic, IdentityRule, ScaledGradient
+from lrp_prune.attribution import functional
 from lrp_prune.attribution.operations import Operation
 from lrp_prune.attribution.tags import is_gate
 
@@ -83,7 +83,7 @@ def identity(call: Call) -> Any:
         result: Tensor = call.with_operands([value, *(detached(other) for other in rest)]).run()
         return result
 
-    return IdentityRule.apply(x, function)
+    return functional.identity_rule(x, function)
 
 
 def uniform(call: Call) -> Any:
@@ -93,7 +93,7 @@ def uniform(call: Call) -> Any:
     if len(active) < 2:
         return call.run()
     for index in active:
-        values[index] = ScaledGradient.apply(values[index], 1 / len(active))
+        values[index] = functional.scaled_gradient(values[index], 1 / len(active))
     return call.with_operands(values).run()
 
 
@@ -121,7 +121,7 @@ def attention_uniform(call: Call) -> Any:
     """Scaled dot-product attention as two halved products (AttnLRP, prop. 3.3): q and k by 1/4, a learned bias and v by 1/2."""
 
     def scaled(value: Any, factor: float) -> Any:
-        return ScaledGradient.apply(value, factor) if is_activation(value) else value
+        return functional.scaled_gradient(value, factor) if is_activation(value) else value
 
     operands = [scaled(value, factor) for value, factor in zip(call.operands(), (0.25, 0.25, 0.5), strict=True)]
     return _attention(call, operands, lambda bias: scaled(bias, 0.5))
@@ -176,7 +176,7 @@ def constant_statistic(call: Call) -> Any:
         result: Tensor = call.with_operands([value, *rest]).run()
         return result
 
-    return ConstantStatistic.apply(x, function, inverse_deviation, shape, weight, centered)
+    return functional.constant_statistic(x, function, inverse_deviation, shape, weight, centered)
 
 
 _Norm = tuple[tuple[int, ...], float, Tensor | None, bool]

@@ -99,13 +99,25 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         taken = inspect.signature(unwrap(model).forward).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-        anything = open_ended and not _is_pretrained(model)  # Hugging Face models hand unknown arguments down to their attention
-        arguments = {name: value for name, value in batch.items() if name not in _LABELS and (name in taken or anything)}
+        anything = open_ended and not _is_pretrained(
+            model
+        )  # Hugging Face models hand unknown arguments down to their attention
+        arguments = {
+            name: value for name, value in batch.items() if name not in _LABELS and (name in taken or anything)
+        }
         if not arguments:
-            raise ValueError(f"{type(model).__name__}.forward takes {tuple(taken)}, the batch has {tuple(batch)}: no entry fits")
+            raise ValueError(
+                f"{type(model).__name__}.forward takes {tuple(taken)}, the batch has {tuple(batch)}: no entry fits"
+            )
         arguments.update(_decoder_inputs(model, batch, arguments))
         mask = entry(batch, "attention_mask")
-        if mask is not None and "position_ids" in taken and "position_ids" not in arguments and mask.dim() == 2 and bool((mask[:, 0] == 0).any()):
+        if (
+            mask is not None
+            and "position_ids" in taken
+            and "position_ids" not in arguments
+            and mask.dim() == 2
+            and bool((mask[:, 0] == 0).any())
+        ):
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in taken or (open_ended and hasattr(getattr(model, "config", None), "use_cache")):
             arguments["use_cache"] = False
@@ -121,7 +133,12 @@ def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any], arguments: Mappi
     """Decoder inputs of encoder-decoders, made from the labels as the model itself does."""
     config, labels = getattr(model, "config", None), labels_of(batch)
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if not getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in arguments or labels is None or prepare is None:
+    if (
+        not getattr(config, "is_encoder_decoder", False)
+        or "decoder_input_ids" in arguments
+        or labels is None
+        or prepare is None
+    ):
         return {}
     return {"decoder_input_ids": prepare(labels=labels)}
 
@@ -137,7 +154,9 @@ def logits_of(output: Any) -> Tensor:
             return candidate
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise ValueError(f"the model returned {type(output).__name__} without logits: pass target=, a function of model and batch")
+    raise ValueError(
+        f"the model returned {type(output).__name__} without logits: pass target=, a function of model and batch"
+    )
 
 
 def samples_in(batch: Any) -> int:
@@ -179,7 +198,9 @@ def to_device(value: Any, device: torch.device) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's mode and the random number generators come out as they went in."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"})
+    devices = sorted(
+        {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+    )
     with torch.random.fork_rng(devices=devices):
         model.eval()
         try:

@@ -13,8 +13,6 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 The factor ``W`` is applied once, when the sums are read.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -103,9 +101,12 @@ class WeightStatistic:
         else:
             d = self._batch.only_counted(d)
         if self.statistic == "abs_sample":
-            samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
+            samples = zip(
+                self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True
+            )
             contributions = [
-                use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
+                use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_()
+                for a, gradient in samples
             ]
             contribution = torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
         else:
@@ -117,7 +118,9 @@ class WeightStatistic:
         """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
         rows = _reduced(self.statistic, d.reshape(-1, d.shape[-1]), torch.float32)
         if self.statistic == "abs_sample":
-            raise ValueError(f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'")
+            raise ValueError(
+                f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'"
+            )
         sums = self._allocated()
         sums.index_add_(0, ids.reshape(-1).to(sums.device), rows.to(sums.device, sums.dtype))
 
@@ -130,12 +133,20 @@ class WeightStatistic:
     def add(self, contribution: Tensor, layout: Layout | None) -> None:
         """Add to the entries that the layout covers, in float32 (float64 for weights of that type)."""
         if layout is None:
-            raise ValueError(f"{self.name} is reshaped beyond a view before it is used: exclude it, or register a rule for its use")
+            raise ValueError(
+                f"{self.name} is reshaped beyond a view before it is used: exclude it, or register a rule for its use"
+            )
         sums = self._allocated()
-        view = sums if layout.size == tuple(sums.size()) and layout.offset == 0 and layout.stride == sums.stride() else None
+        view = (
+            sums
+            if layout.size == tuple(sums.size()) and layout.offset == 0 and layout.stride == sums.stride()
+            else None
+        )
         if view is None:
             view = sums.as_strided(layout.size, layout.stride, layout.offset)
-        view.add_(contribution.reshape(view.shape).to(view.device, view.dtype))  # mixed types would be slower than a copy
+        view.add_(
+            contribution.reshape(view.shape).to(view.device, view.dtype)
+        )  # mixed types would be slower than a copy
 
     def finish(self) -> Tensor | None:
         """The sums with the factor ``W``, handed over; None if no relevance arrived."""
@@ -192,7 +203,7 @@ class UnitStatistic:
         relevance = self._batch.only_counted(activation.to(wide) * input_gradient.to(wide))
         if use.form.channel_dim == 1:
             relevance = relevance.movedim(1, -1)
-        relevance = relevance.unflatten(-1, (self.units, -1)).sum(-1)
+        relevance = relevance.reshape(*relevance.shape[:-1], self.units, -1).sum(-1)
         if self.statistic == "signed":
             reduced = relevance.reshape(-1, self.units).sum(0)
         elif self.statistic == "abs_token":
@@ -221,11 +232,12 @@ class RowStatistic:
         """Add the relevance ``[..., features]`` of the rows that were looked up."""
         values = relevance.to(torch.float32).sum(-1)
         if self.statistic == "abs_sample":
-            samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(1, ids.reshape(ids.shape[0], -1).cpu(), values.reshape(ids.shape[0], -1).cpu())
+            samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(
+                1, ids.reshape(ids.shape[0], -1).cpu(), values.reshape(ids.shape[0], -1).cpu()
+            )
             self.sums += samples.abs().sum(0)
             return
-        reduce: dict[str, Callable[[Tensor], Tensor]] = {"abs_token": torch.abs, "squared_token": torch.square}
-        values = reduce.get(self.statistic, lambda entry: entry)(values)
+        values = _reduced(self.statistic, values, torch.float32)
         self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
 
     def finish(self) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Targets: the value that is explained, as a scalar computed from a model and a batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ class NextToken:
             labels = entry(batch, "input_ids")
         if labels is None or logits.dim() != 3 or labels.dim() != 2:
             raise ValueError(
-                f"target 'next_token' needs logits [batch, tokens, vocabulary] and labels or input_ids [batch, tokens], got logits "
-                f"{tuple(logits.shape)} and {'none' if labels is None else tuple(labels.shape)}"
+                "target 'next_token' needs logits [batch, tokens, vocabulary] and labels or input_ids [batch, tokens], got "
+                f"logits {tuple(logits.shape)} and {'none' if labels is None else tuple(labels.shape)}"
             )
         mask, ids = entry(batch, "attention_mask"), entry(batch, "input_ids")
         if mask is not None and ids is not None and mask.dim() == 2 and labels.shape == ids.shape:
@@ -46,7 +46,9 @@ class NextToken:
             logits, labels = logits[:, :-1], labels[:, 1:]
         if not bool((labels != IGNORED).any()):
             raise ValueError("the batch has no labelled, unpadded token: nothing can be explained by 'next_token'")
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+        )
         return -loss
 
 
@@ -83,7 +85,9 @@ class LogitDifference:
         LogitDifference(answers=5, distractors=[7, 9])
     """
 
-    def __init__(self, answers: int | Sequence[Any] | Tensor | str, distractors: int | Sequence[Any] | Tensor | str) -> None:
+    def __init__(
+        self, answers: int | Sequence[Any] | Tensor | str, distractors: int | Sequence[Any] | Tensor | str
+    ) -> None:
         self.answers, self.distractors = answers, distractors
 
     def __repr__(self) -> str:
@@ -172,11 +176,13 @@ def target_of(target: str | Target | Callable[[nn.Module, Any], Tensor] | None) 
         return Inferred()
     if isinstance(target, str):
         if target not in TARGETS:
-            raise ValueError(f"target must be one of {tuple(TARGETS)}, a Target or a function of model and batch, got {target!r}")
+            raise ValueError(
+                f"target must be one of {tuple(TARGETS)}, a Target or a function of model and batch, got {target!r}"
+            )
         return TARGETS[target]()
     if not callable(target):
         raise ValueError(f"target must be a name or a function target(model, batch) -> scalar tensor, got {target!r}")
-    return target
+    return cast(Target, target)
 
 
 def describe(target: Target) -> str:

@@ -68,6 +68,9 @@ class _Observed(Function):
         return gradient, None, None, None
 
 
+_observed: Callable[..., Tensor] = _Observed.apply
+
+
 class WeightUses:
     """Finds uses of weights among the calls, and connects observers to them.
 
@@ -84,7 +87,9 @@ class WeightUses:
         if self._observers is None:
             return None
         operands = call.operands()
-        origins = [marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands]
+        origins = [
+            marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
+        ]
         active = [index for index, value in enumerate(operands) if is_activation(value)]
         weights = [index for index, origin in enumerate(origins) if origin is not None]
         if len(operands) != 2 or len(active) != 1 or len(weights) != 1:
@@ -94,14 +99,18 @@ class WeightUses:
         activation, weight, origin = operands[active[0]], operands[weights[0]], origins[weights[0]]
         assert origin is not None
         # The form is kept for backward: it must not hold the activation a second time.
-        form = form_of(call.with_operands([None if index == active[0] else value for index, value in enumerate(operands)]), active[0], weights[0])
+        form = form_of(
+            call.with_operands([None if index == active[0] else value for index, value in enumerate(operands)]),
+            active[0],
+            weights[0],
+        )
         use = Use(form, weight, origin, tag_of(activation))
         observers = self._observers(use)
         if self.showing:
             for observer in observers:
                 observer.forward(use, activation)
         late = [observer for observer in observers if observer.backward_needed]
-        result = _Observed.apply(activation, weight, use, late) if late else call.run()
+        result = _observed(activation, weight, use, late) if late else call.run()
         if type(form) is not Form:
             set_tag(result, _producer(use, call, result))
         return result
@@ -109,7 +118,9 @@ class WeightUses:
 
 def _producer(use: Use, call: Call, result: Tensor) -> Tag:
     """The tag of a layer's output: each channel is one of its hidden units."""
-    bias = next((marked(arg) for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 1), None)
+    bias = next(
+        (marked(arg) for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 1), None
+    )
     channels, dim = int(use.weight.shape[use.form.out_axis]), use.origin.dim(use.form.out_axis)
     if dim is None:
         return Tag(units=channels)

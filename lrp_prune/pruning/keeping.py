@@ -32,7 +32,7 @@ their options (weight decay, momentum, maximize, fused, ...) as long as ``eps`` 
 do anything and do not count."""
 
 _INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 65536  # elements; the mask is widened piece by piece, so that the widened copy stays in cache
+_CHUNK = 1 << 18  # entries; the mask is widened piece by piece, so that the widened copy stays in cache
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
@@ -59,8 +59,8 @@ class MaskKeeper:
     from reaching zero, since the square root of a tensor with zeros in it takes ten times as long there (MKL; it made a
     whole training step a fifth slower).
 
-    No parameter is renamed, wrapped or replaced, so state dicts are those of the plain model. Zeroing is a bitwise "and"
-    with 0 or -1: it also turns NaN and infinity into zero, which a product would not.
+    No parameter is renamed, wrapped or replaced, so state dicts are those of the plain model. Zeroing is a bitwise
+    "and" with 0 or -1: it also turns NaN and infinity into zero, which a product would not.
 
     Args:
         model: the model; may be wrapped (see :func:`lrp_prune.names.resolve`).
@@ -129,8 +129,8 @@ class MaskKeeper:
         for optimizer in optimizers:
             if not hasattr(optimizer, "register_step_post_hook"):
                 raise TypeError(
-                    f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at zero "
-                    f"through its steps: derive it from torch.optim.Optimizer"
+                    f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at "
+                    f"zero through its steps: derive it from torch.optim.Optimizer"
                 )
         current = resolve(self._kept, self._model) if self._kept else {}
         if any(current[name] is not parameter for name, parameter in self._parameters.items()):

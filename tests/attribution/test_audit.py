@@ -58,7 +58,9 @@ def _run(model: nn.Module, unruled: str = "warn") -> dict[str, Tensor]:
         return propagation.relevance(model(torch.ones(2, 4)).sum())
 
 
-@pytest.mark.parametrize(("middle", "operation"), [(Digamma(), "digamma"), (Hidden(), "_Cube"), (Scripted(), "Sigmoid|DifferentiableGraph")])
+@pytest.mark.parametrize(
+    ("middle", "operation"), [(Digamma(), "digamma"), (Hidden(), "_Cube"), (Scripted(), "Sigmoid|DifferentiableGraph")]
+)
 def test_an_unruled_operation_is_named_with_its_module(middle: nn.Module, operation: str) -> None:
     with pytest.warns(UnruledOperationWarning, match=rf"({operation}).* in 1 \({type(middle).__name__}\)"):
         _run(_model(middle))
@@ -144,11 +146,16 @@ def test_in_place_operations_have_the_rules_of_their_twins() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"composite must be one of .*attnlrp.*got 'lxt'"), lrp_prune.attributing(model, "lxt"):
+    with (
+        pytest.raises(ValueError, match=r"composite must be one of .*attnlrp.*got 'lxt'"),
+        lrp_prune.attributing(model, "lxt"),
+    ):
         pass
-    with pytest.raises(ValueError, match=r"latent pattern 'nope' matches no module"):
-        with lrp_prune.attributing(model, latent=["nope"]):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"latent pattern 'nope' matches no module"),
+        lrp_prune.attributing(model, latent=["nope"]),
+    ):
+        pass
     with lrp_prune.attributing(model) as propagation:
         output = model(torch.ones(1, 2))
         with pytest.raises(ValueError, match=r"must be a scalar tensor, got a tensor of shape \(1, 2\)"):

@@ -38,7 +38,9 @@ def test_biases_absorb_relevance() -> None:
 
 def test_cp_lrp_conserves_through_torchs_own_transformer() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, activation="gelu", norm_first=True, bias=False)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16 * 5, 3, bias=False))
+    model = nn.Sequential(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16 * 5, 3, bias=False)
+    )
     x = torch.randn(2, 5, 16)
     with lrp_prune.attributing(model.eval(), composite="cp_lrp", unruled="error") as propagation:
         value = model(x).amax(-1).sum()
@@ -67,7 +69,9 @@ def test_eager_and_sdpa_attention_give_the_same_relevance(name: str, composite: 
             results.append(propagation.relevance(forward(model, batch).amax(-1).sum()))
     assert results[0].keys() == results[1].keys()
     for key in results[0]:
-        torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-3, atol=1e-5 * float(results[0][key].abs().max() + 1e-6))
+        torch.testing.assert_close(
+            results[0][key], results[1][key], rtol=1e-3, atol=1e-5 * float(results[0][key].abs().max() + 1e-6)
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])

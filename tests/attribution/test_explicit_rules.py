@@ -1,4 +1,4 @@
-"""AttnLRP against its rules written out from the paper's formulas (arXiv 2402.05602), in float64, without any of the engine's code.
+"""AttnLRP against its rules written out from the paper's formulas (arXiv 2402.05602), without the engine's code, in float64.
 
 In the gradient form, explaining ``sum(c * y)`` starts from the relevance ``R = c * y`` of each output.
 """
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import lrp_prune
 
 
-def engine(function: Callable[..., Tensor], inputs: dict[str, Tensor], composite: str = "attnlrp") -> tuple[Tensor, dict[str, Tensor]]:
+def engine(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], composite: str = "attnlrp"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Relevance that the engine gives for outputs seeded with c; also the output's relevance to start from."""
 
     class Model(nn.Module):
@@ -80,14 +82,18 @@ def test_convolution_is_a_linear_layer_over_patches() -> None:
     torch.testing.assert_close(relevance["x"], expected)
 
 
-@pytest.mark.parametrize("activation", [torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid])
+@pytest.mark.parametrize(
+    "activation", [torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid]
+)
 def test_activations_hand_relevance_on(activation: Callable[[Tensor], Tensor]) -> None:
     start, relevance = engine(lambda x: activation(x), {"x": random(4, 6)})
     torch.testing.assert_close(relevance["x"], start)
 
 
 def test_gated_product() -> None:
-    start, relevance = engine(lambda gate, up: torch.nn.functional.silu(gate) * up, {"gate": random(4, 6), "up": random(4, 6)})
+    start, relevance = engine(
+        lambda gate, up: torch.nn.functional.silu(gate) * up, {"gate": random(4, 6), "up": random(4, 6)}
+    )
     torch.testing.assert_close(relevance["gate"], product_rule(start))
     torch.testing.assert_close(relevance["up"], product_rule(start))
 
@@ -185,7 +191,8 @@ def test_a_whole_llama_layer(attention: str) -> None:
         x = model.model.embed_tokens(ids)
         normed = layer.input_layernorm(x)
         heads = {
-            name: getattr(layer.self_attn, f"{name}_proj")(normed).view(1, 6, 2, 8).transpose(1, 2) for name in ("q", "k", "v")
+            name: getattr(layer.self_attn, f"{name}_proj")(normed).view(1, 6, 2, 8).transpose(1, 2)
+            for name in ("q", "k", "v")
         }
         cos, sin = model.model.rotary_emb(x, torch.arange(6)[None])
         rotation = {name: _rotation_matrices(cos[0], sin[0]) for name in ("q", "k")}

@@ -17,7 +17,9 @@ from lrp_prune.attribution.operations import OPERATIONS
 
 def _hooks(model: nn.Module) -> list[Any]:
     names = [name for name in vars(nn.Module()) if "hooks" in name]
-    return [(type(module), set(vars(module)), *(len(vars(module)[name]) for name in names)) for module in model.modules()]
+    return [
+        (type(module), set(vars(module)), *(len(vars(module)[name]) for name in names)) for module in model.modules()
+    ]
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
@@ -29,7 +31,14 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "modes": [module.training for module in model.modules()],
         "modules": _hooks(model),
         "forwards": [type(module).forward for module in model.modules()],
-        "functions": (F.linear, F.softmax, F.scaled_dot_product_attention, F.dropout, torch.matmul, nn.LayerNorm.forward),
+        "functions": (
+            F.linear,
+            F.softmax,
+            F.scaled_dot_product_attention,
+            F.dropout,
+            torch.matmul,
+            nn.LayerNorm.forward,
+        ),
         "registry": {name: ALL_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "flash_attention_2")},
         "operations": dict(OPERATIONS),
         "attention": model.config._attn_implementation,
@@ -50,7 +59,9 @@ def _assert_same(before: Any, after: Any, path: str = "") -> None:
 
 
 def _attribute(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    lrp_prune.attribute(model, [batch], statistic="abs_token", target="last_token" if "input_ids" in batch else _largest)
+    lrp_prune.attribute(
+        model, [batch], statistic="abs_token", target="last_token" if "input_ids" in batch else _largest
+    )
 
 
 def _largest(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -81,7 +92,7 @@ def _fail_in_forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("use", [_attribute, _fail, _fail_in_forward])
 def test_nothing_is_different_afterwards(name: str, use: Callable[..., None]) -> None:
     model, batch = build(name).train(), batch_for(name)
-    list(model.children())[0].eval()
+    next(iter(model.children())).eval()
     forward(model, batch).sum().backward()
     before = _state(model)
     use(model, batch)
@@ -107,7 +118,9 @@ def test_training_goes_on_bit_for_bit(name: str) -> None:
     assert torch.equal(results[0][0], results[1][0])
     for parameter_name, gradient in results[0][1].items():
         other = results[1][1][parameter_name]
-        assert (gradient is None) == (other is None) and (gradient is None or torch.equal(gradient, other)), parameter_name
+        assert (gradient is None) == (other is None) and (gradient is None or torch.equal(gradient, other)), (
+            parameter_name
+        )
 
 
 def test_other_models_in_the_process_are_untouched_inside_the_context() -> None:

@@ -70,7 +70,9 @@ def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
 def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten()).double()
     x, c = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
-    relevance = lrp_prune.attribute(model, [x], composite="gradient", statistic=statistic, target=lambda m, b: (m(b) * c).sum())
+    relevance = lrp_prune.attribute(
+        model, [x], composite="gradient", statistic=statistic, target=lambda m, b: (m(b) * c).sum()
+    )
     patches = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2)  # [samples, positions, 18]
     weight = model[0].weight.detach()
     d = c.reshape(3, 16).T.expand(2, 16, 3)
@@ -117,7 +119,9 @@ def test_collecting_twice_gives_the_same_bits() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "side"), list(itertools.product(["llama", "gpt2", "opt", "qwen2"], ["left", "right"])))
+@pytest.mark.parametrize(
+    ("name", "side"), list(itertools.product(["llama", "gpt2", "opt", "qwen2"], ["left", "right"]))
+)
 def test_padding_changes_nothing(name: str, side: str) -> None:
     model = build(name)
     short, long = batch_for(name, 1, 5)["input_ids"], batch_for(name, 1, 9)["input_ids"]
@@ -166,16 +170,25 @@ def test_tied_weights_are_one_parameter_with_the_relevance_of_all_uses() -> None
 
 def test_a_tied_output_embedding_is_left_out_unless_included() -> None:
     config = tf.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, tie_word_embeddings=True
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=True,
     )
     model, batch = tf.LlamaForCausalLM(config).eval(), batch_for("llama")
     assert all("embed" not in name and "lm_head" not in name for name in lrp_prune.attribute(model, [batch]))
-    included = lrp_prune.attribute(model, [batch], include=["model.embed_tokens"], composite="gradient", statistic="signed", matmul_dtype=None)
+    included = lrp_prune.attribute(
+        model, [batch], include=["model.embed_tokens"], composite="gradient", statistic="signed", matmul_dtype=None
+    )
     logits = model(**batch, use_cache=False).logits
     value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
     weight = model.model.embed_tokens.weight
     (gradient,) = torch.autograd.grad(value, weight)
-    torch.testing.assert_close(included["model.embed_tokens.weight"] * 2, (weight * gradient).detach(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        included["model.embed_tokens.weight"] * 2, (weight * gradient).detach(), rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp"])
@@ -210,7 +223,11 @@ def test_queries_and_keys_are_unscored_under_cp_lrp_not_irrelevant() -> None:
 def test_every_block_weight_of_every_architecture_is_scored(name: str) -> None:
     model = build(name)
     relevance = lrp_prune.attribute(model, [batch_for(name, 3, 9)])
-    expected = {n for n, p in model.named_parameters() if p.dim() >= 2 and not any(part in n for part in ("embed", "wte", "wpe", "lm_head"))}
+    expected = {
+        n
+        for n, p in model.named_parameters()
+        if p.dim() >= 2 and not any(part in n for part in ("embed", "wte", "wpe", "lm_head"))
+    }
     assert set(relevance) == expected and not relevance.unscored
 
 
@@ -288,7 +305,9 @@ def test_first_tokens_can_be_left_out_of_the_statistics(name: str) -> None:
     relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic="squared_token", skip_first=1)
     for weight_name, (weight, a, d) in _tokens(model, batch).items():
         value = (_expected("squared_token", weight, a[:, 1:], d[:, 1:]) / 2).sqrt()
-        torch.testing.assert_close(relevance[weight_name].double(), value.T if name == "gpt2" else value, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            relevance[weight_name].double(), value.T if name == "gpt2" else value, rtol=1e-5, atol=1e-9
+        )
     with pytest.raises(ValueError, match="skip_first must be 0 or more, got -1"):
         lrp_prune.attribute(model, [batch], skip_first=-1)
 
@@ -301,7 +320,9 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input() -> None:
     wanda.update(batch)
     scores = wanda.compute()
     for name, (weight, a, _) in _tokens(model, batch).items():
-        torch.testing.assert_close(scores[name], weight.abs() * (a.square().sum((0, 1)) / 2).sqrt(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            scores[name], weight.abs() * (a.square().sum((0, 1)) / 2).sqrt(), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_rows_are_those_of_the_layer_also_where_the_weight_is_transposed() -> None:

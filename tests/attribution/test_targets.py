@@ -42,7 +42,9 @@ def test_class_is_the_true_classs_logit() -> None:
 def test_logit_difference_by_ids_and_by_entries_of_the_batch() -> None:
     model, batch = build("llama"), batch_for("llama")
     logits = forward(model, batch)
-    torch.testing.assert_close(LogitDifference(5, [7, 9])(model, batch), (logits[:, 5] - logits[:, [7, 9]].mean(1)).sum())
+    torch.testing.assert_close(
+        LogitDifference(5, [7, 9])(model, batch), (logits[:, 5] - logits[:, [7, 9]].mean(1)).sum()
+    )
     batch = {**batch, "answer": torch.tensor([3, 4]), "wrong": torch.tensor([[1, 2], [5, 6]])}
     expected = logits[0, 3] - logits[0, [1, 2]].mean() + logits[1, 4] - logits[1, [5, 6]].mean()
     torch.testing.assert_close(LogitDifference("answer", "wrong")(model, batch), expected)
@@ -68,12 +70,14 @@ def test_the_target_is_inferred(name: str, extra: dict[str, Any], chosen: str) -
 
 
 def test_a_target_that_cannot_be_inferred_says_what_to_pass() -> None:
-    with pytest.raises(ValueError, match="cannot be inferred for BertForSequenceClassification.*pass target="):
+    with pytest.raises(ValueError, match=r"cannot be inferred for BertForSequenceClassification.*pass target="):
         lrp_prune.attribute(build("bert"), [batch_for("bert")])
     with pytest.raises(ValueError, match="target must be one of"):
         target_of("logit")
     with pytest.raises(ValueError, match="no labelled, unpadded token"):
-        NextToken()(build("llama"), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)})
+        NextToken()(
+            build("llama"), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+        )
     assert isinstance(target_of(None), Inferred) and describe(LastToken()) == "last_token"
 
 
@@ -132,6 +136,8 @@ def test_masks_of_a_lightning_module_fit_the_bare_model_and_back() -> None:
 
 def test_an_unfitting_batch_is_named() -> None:
     with pytest.raises(ValueError, match="no entry fits"):
-        lrp_prune.attribute(build("vit"), [{"picture": torch.randn(1, 3, 16, 16), "labels": torch.tensor([1])}], target="class")
+        lrp_prune.attribute(
+            build("vit"), [{"picture": torch.randn(1, 3, 16, 16), "labels": torch.tensor([1])}], target="class"
+        )
     with pytest.raises(ValueError, match="holds no tensor"):
         lrp_prune.attribute(nn.Linear(2, 2), ["text"])

@@ -85,7 +85,10 @@ def _without(relevance: Relevance, group: str, unit: int) -> lrp_prune.Masks:
     values = {name: torch.ones_like(tensor) for name, tensor in relevance.items()}
     values[group][unit] = 0
     single = Relevance(
-        values, granularity=relevance.granularity, members=relevance.members, parameter_shapes=relevance.parameter_shapes
+        values,
+        granularity=relevance.granularity,
+        members=relevance.members,
+        parameter_shapes=relevance.parameter_shapes,
     )
     return lrp_prune.select(single, sparsity=1 / sum(tensor.numel() for tensor in values.values()), scope="global")
 
@@ -110,7 +113,7 @@ def test_a_pruned_unit_is_removed_exactly(name: str, granularity: str) -> None:
 def test_a_pruned_block_writes_nothing(name: str) -> None:
     model, batch = build(name), batch_for(name)
     blocks = lrp_prune.attribute(model, [batch], granularity="block", target=_value)
-    group = list(blocks)[0]
+    group = next(iter(blocks))
     _without(blocks, group, 0).apply_(model)
     written: list[Tensor] = []
     handle = dict(model.named_modules())[group].register_forward_hook(lambda _, __, output: written.append(output))
@@ -121,19 +124,32 @@ def test_a_pruned_block_writes_nothing(name: str) -> None:
 
 def test_neurons_of_a_gated_layer_own_rows_of_both_and_columns_of_the_reader() -> None:
     relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")], granularity="neuron")
-    owners = {(member.parameter.split(".")[-2], member.dim) for member in relevance.members["model.layers.0.mlp.down_proj"]}
+    owners = {
+        (member.parameter.split(".")[-2], member.dim) for member in relevance.members["model.layers.0.mlp.down_proj"]
+    }
     assert owners == {("down_proj", 1), ("gate_proj", 0), ("up_proj", 0)}
 
 
 def test_neurons_own_their_biases() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
     relevance = lrp_prune.attribute(model, [(torch.randn(8, 4), torch.randint(3, (8,)))], granularity="neuron")
-    assert {(member.parameter, member.dim) for member in relevance.members["2"]} == {("2.weight", 1), ("0.weight", 0), ("0.bias", 0)}
+    assert {(member.parameter, member.dim) for member in relevance.members["2"]} == {
+        ("2.weight", 1),
+        ("0.weight", 0),
+        ("0.bias", 0),
+    }
 
 
 def test_channels_of_a_convolution_reach_through_norm_pooling_and_flattening() -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20, 3),
     ).eval()
     batch = (torch.randn(6, 1, 8, 8), torch.randint(3, (6,)))
     relevance = lrp_prune.attribute(model, [batch], granularity="neuron")
@@ -152,7 +168,9 @@ def test_channels_of_a_convolution_reach_through_norm_pooling_and_flattening() -
 
 def test_heads_of_torchs_own_attention_are_found() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(80, 3)).eval()
+    model = nn.Sequential(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(80, 3)
+    ).eval()
     batch = (torch.randn(3, 5, 16), torch.randint(3, (3,)))
     heads = lrp_prune.attribute(model, [batch], granularity="head")
     assert [name.split(".")[-2:] for name in heads] == [["self_attn", "out_proj"]] * 2
@@ -175,13 +193,17 @@ def test_units_are_chosen_by_patterns_of_their_layers() -> None:
     neurons = lrp_prune.attribute(model, [batch], granularity="neuron", include=["model.layers.1.*"])
     assert list(neurons) == ["model.layers.1.mlp.down_proj"]
     with pytest.raises(ValueError, match="no head received relevance"):
-        lrp_prune.attribute(nn.Sequential(nn.Linear(3, 3)), [(torch.randn(2, 3), torch.tensor([0, 1]))], granularity="head")
+        lrp_prune.attribute(
+            nn.Sequential(nn.Linear(3, 3)), [(torch.randn(2, 3), torch.tensor([0, 1]))], granularity="head"
+        )
 
 
 def test_abs_sample_separates_samples() -> None:
     model, ids = build("llama"), torch.randint(3, 50, (4, 6))
     together = lrp_prune.attribute(model, [{"input_ids": ids}], granularity="neuron", statistic="abs_sample")
-    apart = lrp_prune.attribute(model, [{"input_ids": row[None]} for row in ids], granularity="neuron", statistic="abs_sample")
+    apart = lrp_prune.attribute(
+        model, [{"input_ids": row[None]} for row in ids], granularity="neuron", statistic="abs_sample"
+    )
     signed = lrp_prune.attribute(model, [{"input_ids": ids}], granularity="neuron", statistic="signed")
     for group in together:
         torch.testing.assert_close(together[group], apart[group], rtol=1e-4, atol=1e-8)

@@ -47,6 +47,8 @@ class Classifier(LightningModule):
         self.zeros_after_step.append(zeros_in(self))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer_name == "none":
+            return torch.optim.SGD(self.parameters(), lr=0.0)
         if self.optimizer_name == "sgd":
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
         return torch.optim.AdamW(self.parameters(), lr=0.02)

@@ -51,12 +51,18 @@ CAUSAL: dict[str, Callable[..., nn.Module]] = {
         word_embed_proj_dim=32,
     ),
     "gpt2": lambda **attention: tf.GPT2LMHeadModel(
-        tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1, **attention)
+        tf.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1, **attention
+        )
     ),
 }
 OTHERS: dict[str, Callable[..., nn.Module]] = {
-    "bert": lambda **attention: tf.BertForSequenceClassification(tf.BertConfig(**_BERT, vocab_size=VOCABULARY, **attention)),
-    "vit": lambda **attention: tf.ViTForImageClassification(tf.ViTConfig(**_BERT, image_size=16, patch_size=4, **attention)),
+    "bert": lambda **attention: tf.BertForSequenceClassification(
+        tf.BertConfig(**_BERT, vocab_size=VOCABULARY, **attention)
+    ),
+    "vit": lambda **attention: tf.ViTForImageClassification(
+        tf.ViTConfig(**_BERT, image_size=16, patch_size=4, **attention)
+    ),
 }
 ARCHITECTURES = {**CAUSAL, **OTHERS}
 NO_CHOICE: dict[str, Callable[..., nn.Module]] = {
@@ -64,12 +70,16 @@ NO_CHOICE: dict[str, Callable[..., nn.Module]] = {
         tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
     ),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)),
-    "resnet": lambda: tf.ResNetForImageClassification(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
+    "resnet": lambda: tf.ResNetForImageClassification(
+        tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ),
 }
 """Models whose attention implementation is not chosen here."""
 
 
-def build(name: str, attention: str | None = "sdpa", biases: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(
+    name: str, attention: str | None = "sdpa", biases: bool = True, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A tiny model in evaluation mode; without biases all of them are zero, so that nothing absorbs relevance."""
     torch.manual_seed(0)
     model = NO_CHOICE[name]() if name in NO_CHOICE else ARCHITECTURES[name](attn_implementation=attention)
