@@ -258,6 +258,10 @@ class RelevancePruning(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Strategies that spawn processes pickle the callback; a weak reference cannot go along.
+        return {**self.__dict__, "_module": None}
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
         self._pruner.resume(trainer, pl_module)

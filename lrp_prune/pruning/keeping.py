@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,7 +33,6 @@ their options (weight decay, momentum, maximize, fused, ...) as long as ``eps`` 
 do anything and do not count."""
 
 _INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 18  # entries; the mask is widened piece by piece, so that the widened copy stays in cache
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
@@ -281,9 +281,9 @@ def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
     bits = tensor.view(integer)
     same_layout = bits.stride() == kept.stride() and torch.ops.aten.is_non_overlapping_and_dense(bits)
     if bits.device.type == "cpu" and same_layout:
-        bits, kept = _flat(bits), _flat(kept)
-        for start in range(0, bits.numel(), _CHUNK):
-            bits[start : start + _CHUNK].bitwise_and_(kept[start : start + _CHUNK])
+        # numpy widens the mask in a buffer of a few kilobytes; torch would allocate it four bytes wide.
+        entries = _flat(bits).numpy()
+        np.bitwise_and(entries, _flat(kept).numpy(), out=entries)
     else:
         bits.bitwise_and_(kept)
 

@@ -1,6 +1,7 @@
 """Pruning in rounds inside real trainings: schedules are met exactly, zeros stay, checkpoints and resumes are right."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,30 @@ def test_zeros_survive_manual_optimization(make_manual_module, make_loader, make
     assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
 
 
-def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, count_zeros) -> None:
+@pytest.mark.parametrize("average", ["swa", "ema"])
+def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, count_zeros, tmp_path, average) -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
     module = make_module()
     pruning = RelevancePruning(sparsity=0.5, scope="global", start_epoch=2)
-    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
-    make_trainer(callbacks=[pruning, averaging], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
+    averaging = {
+        "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+        "ema": lambda: callbacks.EMAWeightAveraging(decay=0.9),
+    }[average]()
+    trainer = make_trainer(callbacks=[pruning, averaging], max_epochs=4)
+    trainer.fit(module, make_loader(), make_loader(seed=2))
     assert count_zeros(module) == ENTRIES // 2
+    assert module.zeros_after_step[:16] == [0] * 8 + [ENTRIES // 2] * 8  # SWA adds an epoch for batch normalization
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    twin = make_module()
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    twin.load_state_dict({name: value for name, value in saved["state_dict"].items() if name in twin.state_dict()})
+    assert count_zeros(twin) == ENTRIES // 2
+
+
+def test_callback_is_pickled_after_a_fit(make_module, make_loader, make_trainer) -> None:
+    pruning = RelevancePruning(sparsity=0.5)
+    make_trainer(callbacks=[pruning], max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
+    assert pickle.loads(pickle.dumps(pruning)).masks == pruning.masks
 
 
 @pytest.mark.parametrize("steps", [3, 5])
