@@ -52,13 +52,12 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
         shapes.update(theirs)
     sums = {}
     for name, shape in shapes.items():
-        mine = relevance._sums.get(name)
+        mine = relevance.sums.get(name)
         device = trainer.strategy.root_device
         total = torch.zeros(shape, device=device) if mine is None else mine.to(device=device, copy=True)
         torch.distributed.all_reduce(total)
         sums[name] = total if mine is None else total.to(mine.device)
-    unscored = tuple(name for name in relevance.unscored if name not in sums)
-    return relevance._replace(sums, num_samples=sum(count for _, count, _ in everyone), unscored=unscored)
+    return relevance.with_sums(sums, sum(count for _, count, _ in everyone))
 
 
 def check_equal(trainer: Trainer, masks: Masks) -> None:

@@ -13,20 +13,7 @@ from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import group_sparsities
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.keeping import MaskKeeper
-from lrp_prune.pruning.scorers import METHODS
 from lrp_prune.relevance import Relevance
-
-
-def selection_of(
-    method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
-) -> dict[str, str | None]:
-    """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
-    best, by_unit = METHODS[method], granularity != "weight"
-    return {
-        "scope": scope or ("global" if by_unit else best.scope),
-        "ranking": ranking,
-        "normalize": (None if by_unit else best.normalize) if normalize == "auto" else normalize,
-    }
 
 
 class Pruner:

@@ -12,11 +12,12 @@ from typing_extensions import override
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks import _checks, _guard
 from lrp_prune.callbacks._collection import Collection
-from lrp_prune.callbacks._pruner import Pruner, selection_of
+from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._rounds import Rounds
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import round_table, show
 from lrp_prune.pruning import Masks, Schedule
+from lrp_prune.pruning.scorers import selection_options
 
 
 class RelevancePruning(Callback):
@@ -131,7 +132,7 @@ class RelevancePruning(Callback):
             rounds, every_n_epochs, every_n_steps, start_epoch, start_step, self._collection.uses_validation
         )
         _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
-        selection = selection_of(method, granularity, scope, ranking, normalize)
+        selection = selection_options(method, granularity, scope, ranking, normalize)
         self._pruner = Pruner(targets, selection)
         self._guard, self._guard_mode = guard, guard_mode
         self._summary = summary

@@ -109,6 +109,15 @@ class Relevance(Mapping[str, Tensor]):
         """The values of a slice of the flattened tensor: selection goes through large tensors in pieces."""
         return self._values(name, self._sums[name].reshape(-1)[index])
 
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        """The additive sums over samples, as they are kept: what is reduced over processes."""
+        return self._sums
+
+    def with_sums(self, sums: Mapping[str, Tensor], num_samples: int) -> "Relevance":
+        """The same kind of relevance from other sums: those of all processes, say."""
+        return self._replace(sums, num_samples=num_samples, unscored=tuple(n for n in self.unscored if n not in sums))
+
     def _values(self, name: str, sums: Tensor) -> Tensor:
         values = sums.to(torch.float32)
         if not self.derived:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.scorers import METHODS, scorer
+from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
 
 
@@ -49,14 +49,7 @@ def prune(
     chosen = scorer(method, model, **options)
     for batch in batches:
         chosen.update(batch)
-    defaults = METHODS[method]
-    by_unit = options.get("granularity", "weight") != "weight"
-    masks = select(
-        chosen.compute(),
-        sparsity=sparsity,
-        scope=scope or ("global" if by_unit else defaults.scope),
-        ranking=ranking,
-        normalize=(None if by_unit else defaults.normalize) if normalize == "auto" else normalize,
-    )
+    selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize)
+    masks = select(chosen.compute(), sparsity=sparsity, **selection)
     masks.apply_(model)
     return masks

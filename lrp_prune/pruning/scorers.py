@@ -36,6 +36,18 @@ METHODS: dict[str, Defaults] = {
 """Methods and their defaults for weights."""
 
 
+def selection_options(
+    method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
+) -> dict[str, Any]:
+    """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
+    best, by_unit = METHODS[method], granularity != "weight"
+    return {
+        "scope": scope or ("global" if by_unit else best.scope),
+        "ranking": ranking,
+        "normalize": (None if by_unit else best.normalize) if normalize == "auto" else normalize,
+    }
+
+
 class Scorer(Protocol):
     """Scores weights or units: fed with batches, read once."""
 

@@ -65,6 +65,8 @@ def settings() -> dict[str, Setting]:
             scoring = {"composite": composite, "statistic": statistic}
             for name, selection in (("row", per_row), ("global", raw), ("global, normalised", normalized)):
                 rows[f"{composite} {statistic}, {name}"] = Setting("lrp", scoring, selection)
+    rows["default, first tokens counted"] = Setting("lrp", {"skip_first": 0})
+    rows["gradient, first tokens counted"] = Setting("gradient", {"skip_first": 0})
     squared = {"composite": "gradient", "statistic": "squared_token"}
     for rounds in (2, 4):
         rows[f"gradient squared_token, global, {rounds} rounds"] = Setting("lrp", squared, raw, rounds)

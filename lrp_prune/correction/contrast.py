@@ -1,0 +1,250 @@
+"""Contrast: what a model computes with when it misbehaves and not otherwise."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrp_prune.correction.guard import candidates, entries_of, unpack_slice
+from lrp_prune.names import matches
+from lrp_prune.pruning import bits
+from lrp_prune.pruning.keys import LazyValues
+from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.selection import smallest
+from lrp_prune.pruning.units import expand_units
+from lrp_prune.relevance import NORMALIZATIONS, Relevance
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REMOVALS: tuple[str, ...] = ("contribution", "all")
+_LAST = torch.finfo(torch.float32).max
+
+
+class Contrast:
+    r"""The difference of two relevances of one model, computed where it is read, and the choice of what to remove.
+
+    :math:`R^{\mathrm{diff}} = R^{\mathrm{general}} / s_g - R^{\mathrm{undesired}} / s_u` (SparC3, arXiv 2506.13727,
+    eq. 7, where both scales are 1); the lowest values are removed first. Nothing of a model's size is held.
+
+    Args:
+        general: relevance for the behaviour to keep.
+        undesired: relevance for the behaviour to remove.
+        normalize: how the two sets are made comparable: ``"total"`` divides each by its total absolute relevance (the
+            default: the paper states no scale, and the sets differ in samples, tokens and logits); ``"mean"``,
+            ``"sum"`` and ``"max"`` divide tensor by tensor; None takes the values as they are.
+        guard: the share of entries that may be removed at all: those whose absolute relevance for ``general`` is below
+            this quantile. Without it (None) the few entries that everything depends on go first, and the model with
+            them.
+        guard_by: another relevance for the general set that the quantile is taken of, ``abs_token`` say; ``general``
+            itself by default.
+        guard_scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
+        reverse: ask the reverse question, what serves the general behaviour only; the two sets change places, and with
+            ``guard`` what matters to the undesired behaviour is spared.
+        include: patterns of names (of parameters, or of groups of units) to choose from; all by default.
+        exclude: patterns of names to leave out.
+
+    Raises:
+        ValueError: if the two do not belong together, one of them is zero everywhere, or an argument is out of range.
+
+    Example:
+        >>> general = Relevance({"weight": torch.tensor([8.0, 1.0, 1.0, 0.0])}, statistic="signed")
+        >>> undesired = Relevance({"weight": torch.tensor([5.0, 4.0, 0.0, 1.0])}, statistic="signed")
+        >>> contrast = Contrast(general, undesired)
+        >>> contrast.relevance()["weight"]
+        tensor([ 0.3000, -0.3000,  0.1000, -0.1000])
+        >>> contrast.lowest(1)["weight"]
+        tensor([False,  True, False, False])
+    """
+
+    def __init__(
+        self,
+        general: Relevance,
+        undesired: Relevance,
+        *,
+        normalize: str | None = "total",
+        guard: float | None = None,
+        guard_by: Relevance | None = None,
+        guard_scope: str = "global",
+        reverse: bool = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> None:
+        if normalize is not None and normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize must be None or one of {NORMALIZATIONS}, got {normalize!r}")
+        _check_pair(general, undesired)
+        if guard is None and guard_by is not None:
+            raise ValueError("guard_by says what the guard measures, but there is no guard: pass guard=0.7, say")
+        self.general, self.undesired = general, undesired
+        first, second = (undesired, general) if reverse else (general, undesired)
+        self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
+        self._sizes = {name: entries_of(first if name in first else second, name) for name in self.names}
+        for role, relevance in (("general", general), ("undesired", undesired)):
+            if not any(bool(relevance[name].any()) for name in self.names if name in relevance):
+                raise ValueError(
+                    f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
+                )
+        self._first, self._second = (
+            relevance.normalized(normalize) if normalize else relevance for relevance in (first, second)
+        )
+        self._candidates: dict[str, Tensor] | None = None
+        if guard is not None:
+            measure = guard_by if guard_by is not None else self._first
+            if guard_by is not None:
+                _check_entries(guard_by, first, "guard_by")
+            read = partial(_read, measure, self._sizes)
+            self._candidates = candidates(self.names, read, self._sizes, guard, guard_scope)
+
+    @property
+    def num_entries(self) -> int:
+        """How many entries (of weights, or units) there are to choose from, guarded ones included."""
+        return sum(self._sizes.values())
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of them the guard does not spare."""
+        if self._candidates is None:
+            return self.num_entries
+        return sum(bits.count(packed) for packed in self._candidates.values())
+
+    def read(self, name: str, index: slice) -> Tensor:
+        """The contrast of a slice of a flattened tensor."""
+        first = _read(self._first, self._sizes, name, index)
+        return first - _read(self._second, self._sizes, name, index).to(first.device)
+
+    def relevance(self) -> Relevance:
+        """All of the contrast as a :class:`~lrp_prune.Relevance`, guarded entries included."""
+        some = self.general if self.names[0] in self.general else self.undesired
+        shapes = {name: (self.general if name in self.general else self.undesired)[name].shape for name in self.names}
+        values = {name: self.read(name, slice(0, self._sizes[name])).view(shapes[name]) for name in self.names}
+        return some._replace(
+            values,
+            num_samples=self.general.num_samples + self.undesired.num_samples,
+            derived=True,
+            scales={},
+            target=f"{self._first.target} - {self._second.target}",
+        )
+
+    def count(self, amount: float | int) -> int:
+        """The number of entries that an amount stands for: a fraction in (0, 1) of all of them, or a count.
+
+        Raises:
+            ValueError: if it is no such number, or more than the guard lets through.
+        """
+        total, allowed = self.num_entries, self.num_candidates
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise ValueError(f"amount must be a fraction in (0, 1) or a count of entries, got {amount!r}")
+        if isinstance(amount, float) and not 0 < amount < 1:
+            raise ValueError(f"amount must be a fraction in (0, 1), or an integer for a count, got {amount!r}")
+        count = round(amount * total) if isinstance(amount, float) else amount
+        if count < 1:
+            raise ValueError(f"amount {amount!r} of {total:,} entries is none: ask for more")
+        if count > allowed:
+            raise ValueError(
+                f"amount {amount!r} is {count:,} entries, but only {allowed:,} of {total:,} may be removed: ask for less, "
+                "or raise guard"
+            )
+        return count
+
+    def lowest(self, amount: float | int) -> dict[str, Tensor]:
+        """The candidates with the lowest contrast, exactly as many as asked for; ties by position.
+
+        Args:
+            amount: a fraction of all entries, or a count.
+
+        Returns:
+            Per tensor a bool tensor of its shape, True for what is chosen; tensors without any are left out.
+
+        Raises:
+            ValueError: if the amount is not possible, or a value is infinite or NaN.
+        """
+        k = self.count(amount)
+        values = [LazyValues(self._sizes[name], partial(self._ranked, name)) for name in self.names]
+        kept = smallest(values, k, ranking="ascending", names=self.names, dtype=torch.float32)
+        found = {}
+        for name, packed in zip(self.names, kept, strict=True):
+            chosen = bits.invert(packed, self._sizes[name])
+            if bits.count(chosen):
+                source = self.general if name in self.general else self.undesired
+                found[name] = bits.unpack(chosen, source[name].shape)
+        return found
+
+    def masks(self, amount: float | int, removal: str = "contribution") -> Masks:
+        """What is left of the parameters when the lowest are removed.
+
+        Args:
+            amount: a fraction of all entries (units, at other granularities than weights), or a count.
+            removal: which entries of a removed neuron or head go: ``"contribution"``, those that read its output, so
+                that a strength scales what it contributes; or ``"all"`` that belong to it.
+
+        Returns:
+            Masks of the parameters that are touched; False where something is removed.
+        """
+        if removal not in REMOVALS:
+            raise ValueError(f"removal must be one of {REMOVALS}, got {removal!r}")
+        chosen = self.lowest(amount)
+        if self.general.granularity == "weight":
+            return Masks({name: ~mask for name, mask in chosen.items()})
+        units = self.general
+        if removal == "contribution" and units.granularity in ("neuron", "head"):
+            units = units._replace(units._sums)
+            units.members = {name: members[:1] for name, members in units.members.items()}
+        shapes, packed = expand_units(units, {name: bits.pack(~mask) for name, mask in chosen.items()}, None)
+        return Masks.from_bits(packed, shapes, granularity=units.granularity)
+
+    def _ranked(self, name: str, index: slice) -> Tensor:
+        values = self.read(name, index)
+        if self._candidates is None:
+            return values
+        free = unpack_slice(self._candidates[name], self._sizes[name], index).to(values.device)
+        # Nothing finite comes after it, so that a guarded entry is chosen only after all candidates.
+        return torch.where(free | ~values.isfinite(), values, _LAST)
+
+
+def _read(relevance: Relevance, sizes: "Mapping[str, int]", name: str, index: slice) -> Tensor:
+    if name in relevance:
+        return relevance.read(name, index)
+    return torch.zeros(len(range(*index.indices(sizes[name]))))
+
+
+def _chosen_names(names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{kind} must be a list of name patterns such as ['*.mlp'], got {patterns!r}")
+        for pattern in patterns or ():
+            if not any(matches(name, [pattern]) for name in names):
+                raise ValueError(f"{kind} pattern {pattern!r} matches none of {', '.join(names[:3])}, ...")
+    chosen = [name for name in names if (include is None or matches(name, include)) and not matches(name, exclude)]
+    if not chosen:
+        raise ValueError(f"nothing to choose from: include={include!r}, exclude={exclude!r} leave no tensor")
+    return chosen
+
+
+def _check_pair(general: Relevance, undesired: Relevance) -> None:
+    for role, relevance in (("general", general), ("undesired", undesired)):
+        if not isinstance(relevance, Relevance):
+            raise ValueError(f"the {role} relevance must be a Relevance, got {type(relevance).__name__}")
+        if not len(relevance):
+            raise ValueError(f"the {role} relevance holds no tensor: was its reference set empty?")
+    for what in ("statistic", "composite", "model"):
+        mine, theirs = getattr(general, what), getattr(undesired, what)
+        if mine != theirs:
+            raise ValueError(f"cannot contrast relevance with {what} {mine!r} and {theirs!r}: collect both alike")
+    _check_entries(undesired, general, "the undesired relevance")
+
+
+def _check_entries(relevance: Relevance, general: Relevance, role: str) -> None:
+    if relevance.granularity != general.granularity:
+        raise ValueError(f"{role} is about {relevance.granularity}s, the other one about {general.granularity}s")
+    for name in {**dict.fromkeys(general), **dict.fromkeys(relevance)}:
+        # A tensor that no sample of one set reached (a mixture's expert) has no relevance for it: that is known, and zero.
+        missing = relevance if name not in relevance else general if name not in general else None
+        if missing is not None:
+            if name not in missing.unscored:
+                raise ValueError(f"{role} and the other one are of different tensors: {name!r} is in one of them only")
+        elif relevance[name].shape != general[name].shape:
+            raise ValueError(
+                f"{role} has shape {tuple(relevance[name].shape)} for {name!r}, the other one {tuple(general[name].shape)}"
+            )

@@ -1,0 +1,116 @@
+"""Single entries of parameters by flat position: where they are, what they hold, and writing them."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Located(NamedTuple):
+    """The entries at some flat positions that this process holds, and the dense tensor that they are in.
+
+    Attributes:
+        tensor: the parameter itself, or this process's shard of a ``DTensor``; outside of autograd.
+        index: of the held entries, one tensor ``[held]`` for each dimension.
+        held: bool ``[positions]``, which of the positions are held; None for all.
+    """
+
+    tensor: Tensor
+    index: tuple[Tensor, ...]
+    held: Tensor | None
+
+    def read(self) -> Tensor:
+        """The held entries, ``[held]``, on the CPU."""
+        return self.tensor[self.index].cpu()
+
+    def write_(self, values: Tensor) -> None:
+        """Set the held entries to the values ``[positions]`` of all positions."""
+        with torch.no_grad():
+            self.tensor[self.index] = self.own(values).to(device=self.tensor.device, dtype=self.tensor.dtype)
+
+    def fill_(self, value: float) -> None:
+        """Set the held entries to one value."""
+        with torch.no_grad():
+            self.tensor[self.index] = value
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of values ``[positions]`` those of the held ones."""
+        return values if self.held is None else values[self.held]
+
+
+def locate(tensor: Tensor, positions: Tensor) -> Located:
+    """Find entries in a parameter, or in this process's shard of it.
+
+    Args:
+        tensor: a dense tensor of any strides, or a ``DTensor``.
+        positions: int64 ``[positions]`` into the flattened whole tensor, on the CPU.
+
+    Example:
+        >>> located = locate(torch.arange(6.0).view(2, 3), torch.tensor([1, 5]))
+        >>> located.read()
+        tensor([1., 5.])
+    """
+    index = torch.unravel_index(positions, tuple(tensor.shape)) if tensor.dim() else (positions.new_zeros(()),)
+    local, held = tensor.detach(), None
+    if is_sharded(tensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sharded: Any = tensor
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)
+        held = torch.ones(len(positions), dtype=torch.bool)
+        for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+            held &= (index[dim] >= start) & (index[dim] < start + size)
+        index = tuple(coordinate[held] - start for coordinate, start in zip(index, offset, strict=True))
+        local = sharded.to_local().detach()
+    if tensor.dim() == 0:
+        return Located(local.view(1), (torch.zeros(len(positions), dtype=torch.int64, device=local.device),), held)
+    return Located(local, tuple(coordinate.to(local.device) for coordinate in index), held)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold only a part of the tensor."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def same_bits(first: Tensor, second: Tensor) -> Tensor:
+    """Where two tensors of one shape and type are equal bit by bit: NaN equals itself, and -0.0 is not 0.0.
+
+    Example:
+        >>> same_bits(torch.tensor([float("nan"), 0.0, 1.0]), torch.tensor([float("nan"), -0.0, 1.0]))
+        tensor([ True, False,  True])
+    """
+    integer = _INTEGER_OF_BYTES[first.element_size()]
+    return first.contiguous().view(integer) == second.contiguous().view(integer)
+
+
+def scaled(originals: Tensor, strength: float) -> Tensor:
+    r"""Entries under a correction of some strength: :math:`(1 - s)\, w`, rounded once to the entries' type.
+
+    Strength 0 gives the originals bit by bit, 1 gives +0.0 whatever they are.
+
+    Example:
+        >>> scaled(torch.tensor([2.0, -4.0]), 0.25)
+        tensor([ 1.5000, -3.0000])
+    """
+    if strength == 0:
+        return originals
+    if strength == 1:
+        return torch.zeros_like(originals)
+    return (originals.to(torch.float64) * (1 - strength)).to(originals.dtype)
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a strength outside [0, 1]."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], 0 for as before and 1 for removed, got {strength!r}")
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes, in hexadecimal; the same on every device and for all strides."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""The guard: what matters to the wanted behaviour is no candidate for removal, however much it serves the other."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrp_prune.pruning import bits
+from lrp_prune.pruning.keys import LazyValues
+from lrp_prune.pruning.selection import smallest
+
+if TYPE_CHECKING:
+    from lrp_prune.relevance import Relevance
+
+GUARD_SCOPES: tuple[str, ...] = ("global", "layer")
+
+
+def entries_of(relevance: "Relevance", name: str) -> int:
+    """How many values a tensor of the relevance has, without computing them."""
+    if relevance.granularity == "weight" and name in relevance.parameter_shapes:
+        return math.prod(relevance.parameter_shapes[name])
+    return relevance[name].numel()
+
+
+def zeros_read(index: slice) -> Tensor:
+    """A tensor of zeros for a slice with an end: the relevance of a tensor that no sample of a set reached."""
+    return torch.zeros(len(range(index.start or 0, index.stop, index.step or 1)))
+
+
+def candidates(
+    names: list[str], read: Callable[[str, slice], Tensor], sizes: dict[str, int], quantile: float, scope: str
+) -> dict[str, Tensor]:
+    r"""Packed masks of the entries whose absolute value is below a quantile: :math:`|R_i| < Q_q(|R|)`.
+
+    Exactly :math:`\mathrm{round}(q n)` of :math:`n` entries are candidates; ties by position.
+
+    Args:
+        names: the tensors that are compared.
+        read: values of a tensor's slice, of the measure that tells what matters.
+        sizes: entries of each tensor.
+        quantile: in (0, 1].
+        scope: ``"global"``: one quantile of all tensors together; ``"layer"``: one of each tensor.
+
+    Raises:
+        ValueError: an argument is out of range, or a value is not finite.
+    """
+    if scope not in GUARD_SCOPES:
+        raise ValueError(f"guard_scope must be one of {GUARD_SCOPES}, got {scope!r}")
+    if isinstance(quantile, bool) or not 0 < quantile <= 1:
+        raise ValueError(
+            f"guard must be a quantile in (0, 1]: the share of entries that may be removed, or None, got {quantile!r}"
+        )
+    found: dict[str, Tensor] = {}
+    for together in [names] if scope == "global" else [[name] for name in names]:
+        values = [LazyValues(sizes[name], lambda index, name=name: read(name, index)) for name in together]  # type: ignore[misc]  # lambda default
+        count = round(quantile * sum(sizes[name] for name in together))
+        spared = smallest(values, count, ranking="absolute", names=together, dtype=torch.float32)
+        for name, packed in zip(together, spared, strict=True):
+            found[name] = bits.invert(packed, sizes[name])
+    return found
+
+
+def unpack_slice(packed: Tensor, entries: int, index: slice) -> Tensor:
+    """The bits of a slice of a packed mask's entries, as booleans."""
+    start, stop, step = index.indices(entries)
+    if step == 1 and start % 8 == 0:
+        return bits.unpack(packed[start // 8 : bits.num_bytes(stop)], (stop - start,))
+    return bits.unpack(packed, (entries,))[index]
