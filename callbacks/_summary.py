@@ -27,6 +27,22 @@ def layer_group(name: str) -> str:
     return ".".join([*("*" if block.isdigit() else block for block in blocks), last])
 
 
+def common_path(groups: list[str]) -> str:
+    """The modules that all groups lie in, as they would fill a table's first column with the same words.
+
+    Example:
+        >>> common_path(["model.layers.*.mlp.up_proj", "model.layers.*.self_attn.q_proj"]), common_path(["head"])
+        ('model.layers.*', '')
+    """
+    paths = [group.split(".")[:-1] for group in groups]
+    shared = []
+    for segments in zip(*paths, strict=False):
+        if len(set(segments)) > 1:
+            break
+        shared.append(segments[0])
+    return ".".join(shared)
+
+
 def group_sparsities(masks: Masks) -> dict[str, tuple[int, int, int]]:
     """Number of parameters, of entries and of pruned entries in each group of layers."""
     groups: dict[str, tuple[int, int, int]] = {}
@@ -71,16 +87,18 @@ def round_table(
         f"total sparsity {masks.sparsity:.2%} (target {aim}): {masks.num_pruned:,} of {masks.num_entries:,} weights "
         f"pruned, {masks.num_pruned - before:,} of them now"
     )
+    groups = group_sparsities(masks)
+    shared = common_path(list(groups))
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("layers")
+    table.add_column(f"layers of {shared}" if shared else "layers", overflow="fold", min_width=18)
     for title in ("tensors", "weights", "pruned", "newly", "sparsity", "lowest", "highest"):
         table.add_column(title, justify="right")
     earlier = group_sparsities(previous) if previous is not None else {}
-    for group, (parameters, entries, pruned) in group_sparsities(masks).items():
+    for group, (parameters, entries, pruned) in groups.items():
         each = [masks.sparsity_of(name) for name in masks if layer_group(name) == group]
         newly = pruned - earlier.get(group, (0, 0, 0))[2]
         shares = [f"{value:.2%}" for value in (pruned / max(entries, 1), min(each), max(each))]
-        table.add_row(group, f"{parameters:,}", f"{entries:,}", f"{pruned:,}", f"{newly:,}", *shares)
+        table.add_row(group[len(shared) + bool(shared) :], f"{parameters:,}", f"{entries:,}", f"{pruned:,}", f"{newly:,}", *shares)
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(table)
     return lines + "\n" + "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())

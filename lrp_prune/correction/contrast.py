@@ -36,8 +36,8 @@ class Contrast:
             default: the paper states no scale, and the sets differ in samples, tokens and logits); ``"mean"``,
             ``"sum"`` and ``"max"`` divide tensor by tensor; None takes the values as they are.
         guard: the share of entries that may be removed at all: those whose absolute relevance for ``general`` is below
-            this quantile. Without it (None) the few entries that everything depends on go first, and the model with
-            them.
+            this quantile. Without it (None, as in the paper) the few entries that everything depends on go first, and
+            the model with them.
         guard_by: another relevance for the general set that the quantile is taken of, ``abs_token`` say; ``general``
             itself by default.
         guard_scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
@@ -52,7 +52,7 @@ class Contrast:
     Example:
         >>> general = Relevance({"weight": torch.tensor([8.0, 1.0, 1.0, 0.0])}, statistic="signed")
         >>> undesired = Relevance({"weight": torch.tensor([5.0, 4.0, 0.0, 1.0])}, statistic="signed")
-        >>> contrast = Contrast(general, undesired)
+        >>> contrast = Contrast(general, undesired, guard=None)
         >>> contrast.relevance()["weight"]
         tensor([ 0.3000, -0.3000,  0.1000, -0.1000])
         >>> contrast.lowest(1)["weight"]
@@ -65,7 +65,7 @@ class Contrast:
         undesired: Relevance,
         *,
         normalize: str | None = "total",
-        guard: float | None = None,
+        guard: float | None = 0.7,
         guard_by: Relevance | None = None,
         guard_scope: str = "global",
         reverse: bool = False,
@@ -117,8 +117,7 @@ class Contrast:
     def relevance(self) -> Relevance:
         """All of the contrast as a :class:`~lrp_prune.Relevance`, guarded entries included."""
         some = self.general if self.names[0] in self.general else self.undesired
-        shapes = {name: (self.general if name in self.general else self.undesired)[name].shape for name in self.names}
-        values = {name: self.read(name, slice(0, self._sizes[name])).view(shapes[name]) for name in self.names}
+        values = {name: self.read(name, slice(0, self._sizes[name])).view(self._shape(name)) for name in self.names}
         return some._replace(
             values,
             num_samples=self.general.num_samples + self.undesired.num_samples,
@@ -167,8 +166,7 @@ class Contrast:
         for name, packed in zip(self.names, kept, strict=True):
             chosen = bits.invert(packed, self._sizes[name])
             if bits.count(chosen):
-                source = self.general if name in self.general else self.undesired
-                found[name] = bits.unpack(chosen, source[name].shape)
+                found[name] = bits.unpack(chosen, self._shape(name))
         return found
 
     def masks(self, amount: float | int, removal: str = "contribution") -> Masks:
@@ -193,6 +191,9 @@ class Contrast:
             units.members = {name: members[:1] for name, members in units.members.items()}
         shapes, packed = expand_units(units, {name: bits.pack(~mask) for name, mask in chosen.items()}, None)
         return Masks.from_bits(packed, shapes, granularity=units.granularity)
+
+    def _shape(self, name: str) -> torch.Size:
+        return (self.general if name in self.general else self.undesired)._sums[name].shape
 
     def _ranked(self, name: str, index: slice) -> Tensor:
         values = self.read(name, index)
@@ -244,7 +245,8 @@ def _check_entries(relevance: Relevance, general: Relevance, role: str) -> None:
         if missing is not None:
             if name not in missing.unscored:
                 raise ValueError(f"{role} and the other one are of different tensors: {name!r} is in one of them only")
-        elif relevance[name].shape != general[name].shape:
+        elif relevance._sums[name].shape != general._sums[name].shape:
             raise ValueError(
-                f"{role} has shape {tuple(relevance[name].shape)} for {name!r}, the other one {tuple(general[name].shape)}"
+                f"{role} has shape {tuple(relevance._sums[name].shape)} for {name!r}, the other one "
+                f"{tuple(general._sums[name].shape)}"
             )

@@ -1,6 +1,7 @@
 """Single entries of parameters by flat position: where they are, what they hold, and writing them."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,32 +10,49 @@ from torch import Tensor
 _INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Entries:
+    """The patched entries of one parameter.
+
+    Attributes:
+        positions: int64 ``[entries]`` into the flattened parameter, ascending.
+        originals: ``[entries]``, what the parameter held there, in its own type.
+        shape: of the parameter.
+        checksum: of the whole parameter before; empty where it was not known (a shard).
+    """
+
+    __slots__ = ("checksum", "originals", "positions", "shape")
+
+    def __init__(self, positions: Tensor, originals: Tensor, shape: Sequence[int], checksum: str) -> None:
+        self.positions, self.originals = positions, originals
+        self.shape, self.checksum = tuple(int(size) for size in shape), checksum
+
+
 class Located(NamedTuple):
     """The entries at some flat positions that this process holds, and the dense tensor that they are in.
 
     Attributes:
         tensor: the parameter itself, or this process's shard of a ``DTensor``; outside of autograd.
-        index: of the held entries, one tensor ``[held]`` for each dimension.
+        coordinates: of the held entries, one tensor ``[held]`` for each dimension.
         held: bool ``[positions]``, which of the positions are held; None for all.
     """
 
     tensor: Tensor
-    index: tuple[Tensor, ...]
+    coordinates: tuple[Tensor, ...]
     held: Tensor | None
 
     def read(self) -> Tensor:
         """The held entries, ``[held]``, on the CPU."""
-        return self.tensor[self.index].cpu()
+        return self.tensor[self.coordinates].cpu()
 
     def write_(self, values: Tensor) -> None:
         """Set the held entries to the values ``[positions]`` of all positions."""
         with torch.no_grad():
-            self.tensor[self.index] = self.own(values).to(device=self.tensor.device, dtype=self.tensor.dtype)
+            self.tensor[self.coordinates] = self.own(values).to(device=self.tensor.device, dtype=self.tensor.dtype)
 
     def fill_(self, value: float) -> None:
         """Set the held entries to one value."""
         with torch.no_grad():
-            self.tensor[self.index] = value
+            self.tensor[self.coordinates] = value
 
     def own(self, values: Tensor) -> Tensor:
         """Of values ``[positions]`` those of the held ones."""
@@ -46,7 +64,7 @@ def locate(tensor: Tensor, positions: Tensor) -> Located:
 
     Args:
         tensor: a dense tensor of any strides, or a ``DTensor``.
-        positions: int64 ``[positions]`` into the flattened whole tensor, on the CPU.
+        positions: int64 ``[positions]`` into the flattened whole tensor.
 
     Example:
         >>> located = locate(torch.arange(6.0).view(2, 3), torch.tensor([1, 5]))
@@ -60,14 +78,28 @@ def locate(tensor: Tensor, positions: Tensor) -> Located:
 
         sharded: Any = tensor
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)
-        held = torch.ones(len(positions), dtype=torch.bool)
+        held = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
         for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
             held &= (index[dim] >= start) & (index[dim] < start + size)
         index = tuple(coordinate[held] - start for coordinate, start in zip(index, offset, strict=True))
+        held = held.cpu()
         local = sharded.to_local().detach()
     if tensor.dim() == 0:
         return Located(local.view(1), (torch.zeros(len(positions), dtype=torch.int64, device=local.device),), held)
     return Located(local, tuple(coordinate.to(local.device) for coordinate in index), held)
+
+
+def write_together(writes: Iterable[tuple[Located, Tensor]]) -> None:
+    """Set entries of several tensors: all of them, or none if one fails."""
+    done: list[tuple[Located, Tensor]] = []
+    try:
+        for located, values in writes:
+            done.append((located, located.read()))
+            located.write_(values)
+    except BaseException:
+        for located, before in done:
+            located.tensor[located.coordinates] = before.to(located.tensor.device)
+        raise
 
 
 def is_sharded(tensor: Tensor) -> bool:

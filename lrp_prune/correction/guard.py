@@ -1,7 +1,7 @@
 """The guard: what matters to the wanted behaviour is no candidate for removal, however much it serves the other."""
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +19,7 @@ GUARD_SCOPES: tuple[str, ...] = ("global", "layer")
 
 def entries_of(relevance: "Relevance", name: str) -> int:
     """How many values a tensor of the relevance has, without computing them."""
-    if relevance.granularity == "weight" and name in relevance.parameter_shapes:
-        return math.prod(relevance.parameter_shapes[name])
-    return relevance[name].numel()
-
-
-def zeros_read(index: slice) -> Tensor:
-    """A tensor of zeros for a slice with an end: the relevance of a tensor that no sample of a set reached."""
-    return torch.zeros(len(range(index.start or 0, index.stop, index.step or 1)))
+    return relevance._sums[name].numel()
 
 
 def candidates(
@@ -54,7 +47,7 @@ def candidates(
         )
     found: dict[str, Tensor] = {}
     for together in [names] if scope == "global" else [[name] for name in names]:
-        values = [LazyValues(sizes[name], lambda index, name=name: read(name, index)) for name in together]  # type: ignore[misc]  # lambda default
+        values = [LazyValues(sizes[name], partial(read, name)) for name in together]
         count = round(quantile * sum(sizes[name] for name in together))
         spared = smallest(values, count, ranking="absolute", names=together, dtype=torch.float32)
         for name, packed in zip(together, spared, strict=True):

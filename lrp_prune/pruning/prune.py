@@ -1,11 +1,15 @@
-"""One shot: batches in, pruned model out."""
+"""One shot or several rounds without training: batches in, pruned model out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
 
@@ -18,23 +22,29 @@ def prune(
     scope: str | None = None,
     ranking: str = "absolute",
     normalize: str | None = "auto",
+    rounds: int = 1,
+    schedule: Schedule = "linear",
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
-        batches: reference samples, see :func:`lrp_prune.attribute`; not needed for ``magnitude`` and ``random``.
+        batches: reference samples, see :func:`lrp_prune.attribute`; not needed for ``magnitude`` and ``random``. They are
+            gone through once a round.
         sparsity: the fraction to prune, in all or by pattern of parameter names.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
         scope: what is compared: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; None for the method's best.
         ranking: ``"absolute"`` or ``"ascending"``.
         normalize: None, ``"mean"``, ``"sum"`` or ``"max"``; ``"auto"`` for the method's best.
+        rounds: in how many rounds. Each scores the model as it is pruned by then, so that weights which stand in for
+            pruned ones are seen to matter; what is pruned stays pruned.
+        schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
     Returns:
-        The masks; nothing of the model has changed if an error is raised.
+        The masks. If an error is raised, the model is as it was.
 
     Raises:
         ValueError: for wrong arguments, and what :func:`lrp_prune.attribute` raises.
@@ -46,10 +56,36 @@ def prune(
         >>> lrp_prune.prune(model, batches, sparsity=0.5).sparsity
         0.5
     """
-    chosen = scorer(method, model, **options)
-    for batch in batches:
-        chosen.update(batch)
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize)
-    masks = select(chosen.compute(), sparsity=sparsity, **selection)
-    masks.apply_(model)
+    targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
+    reference = batches if rounds == 1 else list(batches)
+    masks: Masks | None = None
+    with _undone_on_error(model) as zero:
+        for target in targets:
+            scores = scorer(method, model, **options)
+            for batch in reference:
+                scores.update(batch)
+            masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
+            zero(masks)
+    assert masks is not None
     return masks
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[Any]:
+    """Yields what applies masks, and restores the values that they zeroed if a later round fails."""
+    done: list[tuple[Masks, dict[str, Tensor]]] = []
+
+    def zero(masks: Masks) -> None:
+        parameters = resolve(masks, model)
+        done.append((masks, {name: parameter.detach()[~masks[name].to(parameter.device)] for name, parameter in parameters.items()}))
+        masks.apply_(model)
+
+    try:
+        yield zero
+    except BaseException:
+        with torch.no_grad():
+            for masks, values in reversed(done):
+                for name, parameter in resolve(masks, model).items():
+                    parameter[~masks[name].to(parameter.device)] = values[name]
+        raise

@@ -36,11 +36,22 @@ METHODS: dict[str, Defaults] = {
 """Methods and their defaults for weights."""
 
 
+def defaults_of(method: str) -> Defaults:
+    """The defaults of a method.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
 def selection_options(
     method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
 ) -> dict[str, Any]:
     """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
-    best, by_unit = METHODS[method], granularity != "weight"
+    best, by_unit = defaults_of(method), granularity != "weight"
     return {
         "scope": scope or ("global" if by_unit else best.scope),
         "ranking": ranking,
@@ -133,9 +144,7 @@ def scorer(
     Raises:
         ValueError: for an unknown method, or an argument that the method does not have.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    defaults = METHODS[method]
+    defaults = defaults_of(method)
     if method not in ("lrp", "gradient"):
         given = {"composite": composite, "statistic": statistic}
         for name, value in given.items():

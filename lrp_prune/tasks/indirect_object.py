@@ -50,7 +50,7 @@ class IndirectObject(Task):
         ...     return {"input_ids": [words.index(word) if word in words else 99 for word in text.split()]}
         >>> task = IndirectObject(tokenizer, samples=2, templates=["{A} and {B} met and {S} gave a pen to"], names=words[:5])
         >>> len(task), task.batches(2)[0]["input_ids"].shape
-        (2, torch.Size([2, 9]))
+        (2, torch.Size([2, 10]))
     """
 
     def __init__(

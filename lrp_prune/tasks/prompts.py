@@ -45,7 +45,7 @@ class Encoded:
 def tokens(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """The text's tokens with what the tokenizer puts before it, without what it puts after it (end of text, separator)."""
     ids = [int(token) for token in tokenizer(text)["input_ids"]]
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special = {*getattr(tokenizer, "all_special_ids", ())} - {getattr(tokenizer, "unk_token_id", None)}
     while ids and ids[-1] in special:
         ids.pop()
     return tuple(ids)

@@ -108,8 +108,10 @@ class Task(ABC):
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual: bool = False) -> Tensor:
     """Run the model on a task's batch; the logits ``[samples, vocabulary]`` at the position before the answer."""
-    ids = batch["counterfactual_ids" if counterfactual else "input_ids"]
-    return last_logits(model, {"input_ids": ids, "attention_mask": batch["attention_mask"]})
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else None
+    ids = batch["counterfactual_ids" if counterfactual else "input_ids"].to(device)
+    return last_logits(model, {"input_ids": ids, "attention_mask": batch["attention_mask"].to(device)})
 
 
 def _collate(samples: Sequence[Encoded]) -> Batch:

@@ -111,3 +111,30 @@ def test_lrp_finds_the_weights_that_matter() -> None:
     x[:, 2:] *= 0.01
     relevance = lrp_prune.attribute(model, [(x, y)], target="class")["0.weight"]
     assert relevance[:, :2].mean() > 5 * relevance[:, 2:].mean()
+
+
+def test_rounds_score_the_pruned_model_and_never_compound() -> None:
+    batches = [batch_for("llama", 4, 9)]
+    one, three = build("llama"), build("llama")
+    at_once = lrp_prune.prune(one, batches, sparsity=0.6)
+    in_rounds = lrp_prune.prune(three, iter(batches), sparsity=0.6, rounds=3)
+    assert at_once.num_pruned == in_rounds.num_pruned == _pruned(three, in_rounds)
+    assert any(not torch.equal(at_once[name], in_rounds[name]) for name in at_once)
+    first = lrp_prune.prune(build("llama"), batches, sparsity=0.2)
+    assert all(not in_rounds[name][~first[name]].any() for name in first)
+
+
+def test_a_failing_round_undoes_the_rounds_before() -> None:
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    calls: list[int] = []
+
+    def target(inner: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        value = forward(inner, batch).sum()
+        return value * float("nan") if len(calls) == 3 else value
+
+    with pytest.raises(FloatingPointError):
+        lrp_prune.prune(model, [batch_for("llama")], sparsity=0.5, rounds=4, target=target)
+    assert len(calls) == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,192 @@
+"""Evaluation: what is left of a model's behaviour when all but a circuit is ablated."""
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.running import subject_of
+from lrp_prune.circuits.ablation import Reference, gating, weights_zeroed
+from lrp_prune.circuits.circuit import Circuit, Node
+from lrp_prune.circuits.ranking import Ranking
+from lrp_prune.circuits.references import reference_for
+from lrp_prune.circuits.result import EvaluationResult
+from lrp_prune.circuits.sites import passing
+from lrp_prune.tasks.metrics import METRICS, batch_metric
+from lrp_prune.tasks.task import Batch, Task, answer_logits
+
+MIB_SIZES: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The fractions at which the MIB benchmark evaluates (arXiv 2504.13151)."""
+Scores = dict[str, Tensor]
+
+
+def evaluate(
+    model: nn.Module,
+    circuit: Ranking | Circuit | Sequence[Circuit],
+    task: Task,
+    sizes: Sequence[int | float] = MIB_SIZES,
+    ablation: str = "counterfactual",
+    *,
+    metric: str | None = None,
+    batch_size: int = 16,
+    seeds: Sequence[int] | None = None,
+    complements: bool = True,
+    minimality: int = 0,
+) -> EvaluationResult:
+    r"""Faithfulness, completeness, minimality, and the areas CPR and CMD.
+
+    All metrics are evaluated at once; faithfulness is normalised by the full model and the empty circuit under the same
+    ablation (:class:`EvaluationResult`). Nodes that were not ranked are never ablated.
+
+    Args:
+        model: the model that the nodes belong to; unchanged afterwards.
+        circuit: a ranking, one circuit, or several of the same nodes.
+        task: prompts, which should be others than the discovery's: a warning is given if they are the same.
+        sizes: for a ranking: numbers of nodes (integers) or fractions (floats, rounded down as MIB does).
+        ablation: ``"counterfactual"``, ``"mean"`` or ``"zero"``; circuits of weights know ``"zero"`` only.
+        metric: of faithfulness; None for the task's.
+        batch_size: prompts in a batch.
+        seeds: evaluate on ``task.resampled(seed)`` for each, for intervals; None: once, on the task itself.
+        complements: evaluate the model without each circuit as well, for completeness.
+        minimality: how many nodes of each circuit are left out in turn, see :func:`minimality`.
+
+    Raises:
+        ValueError: for wrong arguments, or where the full model and the empty circuit score the same.
+    """
+    chosen = task.metric if metric is None else metric
+    if chosen not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {chosen!r}")
+    circuits, ranking = _circuits(circuit, sizes)
+    first = circuits[0]
+    if any(other.kept.keys() != first.kept.keys() for other in circuits):
+        raise ValueError("the circuits are of different nodes: evaluate them one after the other")
+    if seeds is None and first.description.get("prompts") == task.fingerprint:
+        warnings.warn(
+            "the circuit is evaluated on the prompts it was found on: split the task (task.split()) and hold one part out",
+            stacklevel=2,
+        )
+    module = subject_of(model).module
+    rows = list(circuits)
+    if complements:
+        rows += [~one for one in circuits]
+    by_seed = [
+        _scores(module, rows, part, ablation, batch_size)
+        for part in ([task] if seeds is None else [task.resampled(seed) for seed in seeds])
+    ]
+    number = len(circuits)
+    table = {name: torch.stack([scores[name] for scores in by_seed]) for name in METRICS}
+    result = EvaluationResult(
+        tuple(one.size for one in circuits),
+        first.total,
+        ablation,
+        chosen,
+        ranking,
+        {name: values[:, 0] for name, values in table.items()},
+        {name: values[:, 1] for name, values in table.items()},
+        {name: values[:, 2 : 2 + number] for name, values in table.items()},
+        {name: values[:, 2 + number :] for name, values in table.items()} if complements else {},
+        torch.full((number,), torch.nan),
+        dict(first.description),
+    )
+    if bool(((result.full[chosen] - result.empty[chosen]).abs() < 1e-12).any()):
+        raise ValueError(
+            f"the full model and the empty circuit have the same {chosen}: faithfulness is not defined, "
+            "take another ablation, metric or granularity"
+        )
+    for index, one in enumerate(circuits if minimality else ()):
+        if one.size:
+            drops = globals()["minimality"](
+                module, one, task, ablation, metric=chosen, batch_size=batch_size, nodes=minimality
+            )
+            result.minimality[index] = min(drops.values())
+    return result
+
+
+def minimality(
+    model: nn.Module,
+    circuit: Circuit,
+    task: Task,
+    ablation: str = "counterfactual",
+    *,
+    metric: str | None = None,
+    batch_size: int = 16,
+    nodes: int | None = None,
+    seed: int = 0,
+) -> dict[Node, float]:
+    r"""What each node of a circuit is needed for: :math:`|f(C) - f(C \setminus \{v\})|`, of some or all of its nodes.
+
+    It is the minimality of Wang et al. (arXiv 2211.00593) with an empty set :math:`K`, in units of faithfulness; a node near 0
+    need not be there.
+
+    Args:
+        model: the model that the nodes belong to.
+        circuit: the circuit.
+        task: prompts.
+        ablation: see :func:`evaluate`.
+        metric: None for the task's.
+        batch_size: prompts in a batch.
+        nodes: how many, drawn by the seed; None for all.
+        seed: of the draw.
+    """
+    chosen = task.metric if metric is None else metric
+    tested = circuit.nodes()
+    if nodes is not None and nodes < len(tested):
+        tested = random.Random(seed).sample(tested, nodes)
+    rows = [circuit, *(circuit.without(node) for node in tested)]
+    scores = _scores(subject_of(model).module, rows, task, ablation, batch_size)[chosen]
+    faithfulness = (scores[2:] - scores[1]) / (scores[0] - scores[1])
+    return {node: float((faithfulness[0] - value).abs()) for node, value in zip(tested, faithfulness[1:], strict=True)}
+
+
+def _circuits(circuit: Ranking | Circuit | Sequence[Circuit], sizes: Sequence[int | float]) -> tuple[list[Circuit], str]:
+    if isinstance(circuit, Ranking):
+        if not sizes:
+            raise ValueError("sizes is empty: give at least one size of circuits")
+        return [circuit.at(size) for size in sizes], circuit.ranking
+    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    if not circuits:
+        raise ValueError("there is no circuit to evaluate")
+    return circuits, "given"
+
+
+def _scores(model: nn.Module, circuits: Sequence[Circuit], task: Task, ablation: str, batch_size: int) -> Scores:
+    """Metric -> mean over samples ``[2 + circuits]`` of the full model, the empty circuit and each circuit."""
+    first = circuits[0]
+    if first.granularity == "weight" and ablation != "zero":
+        raise ValueError(f"weights have no activations to replace: ablation must be 'zero', got {ablation!r}")
+    batches = task.batches(batch_size)
+    reference = reference_for(model, first.sites, batches, ablation)
+    empty = {group: torch.zeros_like(mask) for group, mask in first.kept.items()}
+    sums = {name: torch.zeros(2 + len(circuits), dtype=torch.float64) for name in METRICS}
+    for batch in batches:
+        replacement = reference(batch)
+        full = _logits(model, batch)
+        rows = [full, _logits(model, batch, first, empty, replacement)]
+        rows += [_logits(model, batch, circuit, circuit.kept, replacement) for circuit in circuits]
+        for name in METRICS:
+            for index, logits in enumerate(rows):
+                sums[name][index] += float(batch_metric(name, logits, batch, full).double().sum())
+    return {name: values / len(task) for name, values in sums.items()}
+
+
+def _logits(
+    model: nn.Module,
+    batch: Batch,
+    circuit: Circuit | None = None,
+    kept: Mapping[str, Tensor] | None = None,
+    replacement: Reference | None = None,
+) -> Tensor:
+    """The model's logits ``[samples, vocabulary]`` with all ablated that is not kept."""
+    with passing(model):
+        if circuit is None or kept is None:
+            return answer_logits(model, batch)
+        ablated: AbstractContextManager[None]
+        if circuit.granularity == "weight":
+            ablated = weights_zeroed(model, kept)
+        else:
+            ablated = gating(model, circuit.sites, kept, replacement)
+        with ablated:
+            return answer_logits(model, batch)

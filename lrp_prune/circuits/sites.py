@@ -1,0 +1,210 @@
+"""Sites: where in a model the units of a circuit are switched, found by tracing and not by the model's class.
+
+The engine says which layers read the outputs of attention heads and which read hidden units (``relevance.members``). There
+the *contribution* of a unit can be replaced without touching the residual stream: heads, attention neurons and MLP neurons
+at the reading layer's input, that is before the output projection; blocks at its output.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.backends import traceable_attention
+from lrp_prune.attribution.collect import attribute
+from lrp_prune.attribution.running import subject_of, undisturbed
+from lrp_prune.names import matches, named_modules, named_parameters
+from lrp_prune.relevance import Member, Relevance
+
+KINDS: tuple[str, ...] = ("attention_block", "mlp_block", "head", "attention_neuron", "mlp_neuron")
+"""The kinds of units, from coarse to fine."""
+GRANULARITIES: dict[str, tuple[str, ...]] = {
+    "neuron": ("mlp_neuron",),
+    "block": ("attention_block", "mlp_block"),
+    **{kind: (kind,) for kind in KINDS},
+}
+"""What one may ask for: a kind of units, or a word for one or two kinds."""
+PARENTS: dict[str, tuple[str, ...]] = {
+    "head": ("attention_block",),
+    "attention_neuron": ("attention_block", "head"),
+    "mlp_neuron": ("mlp_block",),
+}
+"""The kinds that contain a unit at the same layer: a unit acts only where all that contain it do."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The units of one kind at one layer.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        module: canonical name of the layer that reads the units (of a block: that writes its output).
+        units: how many there are.
+        width: channels of the layer's input that each of them has; 0 for blocks.
+        members: which entries of which parameters they own.
+        shapes: the shapes of those parameters.
+    """
+
+    kind: str
+    module: str
+    units: int
+    width: int
+    members: tuple[Member, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the group of units: kind and module."""
+        return f"{self.kind}:{self.module}"
+
+    @property
+    def at_output(self) -> bool:
+        """Whether the units are switched at the layer's output."""
+        return self.kind.endswith("_block")
+
+
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """A forward that changes nothing: evaluation mode, no random numbers used up, no gradient unless enabled inside."""
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model), traceable_attention(model):
+        yield
+
+
+def kinds_of(granularities: str | Sequence[str]) -> tuple[str, ...]:
+    """The kinds of units that one or several words stand for.
+
+    Raises:
+        ValueError: for an unknown word.
+
+    Example:
+        >>> kinds_of("block"), kinds_of(["head", "neuron"])
+        (('attention_block', 'mlp_block'), ('head', 'mlp_neuron'))
+    """
+    words = [granularities] if isinstance(granularities, str) else list(granularities)
+    for word in words:
+        if word not in GRANULARITIES:
+            raise ValueError(f"granularity must be 'weight' or one of {tuple(GRANULARITIES)}, got {word!r}")
+    chosen = {kind for word in words for kind in GRANULARITIES[word]}
+    return tuple(kind for kind in KINDS if kind in chosen)
+
+
+def find_sites(
+    model: nn.Module,
+    batch: Any,
+    granularities: str | Sequence[str],
+    target: Callable[[nn.Module, Any], Tensor],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> tuple[Site, ...]:
+    """The model's sites of some kinds, in the order in which they run.
+
+    Args:
+        model: any module that the engine can trace.
+        batch: one batch, small is best: the model runs on it twice.
+        granularities: see :func:`kinds_of`.
+        target: a scalar to propagate from; layers that it does not depend on are not found.
+        include: patterns of module names to take instead of all.
+        exclude: patterns of module names to leave out.
+
+    Raises:
+        ValueError: if there is no such unit, or a layer is not called as a module or has its channels not last.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> (site,) = find_sites(model, torch.ones(1, 4), "neuron", lambda model, batch: model(batch).sum())
+        >>> site.name, site.units, site.width
+        ('mlp_neuron:2', 8, 1)
+    """
+    module = subject_of(model).module
+    kinds = kinds_of(granularities)
+    found: list[Site] = []
+    if {"attention_block", "head", "attention_neuron"} & set(kinds):
+        found += _sites(module, _traced(module, batch, target, "head"), "attention")
+    if {"mlp_block", "mlp_neuron"} & set(kinds):
+        found += _sites(module, _traced(module, batch, target, "neuron"), "mlp")
+    found = [
+        site
+        for site in found
+        if site.kind in kinds
+        and (include is None or matches(site.module, include))
+        and not matches(site.module, exclude)
+    ]
+    missing = [kind for kind in kinds if not any(site.kind == kind for site in found)]
+    if not found or (missing and include is None and exclude is None):
+        raise ValueError(f"{type(module).__name__} has no {(missing or list(kinds))[0]} that the target depends on")
+    order = _order_of_calls(module, batch, target, {site.module for site in found})
+    return tuple(sorted(found, key=lambda site: (order.index(site.module), KINDS.index(site.kind))))
+
+
+def _traced(
+    model: nn.Module, batch: Any, target: Callable[[nn.Module, Any], Tensor], granularity: str
+) -> Relevance | None:
+    try:
+        return attribute(
+            model, [batch], target=target, composite="gradient", granularity=granularity, statistic="signed"
+        )
+    except ValueError as error:
+        if "received relevance" in str(error):
+            return None
+        raise
+
+
+def _sites(model: nn.Module, relevance: Relevance | None, part: str) -> list[Site]:
+    if relevance is None:
+        return []
+    sites, parameters = [], named_parameters(model)
+    for group, values in relevance.items():
+        reader, *producers = relevance.members[group]
+        whole = [Member(reader.parameter, 0, parameters[reader.parameter].shape[0])]
+        bias = f"{group}.bias"
+        if bias in parameters:
+            whole.append(Member(bias, 0, parameters[bias].shape[0]))
+        shapes = tuple(
+            (name, tuple(parameters[name].shape))
+            for name in dict.fromkeys(member.parameter for member in (*whole, reader, *producers))
+        )
+        units = values.numel()
+        sites.append(Site(f"{part}_block", group, 1, 0, tuple(whole), shapes))
+        if part == "mlp":
+            sites.append(Site("mlp_neuron", group, units, reader.width, (reader, *producers), shapes))
+        else:
+            sites.append(Site("head", group, units, reader.width, (reader,), shapes))
+            single = Member(reader.parameter, reader.dim, 1)
+            sites.append(Site("attention_neuron", group, units * reader.width, 1, (single,), shapes))
+    return sites
+
+
+def _order_of_calls(
+    model: nn.Module, batch: Any, target: Callable[[nn.Module, Any], Tensor], names: set[str]
+) -> list[str]:
+    """The modules in the order of their first call, by one forward."""
+    order: list[str] = []
+
+    def noted(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if isinstance(module, nn.modules.conv._ConvNd):
+                raise ValueError(f"{name} is a convolution: circuits know units whose channels are the last dimension")
+            if name not in order:
+                order.append(name)
+
+        return hook
+
+    modules = named_modules(model)
+    with passing(model):
+        handles = [modules[name].register_forward_pre_hook(noted(name)) for name in names if name in modules]
+        try:
+            target(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    absent = sorted(names - set(order))
+    if absent:
+        raise ValueError(
+            f"{absent[0]} is used, but not called as a module, so that its input cannot be replaced: leave it out by "
+            f"exclude={absent[:1]!r}"
+        )
+    return order

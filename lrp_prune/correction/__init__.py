@@ -1,0 +1,9 @@
+"""Correction: two relevances in, a reversible patch out."""
+
+from lrp_prune.correction.contrast import Contrast
+from lrp_prune.correction.corrections import Corrections
+from lrp_prune.correction.entries import Entries
+from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.search import Search, Trial, search_amount
+
+__all__ = ["Contrast", "Corrections", "Entries", "Patch", "Search", "Trial", "search_amount"]

@@ -1,0 +1,111 @@
+"""Patches with patches: overlap, union and difference; and the tensors that a patch is stored as."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrp_prune.correction.entries import Entries, same_bits
+
+if TYPE_CHECKING:
+    from lrp_prune.correction.patch import Patch
+
+_POSITIONS, _ORIGINALS = "positions:", "originals:"
+
+
+def overlap(first: "Patch", second: "Patch") -> dict[str, int]:
+    """How many entries of each parameter both patches touch."""
+    counts = {
+        name: int(torch.isin(first[name].positions, second[name].positions).sum()) for name in first if name in second
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
+    """Entries and provenance of all that is in one of the two."""
+    _check_same_model(first, second, "unite")
+    entries: dict[str, Entries] = {}
+    for name in dict.fromkeys((*first, *second)):
+        if name not in first or name not in second:
+            entries[name] = (first if name in first else second)[name]
+            continue
+        mine, theirs = first[name], second[name]
+        new = ~torch.isin(theirs.positions, mine.positions)
+        positions, order = torch.cat([mine.positions, theirs.positions[new]]).sort()
+        originals = torch.cat([mine.originals, theirs.originals[new]])[order]
+        entries[name] = Entries(positions, originals, mine.shape, mine.checksum)
+    return entries, _combined_provenance(first, second, "|")
+
+
+def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
+    """Entries and provenance of what is in the first and not in the second."""
+    _check_same_model(first, second, "subtract")
+    entries: dict[str, Entries] = {}
+    for name in first:
+        mine = first[name]
+        left = (
+            ~torch.isin(mine.positions, second[name].positions)
+            if name in second
+            else torch.ones_like(mine.positions, dtype=torch.bool)
+        )
+        if bool(left.any()):
+            entries[name] = Entries(mine.positions[left], mine.originals[left], mine.shape, mine.checksum)
+    if not entries:
+        raise ValueError("nothing is left: the other patch touches all entries of this one")
+    return entries, _combined_provenance(first, second, "-")
+
+
+def _combined_provenance(first: "Patch", second: "Patch", operation: str) -> dict[str, Any]:
+    kept = ("model", "num_parameters", "fingerprint", "lrp_prune")
+    return {
+        **{key: first.provenance[key] for key in kept if key in first.provenance},
+        "behaviour": f"{first.behaviour} {operation} {second.behaviour}".strip(),
+        "operation": operation,
+        "of": [first.provenance, second.provenance],
+    }
+
+
+def _check_same_model(first: "Patch", second: "Patch", action: str) -> None:
+    for name in first:
+        if name not in second:
+            continue
+        mine, theirs = first[name], second[name]
+        if mine.shape != theirs.shape or mine.originals.dtype != theirs.originals.dtype:
+            raise ValueError(
+                f"cannot {action} patches of different models: {name} is {mine.originals.dtype} {mine.shape} in one, "
+                f"{theirs.originals.dtype} {theirs.shape} in the other"
+            )
+        if mine.checksum and theirs.checksum and mine.checksum != theirs.checksum:
+            raise ValueError(f"cannot {action} patches of different models: the checksums of {name} differ")
+        common = torch.isin(mine.positions, theirs.positions)
+        others = torch.isin(theirs.positions, mine.positions)
+        if not bool(same_bits(mine.originals[common], theirs.originals[others]).all()):
+            raise ValueError(f"cannot {action} patches of different models: the original values of {name} differ")
+
+
+def pack(patch: "Patch") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (positions in 4 bytes where they fit) and a description of plain values."""
+    tensors: dict[str, Tensor] = {}
+    shapes, checksums = {}, {}
+    for name in patch:
+        entry = patch[name]
+        small = int(entry.positions[-1]) < 2**31
+        tensors[_POSITIONS + name] = entry.positions.to(torch.int32 if small else torch.int64)
+        tensors[_ORIGINALS + name] = entry.originals
+        shapes[name], checksums[name] = list(entry.shape), entry.checksum
+    return tensors, {"shapes": shapes, "checksums": checksums, "provenance": patch.provenance}
+
+
+def unpack(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:
+    """What :func:`pack` packed."""
+    entries = {
+        name: Entries(
+            tensors[_POSITIONS + name].to(device="cpu", dtype=torch.int64),
+            tensors[_ORIGINALS + name].cpu(),
+            shape,
+            description["checksums"][name],
+        )
+        for name, shape in description["shapes"].items()
+    }
+    return entries, dict(description["provenance"])

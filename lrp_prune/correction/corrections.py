@@ -1,0 +1,241 @@
+"""Several named patches on one model, switched and scaled while it runs and trains."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lrp_prune.correction.entries import check_strength, checksum, is_sharded, locate, scaled, write_together
+from lrp_prune.correction.freezing import Frozen
+from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.verifying import resolve_entries
+
+
+class Corrections:
+    """The patches of one model: which there are, and how strongly each is applied now.
+
+    What is applied is written into the parameters; what they held at that moment is stored (``[entries]`` for each
+    patch, no copy of the model) and comes back bit by bit when the patch is disabled. While a patch is enabled its
+    entries are frozen at their scaled value: their gradients are zeroed as they are accumulated, and after each step of
+    an attached optimizer the values are written again.
+
+    Patches that are enabled together must not overlap: which of them an entry's value comes from would depend on the
+    order in which they are switched. Overlapping ones may be kept side by side and enabled in turn.
+
+    Args:
+        model: the model; wrapped or not.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> patch = Patch.from_positions(model, {"weight": torch.tensor([0])})
+        >>> corrections = Corrections(model)
+        >>> corrections.add("example", patch)
+        >>> corrections.enable("example")
+        >>> model.weight[0, 0].item(), corrections.strengths
+        (0.0, {'example': 1.0})
+        >>> corrections.disable("example")
+        >>> corrections.strengths
+        {'example': 0.0}
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._patches: dict[str, Patch] = {}
+        self._strengths: dict[str, float] = {}
+        self._stored: dict[str, dict[str, Tensor]] = {}
+        self._frozen = Frozen()
+
+    @property
+    def patches(self) -> dict[str, Patch]:
+        """All patches by name, enabled or not."""
+        return dict(self._patches)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """How strongly each patch is applied, 0 for disabled ones."""
+        return {name: self._strengths.get(name, 0.0) for name in self._patches}
+
+    def add(self, name: str, patch: Patch, *, strict: bool = True) -> None:
+        """Take in a patch, disabled.
+
+        Args:
+            name: what to call it.
+            patch: made for this model.
+            strict: compare whole parameters by their checksums, with what other patches changed put back.
+
+        Raises:
+            KeyError: the model has not the patch's parameters.
+            ValueError: the name is taken, or the patch was made for another model.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a patch needs a name, got {name!r}")
+        if name in self._patches:
+            raise ValueError(f"there is a patch {name!r} already: remove it first, or take another name")
+        if not isinstance(patch, Patch):
+            raise ValueError(f"patch {name!r} must be a Patch (Patch.load reads one), got {type(patch).__name__}")
+        with self.suspended():
+            patch.verify(self._model, strict=strict)
+        self._patches[name] = patch
+
+    def remove(self, name: str) -> Patch:
+        """Disable a patch and forget it.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        self.disable(name)
+        return self._patches.pop(name)
+
+    def enable(self, name: str, strength: float = 1.0) -> None:
+        """Apply a patch, or change how strongly it is applied.
+
+        Raises:
+            KeyError: there is none of that name.
+            ValueError: the strength is outside [0, 1], or another enabled patch touches the same entries.
+        """
+        patch = self._patch(name)
+        check_strength(strength)
+        if strength == 0:
+            self.disable(name)
+            return
+        for other in self._strengths:
+            shared = patch.overlap(self._patches[other]) if other != name else {}
+            if shared:
+                where, count = next(iter(shared.items()))
+                raise ValueError(
+                    f"patches {name!r} and {other!r} overlap in {sum(shared.values()):,} entries ({count:,} of {where}): "
+                    f"disable {other!r} first, or enable their union (a | b) or difference (a - b)"
+                )
+        parameters = resolve_entries(patch, self._model)
+        if name not in self._stored:
+            self._stored[name] = {entry: _read(parameters[entry], patch, entry) for entry in patch}
+        self._strengths[name] = strength
+        self._write(name, parameters, strength)
+        self._freeze()
+
+    def disable(self, name: str) -> None:
+        """Put back what the entries held when the patch was enabled; nothing happens if it is not.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        patch = self._patch(name)
+        if name in self._stored:
+            self._write(name, resolve_entries(patch, self._model), 0.0)
+            del self._stored[name], self._strengths[name]
+            self._freeze()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model as it is without corrections, inside the context; what is enabled comes back after it."""
+        enabled = list(self._strengths)
+        for name in enabled:
+            self._write(name, resolve_entries(self._patches[name], self._model), 0.0)
+        try:
+            yield
+        finally:
+            for name in enabled:
+                self._write(name, resolve_entries(self._patches[name], self._model), self._strengths[name])
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Keep frozen entries at their values through the steps of these optimizers, and of no others.
+
+        Also finds parameters again that were replaced since (by ``to_empty``, by sharding, by a copy of the model).
+
+        Raises:
+            TypeError: for an object that has no hooks for its steps.
+        """
+        self._freeze()
+        self._frozen.attach(optimizers)
+
+    def release(self) -> None:
+        """Take off the hooks of :meth:`attach`; gradients stay masked."""
+        self._frozen.attach(())
+
+    def without(self, state: dict[str, Any], keys: Mapping[int, list[str]]) -> None:
+        """Replace, in a state dict, what is corrected by what is stored for it; the model's tensors stay as they are.
+
+        Args:
+            state: tensors by key; changed tensors are copied.
+            keys: the keys of a parameter by its ``id``.
+        """
+        copies: dict[str, Tensor] = {}
+        for name in self._strengths:
+            patch = self._patches[name]
+            for entry, parameter in resolve_entries(patch, self._model).items():
+                for key in keys.get(id(parameter), []):
+                    if key not in state:
+                        continue
+                    if key not in copies:
+                        copies[key] = state[key] = state[key].detach().clone()
+                    locate(copies[key], patch[entry].positions).write_(self._stored[name][entry])
+
+    def renew(self) -> None:
+        """Take the parameters' values as uncorrected ones, after a load: store them, and apply what is enabled."""
+        enabled, self._strengths, self._stored = self._strengths, {}, {}
+        for name, strength in enabled.items():
+            self.enable(name, strength)
+
+    def replace(self, patches: Mapping[str, Patch], strengths: Mapping[str, float]) -> None:
+        """Have these patches and no others, on parameters that hold uncorrected values."""
+        self._patches, self._stored = dict(patches), {}
+        self._strengths = {name: strength for name, strength in strengths.items() if strength and name in patches}
+        self.renew()
+
+    def current(self, name: str) -> Patch:
+        """A patch with the values and checksums that the uncorrected model has now, after further training say.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        patch = self._patch(name)
+        with self.suspended():
+            parameters = resolve_entries(patch, self._model)
+            entries = {
+                entry: type(patch[entry])(
+                    patch[entry].positions,
+                    _read(parameters[entry], patch, entry),
+                    patch[entry].shape,
+                    "" if is_sharded(parameters[entry]) else checksum(parameters[entry]),
+                )
+                for entry in patch
+            }
+        return Patch(entries, patch.provenance)
+
+    def _patch(self, name: str) -> Patch:
+        if name not in self._patches:
+            known = ", ".join(map(repr, self._patches)) or "none"
+            raise KeyError(f"there is no patch {name!r}; there is {known}")
+        return self._patches[name]
+
+    def _write(self, name: str, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
+        patch = self._patches[name]
+        write_together(
+            (
+                locate(parameter, patch[entry].positions),
+                scaled(self._stored[name][entry].to(parameter.dtype), strength),
+            )
+            for entry, parameter in parameters.items()
+        )
+
+    def _freeze(self) -> None:
+        entries = []
+        for name, strength in self._strengths.items():
+            patch = self._patches[name]
+            for entry, parameter in resolve_entries(patch, self._model).items():
+                values = scaled(self._stored[name][entry].to(parameter.dtype), strength)
+                entries.append((parameter, patch[entry].positions, values))
+        self._frozen.set(entries)
+
+
+def _read(parameter: Tensor, patch: Patch, name: str) -> Tensor:
+    """What a parameter holds at a patch's positions, ``[entries]``; the patch's values where another process holds it."""
+    located = locate(parameter, patch[name].positions)
+    values = patch[name].originals.to(parameter.dtype).clone()
+    if located.held is None:
+        return located.read()
+    values[located.held] = located.read()
+    return values

@@ -1,0 +1,67 @@
+"""Where a patch comes from: plain values that travel with it."""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lrp_prune.correction.entries import is_sharded
+from lrp_prune.names import named_parameters, unwrap
+
+if TYPE_CHECKING:
+    from lrp_prune.relevance import Relevance
+
+_SAMPLED = 1024
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all parameters' types, shapes and up to 1,024 evenly spaced entries each, in the model's order.
+
+    It identifies a model in a moment whatever its size, and whatever it is wrapped in; it proves nothing about single
+    entries (a patch's checksums do).
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> model_fingerprint(layer) == model_fingerprint(torch.nn.Sequential(layer))
+        True
+    """
+    digest = hashlib.sha256()
+    for parameter in named_parameters(model).values():
+        digest.update(f"{parameter.dtype}{tuple(parameter.shape)}".encode())
+        if is_sharded(parameter) or parameter.device.type == "meta" or parameter.numel() == 0:
+            continue
+        step = max(parameter.numel() // _SAMPLED, 1)
+        flat = parameter.detach().reshape(-1)[::step].cpu().contiguous()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The model's class, size and fingerprint."""
+    module = unwrap(model)
+    return {
+        "model": type(module).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in named_parameters(module).values()),
+        "fingerprint": model_fingerprint(module),
+        "lrp_prune": _own_version(),
+    }
+
+
+def describe_relevance(relevance: "Relevance") -> dict[str, Any]:
+    """How a reference set was explained."""
+    return {
+        "num_samples": relevance.num_samples,
+        "target": relevance.target,
+        "statistic": relevance.statistic,
+        "composite": relevance.composite,
+        "granularity": relevance.granularity,
+    }
+
+
+def _own_version() -> str:
+    try:
+        return version("lrp-prune")
+    except PackageNotFoundError:
+        return "unknown"

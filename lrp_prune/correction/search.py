@@ -1,0 +1,161 @@
+"""How much to remove: the smallest patch that does enough at a price that is allowed, and the curve around it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from lrp_prune.correction.patch import Patch
+
+AMOUNTS: tuple[float, ...] = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
+"""Fractions tried by default, half a decade apart."""
+
+Measure = Callable[[nn.Module], float]
+
+
+class Trial(NamedTuple):
+    """One amount and what it did.
+
+    Attributes:
+        amount: as it was asked for.
+        entries: how many entries the patch has.
+        undesired: the undesired metric with the patch.
+        guard: the guard metric with the patch.
+        reduction: of the undesired metric, as a share of what it was: 1 if nothing is left.
+        loss: of the guard metric, as a share of what it was; negative if it became better.
+        accepted: whether the reduction is reached and the loss allowed.
+    """
+
+    amount: float | int
+    entries: int
+    undesired: float
+    guard: float
+    reduction: float
+    loss: float
+    accepted: bool
+
+
+class Search(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        patch: the smallest accepted one; None if there was none.
+        undesired: the undesired metric before.
+        guard: the guard metric before.
+        curve: all trials, by growing amount.
+    """
+
+    patch: Patch | None
+    undesired: float
+    guard: float
+    curve: list[Trial]
+
+
+def search_amount(
+    model: nn.Module,
+    make_patch: Callable[[float | int], Patch],
+    undesired: Measure,
+    guard: Measure,
+    *,
+    reduction: float = 0.5,
+    allowed_loss: float = 0.01,
+    guard_mode: str = "min",
+    amounts: Sequence[float | int] = AMOUNTS,
+    refine: int = 0,
+    stop_early: bool = False,
+    strength: float = 1.0,
+    strict: bool = True,
+) -> Search:
+    r"""Try amounts, smallest first, and choose the smallest that does enough and costs little.
+
+    With the metrics :math:`u` and :math:`g` before and :math:`u', g'` with a patch applied, the reduction is
+    :math:`(u - u') / |u|` and the loss :math:`(g' - g) / |g|` (for a guard that should be large: :math:`(g - g') / |g|`).
+    The model is measured with each patch in turn and is as before in the end, also after an exception.
+
+    Args:
+        model: the model to correct.
+        make_patch: from an amount to a patch of it, as :meth:`Patch.from_contrast` with everything else fixed.
+        undesired: measures the model's undesired behaviour; lower is better, and it must not be 0 before.
+        guard: measures what is to stay, the perplexity of general text say.
+        reduction: the wanted reduction, in (0, 1].
+        allowed_loss: the allowed loss, 0.01 for 1 %.
+        guard_mode: ``"min"`` if the guard should be small (perplexity), ``"max"`` if large (accuracy).
+        amounts: fractions or counts to try; see :data:`AMOUNTS`.
+        refine: further trials between the smallest accepted amount and the one before it, halving the distance (on a
+            logarithmic scale) each time.
+        stop_early: end at the first accepted amount, instead of measuring the whole curve.
+        strength: at which the patches are tried.
+        strict: see :meth:`Patch.apply_`.
+
+    Returns:
+        The patch and the curve.
+
+    Raises:
+        ValueError: for wrong arguments, or an undesired metric that is 0 or not finite before.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(4, 1, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+        >>> make = lambda k: Patch.from_positions(model, {"weight": torch.arange(k)})
+        >>> found = search_amount(model, make, lambda m: m.weight[0, :2].sum().item(),
+        ...                       lambda m: m.weight[0, 2:].sum().item(), guard_mode="max", amounts=[1, 2, 3])
+        >>> found.patch.num_entries, [trial.accepted for trial in found.curve]
+        (1, [True, True, False])
+    """
+    if not 0 < reduction <= 1:
+        raise ValueError(f"reduction must be in (0, 1], got {reduction!r}")
+    if not allowed_loss >= 0:
+        raise ValueError(f"allowed_loss must be 0 or more, got {allowed_loss!r}")
+    if guard_mode not in ("min", "max"):
+        raise ValueError(f"guard_mode must be 'min' or 'max', got {guard_mode!r}")
+    if not amounts or any(isinstance(amount, bool) or not amount > 0 for amount in amounts):
+        raise ValueError(f"amounts must be positive fractions or counts, got {list(amounts)!r}")
+    if len({type(amount) for amount in amounts}) > 1:
+        raise ValueError(f"amounts must be all fractions or all counts, got {list(amounts)!r}")
+    before, guarded = float(undesired(model)), float(guard(model))
+    if before == 0 or not abs(before) < float("inf"):
+        raise ValueError(f"the undesired metric is {before} before any correction: there is nothing to reduce")
+    sign = 1 if guard_mode == "min" else -1
+    patches: dict[float | int, Patch] = {}
+
+    def attempt(amount: float | int) -> Trial:
+        patch = patches[amount] = make_patch(amount)
+        patch.apply_(model, strength, strict=strict)
+        try:
+            after, kept = float(undesired(model)), float(guard(model))
+        finally:
+            patch.revert_(model, strict=False)
+        gained = (before - after) / abs(before)
+        lost = sign * (kept - guarded) / abs(guarded) if guarded else sign * (kept - guarded)
+        # What is no number is accepted by neither comparison.
+        accepted = gained >= reduction and lost <= allowed_loss
+        return Trial(amount, patch.num_entries, after, kept, gained, lost, accepted)
+
+    trials: dict[float | int, Trial] = {}
+    for amount in sorted(set(amounts)):
+        trials[amount] = attempt(amount)
+        if stop_early and trials[amount].accepted:
+            break
+    for _ in range(refine):
+        between = _between(trials)
+        if between is None:
+            break
+        trials[between] = attempt(between)
+    curve = [trials[amount] for amount in sorted(trials)]
+    best = next((trial.amount for trial in curve if trial.accepted), None)
+    return Search(None if best is None else patches[best], before, guarded, curve)
+
+
+def _between(trials: dict[float | int, Trial]) -> float | int | None:
+    """An amount between the smallest accepted one and the one tried before it, if there is any."""
+    tried = sorted(trials)
+    first = next((index for index, amount in enumerate(tried) if trials[amount].accepted), 0)
+    if first == 0:
+        return None
+    low, high = tried[first - 1], tried[first]
+    middle = math.sqrt(low * high)
+    if isinstance(high, float):
+        return middle
+    return round(middle) if low < round(middle) < high else None
