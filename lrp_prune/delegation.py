@@ -49,9 +49,10 @@ class Extended(Forwarded):
 
 
 def forward_all(cls: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: forward whatever Lightning's classes define and ``cls`` does not, be it public, private or new.
+    """Class decorator: forward whatever Lightning's classes define and ``cls`` does not, state that is private included.
 
-    What ``nn.Module`` defines stays the wrapper's own: it has the module inside as a child.
+    What ``nn.Module`` defines stays the wrapper's own, since it has the module inside as a child. So do private
+    functions: they ask what they need through forwarded names (and some compare the trainer's module with ``self``).
     """
     own = set(vars(cls)) | set(vars(object))
     state = set(vars(LightningModule())) - set(vars(nn.Module())) - {"_device", "_dtype"}
@@ -60,11 +61,10 @@ def forward_all(cls: type[nn.Module]) -> type[nn.Module]:
         for base in LightningModule.__mro__
         if base not in nn.Module.__mro__ and base.__name__ != "_DeviceDtypeModuleMixin"
         for name in vars(base)
-        if not (name.startswith("__") and name.endswith("__"))
+        if not name.startswith(("_", "CHECKPOINT_"))
     }
-    for name in (defined | state) - own - {"load_from_checkpoint", "CHECKPOINT_HYPER_PARAMS_KEY"}:
-        if not name.startswith(("CHECKPOINT_", "_abc")):
-            setattr(cls, name, Forwarded(name))
+    for name in (defined | state) - own - {"load_from_checkpoint"}:
+        setattr(cls, name, Forwarded(name))
     return cls
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from lrp_prune.storage import load_tensors, save_tensors
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
-Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token"]
+Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric_token"]
 GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
-STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token")
+STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric_token")
+_OF_SQUARES = ("squared_token", "geometric_token", "input_norm")
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
 
@@ -32,7 +33,7 @@ class Relevance(Mapping[str, Tensor]):
 
     Stored are additive sums over samples, so that batches and ranks add; reading gives
     :math:`\bar R = s \, (\mathrm{sums} / n)^{1/p}` with the number of samples ``n``, ``p = 2`` for ``squared_token``
-    and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
+    and ``geometric_token`` and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
     ``signed``).
 
     At weight granularity the keys are canonical parameter names and each tensor has its parameter's shape; at any
@@ -123,7 +124,7 @@ class Relevance(Mapping[str, Tensor]):
         if not self.derived:
             if self.num_samples > 1:
                 values = values / self.num_samples
-            if self.statistic in ("squared_token", "input_norm"):
+            if self.statistic in _OF_SQUARES:
                 values = values.sqrt()
         scale = self._scales.get(name, 1.0)
         return values if scale == 1.0 else values * scale

@@ -84,10 +84,13 @@ COMPOSITES: dict[str, Composite] = {
                 "attention": "attention_to_values",
             },
         ),
+        Composite("epsilon", {"activation": "identity"}),
         Composite("gradient"),
     )
 }
-"""The presets: ``attnlrp`` (arXiv 2402.05602), ``cp_lrp`` (arXiv 2202.07304), ``gradient`` (gradient x input)."""
+"""The presets: ``attnlrp`` (arXiv 2402.05602), ``cp_lrp`` (arXiv 2202.07304), ``epsilon`` (LRP-epsilon with epsilon -> 0 for
+linear layers, activations hand relevance on, the rest by its Taylor expansion: no relevance is halved, so that its scale
+is comparable between layers), ``gradient`` (gradient x input)."""
 
 
 def composite_of(composite: str | Composite) -> Composite:

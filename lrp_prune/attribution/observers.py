@@ -98,6 +98,8 @@ class ObserverTable:
             raise ValueError(f"statistic must be one of {STATISTICS}, got {statistic!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
+        if statistic == "geometric_token" and granularity != "weight":
+            raise ValueError(f"statistic 'geometric_token' is about weights, not {granularity}s: use 'squared_token'")
         if isinstance(matmul_dtype, str) and matmul_dtype != "auto":
             matmul_dtype = getattr(torch, matmul_dtype)
         self._model, self._statistic, self._granularity = unwrap(model), statistic, granularity

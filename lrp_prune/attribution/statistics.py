@@ -8,7 +8,12 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 ``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
 ``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
 ``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
+``geometric_token`` :math:`W^2 \cdot (|d|^T a^2)`, of which the square root is read
 =================  ==========================================================================
+
+``geometric_token`` adds up :math:`|R_{ji}| \, |W_{ji} a_i|` over tokens: the geometric mean of a weight's relevance and
+of what it contributes to its output (which is all that Wanda looks at). Relevance vanishes where a softmax or a gate is saturated, although
+removing the weight would leave the saturation; the contribution does not.
 
 The factor ``W`` is applied once, when the sums are read.
 """
@@ -55,12 +60,19 @@ class BatchLayout:
         return tensor
 
 
-def _reduced(statistic: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What enters the contraction: the tensor itself, its absolute value, or its square."""
+_POWERS = {
+    "signed": (0, 0),
+    "abs_token": (1, 1),
+    "squared_token": (2, 2),
+    "geometric_token": (2, 1),
+    "input_norm": (2, 0),
+}
+"""The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
+
+
+def _power(tensor: Tensor, power: int, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(dtype)
-    if statistic == "abs_token":
-        return tensor.abs()
-    return tensor.square() if statistic == "squared_token" else tensor
+    return tensor if power == 0 else tensor.abs() if power == 1 else tensor.square()
 
 
 class WeightStatistic:
@@ -110,17 +122,18 @@ class WeightStatistic:
             ]
             contribution = torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
         else:
-            a = _reduced(self.statistic, activation, dtype)
-            contribution = use.form.contract(a, _reduced(self.statistic, d, dtype), use.weight)
+            of_activation, of_gradient = _POWERS[self.statistic]
+            a = _power(activation, of_activation, dtype)
+            contribution = use.form.contract(a, _power(d, of_gradient, dtype), use.weight)
         self.add(contribution, use.origin.layout)
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
         """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
-        rows = _reduced(self.statistic, d.reshape(-1, d.shape[-1]), torch.float32)
         if self.statistic == "abs_sample":
             raise ValueError(
                 f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'"
             )
+        rows = _power(d.reshape(-1, d.shape[-1]), _POWERS[self.statistic][1], torch.float32)
         sums = self._allocated()
         sums.index_add_(0, ids.reshape(-1).to(sums.device), rows.to(sums.device, sums.dtype))
 
@@ -156,7 +169,8 @@ class WeightStatistic:
         weight = self._parameter.detach().to(sums.device, sums.dtype)
         if self.statistic == "signed":
             return sums.mul_(weight)
-        return sums.mul_(weight.square() if self.statistic in ("squared_token", "input_norm") else weight.abs())
+        squared = _POWERS.get(self.statistic, (1, 1))[0] == 2
+        return sums.mul_(weight.square() if squared else weight.abs())
 
 
 class InputNorm(WeightStatistic):
@@ -237,7 +251,7 @@ class RowStatistic:
             )
             self.sums += samples.abs().sum(0)
             return
-        values = _reduced(self.statistic, values, torch.float32)
+        values = _power(values, _POWERS[self.statistic][1], torch.float32)
         self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
 
     def finish(self) -> Tensor | None:

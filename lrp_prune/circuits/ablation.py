@@ -53,8 +53,8 @@ def _hooked(
 
     if name not in modules:
         raise ValueError(f"the model has no module {name!r}: was the circuit made for another model?")
-    register = modules[name].register_forward_hook if at_output else modules[name].register_forward_pre_hook
-    handle = register(after if at_output else before)  # type: ignore[operator]  # one of two signatures each
+    module = modules[name]
+    handle = module.register_forward_hook(after) if at_output else module.register_forward_pre_hook(before)
     remove: Callable[[], None] = handle.remove
     return remove
 

@@ -204,7 +204,14 @@ class Circuit:
 def site_to_list(site: Site) -> list[Any]:
     """The site in plain values."""
     members = [list(member) for member in site.members]
-    return [site.kind, site.module, site.units, site.width, members, [[name, list(shape)] for name, shape in site.shapes]]
+    return [
+        site.kind,
+        site.module,
+        site.units,
+        site.width,
+        members,
+        [[name, list(shape)] for name, shape in site.shapes],
+    ]
 
 
 def site_from_list(values: Sequence[Any]) -> Site:

@@ -78,6 +78,19 @@ def discover(
 
     Raises:
         ValueError: for wrong arguments, or a model without such nodes.
+
+    Example:
+        >>> from lrp_prune.tasks import TableTask
+        >>> class Tiny(nn.Sequential):
+        ...     def forward(self, input_ids):
+        ...         return super().forward(input_ids)
+        >>> _ = torch.manual_seed(0)
+        >>> model = Tiny(nn.Embedding(4, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> row = {"clean": "0", "counterfactual": "1", "answers": " 2", "distractors": " 3"}
+        >>> task = TableTask(lambda text, **_: {"input_ids": [int(word) for word in text.split()]}, [row])
+        >>> ranking = discover(model, task, "neuron", "attribution_patching")
+        >>> ranking.at(0.25)
+        Circuit(4 of 16 mlp_neurons)
     """
     _check(method, statistic, ranking, rounds, floor, steps, normalize)
     check_ablation(ablation)
@@ -161,14 +174,19 @@ def _weight_scores(
         relevance = collected.compute()
     else:
         relevance = attribute(
-            model, batches, task.target(metric), COMPOSITES[method], statistic or "abs_token", "weight", include, exclude
+            model,
+            batches,
+            task.target(metric),
+            COMPOSITES[method],
+            statistic or "abs_token",
+            "weight",
+            include,
+            exclude,
         )
     return {name: relevance[name].cpu() for name in relevance}
 
 
-def _normalized(
-    scores: dict[str, Tensor], by: str | None, kept: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def _normalized(scores: dict[str, Tensor], by: str | None, kept: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Each group divided by its size, of which only what is kept counts."""
     if by is None:
         return scores

@@ -34,7 +34,7 @@ def evaluate(
     batch_size: int = 16,
     seeds: Sequence[int] | None = None,
     complements: bool = True,
-    minimality: int = 0,
+    minimality_nodes: int = 0,
 ) -> EvaluationResult:
     r"""Faithfulness, completeness, minimality, and the areas CPR and CMD.
 
@@ -51,10 +51,26 @@ def evaluate(
         batch_size: prompts in a batch.
         seeds: evaluate on ``task.resampled(seed)`` for each, for intervals; None: once, on the task itself.
         complements: evaluate the model without each circuit as well, for completeness.
-        minimality: how many nodes of each circuit are left out in turn, see :func:`minimality`.
+        minimality_nodes: how many nodes of each circuit are left out in turn, see :func:`minimality`; the smallest effect is
+            reported. 0: none.
 
     Raises:
         ValueError: for wrong arguments, or where the full model and the empty circuit score the same.
+
+    Example:
+        >>> from lrp_prune.circuits import discover
+        >>> from lrp_prune.tasks import TableTask
+        >>> class Tiny(nn.Sequential):
+        ...     def forward(self, input_ids):
+        ...         return super().forward(input_ids)
+        >>> _ = torch.manual_seed(0)
+        >>> model = Tiny(nn.Embedding(4, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> row = {"clean": "0", "counterfactual": "1", "answers": " 2", "distractors": " 3"}
+        >>> task = TableTask(lambda text, **_: {"input_ids": [int(word) for word in text.split()]}, [row])
+        >>> ranking = discover(model, task, "neuron", "attribution_patching")
+        >>> result = evaluate(model, ranking, task, sizes=[0.0, 0.25, 1.0], seeds=[0])
+        >>> result.sizes, round(float(result.faithfulness[0]), 3), round(float(result.faithfulness[2]), 3)
+        ((0, 4, 16), 0.0, 1.0)
     """
     chosen = task.metric if metric is None else metric
     if chosen not in METRICS:
@@ -96,12 +112,12 @@ def evaluate(
             f"the full model and the empty circuit have the same {chosen}: faithfulness is not defined, "
             "take another ablation, metric or granularity"
         )
-    for index, one in enumerate(circuits if minimality else ()):
+    for index, one in enumerate(circuits if minimality_nodes else ()):
         if one.size:
-            drops = globals()["minimality"](
-                module, one, task, ablation, metric=chosen, batch_size=batch_size, nodes=minimality
+            effects = minimality(
+                module, one, task, ablation, metric=chosen, batch_size=batch_size, nodes=minimality_nodes
             )
-            result.minimality[index] = min(drops.values())
+            result.minimality[index] = min(effects.values())
     return result
 
 
@@ -141,7 +157,9 @@ def minimality(
     return {node: float((faithfulness[0] - value).abs()) for node, value in zip(tested, faithfulness[1:], strict=True)}
 
 
-def _circuits(circuit: Ranking | Circuit | Sequence[Circuit], sizes: Sequence[int | float]) -> tuple[list[Circuit], str]:
+def _circuits(
+    circuit: Ranking | Circuit | Sequence[Circuit], sizes: Sequence[int | float]
+) -> tuple[list[Circuit], str]:
     if isinstance(circuit, Ranking):
         if not sizes:
             raise ValueError("sizes is empty: give at least one size of circuits")

@@ -45,7 +45,9 @@ def save_mib_graph(
     sites = {kind: [site for site in circuit.sites if site.kind == kind] for kind in kinds}
     layers = {len(of_kind) for of_kind in sites.values()}
     if len(layers) > 1:
-        raise ValueError(f"MIB graphs have attention and an MLP in each layer, the circuit has {sorted(layers)} of them")
+        raise ValueError(
+            f"MIB graphs have attention and an MLP in each layer, the circuit has {sorted(layers)} of them"
+        )
     for site in sites.get("head", ()):
         heads = site.units if heads is None else heads
         reader = site.members[0]

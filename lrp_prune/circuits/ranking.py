@@ -89,8 +89,7 @@ class Ranking:
             names=list(self.scores),
         )
         kept = {
-            name: bits.unpack(chosen, self.scores[name].shape)
-            for name, chosen in zip(self.scores, packed, strict=True)
+            name: bits.unpack(chosen, self.scores[name].shape) for name, chosen in zip(self.scores, packed, strict=True)
         }
         return Circuit(kept, self.sites, self.granularity, self.model, {**self.description, "ranking": self.ranking})
 
@@ -105,9 +104,7 @@ class Ranking:
             later += int(counts[boundary])
             boundary -= 1
         largest = torch.finfo(torch.float32).max
-        values = [
-            self.scores[name].float().masked_fill(self.rounds[name] > boundary, largest) for name in self.scores
-        ]
+        values = [self.scores[name].float().masked_fill(self.rounds[name] > boundary, largest) for name in self.scores]
         return values, [bits.pack((self.rounds[name] >= boundary).cpu()) for name in self.scores]
 
     def nodes(self, limit: int | None = None) -> list[Node]:

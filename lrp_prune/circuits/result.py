@@ -149,9 +149,9 @@ class EvaluationResult:
         return float(half_interval(self.area(distance=True)))
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures in plain values, for JSON."""
+        """All figures in plain values, for JSON, which knows no NaN: None stands for it."""
         areas = len(set(self.sizes)) > 1
-        return {
+        figures: dict[str, Any] = {
             "sizes": list(self.sizes),
             "total": self.total,
             "ablation": self.ablation,
@@ -171,3 +171,10 @@ class EvaluationResult:
             "cmd_interval": self.cmd_interval if areas else None,
             "description": self.description,
         }
+        return {name: _without_nan(value) for name, value in figures.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

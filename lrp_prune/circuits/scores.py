@@ -115,9 +115,12 @@ def unit_scores(
         replacement = reference(batch) if reference else None
         samples = len(batch["input_ids"])
         if method == "activation":
-            with passing(model), gating(model, sites, gates or {}, replacement):
-                with capturing(model, places(sites)) as noted:
-                    answer_logits(model, batch)
+            with (
+                passing(model),
+                gating(model, sites, gates or {}, replacement),
+                capturing(model, places(sites)) as noted,
+            ):
+                answer_logits(model, batch)
             scores.add(noted, samples, norm=True)
         else:
             explained = _Explained(model, sites, batch, task, metric, COMPOSITES[method], unruled, gates, replacement)
@@ -155,7 +158,9 @@ class _Explained:
             clean, gradients = self._pass(None, 1.0)
         else:
             if not embeddings:
-                raise ValueError("integrated gradients interpolate between embeddings, and the model calls no nn.Embedding")
+                raise ValueError(
+                    "integrated gradients interpolate between embeddings, and the model calls no nn.Embedding"
+                )
             for step in range(1, steps + 1):
                 clean, found = self._pass(embeddings, step / steps)
                 gradients = found if step == 1 else _added(gradients, found)

@@ -144,8 +144,9 @@ def _traced(
     model: nn.Module, batch: Any, target: Callable[[nn.Module, Any], Tensor], granularity: str
 ) -> Relevance | None:
     try:
+        # Under a composite with a rule for activations those of several operations are seen as one, as hidden units need.
         return attribute(
-            model, [batch], target=target, composite="gradient", granularity=granularity, statistic="signed"
+            model, [batch], target, "attnlrp", granularity=granularity, statistic="signed", unruled="ignore"
         )
     except ValueError as error:
         if "received relevance" in str(error):

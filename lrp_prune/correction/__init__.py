@@ -3,7 +3,18 @@
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
+from lrp_prune.correction.folder import load_patches, save_patches
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.search import Search, Trial, search_amount
 
-__all__ = ["Contrast", "Corrections", "Entries", "Patch", "Search", "Trial", "search_amount"]
+__all__ = [
+    "Contrast",
+    "Corrections",
+    "Entries",
+    "Patch",
+    "Search",
+    "Trial",
+    "load_patches",
+    "save_patches",
+    "search_amount",
+]

@@ -131,14 +131,17 @@ class Corrections:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model as it is without corrections, inside the context; what is enabled comes back after it."""
-        enabled = list(self._strengths)
-        for name in enabled:
-            self._write(name, resolve_entries(self._patches[name], self._model), 0.0)
+        self.suspend()
         try:
             yield
         finally:
-            for name in enabled:
-                self._write(name, resolve_entries(self._patches[name], self._model), self._strengths[name])
+            for name, strength in self._strengths.items():
+                self._write(name, resolve_entries(self._patches[name], self._model), strength)
+
+    def suspend(self) -> None:
+        """Put back what the entries held, with all patches still listed as enabled: :meth:`renew` enables them again."""
+        for name in self._strengths:
+            self._write(name, resolve_entries(self._patches[name], self._model), 0.0)
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Keep frozen entries at their values through the steps of these optimizers, and of no others.

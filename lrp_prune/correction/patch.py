@@ -1,5 +1,6 @@
 """A correction as a small thing of its own: which entries go, what they were, and for which model."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 
 from lrp_prune.correction import combining
 from lrp_prune.correction.contrast import Contrast
-from lrp_prune.correction.entries import Entries, check_strength, checksum, is_sharded, locate, same_bits, scaled, write_together
+from lrp_prune.correction.entries import (
+    Entries,
+    check_strength,
+    checksum,
+    is_sharded,
+    locate,
+    same_bits,
+    scaled,
+    write_together,
+)
 from lrp_prune.correction.provenance import describe_model, describe_relevance
 from lrp_prune.correction.verifying import agree, applied_strength, flat_positions, mismatch, refusal, resolve_entries
 from lrp_prune.names import resolve
@@ -60,6 +70,10 @@ class Patch(Mapping[str, Entries]):
                 raise ValueError(f"the positions of {name} must be ascending, without repetition, and at least one")
             if int(positions[0]) < 0 or int(positions[-1]) >= size:
                 raise ValueError(f"the patch of {name} has positions outside of its {size} entries")
+        try:
+            json.dumps(dict(provenance or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a patch's provenance must be plain values (numbers, text, lists): {error}") from error
         self._entries = dict(entries)
         self.provenance: dict[str, Any] = dict(provenance or {})
 

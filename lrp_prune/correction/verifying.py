@@ -114,7 +114,7 @@ def flat_positions(name: str, given: Tensor, parameter: Tensor) -> Tensor:
         return given.reshape(-1).nonzero().view(-1).cpu()
     if given.dtype not in (torch.int64, torch.int32) or given.dim() != 1:
         raise ValueError(f"the positions of {name} must be flat integers or a bool mask, got {given.dtype}")
-    flat: Tensor = torch.unique(given.cpu().to(torch.int64))  # type: ignore[no-untyped-call]  # torch's
+    flat: Tensor = torch.unique(given.cpu().to(torch.int64))
     if len(flat) and not 0 <= int(flat[0]) <= int(flat[-1]) < parameter.numel():
         raise ValueError(f"positions of {name} are outside of its {parameter.numel()} entries")
     return flat

@@ -87,6 +87,4 @@ class GenderedPronoun(Task):
 
     def resampled(self, seed: int) -> "GenderedPronoun":
         """Other samples from the same templates and names."""
-        return GenderedPronoun(
-            self.tokenizer, len(self), seed, self.templates, self.female, self.male, self.metric
-        )
+        return GenderedPronoun(self.tokenizer, len(self), seed, self.templates, self.female, self.male, self.metric)

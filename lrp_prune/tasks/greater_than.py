@@ -86,7 +86,11 @@ class GreaterThan(Task):
         )
 
     def _sample(self, choice: random.Random) -> Encoded:
-        template, noun, century = choice.choice(self.templates), choice.choice(self.nouns), choice.choice(self.centuries)
+        template, noun, century = (
+            choice.choice(self.templates),
+            choice.choice(self.nouns),
+            choice.choice(self.centuries),
+        )
         # The first year leaves room on both sides, also where only the decade is asked for.
         year = choice.randint(11, 88)
         if self.form == "digit":
@@ -119,6 +123,4 @@ class GreaterThan(Task):
 
     def resampled(self, seed: int) -> "GreaterThan":
         """Other samples from the same templates, nouns and centuries."""
-        return GreaterThan(
-            self.tokenizer, len(self), seed, self.templates, self.nouns, self.centuries, self.metric
-        )
+        return GreaterThan(self.tokenizer, len(self), seed, self.templates, self.nouns, self.centuries, self.metric)

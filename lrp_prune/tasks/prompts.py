@@ -61,7 +61,10 @@ def continuation(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[int, ...
         >>> continuation(tokenizer, "a b", " c")
         (2,)
     """
-    before, both = tokens(tokenizer, prompt), tokens(tokenizer, prompt + text)
+    return _after(tokens(tokenizer, prompt), tokens(tokenizer, prompt + text))
+
+
+def _after(before: tuple[int, ...], both: tuple[int, ...]) -> tuple[int, ...]:
     return both[len(before) :] if both[: len(before)] == before else ()
 
 
@@ -78,17 +81,19 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
             f"clean and counterfactual prompt must have equally many tokens, got {len(clean)} for {prompt.clean!r} and "
             f"{len(counterfactual)} for {prompt.counterfactual!r}: change words until they match"
         )
-    answers = _single(tokenizer, prompt, prompt.answers, "answer")
-    distractors = _single(tokenizer, prompt, prompt.distractors, "distractor")
+    answers = _single(tokenizer, prompt, clean, prompt.answers, "answer")
+    distractors = _single(tokenizer, prompt, clean, prompt.distractors, "distractor")
     if set(answers) & set(distractors):
         raise ValueError(f"the answers and distractors of {prompt.clean!r} share a token")
     return Encoded(prompt, clean, counterfactual, answers, distractors)
 
 
-def _single(tokenizer: Tokenizer, prompt: Prompt, texts: Iterable[str], what: str) -> tuple[int, ...]:
-    found = []
+def _single(
+    tokenizer: Tokenizer, prompt: Prompt, clean: tuple[int, ...], texts: Iterable[str], what: str
+) -> tuple[int, ...]:
+    found: list[int] = []
     for text in texts:
-        ids = continuation(tokenizer, prompt.clean, text)
+        ids = _after(clean, tokens(tokenizer, prompt.clean + text))
         if len(ids) != 1:
             raise ValueError(
                 f"the {what} {text!r} continues {prompt.clean!r} by {len(ids)} tokens: it must be a single token, written "

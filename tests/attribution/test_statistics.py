@@ -49,6 +49,7 @@ def _expected(statistic: str, weight: Tensor, a: Tensor, d: Tensor) -> Tensor:
         "abs_sample": by_token.sum(1).abs().sum(0),
         "abs_token": by_token.abs().sum((0, 1)),
         "squared_token": by_token.square().sum((0, 1)),
+        "geometric_token": (by_token.abs() * (weight * a[:, :, None]).abs()).sum((0, 1)),
     }[statistic]
 
 
@@ -61,7 +62,7 @@ def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
     assert set(relevance) == set(expected)
     for weight_name, (weight, a, d) in expected.items():
         value = _expected(statistic, weight, a, d) / 2
-        value = value.sqrt() if statistic == "squared_token" else value
+        value = value.sqrt() if statistic in ("squared_token", "geometric_token") else value
         value = value.T if name == "gpt2" else value
         torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-5, atol=1e-9)
 
@@ -77,7 +78,9 @@ def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
     weight = model[0].weight.detach()
     d = c.reshape(3, 16).T.expand(2, 16, 3)
     value = _expected(statistic, weight.flatten(1), patches, d).reshape(weight.shape) / 2
-    torch.testing.assert_close(relevance["0.weight"].double(), value.sqrt() if statistic == "squared_token" else value)
+    torch.testing.assert_close(
+        relevance["0.weight"].double(), value.sqrt() if "squared" in statistic or "geometric" in statistic else value
+    )
 
 
 def test_bfloat16_products_are_close_and_the_sums_are_float32() -> None:

@@ -55,8 +55,8 @@ class PlantedHeads(nn.Module):
     """Heads of two channels that attend to all positions alike; then an MLP of neurons, both onto the residual stream.
 
     In a prompt of equal words, head ``h``'s first channel is ``x[h]`` (or ``y[h]``), its second half of that; the projection
-    adds ``c[h]`` times the first and nothing of the second to yes minus no. There is one MLP neuron, which reads "x" and
-    adds 1.
+    adds ``c[h]`` times the first and nothing of the second, and 1/4 by its bias, to yes minus no. There are two MLP neurons:
+    the first reads "x" and adds 1, the other does nothing.
     """
 
     def __init__(self, x: Sequence[float], y: Sequence[float], c: Sequence[float]) -> None:
@@ -65,7 +65,7 @@ class PlantedHeads(nn.Module):
         self.embed = nn.Embedding(words, words)
         self.q, self.k, self.v = (nn.Linear(words, 2 * self.heads, bias=False) for _ in range(3))
         self.o = nn.Linear(2 * self.heads, words)
-        self.up, self.down = nn.Linear(words, 1, bias=False), nn.Linear(1, words, bias=False)
+        self.up, self.down = nn.Linear(words, 2, bias=False), nn.Linear(2, words, bias=False)
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
@@ -80,7 +80,9 @@ class PlantedHeads(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         hidden = self.embed(input_ids)
         batch, tokens, _ = hidden.shape
-        q, k, v = (layer(hidden).view(batch, tokens, self.heads, 2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(hidden).view(batch, tokens, self.heads, 2).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
         hidden = hidden + self.o(mixed)
         return hidden + self.down(F.relu(self.up(hidden)))

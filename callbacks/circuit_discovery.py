@@ -1,0 +1,129 @@
+"""The callback that finds the circuit of a task in a validation, and changes nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lrp_prune.callbacks._checks import check_count, check_strategy
+from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
+from lrp_prune.circuits.ablation import check_ablation
+from lrp_prune.circuits.discover import METHODS
+from lrp_prune.circuits.sites import kinds_of
+from lrp_prune.tasks import Task
+
+
+class CircuitDiscovery(Callback):
+    """Finds the circuit of a task at the end of a validation, and evaluates it on prompts that were held out.
+
+    In ``on_validation_epoch_end`` the module's model is run on the task's own prompts (the validation's data are not needed):
+    :func:`lrp_prune.circuits.discover` on one part, :func:`lrp_prune.circuits.evaluate` on the other. The sanity check is
+    left out. Weights, gradients, modes and the random state stay as they are. ``circuit/faithfulness`` of the circuit,
+    ``circuit/cpr`` and ``circuit/cmd`` are logged. Under DDP every process does the same, and has the same result.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from lrp_prune import tasks
+        from lrp_prune.callbacks import CircuitDiscovery
+
+        discovery = CircuitDiscovery(tasks.IndirectObject(tokenizer), granularity="head", size=0.1)
+        Trainer(callbacks=[discovery]).validate(module, loader)
+        discovery.circuit.save("ioi.safetensors")
+
+    Args:
+        task: the prompts to find the circuit on.
+        granularity: see :func:`lrp_prune.circuits.discover`.
+        method: see :func:`lrp_prune.circuits.discover`.
+        size: nodes of :attr:`circuit`: a number, or a fraction of all.
+        sizes: further sizes to evaluate, for the areas.
+        ablation: ``"counterfactual"``, ``"mean"`` or ``"zero"``.
+        held_out: the prompts of the evaluation; None: ``task.split()`` gives one part to each.
+        every_n_epochs: inside ``fit``, in the validations of every so many epochs; each result replaces the last.
+        options: further arguments of :func:`lrp_prune.circuits.discover`.
+        allow_untested: use it with strategies that it is not tested with.
+
+    Raises:
+        MisconfigurationException: an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        granularity: str | list[str] = "neuron",
+        method: str = "attnlrp",
+        size: int | float = 0.05,
+        sizes: Sequence[float] = MIB_SIZES,
+        ablation: str = "counterfactual",
+        held_out: Task | None = None,
+        every_n_epochs: int = 1,
+        options: dict[str, Any] | None = None,
+        allow_untested: bool = False,
+    ) -> None:
+        check_count("every_n_epochs", every_n_epochs, 1)
+        try:
+            check_ablation(ablation)
+            if granularity != "weight":
+                kinds_of(granularity)
+            if method not in METHODS:
+                raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+            self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._granularity, self._method, self._size, self._sizes = granularity, method, size, tuple(sizes)
+        self._ablation, self._every_n_epochs = ablation, every_n_epochs
+        self._options, self._allow_untested = dict(options or {}), allow_untested
+        self._ranking: Ranking | None = None
+        self._result: EvaluationResult | None = None
+
+    @property
+    def ranking(self) -> Ranking:
+        """All nodes by importance.
+
+        Raises:
+            RuntimeError: there was no validation yet.
+        """
+        if self._ranking is None:
+            raise RuntimeError(
+                "no circuit was discovered yet: run trainer.fit or trainer.validate with a validation (the sanity check "
+                "does not count)"
+            )
+        return self._ranking
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit of the size that was asked for."""
+        return self.ranking.at(self._size)
+
+    @property
+    def result(self) -> EvaluationResult:
+        """The evaluation; the last of its sizes is that of :attr:`circuit`."""
+        assert self.ranking is not None and self._result is not None
+        return self._result
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer, type(self).__name__, self._allow_untested)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        inside_fit = trainer.state.fn == "fit"
+        if trainer.sanity_checking or (
+            inside_fit and trainer.current_epoch % self._every_n_epochs != self._every_n_epochs - 1
+        ):
+            return
+        try:
+            with torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+                options = {"ablation": self._ablation, **self._options}
+                ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
+                sizes = [*self._sizes, self._size]
+                result = evaluate(pl_module, ranking, self._held_out, sizes, self._ablation, complements=False)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._ranking, self._result = ranking, result
+        measured = {"faithfulness": float(result.faithfulness[-1]), "cpr": result.cpr, "cmd": result.cmd}
+        for name, value in measured.items():
+            pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1)

@@ -1,0 +1,93 @@
+"""Discovery in a validation: the same as without Lightning, nothing changes, and two processes agree."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from circuit_tasks import numbers, small_task
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from small_models import build
+from torch.utils.data import DataLoader
+
+from lrp_prune import circuits
+from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
+from lrp_prune.tasks import TableTask
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build("llama")
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("loss", self.model(input_ids=batch, labels=batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader() -> Any:
+    return DataLoader(torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0)), batch_size=2)
+
+
+def trainer(path: Path, **options: Any) -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                   enable_model_summary=False, default_root_dir=path, **options)  # fmt: skip
+
+
+def held_out() -> TableTask:
+    row = {"clean": "25 6 7 8 9", "counterfactual": "5 6 17 28 9", "answers": " 13", "distractors": " 14"}
+    return TableTask(numbers, [row])
+
+
+def test_a_validation_finds_what_discovery_finds(tmp_path: Path) -> None:
+    module = Module()
+    callback = CircuitDiscovery(small_task(), "head", "attribution_patching", size=2, held_out=held_out())
+    with pytest.raises(RuntimeError, match="no circuit was discovered"):
+        callback.circuit  # noqa: B018
+    run = trainer(tmp_path, callbacks=[callback])
+    run.validate(module, loader(), verbose=False)
+    ranking = circuits.discover(module.model, small_task(), "head", "attribution_patching")
+    assert callback.circuit == ranking.at(2) and callback.circuit.size == 2
+    expected = circuits.evaluate(module.model, ranking, held_out(), [2])
+    assert float(callback.result.faithfulness[-1]) == pytest.approx(float(expected.faithfulness))
+    assert float(run.callback_metrics["circuit/cpr"]) == pytest.approx(callback.result.cpr)
+
+
+def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
+    states = []
+    for callbacks in ([], [CircuitDiscovery(small_task(), "head", held_out=held_out(), every_n_epochs=2)]):
+        torch.manual_seed(0)
+        module = Module()
+        trainer(tmp_path, max_epochs=2, callbacks=callbacks, accumulate_grad_batches=2, val_check_interval=1).fit(
+            module, loader(), loader()
+        )
+        states.append(module.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path: Path) -> None:
+    callback = CircuitDiscovery(small_task(), "head", size=3, held_out=held_out())
+
+    class Save(Callback):
+        def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            callback.circuit.save(tmp_path / f"{trainer.global_rank}.safetensors")
+
+    run = trainer(tmp_path, max_epochs=1, callbacks=[callback, Save()], strategy="ddp_fork", devices=2)
+    run.fit(Module(), loader(), loader())
+    first, second = (circuits.Circuit.load(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert first == second and first.size == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"ablation": "noise"}, {"method": "magic"}, {"granularity": "x"}, {"every_n_epochs": 0}]
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException):
+        CircuitDiscovery(small_task(), held_out=held_out(), **options)

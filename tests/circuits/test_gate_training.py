@@ -1,0 +1,145 @@
+"""Training gates: the planted circuit is found, densities are reached, the model is left alone, two processes agree."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from circuit_tasks import small_task
+from lightning.pytorch import Trainer
+from planted import PlantedHeads, PlantedNeurons, planted_task
+from small_models import build
+
+from lrp_prune import circuits
+from lrp_prune.circuits import Circuit, GateTraining
+from lrp_prune.tasks.metrics import batch_metric
+
+
+def gates_of(name: str = "gpt2", **options: Any) -> GateTraining:
+    return GateTraining(build(name), small_task(), **options)
+
+
+def trained(gates: GateTraining, epochs: int = 60, path: Path | None = None, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=path,
+        **options,
+    )
+    trainer.fit(gates)
+    return trainer
+
+
+def planted(**options: Any) -> GateTraining:
+    """Neurons 0 and 1 matter (in opposite prompts they are off), the six others change nothing."""
+    model = PlantedNeurons([4.0, 3.0, *[1.0] * 6], [0.0, 0.0, *[2.0] * 6], [1.0, 1.0, *[0.0] * 6])
+    return GateTraining(model, planted_task(8), "neuron", learning_rate=0.3, batch_size=4, **options)
+
+
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
+def test_penalties_find_the_planted_circuit(ablation: str, tmp_path: Path) -> None:
+    gates = planted(penalties=0.3, ablation=ablation)
+    trained(gates, path=tmp_path)
+    assert gates.circuit().kept["mlp_neuron:down"].tolist() == [True, True, *[False] * 6]
+    result = circuits.evaluate(gates.base, gates.circuit(), planted_task(3), ablation=ablation)
+    assert float(result.faithfulness) == pytest.approx(1)
+
+
+def test_a_target_density_is_reached_and_kept(tmp_path: Path) -> None:
+    gates = planted(density=0.5)
+    trained(gates, epochs=150, path=tmp_path)
+    assert gates.densities()["mlp_neuron"] == pytest.approx(0.5, abs=0.1)
+    assert gates.circuit().kept["mlp_neuron:down"][:2].all()
+    assert gates.circuit(sizes={"mlp_neuron": 2}).kept["mlp_neuron:down"].tolist() == [True, True, *[False] * 6]
+
+
+def test_all_granularities_are_trained_at_once(tmp_path: Path) -> None:
+    model = PlantedHeads([4.0, 2.0, 0.0], [0.0, 0.0, 3.0], [1.0, 2.0, 0.0])
+    gates = GateTraining(
+        model, planted_task(8, length=2), penalties=0.5, learning_rate=0.3, held_out=planted_task(4, length=3)
+    )
+    trained(gates, path=tmp_path)
+    kept = {site.kind: gates.circuit().kept[site.name].tolist() for site in gates.sites}
+    assert kept["attention_block"] == [True] and kept["head"] == [True, True, False]
+    assert kept["attention_neuron"] == [True, False, True, False, False, False]
+
+
+def test_the_model_is_neither_trained_nor_stored(tmp_path: Path) -> None:
+    model = build("llama").train()
+    model.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gates = GateTraining(model, small_task(), penalties=1.0)
+    trainer = trained(gates, epochs=2, path=tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    trainer.save_checkpoint(tmp_path / "gates.ckpt", weights_only=False)
+    checkpoint = torch.load(tmp_path / "gates.ckpt", weights_only=True)
+    assert sum(value.numel() for value in checkpoint["state_dict"].values()) == sum(s.units for s in gates.sites)
+    other = GateTraining(build("llama"), small_task(), penalties=1.0)
+    trainer = Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+                      enable_checkpointing=False)  # fmt: skip
+    trainer.fit(other, ckpt_path=tmp_path / "gates.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(gates.log_alpha, other.log_alpha, strict=True))
+    wrong = GateTraining(build("llama"), small_task(), "head")
+    with pytest.raises(ValueError, match="checkpoint's gates are for sites"):
+        wrong.on_load_checkpoint(checkpoint)
+
+
+def test_validation_measures_the_binary_circuit(tmp_path: Path) -> None:
+    gates = planted(penalties=0.3, held_out=planted_task(3))
+    trainer = trained(gates, path=tmp_path)
+    measured = circuits.evaluate(gates.base, gates.circuit(), planted_task(3))
+    assert float(trainer.callback_metrics["circuit/kl"]) == pytest.approx(float(measured.mean("kl")), abs=1e-6)
+    expected = float(measured.mean("logit_difference"))
+    assert float(trainer.callback_metrics["circuit/logit_difference"]) == pytest.approx(expected)
+    assert float(trainer.callback_metrics["circuit/mlp_neurons"]) == pytest.approx(2 / 8)
+    trainer.validate(gates, verbose=False)  # in inference mode
+    assert float(trainer.callback_metrics["circuit/logit_difference"]) == pytest.approx(expected)
+
+
+def test_a_warm_start_orders_the_gates() -> None:
+    model, task = build("gpt2"), small_task()
+    rankings = [circuits.discover(model, task, kind, "attribution_patching") for kind in ("head", "neuron")]
+    gates = GateTraining(model, task, ("head", "mlp_neuron", "mlp_block"), warm_start=rankings, initial=2.0, spread=1.0)
+    located = gates.locations()
+    for ranking in rankings:
+        values = [float(located[node.group][node.unit].detach()) for node in ranking.nodes()]
+        assert values == sorted(values, reverse=True) and values[0] == 3.0 and values[-1] == 1.0
+    assert all(float(located[s.name].detach()) == 2.0 for s in gates.sites if s.kind == "mlp_block")
+    with pytest.raises(ValueError, match="has no gates"):
+        GateTraining(model, task, "head", warm_start=rankings[1])
+
+
+def test_circuits_of_gates_are_circuits(tmp_path: Path) -> None:
+    gates = gates_of("llama")
+    circuit = gates.circuit(sizes={"head": 3, "mlp_neuron": 0.5})
+    assert circuit.sizes()["head"][0] <= 3
+    circuit.save(tmp_path / "circuit.safetensors")
+    assert Circuit.load(tmp_path / "circuit.safetensors") == circuit
+    masked = gates_of("llama", ablation="zero").circuit(sizes={"head": 3, "mlp_neuron": 0.5})
+    expected = circuits.evaluate(gates.base, masked, small_task(), ablation="zero").mean("logit_difference")
+    masked.to_masks().apply_(gates.base)
+    batches = small_task().batches()
+    pruned = sum(float(batch_metric("logit_difference", gates.full_logits(b), b).sum()) for b in batches) / 3
+    assert float(expected) == pytest.approx(pruned, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_gates(tmp_path: Path) -> None:
+    gates = planted(penalties=0.3, held_out=planted_task(3))
+    from lightning.pytorch import Callback
+
+    class Save(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            torch.save([value.detach() for value in pl_module.log_alpha], tmp_path / f"{trainer.global_rank}.pt")
+
+    trained(gates, path=tmp_path, strategy="ddp_fork", devices=2, callbacks=[Save()])
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert (first[0] > 0).tolist() == [True, True, *[False] * 6]

@@ -1,0 +1,97 @@
+"""Sites are found by tracing in many architectures, in modules that run twice, and what has none is said."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from circuit_tasks import small_task
+from planted import PlantedNeurons, planted_task
+from small_models import CAUSAL, build
+from torch import Tensor, nn
+
+from lrp_prune import circuits
+from lrp_prune.circuits.ablation import counterfactual_reference, gating, mean_reference
+from lrp_prune.circuits.sites import passing
+from lrp_prune.tasks.task import answer_logits
+
+
+@pytest.mark.parametrize("name", [*(name for name in CAUSAL if name != "mixtral"), "bloom"])
+def test_every_kind_is_found_in_every_layer(name: str) -> None:
+    task = small_task()
+    sites = circuits.find_sites(build(name), task.batches(1)[0], circuits.KINDS, task.target())
+    assert [site.kind for site in sites] == list(
+        ["attention_block", "head", "attention_neuron", "mlp_block", "mlp_neuron"] * 2
+    )
+    assert [(site.units, site.width) for site in sites[:4]] == [(1, 0), (4, 8), (32, 1), (1, 0)]
+
+
+def test_experts_have_no_neurons_that_are_read_by_one_layer() -> None:
+    model, task = build("mixtral"), small_task()
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no mlp_block"):
+        circuits.find_sites(model, task.batches(1)[0], "block", task.target())
+    assert len(circuits.find_sites(model, task.batches(1)[0], ["head", "attention_block"], task.target())) == 4
+
+
+def test_patterns_choose_layers() -> None:
+    model, task = build("llama"), small_task()
+    ranking = circuits.discover(model, task, circuits.KINDS, include=["model.layers.1.*"])
+    assert len(ranking.scores) == 5 and all("layers.1." in name for name in ranking.scores)
+    ranking = circuits.discover(model, task, circuits.KINDS, exclude=["*.mlp"])
+    assert {name.partition(":")[0] for name in ranking.scores} == {"attention_block", "head", "attention_neuron"}
+
+
+class Twice(nn.Module):
+    """The same MLP runs twice, as in models that share layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 5)
+        self.mlp = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
+        self.head = nn.Linear(5, 6)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.embed(input_ids)
+        for _ in range(2):
+            hidden = hidden + self.mlp(hidden)
+        return self.head(hidden)
+
+
+def test_a_layer_that_runs_twice_is_interchanged_call_by_call() -> None:
+    model, task = Twice(), planted_task(length=2)
+    (batch,) = task.batches()
+    ranking = circuits.discover(model, task, "neuron", "attribution_patching", statistic="signed")
+    reference = counterfactual_reference(lambda: answer_logits(model, batch, counterfactual=True), model, ranking.sites)
+    (tensors,) = reference.values()
+    assert len(tensors) == 2 and not torch.equal(tensors[0], tensors[1])
+    gate = torch.ones(7).requires_grad_()
+    with passing(model), torch.enable_grad(), gating(model, ranking.sites, {ranking.sites[0].name: gate}, reference):
+        logits = answer_logits(model, batch)
+        value = (logits[:, 3] - logits[:, 4]).sum()
+    (slope,) = torch.autograd.grad(value, gate)
+    torch.testing.assert_close(ranking.scores[ranking.sites[0].name], slope / len(task))
+
+
+def test_means_are_over_samples_and_positions_of_all_prompts() -> None:
+    model, task = build("gpt2"), small_task()
+    sites = circuits.discover(model, task, "neuron").sites
+    batches = task.batches(1)
+    runs = [lambda batch=batch: answer_logits(model, batch, counterfactual=True) for batch in batches]
+    means = mean_reference(runs, model, sites)
+    for place, (mean,) in means.items():
+        rows = [counterfactual_reference(run, model, sites)[place][0].reshape(-1, 128) for run in runs]
+        torch.testing.assert_close(mean.float(), torch.cat(rows).mean(0))
+
+
+def test_first_tokens_can_be_left_out_and_groups_normalised() -> None:
+    model = PlantedNeurons([4.0, 2.0], [0.0, 1.0], [1.0, 2.0])
+    whole = circuits.discover(model, planted_task(length=1), method="activation")
+    skipped = circuits.discover(model, planted_task(length=1), method="activation", skip_first=1)
+    assert whole.scores["mlp_neuron:down"].tolist() == [4, 2] and not skipped.scores["mlp_neuron:down"].any()
+    normalised = circuits.discover(model, planted_task(), method="activation", normalize="mean")
+    assert normalised.scores["mlp_neuron:down"].tolist() == pytest.approx([4 / 3, 2 / 3])
+
+
+def test_circuits_are_imported_without_lightning_and_matplotlib() -> None:
+    check = "import sys, lrp_prune.circuits, lrp_prune.tasks; assert not {'lightning', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

@@ -1,0 +1,202 @@
+"""Several patches on one model: switching, training beside them, and what is stored."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.correction import Corrections, Patch
+
+FIRST, SECOND = torch.arange(0, 6), torch.arange(6, 20, 2)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def corrected() -> tuple[nn.Sequential, Corrections]:
+    model = network()
+    corrections = Corrections(model)
+    corrections.add("first", Patch.from_positions(model, {"0.weight": FIRST, "2.weight": torch.tensor([1])}))
+    corrections.add("second", Patch.from_positions(model, {"0.weight": SECOND}))
+    return model, corrections
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        inputs = torch.randn(16, 4, generator=generator)
+
+        def closure(inputs: Tensor = inputs) -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs[:, :3]).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_patches_are_switched_and_scaled_in_any_order() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first")
+    corrections.enable("second", 0.5)
+    corrections.enable("first", 0.25)
+    weight = model[0].weight.detach().view(-1)
+    assert torch.equal(weight[FIRST], before["0.weight"].view(-1)[FIRST] * 0.75)
+    assert torch.equal(weight[SECOND], before["0.weight"].view(-1)[SECOND] * 0.5)
+    assert corrections.strengths == {"first": 0.25, "second": 0.5}
+    corrections.disable("first")
+    corrections.disable("first")
+    corrections.enable("second", 0)
+    assert corrections.strengths == {"first": 0.0, "second": 0.0}
+    assert same(model, before)
+
+
+def test_suspending_shows_the_model_as_it_is_also_after_an_error() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first", 0.3)
+    patched = values(model)
+    with pytest.raises(RuntimeError), corrections.suspended():
+        assert same(model, before)
+        raise RuntimeError
+    assert same(model, patched)
+
+
+def test_overlapping_patches_are_not_enabled_together() -> None:
+    model, corrections = corrected()
+    corrections.add("third", Patch.from_positions(model, {"0.weight": torch.tensor([0, 1, 30])}))
+    corrections.enable("first")
+    patched = values(model)
+    with pytest.raises(ValueError, match=r"'third' and 'first' overlap in 2 entries \(2 of 0\.weight\)"):
+        corrections.enable("third")
+    assert same(model, patched)
+    corrections.disable("first")
+    corrections.enable("third")
+    assert corrections.strengths == {"first": 0.0, "second": 0.0, "third": 1.0}
+
+
+def test_wrong_use_changes_nothing() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    for call, error, message in (
+        (lambda: corrections.enable("nothing"), KeyError, "no patch 'nothing'; there is 'first', 'second'"),
+        (lambda: corrections.disable("nothing"), KeyError, "no patch 'nothing'"),
+        (lambda: corrections.enable("first", 2), ValueError, "strength must be"),
+        (lambda: corrections.add("first", corrections.patches["second"]), ValueError, "already"),
+        (lambda: corrections.add("", corrections.patches["second"]), ValueError, "needs a name"),
+        (lambda: corrections.add("x", "file"), ValueError, "must be a Patch"),
+        (
+            lambda: corrections.add("x", Patch.from_positions(nn.Linear(4, 8), {"weight": FIRST})),
+            ValueError,
+            "it was made for another model",
+        ),
+        (lambda: corrections.attach([object()]), TypeError, "register_step_post_hook"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert same(model, before)
+    assert corrections.strengths == {"first": 0.0, "second": 0.0}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda parameters: torch.optim.LBFGS(parameters, max_iter=5, line_search_fn="strong_wolfe"),
+        lambda parameters: torch.optim.Rprop(parameters),
+    ],
+    ids=["adamw", "sgd", "lbfgs", "rprop"],
+)
+def test_training_keeps_patched_entries_and_undo_restores_what_was_stored(make) -> None:
+    model, corrections = corrected()
+    optimizer = make(model.parameters())
+    corrections.attach([optimizer])
+    train(model, optimizer)
+    stored = values(model)
+    corrections.enable("first", 0.5)
+    corrections.enable("second")
+    patched = values(model)
+    train(model, optimizer)
+    after = values(model)
+    for positions in (FIRST, SECOND):
+        assert torch.equal(after["0.weight"].view(-1)[positions], patched["0.weight"].view(-1)[positions])
+        assert not model[0].weight.grad.view(-1)[positions].any()
+    free = [i for i in range(32) if i not in (*FIRST.tolist(), *SECOND.tolist())]
+    assert bool((after["0.weight"].view(-1)[free] != patched["0.weight"].view(-1)[free]).all())
+    corrections.disable("first")
+    assert torch.equal(model[0].weight.view(-1)[FIRST], stored["0.weight"].view(-1)[FIRST])
+    assert torch.equal(model[2].weight.view(-1)[1], stored["2.weight"].view(-1)[1])
+    train(model, optimizer)
+    assert bool((model[0].weight.view(-1)[FIRST] != stored["0.weight"].view(-1)[FIRST]).all())
+    assert not model[0].weight.view(-1)[SECOND].any()
+
+
+def test_masked_gradients_are_masked_before_clipping() -> None:
+    model, corrections = corrected()
+    corrections.enable("first")
+    model(torch.ones(2, 4)).sum().backward()
+    expected = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    assert not model[0].weight.grad.view(-1)[FIRST].any()
+    assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(float(expected))
+
+
+def test_a_frozen_parameter_stays_frozen_and_may_be_unfrozen() -> None:
+    model, corrections = corrected()
+    model[0].weight.requires_grad_(False)
+    corrections.enable("first")
+    assert not model[0].weight.requires_grad
+    model[0].weight.requires_grad_(True)
+    model(torch.ones(2, 4)).sum().backward()
+    assert not model[0].weight.grad.view(-1)[FIRST].any()
+
+
+def test_a_copy_is_independent_and_can_go_on() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first")
+    other_model, other = copy.deepcopy((model, corrections))
+    other.disable("first")
+    assert same(other_model, before)
+    assert corrections.strengths["first"] == 1.0
+    other.enable("second")
+    optimizer = torch.optim.SGD(other_model.parameters(), lr=0.1)
+    other.attach([optimizer])
+    train(other_model, optimizer)
+    assert not other_model[0].weight.view(-1)[SECOND].any()
+
+
+def test_the_current_patch_fits_the_trained_model() -> None:
+    model, corrections = corrected()
+    corrections.enable("second")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer)
+    corrections.attach([optimizer])
+    patch = corrections.current("first")
+    corrections.disable("second")
+    with pytest.raises(ValueError, match="it was made for another model"):
+        corrections.patches["first"].apply_(model)
+    patch.apply_(model)
+    patch.revert_(model)
+
+
+def test_removing_a_patch_undoes_it() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first")
+    patch = corrections.remove("first")
+    assert same(model, before)
+    corrections.add("again", patch)
+    assert list(corrections.patches) == ["second", "again"]
