@@ -33,7 +33,7 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
     """
     if trainer.world_size == 1 and relevance is not None:
         return relevance
-    names = {name: tuple(relevance[name].shape) for name in relevance} if relevance is not None else {}
+    names = {name: tuple(tensor.shape) for name, tensor in relevance.sums.items()} if relevance is not None else {}
     samples = relevance.num_samples if relevance is not None else 0
     everyone = gathered(trainer, (names, samples, str(error) if error is not None else None))
     if error is not None:

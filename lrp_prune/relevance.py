@@ -10,10 +10,11 @@ from torch import Tensor
 from lrp_prune.storage import load_tensors, save_tensors
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
-Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric_token"]
+Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric"]
 GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
-STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric_token")
-_OF_SQUARES = ("squared_token", "geometric_token", "input_norm")
+STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric")
+_OF_SQUARES = ("squared_token", "input_norm")
+_INPUTS, _MEAN_WEIGHTS = "::inputs", "::mean_weights"
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
 
@@ -33,7 +34,7 @@ class Relevance(Mapping[str, Tensor]):
 
     Stored are additive sums over samples, so that batches and ranks add; reading gives
     :math:`\bar R = s \, (\mathrm{sums} / n)^{1/p}` with the number of samples ``n``, ``p = 2`` for ``squared_token``
-    and ``geometric_token`` and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
+    and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
     ``signed``).
 
     At weight granularity the keys are canonical parameter names and each tensor has its parameter's shape; at any
@@ -54,6 +55,9 @@ class Relevance(Mapping[str, Tensor]):
             say): unknown, not irrelevant, and never pruned.
         layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
             ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
+        inputs: for ``geometric``, sums over samples and tokens of the squares of what each weight multiplies, in shapes
+            that broadcast to the weights'.
+        mean_weights: for ``geometric``, the mean absolute weight for each of the ``inputs``.
         derived: the values are no sums over samples any more (a difference); they are not merged.
         scales: a factor for each tensor, from normalisation or multiplication.
 
@@ -80,6 +84,8 @@ class Relevance(Mapping[str, Tensor]):
         parameter_shapes: Mapping[str, tuple[int, ...]] | None = None,
         unscored: tuple[str, ...] = (),
         layouts: Mapping[str, str] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        mean_weights: Mapping[str, Tensor] | None = None,
         derived: bool = False,
         scales: Mapping[str, float] | None = None,
     ) -> None:
@@ -102,26 +108,45 @@ class Relevance(Mapping[str, Tensor]):
         self.unscored = tuple(unscored)
         self.layouts = dict(layouts or {})
         self.derived = derived
+        self._inputs, self._mean_weights = dict(inputs or {}), dict(mean_weights or {})
+        if statistic == "geometric" and not derived and set(self._inputs) != set(self._sums):
+            raise ValueError("relevance of statistic 'geometric' needs inputs and mean_weights for every tensor")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._values(name, self._sums[name])
+        return self._values(name, self._sums[name], slice(None))
 
     def read(self, name: str, index: slice) -> Tensor:
         """The values of a slice of the flattened tensor: selection goes through large tensors in pieces."""
-        return self._values(name, self._sums[name].reshape(-1)[index])
+        return self._values(name, self._sums[name].reshape(-1)[index], index)
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
-        """The additive sums over samples, as they are kept: what is reduced over processes."""
-        return self._sums
+        """Everything that is additive over samples, as it is kept: what is reduced over processes."""
+        return {**self._sums, **{name + _INPUTS: tensor for name, tensor in self._inputs.items()}}
 
     def with_sums(self, sums: Mapping[str, Tensor], num_samples: int) -> "Relevance":
-        """The same kind of relevance from other sums: those of all processes, say."""
-        return self._replace(sums, num_samples=num_samples, unscored=tuple(n for n in self.unscored if n not in sums))
+        """The same kind of relevance from other :attr:`sums`: those of all processes, say."""
+        inputs = {name.removesuffix(_INPUTS): tensor for name, tensor in sums.items() if name.endswith(_INPUTS)}
+        own = {name: tensor for name, tensor in sums.items() if not name.endswith(_INPUTS)}
+        unscored = tuple(name for name in self.unscored if name not in own)
+        return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
-    def _values(self, name: str, sums: Tensor) -> Tensor:
+    def _contributions(self, name: str) -> tuple[Tensor, float]:
+        """Squares of what the weights multiply, per sample, and the mean contribution to the layer's output."""
+        inputs = self._inputs[name].to(torch.float32) / self.num_samples
+        return inputs, float((self._mean_weights[name] * inputs.sqrt()).mean(dtype=torch.float64))
+
+    def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
-        if not self.derived:
+        if not self.derived and self.statistic == "geometric":
+            inputs, mean = self._contributions(name)
+            shape = self._sums[name].shape
+            if sums.shape == shape:
+                values = values * (inputs / self.num_samples)
+            else:
+                values = values * (_broadcast(inputs, shape, index) / self.num_samples)
+            values = values.sqrt_().sqrt_().div_(mean**0.5 or 1.0)
+        elif not self.derived:
             if self.num_samples > 1:
                 values = values / self.num_samples
             if self.statistic in _OF_SQUARES:
@@ -153,6 +178,8 @@ class Relevance(Mapping[str, Tensor]):
             "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
             "unscored": list(self.unscored),
             "layouts": self.layouts,
+            "inputs": self._inputs,
+            "mean_weights": self._mean_weights,
             "derived": self.derived,
             "scales": self._scales,
         }
@@ -195,20 +222,19 @@ class Relevance(Mapping[str, Tensor]):
         # A tensor that only some batches reach (a mixture's expert) is in one of the two: absent means a sum of zero.
         if (set(self) | set(self.unscored)) == (set(other) | set(other.unscored)):
             names = [name for name in (*self, *other) if name in self or name in other]
-            sums = {name: self._sum_or_zero(name, other) for name in dict.fromkeys(names)}
+            sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in dict.fromkeys(names)}
+            inputs = {name: _summed(self._inputs.get(name), other._inputs.get(name)) for name in sums if self._inputs}
             unscored = tuple(name for name in self.unscored if name not in sums)
         else:
             self._check_same_entries(other, "merge")
             raise AssertionError("unreachable: different tensors were refused")
-        return self._replace(sums, num_samples=self.num_samples + other.num_samples, unscored=unscored)
-
-    def _sum_or_zero(self, name: str, other: "Relevance") -> Tensor:
-        mine, theirs = self._sums.get(name), other._sums.get(name)
-        if mine is None or theirs is None:
-            present = mine if mine is not None else theirs
-            assert present is not None
-            return present.clone()
-        return mine + theirs.to(mine.device)
+        return self._replace(
+            sums,
+            num_samples=self.num_samples + other.num_samples,
+            unscored=unscored,
+            inputs=inputs,
+            mean_weights={**other._mean_weights, **self._mean_weights},
+        )
 
     def __sub__(self, other: "Relevance") -> "Relevance":
         """The difference of the two values, as in contrastive relevance (SparC3, eq. 7)."""
@@ -218,7 +244,13 @@ class Relevance(Mapping[str, Tensor]):
         values = {name: self[name] - other[name].to(self[name].device) for name in self}
         samples = self.num_samples + other.num_samples
         return self._replace(
-            values, num_samples=samples, derived=True, scales={}, target=f"{self.target} - {other.target}"
+            values,
+            num_samples=samples,
+            derived=True,
+            scales={},
+            inputs={},
+            mean_weights={},
+            target=f"{self.target} - {other.target}",
         )
 
     def __mul__(self, factor: float) -> "Relevance":
@@ -256,7 +288,10 @@ class Relevance(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, with its description; atomic."""
-        save_tensors(path, "relevance", self._sums, self._description())
+        description = self._description()
+        del description["inputs"], description["mean_weights"]
+        weights = {name + _MEAN_WEIGHTS: tensor for name, tensor in self._mean_weights.items()}
+        save_tensors(path, "relevance", {**self.sums, **weights}, description)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Relevance":
@@ -265,8 +300,34 @@ class Relevance(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is damaged, of another kind, or of a newer version.
         """
-        sums, description = load_tensors(path, "relevance")
+        tensors, description = load_tensors(path, "relevance")
+        parts: dict[str, dict[str, Tensor]] = {"": {}, _INPUTS: {}, _MEAN_WEIGHTS: {}}
+        for key, tensor in tensors.items():
+            kind = next((suffix for suffix in (_INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
+            parts[kind][key.removesuffix(kind)] = tensor
         description["members"] = {
             name: tuple(Member(*member) for member in entries) for name, entries in description["members"].items()
         }
-        return cls({name: sums[name] for name in sums}, **description)
+        return cls(parts[""], inputs=parts[_INPUTS], mean_weights=parts[_MEAN_WEIGHTS], **description)
+
+
+def _summed(mine: Tensor | None, theirs: Tensor | None) -> Tensor:
+    """The sum of two sums; one that is absent is zero."""
+    if mine is None or theirs is None:
+        present = mine if mine is not None else theirs
+        assert present is not None
+        return present.clone()
+    return mine + theirs.to(mine.device)
+
+
+def _broadcast(tensor: Tensor, shape: torch.Size, index: slice) -> Tensor:
+    """``tensor.expand(shape).flatten()[index]`` without making the whole."""
+    tensor = tensor.contiguous()
+    flat = torch.arange(*index.indices(shape.numel()), device=tensor.device)
+    position = torch.zeros_like(flat)
+    for dim in range(len(shape)):
+        if tensor.shape[dim] > 1:
+            position += flat.div(shape[dim + 1 :].numel(), rounding_mode="floor").remainder_(
+                shape[dim]
+            ) * tensor.stride(dim)
+    return tensor.reshape(-1)[position]

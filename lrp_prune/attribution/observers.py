@@ -98,8 +98,8 @@ class ObserverTable:
             raise ValueError(f"statistic must be one of {STATISTICS}, got {statistic!r}")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
-        if statistic == "geometric_token" and granularity != "weight":
-            raise ValueError(f"statistic 'geometric_token' is about weights, not {granularity}s: use 'squared_token'")
+        if statistic == "geometric" and granularity != "weight":
+            raise ValueError(f"statistic 'geometric' is about weights, not {granularity}s: use 'squared_token'")
         if isinstance(matmul_dtype, str) and matmul_dtype != "auto":
             matmul_dtype = getattr(torch, matmul_dtype)
         self._model, self._statistic, self._granularity = unwrap(model), statistic, granularity
@@ -209,8 +209,11 @@ class ObserverTable:
         order = [name for name in self.parameters if name in self._statistics] if self._granularity == "weight" else []
         names = dict.fromkeys((*order, *self._statistics))
         sums: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
+        mean_weights: dict[str, Tensor] = {}
         for name in names:
-            values = self._statistics[name].finish()
+            statistic = self._statistics[name]
+            values = statistic.finish()
             if values is None:
                 continue
             if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
@@ -218,6 +221,10 @@ class ObserverTable:
                     f"the relevance of {name!r} is not finite: check the batches and the precision"
                 )
             sums[name] = values
+            if isinstance(statistic, WeightStatistic) and statistic.inputs is not None:
+                weights = statistic.mean_weights()
+                assert weights is not None
+                inputs[name], mean_weights[name] = statistic.inputs, weights
         if not sums:
             raise ValueError(
                 f"no {self._granularity} received relevance in {type(self._model).__name__}: its weights are used in no "
@@ -234,6 +241,8 @@ class ObserverTable:
             members={name: members for name, members in self._members.items() if name in sums},
             parameter_shapes={name: tuple(self._all[name].shape) for name in self._all if name in touched},
             unscored=unscored,
+            inputs=inputs,
+            mean_weights=mean_weights,
             layouts={name: layout for name, layout in self._layouts.items() if name in sums},
             **description,
         )

@@ -31,6 +31,8 @@ class Origin(NamedTuple):
         """The parameter's dimension that an axis of the tensor is, where the tensor is the parameter up to a transposition."""
         if self.layout is None or self.layout.offset != 0 or sorted(self.layout.size) != sorted(self.parameter.size):
             return None
+        if self.layout == self.parameter:  # also where dimensions of size one have the same stride as another
+            return axis % len(self.parameter.size)
         stride = self.layout.stride[axis]
         return self.parameter.stride.index(stride) if stride in self.parameter.stride else None
 

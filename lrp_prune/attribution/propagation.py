@@ -166,10 +166,10 @@ def propagating(
         stack.enter_context(torch.enable_grad())
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if composite.rules.get("activation") is not None and composite.rules["activation"] != "gradient":
-            for module in modules.values():
-                if is_activation_module(module):
-                    stack.enter_context(_whole(module, mode))
+        ruled = composite.rules.get("activation", "gradient") != "gradient"
+        for module in modules.values() if ruled or tracing else ():
+            if is_activation_module(module):
+                stack.enter_context(_whole(module, mode, ruled))
         if audit is not None:
             for name, module in modules.items():
                 handle = module.register_forward_hook(_audited(name, mode), always_call=False)
@@ -282,8 +282,12 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
 
 
 @contextmanager
-def _whole(module: nn.Module, mode: PropagationMode) -> Iterator[None]:
-    """Give an activation module of several operations the identity rule as a whole, by an attribute of this one instance."""
+def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[None]:
+    """Treat an activation module of several operations as one, by an attribute of this one instance.
+
+    It gets the identity rule as a whole if ``ruled``, else its plain gradient; either way its output's channels are those of
+    its input.
+    """
     original, own = module.forward, "forward" in module.__dict__
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -295,8 +299,11 @@ def _whole(module: nn.Module, mode: PropagationMode) -> Iterator[None]:
             or not args[0].requires_grad
         ):
             return original(*args, **kwargs)
-        with mode.acting(False):
-            result = identity_rule(args[0], original)
+        if ruled:
+            with mode.acting(False):
+                result = identity_rule(args[0], original)
+        else:
+            result = original(args[0])
         mode.rule_applied(module, args[0], result)
         return result
 

@@ -8,12 +8,13 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 ``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
 ``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
 ``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
-``geometric_token`` :math:`W^2 \cdot (|d|^T a^2)`, of which the square root is read
+``geometric``      :math:`W^4 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
 =================  ==========================================================================
 
-``geometric_token`` adds up :math:`|R_{ji}| \, |W_{ji} a_i|` over tokens: the geometric mean of a weight's relevance and
-of what it contributes to its output (which is all that Wanda looks at). Relevance vanishes where a softmax or a gate is saturated, although
-removing the weight would leave the saturation; the contribution does not.
+``geometric`` is the geometric mean of relevance as in ``squared_token`` and of what a weight contributes to its layer's
+output, :math:`|W_{ji}| \, \|a_i\|_2` (all that Wanda looks at), as a share of the mean contribution in its tensor. Relevance
+vanishes where a softmax or a gate is saturated, although removing the weights would end the saturation; a contribution
+does not, but says nothing of what becomes of it.
 
 The factor ``W`` is applied once, when the sums are read.
 """
@@ -64,7 +65,7 @@ _POWERS = {
     "signed": (0, 0),
     "abs_token": (1, 1),
     "squared_token": (2, 2),
-    "geometric_token": (2, 1),
+    "geometric": (2, 2),
     "input_norm": (2, 0),
 }
 """The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
@@ -101,6 +102,7 @@ class WeightStatistic:
         self.name, self.statistic, self._batch, self._dtype = name, statistic, batch, matmul_dtype
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
+        self.inputs: Tensor | None = None
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Nothing is known yet."""
@@ -108,10 +110,12 @@ class WeightStatistic:
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
         dtype = self._dtype or d.dtype
-        if activation.numel() <= d.numel():
+        if activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.only_counted(activation)
         else:
             d = self._batch.only_counted(d)
+        if self.statistic == "geometric":
+            self._add_inputs(use, activation)
         if self.statistic == "abs_sample":
             samples = zip(
                 self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True
@@ -134,6 +138,9 @@ class WeightStatistic:
                 f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'"
             )
         rows = _power(d.reshape(-1, d.shape[-1]), _POWERS[self.statistic][1], torch.float32)
+        if self.statistic == "geometric":
+            counts = torch.bincount(ids.reshape(-1), minlength=self._parameter.shape[0]).reshape(-1, 1).to(rows)
+            self.inputs = counts if self.inputs is None else self.inputs + counts
         sums = self._allocated()
         sums.index_add_(0, ids.reshape(-1).to(sums.device), rows.to(sums.device, sums.dtype))
 
@@ -161,6 +168,29 @@ class WeightStatistic:
             contribution.reshape(view.shape).to(view.device, view.dtype)
         )  # mixed types would be slower than a copy
 
+    def _add_inputs(self, use: Use, activation: Tensor) -> None:
+        """Add the squares of a use's activations, in a shape that broadcasts to the weight's."""
+        dim = use.origin.dim(use.form.in_axis) if use.form.channel_dim == -1 else None
+        if dim is not None:
+            energy = activation.reshape(-1, activation.shape[-1]).float().square().sum(0)
+            energy = energy.reshape([-1 if axis == dim else 1 for axis in range(self._parameter.dim())])
+            self.inputs = energy if self.inputs is None else self.inputs + energy
+            return
+        if self.inputs is None:
+            self.inputs = torch.zeros_like(self._parameter, dtype=torch.float32)
+        energy = input_energy(use, activation)
+        layout = use.origin.layout
+        assert layout is not None
+        self.inputs.as_strided(layout.size, layout.stride, layout.offset).add_(energy)
+
+    def mean_weights(self) -> Tensor | None:
+        """Mean absolute weight for each of the ``inputs``, in their shape."""
+        if self.inputs is None:
+            return None
+        shared = [dim for dim, size in enumerate(self.inputs.shape) if size == 1]
+        weight = self._parameter.detach().to(torch.float32).abs()
+        return weight.mean(shared, keepdim=True) if shared else weight
+
     def finish(self) -> Tensor | None:
         """The sums with the factor ``W``, handed over; None if no relevance arrived."""
         sums, self.sums = self.sums, None
@@ -170,6 +200,8 @@ class WeightStatistic:
         if self.statistic == "signed":
             return sums.mul_(weight)
         squared = _POWERS.get(self.statistic, (1, 1))[0] == 2
+        if self.statistic == "geometric":
+            sums.mul_(weight.square())
         return sums.mul_(weight.square() if squared else weight.abs())
 
 
@@ -180,16 +212,18 @@ class InputNorm(WeightStatistic):
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Add the squares of one use's activations."""
-        a = self._batch.only_counted(activation.detach()).to(torch.float32)
         with torch.no_grad():
-            if use.form.channel_dim == -1:
-                norms = a.reshape(-1, a.shape[-1]).square().sum(0)
-                contribution = norms.expand(use.weight.T.shape if use.form.in_axis == 0 else use.weight.shape)
-                contribution = contribution.T if use.form.in_axis == 0 else contribution
-            else:
-                ones = torch.ones_like(use.form.forward(a, use.weight.to(a.dtype)))
-                contribution = use.form.contract(a.square(), ones, use.weight)
-        self.add(contribution, use.origin.layout)
+            self.add(input_energy(use, self._batch.only_counted(activation.detach())), use.origin.layout)
+
+
+def input_energy(use: Use, activation: Tensor) -> Tensor:
+    """Sum over tokens of the squares of what each weight multiplies, in the shape of the weight as it is used."""
+    activation = activation.to(torch.float32)
+    if use.form.channel_dim == -1:
+        energy = activation.reshape(-1, activation.shape[-1]).square().sum(0)
+        return energy.reshape([-1 if axis == use.form.in_axis else 1 for axis in range(2)]).expand(use.weight.shape)
+    ones = torch.ones_like(use.form.forward(activation, use.weight.to(activation.dtype)))
+    return use.form.contract(activation.square(), ones, use.weight)
 
 
 class UnitStatistic:

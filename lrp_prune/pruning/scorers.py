@@ -23,12 +23,11 @@ class Defaults(NamedTuple):
     scope: str
     normalize: str | None
     needs_data: bool
-    skip_first: int = 0
 
 
 METHODS: dict[str, Defaults] = {
-    "lrp": Defaults("attnlrp", "squared_token", "global", "mean", True, 1),
-    "gradient": Defaults("gradient", "squared_token", "global", None, True, 1),
+    "lrp": Defaults("epsilon", "geometric", "global", None, True),
+    "gradient": Defaults("gradient", "geometric", "global", None, True),
     "wanda": Defaults(None, "input_norm", "row", None, True),
     "magnitude": Defaults(None, "magnitude", "layer", None, False),
     "random": Defaults(None, "random", "layer", None, False),
@@ -118,7 +117,7 @@ def scorer(
     trainable_only: bool = False,
     accumulate_on: str | None = None,
     matmul_dtype: str | None = "auto",
-    skip_first: int | None = None,
+    skip_first: int = 0,
     unruled: str = "warn",
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Scorer:
@@ -137,7 +136,7 @@ def scorer(
         trainable_only: leave out frozen weights unless included by name.
         accumulate_on: device of the sums.
         matmul_dtype: see :class:`~lrp_prune.attribution.RelevanceAccumulator`.
-        skip_first: see :class:`~lrp_prune.attribution.RelevanceAccumulator`; 1 by default for ``lrp`` and ``gradient``.
+        skip_first: see :class:`~lrp_prune.attribution.RelevanceAccumulator`.
         unruled: see :func:`lrp_prune.attributing`.
         forward_context: a context manager for the forward.
 
@@ -160,14 +159,14 @@ def scorer(
         model,
         target=_explain_nothing if method == "wanda" else target,
         composite=composite or defaults.composite or "gradient",
-        statistic=statistic or defaults.statistic,
+        statistic=statistic or (defaults.statistic if granularity == "weight" else "abs_token"),
         granularity=granularity,
         include=include,
         exclude=exclude,
         trainable_only=trainable_only,
         accumulate_on=accumulate_on,
         matmul_dtype=matmul_dtype,
-        skip_first=defaults.skip_first if skip_first is None else skip_first,
+        skip_first=skip_first,
         unruled=unruled,
         forward_context=forward_context,
     )

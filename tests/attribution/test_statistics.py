@@ -49,11 +49,10 @@ def _expected(statistic: str, weight: Tensor, a: Tensor, d: Tensor) -> Tensor:
         "abs_sample": by_token.sum(1).abs().sum(0),
         "abs_token": by_token.abs().sum((0, 1)),
         "squared_token": by_token.square().sum((0, 1)),
-        "geometric_token": (by_token.abs() * (weight * a[:, :, None]).abs()).sum((0, 1)),
     }[statistic]
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("statistic", [statistic for statistic in STATISTICS if statistic != "geometric"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
     model, batch = build(name).double(), batch_for(name)
@@ -62,12 +61,12 @@ def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
     assert set(relevance) == set(expected)
     for weight_name, (weight, a, d) in expected.items():
         value = _expected(statistic, weight, a, d) / 2
-        value = value.sqrt() if statistic in ("squared_token", "geometric_token") else value
+        value = value.sqrt() if statistic == "squared_token" else value
         value = value.T if name == "gpt2" else value
         torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("statistic", [statistic for statistic in STATISTICS if statistic != "geometric"])
 def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten()).double()
     x, c = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
@@ -339,3 +338,57 @@ def test_values_are_read_in_pieces() -> None:
     relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")], statistic="squared_token").normalized()
     for name, tensor in relevance.items():
         assert torch.equal(relevance.read(name, slice(5, 40)), tensor.flatten()[5:40])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_geometric_is_the_mean_of_relevance_and_contribution(name: str) -> None:
+    model, batch = build(name).double(), batch_for(name)
+    relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic="geometric")
+    for weight_name, (weight, a, d) in _tokens(model, batch).items():
+        squared = (_expected("squared_token", weight, a, d) / 2).sqrt()
+        contribution = weight.abs() * (a.square().sum((0, 1)) / 2).sqrt()
+        value = (squared * contribution / contribution.mean()).sqrt()
+        value = value.T if name == "gpt2" else value
+        torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-4, atol=1e-9)
+        pieces = [relevance.read(weight_name, slice(at, at + 100)) for at in range(0, value.numel(), 100)]
+        torch.testing.assert_close(torch.cat(pieces), relevance[weight_name].flatten())
+
+
+def test_geometric_of_experts_and_convolutions() -> None:
+    model, batch = build("mixtral"), batch_for("mixtral", 3, 9)
+    options: dict[str, Any] = {"composite": "gradient", "matmul_dtype": None, "target": "next_token"}
+    geometric = lrp_prune.attribute(model, [batch], statistic="geometric", **options)
+    squared = lrp_prune.attribute(model, [batch], statistic="squared_token", **options)
+    wanda = lrp_prune.attribute(model, [batch], statistic="input_norm", **options)
+    for name in squared:
+        expected = (squared[name] * wanda[name] / wanda[name].mean()).sqrt()
+        torch.testing.assert_close(geometric[name], expected, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(geometric.read(name, slice(7, 90)), expected.flatten()[7:90], rtol=1e-3, atol=1e-7)
+    vision = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    data = (torch.randn(5, 2, 4, 4), torch.randint(3, (5,)))
+    results = [
+        lrp_prune.attribute(vision, [data], statistic=statistic, composite="gradient", matmul_dtype=None)
+        for statistic in ("geometric", "squared_token", "input_norm")
+    ]
+    for name in results[1]:
+        contribution = results[2][name]
+        torch.testing.assert_close(
+            results[0][name], (results[1][name] * contribution / contribution.mean()).sqrt(), rtol=1e-3, atol=1e-6
+        )
+
+
+def test_geometric_relevance_adds_up_and_is_saved(tmp_path: Path) -> None:
+    model, ids = build("llama"), torch.randint(3, 50, (6, 7))
+    options: dict[str, Any] = {"statistic": "geometric", "composite": "epsilon", "matmul_dtype": None}
+    together = lrp_prune.attribute(model, [{"input_ids": ids}], **options)
+    parts = [lrp_prune.attribute(model, [{"input_ids": part}], **options) for part in ids.split(2)]
+    merged = parts[0] + parts[1] + parts[2]
+    reduced = parts[0].with_sums({name: sum(part.sums[name] for part in parts) for name in parts[0].sums}, 6)
+    merged.save(tmp_path / "relevance.safetensors")
+    loaded = Relevance.load(tmp_path / "relevance.safetensors")
+    for name in together:
+        torch.testing.assert_close(merged[name], together[name], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(reduced[name], together[name], rtol=1e-4, atol=1e-8)
+        assert torch.equal(loaded[name], merged[name])
+    with pytest.raises(ValueError, match="about weights, not heads"):
+        lrp_prune.attribute(model, [{"input_ids": ids}], statistic="geometric", granularity="head")

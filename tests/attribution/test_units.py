@@ -208,3 +208,17 @@ def test_abs_sample_separates_samples() -> None:
     for group in together:
         torch.testing.assert_close(together[group], apart[group], rtol=1e-4, atol=1e-8)
         assert (together[group] >= signed[group].abs() - 1e-7).all()
+
+
+@pytest.mark.parametrize("composite", ["gradient", "epsilon", "cp_lrp"])
+@pytest.mark.parametrize("name", DENSE)
+def test_units_are_found_under_every_composite(name: str, composite: str) -> None:
+    for granularity, groups in (("neuron", 2), ("head", 2), ("block", 4)):
+        relevance = lrp_prune.attribute(build(name), [batch_for(name)], granularity=granularity, composite=composite)
+        assert len(relevance) == groups
+
+
+def test_a_weight_of_one_row_has_its_dimensions_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 2))
+    relevance = lrp_prune.attribute(model, [(torch.rand(8, 1), torch.randint(2, (8,)))], granularity="neuron")
+    assert {(member.parameter, member.dim) for member in relevance.members["4"]} >= {("4.weight", 1), ("2.weight", 0)}

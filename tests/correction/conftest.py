@@ -48,7 +48,7 @@ class Everything(LightningModule):
         self.mean_loss(loss)
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         self.log("mean_loss", self.mean_loss, on_epoch=True)
-        self.log_dict({"step": float(self.global_step)}, on_step=True)
+        self.log_dict({"steps": float(self.global_step)}, on_step=True)
         if self.automatic_optimization:
             return loss
         optimizer = self.optimizers()

@@ -1,0 +1,299 @@
+"""The callback that finds what causes a behaviour, and hands the correction to the model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from typing_extensions import override
+
+from lrp_prune.attribution.composites import Composite
+from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
+from lrp_prune.callbacks._contrast import ReferenceSets, search_table
+from lrp_prune.correction import Patch, Search, search_amount
+from lrp_prune.correction.search import AMOUNTS
+from lrp_prune.module import CorrectedModule
+from lrp_prune.relevance import NORMALIZATIONS, Relevance
+
+
+class ContrastiveCorrection(Callback):
+    """Finds the weights or units that serve an undesired behaviour and not the general one, and makes a patch of them.
+
+    In the first validation after the sanity check the relevance of two reference sets is collected side by side, each
+    from a validation loader of its own (or from data that are passed); at its end :attr:`patch` is made. A
+    :class:`~lrp_prune.CorrectedModule` gets it under the name of the behaviour: at the end of ``trainer.validate``, and
+    in ``fit`` at the start of the next training epoch (or its end), so that no checkpoint holds it under metrics that
+    were measured before. Any other module stays as it is, for ``callback.patch.apply_(model)``.
+
+    With metrics given, their values before and after are logged as ``correction/undesired`` and ``correction/guard``
+    (``..._before``), and ``correction/entries`` always. A metric is a function of the model that returns a number, or
+    the name of a metric that the validation logs: then the effect is seen in the validations that follow.
+
+    With ``amount="auto"`` amounts are tried, and the smallest is taken that reaches ``reduction`` of the undesired metric
+    within ``allowed_loss`` of the guard's; :attr:`search` has the curve. Both metrics must be functions for that.
+
+    Example::
+
+        corrected = CorrectedModule(model)
+        correction = ContrastiveCorrection(behaviour="repetition", general=0, undesired=1, amount=0.0003)
+        Trainer(callbacks=[correction]).validate(corrected, [general_loader, undesired_loader])
+        correction.patch.save("repetition.safetensors")
+
+    Args:
+        general: the set of wanted behaviour: index of a validation loader, or batches that can be iterated over again.
+        undesired: the set that shows the undesired behaviour; likewise.
+        behaviour: its name.
+        amount: fraction or number of weights (or units) to remove, or ``"auto"``.
+        strength: at which the patch is enabled.
+        target: what is explained, see :func:`lrp_prune.attribute`; a logit difference at the tokens that show the
+            behaviour serves best.
+        undesired_target: what is explained on the undesired set, if it is something else.
+        composite, statistic, granularity, include, exclude, skip_first, accumulate_on: see
+            :class:`lrp_prune.attribution.RelevanceAccumulator`.
+        normalize, guard, guard_scope, reverse: see :class:`lrp_prune.correction.Contrast`.
+        guard_statistic: collect the general set in another statistic too, for the guard; ``"abs_token"`` say.
+        max_batches: batches used of each set.
+        undesired_metric: measures the behaviour; lower is better.
+        guard_metric: measures what is to stay.
+        guard_mode: ``"min"`` if the guard should be small, ``"max"`` if large.
+        reduction: wanted by ``"auto"``, as a share of the undesired metric.
+        allowed_loss: allowed by ``"auto"``, as a share of the guard metric.
+        amounts: tried by ``"auto"``.
+        refine: further trials of ``"auto"``.
+        allow_untested: use it with strategies that it is not tested with.
+
+    Raises:
+        MisconfigurationException: an argument has an impossible value, or a reference set is empty.
+    """
+
+    def __init__(
+        self,
+        general: int | Iterable[Any] = 0,
+        undesired: int | Iterable[Any] = 1,
+        behaviour: str = "undesired",
+        amount: float | int | str = 0.0003,
+        strength: float = 1.0,
+        target: Any = None,
+        undesired_target: Any = None,
+        composite: str | Composite | dict[str, str] | None = None,
+        statistic: str | None = "signed",
+        granularity: str = "weight",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        skip_first: int | None = None,
+        accumulate_on: str | None = None,
+        normalize: str | None = "total",
+        guard: float | None = 0.7,
+        guard_statistic: str | None = None,
+        guard_scope: str = "global",
+        reverse: bool = False,
+        max_batches: int | None = None,
+        undesired_metric: Callable[[nn.Module], float] | str | None = None,
+        guard_metric: Callable[[nn.Module], float] | str | None = None,
+        guard_mode: str = "min",
+        reduction: float = 0.5,
+        allowed_loss: float = 0.01,
+        amounts: Sequence[float | int] = AMOUNTS,
+        refine: int = 0,
+        allow_untested: bool = False,
+    ) -> None:
+        _check_amount(amount)
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
+        check_choice("normalize", normalize, NORMALIZATIONS)
+        check_choice("guard_scope", guard_scope, ("global", "layer"), optional=False)
+        check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
+        check_count("refine", refine, 0)
+        check_count("skip_first", skip_first, 0, optional=True)
+        if guard is not None and (isinstance(guard, bool) or not 0 < guard <= 1):
+            raise MisconfigurationException(f"guard must be a quantile in (0, 1] or None, got {guard!r}")
+        if guard is None and guard_statistic is not None:
+            raise MisconfigurationException("guard_statistic is of a guard, but guard=None: set guard=0.7, say")
+        if amount == "auto" and not (callable(undesired_metric) and callable(guard_metric)):
+            raise MisconfigurationException(
+                "amount='auto' measures the model with each patch: pass undesired_metric and guard_metric as functions of "
+                "the model that return a number"
+            )
+        self._sets = ReferenceSets(
+            general,
+            undesired,
+            targets=(target, target if undesired_target is None else undesired_target),
+            guard_statistic=guard_statistic,
+            skip_first=skip_first,
+            max_batches=max_batches,
+            composite=composite,
+            statistic=statistic,
+            granularity=granularity,
+            include=include,
+            exclude=exclude,
+            accumulate_on=accumulate_on,
+        )
+        self._contrast = {"normalize": normalize, "guard": guard, "guard_scope": guard_scope, "reverse": reverse}
+        self._search = {
+            "guard_mode": guard_mode,
+            "reduction": reduction,
+            "allowed_loss": allowed_loss,
+            "amounts": tuple(amounts),
+            "refine": refine,
+        }
+        self._behaviour, self._amount, self._strength = behaviour, amount, strength
+        self._metrics = {"undesired": undesired_metric, "guard": guard_metric}
+        self._before: dict[str, float] = {}
+        self._allow_untested = allow_untested
+        self._patch: Patch | None = None
+        self._waiting = False
+        self.search: Search | None = None
+        """What ``amount="auto"`` tried and found."""
+        self.general: Relevance | None = None
+        """The relevance of the general set."""
+        self.undesired: Relevance | None = None
+        """The relevance of the undesired set."""
+
+    @property
+    def patch(self) -> Patch:
+        """The correction.
+
+        Raises:
+            RuntimeError: there was no validation yet, or no amount was acceptable to the search.
+        """
+        if self._patch is None:
+            raise RuntimeError(
+                "no patch was made yet: run trainer.validate or trainer.fit with both reference sets"
+                if self.search is None
+                else "no amount reached the reduction within the allowed loss: see .search.curve"
+            )
+        return self._patch
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        patch = None if self._patch is None else self._patch.state_dict()
+        return {"version": 1, "patch": patch, "waiting": self._waiting, "before": self._before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != 1:
+            raise ValueError(f"the state has version {state_dict.get('version')!r}, this lrp-prune reads 1")
+        patch = state_dict["patch"]
+        self._patch = None if patch is None else Patch.from_state_dict(patch)
+        self._waiting, self._before = state_dict["waiting"], dict(state_dict["before"])
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_strategy(trainer, type(self).__name__, self._allow_untested)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due(trainer):
+            self._sets.start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._sets.observe(batch, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due(trainer):
+            self.general, self.undesired, guard_by = self._sets.finish(trainer, pl_module)
+            self._make(pl_module, guard_by)
+            if self._patch is not None:
+                pl_module.log("correction/entries", float(self._patch.num_entries))
+                self._measure(pl_module, "_before")
+                if trainer.state.fn != "fit":
+                    self._hand_over(pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hand_over(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hand_over(pl_module, log=False)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._sets.abandon()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._sets.abandon()
+
+    def _due(self, trainer: Trainer) -> bool:
+        return not trainer.sanity_checking and self._patch is None and self.search is None
+
+    def _make(self, pl_module: LightningModule, guard_by: Relevance | None) -> None:
+        model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
+        assert self.general is not None
+        assert self.undesired is not None
+        general, undesired = self.general, self.undesired
+
+        def make(amount: float | int) -> Patch:
+            options: dict[str, Any] = {**self._contrast, "guard_by": guard_by, "behaviour": self._behaviour}
+            return Patch.from_contrast(model, general, undesired, amount, **options)
+
+        try:
+            if self._amount != "auto":
+                assert not isinstance(self._amount, str)
+                self._patch = make(self._amount)
+            else:
+                metrics: dict[str, Any] = self._metrics
+                options: dict[str, Any] = {**self._search, "strength": self._strength}
+                self.search = search_amount(model, make, metrics["undesired"], metrics["guard"], **options)
+                self._patch = self.search.patch
+                rank_zero_info(search_table(self.search, self._behaviour))
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        if self._patch is None:
+            rank_zero_warn(
+                f"no amount reduced {self._behaviour!r} by {self._search['reduction']:.0%} at a loss of at most "
+                f"{self._search['allowed_loss']:.2%}: nothing is corrected, see .search.curve; try other amounts, guard, "
+                "target or granularity"
+            )
+        self._waiting = self._patch is not None
+
+    def _hand_over(self, pl_module: LightningModule, log: bool = True) -> None:
+        if not self._waiting or self._patch is None:
+            return
+        self._waiting = False
+        if not isinstance(pl_module, CorrectedModule):
+            return
+        # It was made a moment ago from these entries, and other patches may be enabled.
+        pl_module.add(self._behaviour, self._patch, self._strength, strict=False)
+        if log:
+            self._measure(pl_module, "")
+
+    def _measure(self, pl_module: LightningModule, suffix: str) -> None:
+        model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
+        for name, metric in self._metrics.items():
+            if callable(metric):
+                value = float(metric(model))
+            elif metric is not None and suffix:
+                found = pl_module.trainer.callback_metrics.get(metric)
+                if found is None:
+                    raise MisconfigurationException(
+                        f"{name}_metric {metric!r} was not logged in the validation; there is "
+                        f"{', '.join(pl_module.trainer.callback_metrics) or 'none'}"
+                    )
+                value = float(found)
+            else:
+                continue
+            self._before.setdefault(name, value)
+            pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
+
+
+def _check_amount(amount: Any) -> None:
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if amount != "auto" and not (number and (amount >= 1 if isinstance(amount, int) else 0 < amount < 1)):
+        raise MisconfigurationException(
+            f"amount must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
+        )
