@@ -125,3 +125,12 @@ def search_table(search: Search, behaviour: str) -> str:
             f"{trial.loss:>9.2%}"
         )
     return "\n".join(lines)
+
+
+def check_amount(name: str, amount: Any) -> None:
+    """Refuse what is neither a fraction, nor a count, nor ``"auto"``."""
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if amount != "auto" and not (number and (amount >= 1 if isinstance(amount, int) else 0 < amount < 1)):
+        raise MisconfigurationException(
+            f"{name} must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
+        )

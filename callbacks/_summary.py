@@ -98,7 +98,8 @@ def round_table(
         each = [masks.sparsity_of(name) for name in masks if layer_group(name) == group]
         newly = pruned - earlier.get(group, (0, 0, 0))[2]
         shares = [f"{value:.2%}" for value in (pruned / max(entries, 1), min(each), max(each))]
-        table.add_row(group[len(shared) + bool(shared) :], f"{parameters:,}", f"{entries:,}", f"{pruned:,}", f"{newly:,}", *shares)
+        counts = [f"{count:,}" for count in (parameters, entries, pruned, newly)]
+        table.add_row(group[len(shared) + bool(shared) :], *counts, *shares)
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(table)
     return lines + "\n" + "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())

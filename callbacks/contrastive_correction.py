@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
-from lrp_prune.callbacks._contrast import ReferenceSets, search_table
+from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, search_table
 from lrp_prune.correction import Patch, Search, search_amount
 from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.module import CorrectedModule
@@ -100,7 +100,11 @@ class ContrastiveCorrection(Callback):
         refine: int = 0,
         allow_untested: bool = False,
     ) -> None:
-        _check_amount(amount)
+        if not isinstance(behaviour, str) or not behaviour:
+            raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
+        check_amount("amount", amount)
+        for tried in amounts:
+            check_amount("amounts", tried)
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
         check_choice("normalize", normalize, NORMALIZATIONS)
@@ -166,6 +170,11 @@ class ContrastiveCorrection(Callback):
                 else "no amount reached the reduction within the allowed loss: see .search.curve"
             )
         return self._patch
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(behaviour=self._behaviour)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -289,11 +298,3 @@ class ContrastiveCorrection(Callback):
                 continue
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
-
-
-def _check_amount(amount: Any) -> None:
-    number = isinstance(amount, int | float) and not isinstance(amount, bool)
-    if amount != "auto" and not (number and (amount >= 1 if isinstance(amount, int) else 0 < amount < 1)):
-        raise MisconfigurationException(
-            f"amount must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
-        )

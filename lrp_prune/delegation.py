@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -151,3 +152,35 @@ class PlainSteps(LightningModule):
         """The optimizer of the parameters that require gradients."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self._make_optimizer(parameters) if self._make_optimizer else torch.optim.AdamW(parameters, lr=1e-5)
+
+
+def settling(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Patches that wait for parameters are applied once a hook that makes them has run."""
+
+    def then_settle(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        last = method.__name__ == "configure_model" or not is_overridden("configure_model", wrapper.delegate)
+        wrapper.settle(late=not last)
+        return result
+
+    return then_settle
+
+
+def attaching(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Optimizers are watched from the start of training."""
+
+    def attach_then(*args: Any, **kwargs: Any) -> Any:
+        wrapper.attach(wrapper.trainer.optimizers)
+        return method(*args, **kwargs)
+
+    return attach_then
+
+
+def releasing(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Optimizers are left alone at its end."""
+
+    def release_then(*args: Any, **kwargs: Any) -> Any:
+        wrapper.release()
+        return method(*args, **kwargs)
+
+    return release_then

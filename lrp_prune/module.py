@@ -15,7 +15,7 @@ from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.folder import save_patches
 from lrp_prune.correction.patch import Patch
-from lrp_prune.delegation import Extended, MetricNames, PlainSteps, forward_all
+from lrp_prune.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
 from lrp_prune.names import unwrap
 
 
@@ -99,7 +99,7 @@ class CorrectedModule(LightningModule):
         for name, patch in (patches or {}).items():
             check_strength(strengths.get(name, 1.0))
             self._pending[name] = (patch, strengths.get(name, 1.0), strict)
-        self._settle(late=self._made_late())
+        self.settle(late=self._made_late())
 
     @property
     def delegate(self) -> LightningModule:
@@ -157,6 +157,10 @@ class CorrectedModule(LightningModule):
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Keep patched entries through the steps of these optimizers; a ``Trainer`` run does it by itself."""
         self._corrections.attach(optimizers)
+
+    def release(self) -> None:
+        """Let go of the optimizers of :meth:`attach`; gradients of patched entries stay masked."""
+        self._corrections.release()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module inside, called."""
@@ -222,7 +226,7 @@ class CorrectedModule(LightningModule):
     def _made_late(self) -> bool:
         return is_overridden("configure_model", self.delegate) or is_overridden("setup", self.delegate)
 
-    def _settle(self, late: bool = False) -> None:
+    def settle(self, late: bool = False) -> None:
         """Apply the patches that wait for parameters; ``late``: there may be parameters later."""
         waiting = self._pending
         for name, (patch, _, strict) in list(waiting.items()):
@@ -245,37 +249,11 @@ class CorrectedModule(LightningModule):
                 raise
 
 
-def _settling(wrapper: CorrectedModule, method: Callable[..., Any]) -> Callable[..., Any]:
-    def then_settle(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        last = method.__name__ == "configure_model" or not is_overridden("configure_model", wrapper.delegate)
-        wrapper._settle(late=not last)
-        return result
-
-    return then_settle
-
-
-def _attaching(wrapper: CorrectedModule, method: Callable[..., Any]) -> Callable[..., Any]:
-    def attach_then(*args: Any, **kwargs: Any) -> Any:
-        wrapper.attach(wrapper.trainer.optimizers)
-        return method(*args, **kwargs)
-
-    return attach_then
-
-
-def _releasing(wrapper: CorrectedModule, method: Callable[..., Any]) -> Callable[..., Any]:
-    def release_then(*args: Any, **kwargs: Any) -> Any:
-        wrapper._corrections.release()
-        return method(*args, **kwargs)
-
-    return release_then
-
-
 for _name, _extension in (
-    ("setup", _settling),
-    ("configure_model", _settling),
-    ("on_train_start", _attaching),
-    ("on_train_end", _releasing),
+    ("setup", settling),
+    ("configure_model", settling),
+    ("on_train_start", attaching),
+    ("on_train_end", releasing),
 ):
     setattr(CorrectedModule, _name, Extended(_name, _extension))
 

@@ -141,11 +141,10 @@ class Relevance(Mapping[str, Tensor]):
         if not self.derived and self.statistic == "geometric":
             inputs, mean = self._contributions(name)
             shape = self._sums[name].shape
-            if sums.shape == shape:
-                values = values * (inputs / self.num_samples)
-            else:
-                values = values * (_broadcast(inputs, shape, index) / self.num_samples)
-            values = values.sqrt_().sqrt_().div_(mean**0.5 or 1.0)
+            factor = inputs.sqrt() / self.num_samples
+            # (|W|^3 G A^(1/2))^(1/3) = (|W| G^(1/2))^(2/3) (|W| A^(1/2))^(1/3)
+            values = values * (factor if sums.shape == shape else _broadcast(factor, shape, index))
+            values = values.pow_(1 / 3).div_(mean ** (1 / 3) or 1.0)
         elif not self.derived:
             if self.num_samples > 1:
                 values = values / self.num_samples

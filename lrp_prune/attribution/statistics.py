@@ -8,13 +8,13 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 ``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
 ``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
 ``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
-``geometric``      :math:`W^4 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
+``geometric``      :math:`|W|^3 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
 =================  ==========================================================================
 
-``geometric`` is the geometric mean of relevance as in ``squared_token`` and of what a weight contributes to its layer's
-output, :math:`|W_{ji}| \, \|a_i\|_2` (all that Wanda looks at), as a share of the mean contribution in its tensor. Relevance
-vanishes where a softmax or a gate is saturated, although removing the weights would end the saturation; a contribution
-does not, but says nothing of what becomes of it.
+``geometric`` is the weighted geometric mean :math:`R^{2/3} C^{1/3}` of relevance as in ``squared_token`` and of what
+a weight contributes to its layer's output, :math:`|W_{ji}| \, \|a_i\|_2` (all that Wanda looks at), as a share of the
+mean contribution in its tensor. Relevance vanishes where a softmax or a gate is saturated, although removing the
+weights would end the saturation; a contribution does not, but says nothing of what becomes of it.
 
 The factor ``W`` is applied once, when the sums are read.
 """
@@ -201,7 +201,7 @@ class WeightStatistic:
             return sums.mul_(weight)
         squared = _POWERS.get(self.statistic, (1, 1))[0] == 2
         if self.statistic == "geometric":
-            sums.mul_(weight.square())
+            sums.mul_(weight.abs())
         return sums.mul_(weight.square() if squared else weight.abs())
 
 

@@ -22,6 +22,17 @@ def overlap(first: "Patch", second: "Patch") -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def equal(first: "Patch", second: "Patch") -> bool:
+    """Whether both hold the same entries with the same values, bit by bit, whatever their provenance."""
+    return set(first) == set(second) and all(
+        first[name].shape == second[name].shape
+        and torch.equal(first[name].positions, second[name].positions)
+        and first[name].originals.dtype == second[name].originals.dtype
+        and bool(same_bits(first[name].originals, second[name].originals).all())
+        for name in first
+    )
+
+
 def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
     """Entries and provenance of all that is in one of the two."""
     _check_same_model(first, second, "unite")

@@ -17,11 +17,10 @@ from lrp_prune.correction.entries import (
     checksum,
     is_sharded,
     locate,
-    same_bits,
     scaled,
     write_together,
 )
-from lrp_prune.correction.provenance import describe_model, describe_relevance
+from lrp_prune.correction.provenance import describe_model, describe_references
 from lrp_prune.correction.verifying import agree, applied_strength, flat_positions, mismatch, refusal, resolve_entries
 from lrp_prune.names import resolve
 from lrp_prune.storage import load_tensors, save_tensors
@@ -167,18 +166,13 @@ class Patch(Mapping[str, Entries]):
             model,
             {name: ~masks[name] for name in masks},
             behaviour=behaviour,
-            references={
-                **dict(references or {}),
-                "general": describe_relevance(general),
-                "undesired": describe_relevance(undesired),
-                "guard_by": None if guard_by is None else describe_relevance(guard_by),
-            },
+            references=describe_references(general, undesired, guard_by, references),
             options={
+                "amount": amount,
                 "normalize": normalize,
                 "guard": guard,
                 "guard_scope": guard_scope,
                 "reverse": reverse,
-                "amount": amount,
                 "include": None if include is None else list(include),
                 "exclude": None if exclude is None else list(exclude),
                 "removal": removal,
@@ -281,13 +275,7 @@ class Patch(Mapping[str, Entries]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Patch):
             return NotImplemented
-        return set(self) == set(other) and all(
-            self[name].shape == other[name].shape
-            and torch.equal(self[name].positions, other[name].positions)
-            and self[name].originals.dtype == other[name].originals.dtype
-            and bool(same_bits(self[name].originals, other[name].originals).all())
-            for name in self
-        )
+        return combining.equal(self, other)
 
     __hash__ = None  # type: ignore[assignment]  # as of any mapping that compares by value
 

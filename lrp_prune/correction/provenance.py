@@ -1,6 +1,7 @@
 """Where a patch comes from: plain values that travel with it."""
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,18 @@ def describe_relevance(relevance: "Relevance") -> dict[str, Any]:
         "statistic": relevance.statistic,
         "composite": relevance.composite,
         "granularity": relevance.granularity,
+    }
+
+
+def describe_references(
+    general: "Relevance", undesired: "Relevance", guard_by: "Relevance | None", given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How the reference sets of a contrast were explained, with what is said about them."""
+    return {
+        **dict(given or {}),
+        "general": describe_relevance(general),
+        "undesired": describe_relevance(undesired),
+        "guard_by": None if guard_by is None else describe_relevance(guard_by),
     }
 
 

@@ -78,7 +78,8 @@ def _undone_on_error(model: nn.Module) -> Iterator[Any]:
 
     def zero(masks: Masks) -> None:
         parameters = resolve(masks, model)
-        done.append((masks, {name: parameter.detach()[~masks[name].to(parameter.device)] for name, parameter in parameters.items()}))
+        pruned = {name: ~masks[name].to(parameter.device) for name, parameter in parameters.items()}
+        done.append((masks, {name: parameter.detach()[pruned[name]] for name, parameter in parameters.items()}))
         masks.apply_(model)
 
     try:

@@ -35,7 +35,7 @@ METHODS: dict[str, Defaults] = {
 """Methods and their defaults for weights."""
 
 
-def defaults_of(method: str) -> Defaults:
+def defaults_of(method: str, granularity: str = "weight") -> Defaults:
     """The defaults of a method.
 
     Raises:
@@ -43,18 +43,21 @@ def defaults_of(method: str) -> Defaults:
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    return METHODS[method]
+    if granularity == "weight":
+        return METHODS[method]
+    composite = "attnlrp" if method == "lrp" else METHODS[method].composite
+    return Defaults(composite, "abs_token", "global", None, METHODS[method].needs_data)
 
 
 def selection_options(
     method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
 ) -> dict[str, Any]:
     """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
-    best, by_unit = defaults_of(method), granularity != "weight"
+    best = defaults_of(method, granularity)
     return {
-        "scope": scope or ("global" if by_unit else best.scope),
+        "scope": scope or best.scope,
         "ranking": ranking,
-        "normalize": (None if by_unit else best.normalize) if normalize == "auto" else normalize,
+        "normalize": best.normalize if normalize == "auto" else normalize,
     }
 
 
@@ -143,7 +146,7 @@ def scorer(
     Raises:
         ValueError: for an unknown method, or an argument that the method does not have.
     """
-    defaults = defaults_of(method)
+    defaults = defaults_of(method, granularity)
     if method not in ("lrp", "gradient"):
         given = {"composite": composite, "statistic": statistic}
         for name, value in given.items():
@@ -159,7 +162,7 @@ def scorer(
         model,
         target=_explain_nothing if method == "wanda" else target,
         composite=composite or defaults.composite or "gradient",
-        statistic=statistic or (defaults.statistic if granularity == "weight" else "abs_token"),
+        statistic=statistic or defaults.statistic,
         granularity=granularity,
         include=include,
         exclude=exclude,

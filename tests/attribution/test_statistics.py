@@ -347,7 +347,7 @@ def test_geometric_is_the_mean_of_relevance_and_contribution(name: str) -> None:
     for weight_name, (weight, a, d) in _tokens(model, batch).items():
         squared = (_expected("squared_token", weight, a, d) / 2).sqrt()
         contribution = weight.abs() * (a.square().sum((0, 1)) / 2).sqrt()
-        value = (squared * contribution / contribution.mean()).sqrt()
+        value = squared ** (2 / 3) * (contribution / contribution.mean()) ** (1 / 3)
         value = value.T if name == "gpt2" else value
         torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-4, atol=1e-9)
         pieces = [relevance.read(weight_name, slice(at, at + 100)) for at in range(0, value.numel(), 100)]
@@ -361,7 +361,7 @@ def test_geometric_of_experts_and_convolutions() -> None:
     squared = lrp_prune.attribute(model, [batch], statistic="squared_token", **options)
     wanda = lrp_prune.attribute(model, [batch], statistic="input_norm", **options)
     for name in squared:
-        expected = (squared[name] * wanda[name] / wanda[name].mean()).sqrt()
+        expected = squared[name] ** (2 / 3) * (wanda[name] / wanda[name].mean()) ** (1 / 3)
         torch.testing.assert_close(geometric[name], expected, rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(geometric.read(name, slice(7, 90)), expected.flatten()[7:90], rtol=1e-3, atol=1e-7)
     vision = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
@@ -371,9 +371,9 @@ def test_geometric_of_experts_and_convolutions() -> None:
         for statistic in ("geometric", "squared_token", "input_norm")
     ]
     for name in results[1]:
-        contribution = results[2][name]
+        share = results[2][name] / results[2][name].mean()
         torch.testing.assert_close(
-            results[0][name], (results[1][name] * contribution / contribution.mean()).sqrt(), rtol=1e-3, atol=1e-6
+            results[0][name], results[1][name] ** (2 / 3) * share ** (1 / 3), rtol=1e-3, atol=1e-6
         )
 
 

@@ -60,16 +60,15 @@ def settings() -> dict[str, Setting]:
         "magnitude": Setting("magnitude"),
         "random": Setting("random"),
     }
-    for composite in ("attnlrp", "cp_lrp", "gradient"):
+    for composite in ("attnlrp", "cp_lrp"):
+        rows[f"{composite} geometric, global"] = Setting("lrp", {"composite": composite, "statistic": "geometric"}, raw)
+    for composite in ("epsilon", "attnlrp", "cp_lrp", "gradient"):
         for statistic in ("signed", "abs_sample", "abs_token", "squared_token"):
             scoring = {"composite": composite, "statistic": statistic}
             for name, selection in (("row", per_row), ("global", raw), ("global, normalised", normalized)):
                 rows[f"{composite} {statistic}, {name}"] = Setting("lrp", scoring, selection)
-    rows["default, first tokens counted"] = Setting("lrp", {"skip_first": 0})
-    rows["gradient, first tokens counted"] = Setting("gradient", {"skip_first": 0})
-    squared = {"composite": "gradient", "statistic": "squared_token"}
+    rows["default, first tokens left out"] = Setting("lrp", {"skip_first": 1})
     for rounds in (2, 4):
-        rows[f"gradient squared_token, global, {rounds} rounds"] = Setting("lrp", squared, raw, rounds)
         rows[f"default, {rounds} rounds"] = Setting("lrp", rounds=rounds)
     for selection in (per_row, raw):
         rows[f"attnlrp order with the gradient's scale, {selection['scope']}"] = Setting("mixed", {}, selection)

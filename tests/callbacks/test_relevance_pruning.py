@@ -131,7 +131,8 @@ def test_reference_data_need_no_validation(make_module, make_loader, make_traine
         scorer.update(batch)
     from lrp_prune.pruning import select
 
-    assert select(scorer.compute(), sparsity=0.5, scope="global", normalize="mean") == pruning.masks
+    best = scorers.selection_options("lrp", "weight", "global", "absolute", "auto")
+    assert select(scorer.compute(), sparsity=0.5, **best) == pruning.masks
 
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3, "val_check_interval": 2}])
