@@ -1,6 +1,8 @@
-"""Lightning callbacks, installed as ``lrp_prune.callbacks``: collecting relevance, and pruning by it in rounds."""
+"""Lightning callbacks, installed as ``lrp_prune.callbacks``: collecting relevance, pruning, correcting, finding circuits."""
 
+from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
+from lrp_prune.callbacks.contrastive_correction import ContrastiveCorrection
 from lrp_prune.callbacks.relevance_collector import RelevanceCollector
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 
-__all__ = ["RelevanceCollector", "RelevancePruning"]
+__all__ = ["CircuitDiscovery", "ContrastiveCorrection", "RelevanceCollector", "RelevancePruning"]

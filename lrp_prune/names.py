@@ -11,7 +11,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_WRAPPER_CLASSES = frozenset({"DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel"})
+_WRAPPER_CLASSES = frozenset(
+    {"DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel", "CorrectedModule"}
+)
 
 
 def canonical_name(name: str) -> str:

@@ -38,7 +38,9 @@ def test_units_are_pruned_whole(granularity: str) -> None:
     masks = lrp_prune.prune(model, [batch], sparsity=0.25, granularity=granularity)
     units = {"neuron": 96, "head": 8, "block": 4}[granularity]
     columns = sum(
-        int((~kept).all(0).sum()) for name, kept in masks.items() if name.endswith(("o_proj.weight", "down_proj.weight"))
+        int((~kept).all(0).sum())
+        for name, kept in masks.items()
+        if name.endswith(("o_proj.weight", "down_proj.weight"))
     )
     width = {"neuron": 1, "head": 8}.get(granularity)
     if width is not None:
