@@ -74,9 +74,9 @@ class CorrectedModule(LightningModule):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a LightningModule or another nn.Module, got {type(module).__name__}")
-        inner = unwrap(module)
-        if isinstance(inner, CorrectedModule):
+        if isinstance(module, CorrectedModule):
             raise TypeError("module is a CorrectedModule already: add patches to it with add()")
+        inner = unwrap(module)
         if isinstance(inner, LightningModule) and make_optimizer is not None:
             raise ValueError(
                 f"make_optimizer is for plain models: {type(inner).__name__} configures its own optimizers"

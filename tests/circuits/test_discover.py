@@ -95,8 +95,6 @@ def test_heads_channels_and_blocks_by_hand() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_units_score_what_the_engine_attributes(name: str, granularity: str, composite: str, statistic: str) -> None:
     model, task = build(name), small_task()
-    if (name, granularity, composite) == ("gpt2", "neuron", "gradient"):
-        pytest.skip("the engine finds hidden units behind GPT-2's activation only with a rule for activations")
     ranking = circuits.discover(model, task, granularity, composite, statistic=statistic, batch_size=2)
     relevance = lrp_prune.attribute(
         model, task.batches(2), task.target(), composite, statistic, granularity, unruled="ignore"
