@@ -68,9 +68,9 @@ def parse() -> argparse.Namespace:
         "--sparsity", type=float, default=0.5, help="fraction of weights removed after the last prune / fine-tune round"
     )
     add("--rounds", type=int, default=2, help="prune / fine-tune rounds; 0 leaves them out")
-    add("--steps", type=int, default=8, help="training steps in each round")
+    add("--steps", type=int, default=5, help="training steps in each round")
     add("--learning-rate", type=float, default=5e-5, help="of AdamW in the rounds")
-    add("--calibration-windows", type=int, default=12, help="windows of text that the relevance is collected on")
+    add("--calibration-windows", type=int, default=10, help="windows of text that the relevance is collected on")
     add("--held-out-windows", type=int, default=8, help="windows of other documents that the perplexity is measured on")
     add("--window", type=int, default=512, help="tokens in a window")
     add("--batch-size", type=int, default=2, help="windows that are computed at once")

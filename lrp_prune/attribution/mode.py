@@ -20,7 +20,7 @@ from lrp_prune.attribution.operations import OPERATIONS, Operation
 from lrp_prune.attribution.origins import Origin, derive, mark, marked, origin_of_parameter
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.roots import Roots
-from lrp_prune.attribution.rules import Call, Rule, is_activation
+from lrp_prune.attribution.rules import Call, Rule, identity, identity_of_power, is_activation
 from lrp_prune.attribution.uses import WeightUses
 
 _PLAIN = Operation("plain", ())
@@ -146,6 +146,8 @@ class PropagationMode(TorchFunctionMode):
             return call.run()
         if kind == "power":
             call, kind = _power(call)
+            if kind == "activation" and self._rule(kind) is identity and not isinstance(call.operand(1), Tensor):
+                return identity_of_power(call) if is_activation(call.operand(0)) else call.run()
         elif kind == "einsum":
             call, kind = _einsum(call)
         if kind == "matmul":

@@ -86,6 +86,12 @@ def identity(call: Call) -> Any:
     return functional.identity_rule(x, function)
 
 
+def identity_of_power(call: Call) -> Any:
+    """:func:`identity` for ``x ** n`` with a number n: f(x)/x is the plain gradient over n, and no output has to be kept."""
+    base, exponent = call.operands()
+    return call.with_operands([functional.scaled_gradient(base, 1 / exponent), exponent]).run()
+
+
 def uniform(call: Call) -> Any:
     """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved."""
     values = call.operands()

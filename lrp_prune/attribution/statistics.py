@@ -172,7 +172,9 @@ class WeightStatistic:
         """Add the squares of a use's activations, in a shape that broadcasts to the weight's."""
         dim = use.origin.dim(use.form.in_axis) if use.form.channel_dim == -1 else None
         if dim is not None:
-            energy = activation.reshape(-1, activation.shape[-1]).float().square().sum(0)
+            rows = activation.reshape(-1, activation.shape[-1])
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            energy = torch.linalg.vector_norm(rows, dim=0, dtype=wide).square_().float()
             energy = energy.reshape([-1 if axis == dim else 1 for axis in range(self._parameter.dim())])
             self.inputs = energy if self.inputs is None else self.inputs + energy
             return

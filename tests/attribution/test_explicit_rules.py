@@ -35,6 +35,10 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
 def linear_rule(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor) -> Tensor:
     """Eq. 8 with epsilon -> 0: R_i = sum_j W_ji x_i R_j / z_j; the bias is part of z and absorbs its share."""
     z = x @ weight.T + (0 if bias is None else bias)
@@ -83,7 +87,7 @@ def test_convolution_is_a_linear_layer_over_patches() -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid]
+    "activation", [cube, torch.square, torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid]
 )
 def test_activations_hand_relevance_on(activation: Callable[[Tensor], Tensor]) -> None:
     start, relevance = engine(lambda x: activation(x), {"x": random(4, 6)})
