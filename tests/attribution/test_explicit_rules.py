@@ -87,7 +87,8 @@ def test_convolution_is_a_linear_layer_over_patches() -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [cube, torch.square, torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid]
+    "activation",
+    [cube, torch.square, torch.relu, torch.nn.functional.silu, torch.nn.functional.gelu, torch.tanh, torch.sigmoid],
 )
 def test_activations_hand_relevance_on(activation: Callable[[Tensor], Tensor]) -> None:
     start, relevance = engine(lambda x: activation(x), {"x": random(4, 6)})
