@@ -197,8 +197,11 @@ class Relevance(Mapping[str, Tensor]):
             raise ValueError(
                 f"cannot {action} relevance of different tensors: {difference[0]!r} is in one of them only"
             )
+        self._check_shapes(other, action)
+
+    def _check_shapes(self, other: "Relevance", action: str) -> None:
         for name in self:
-            if self._sums[name].shape != other._sums[name].shape:
+            if name in other and self._sums[name].shape != other._sums[name].shape:
                 raise ValueError(
                     f"cannot {action} {name!r}: shapes {tuple(self._sums[name].shape)} and {tuple(other._sums[name].shape)}"
                 )
@@ -219,14 +222,13 @@ class Relevance(Mapping[str, Tensor]):
         if self.derived or other.derived or self._scales or other._scales:
             raise ValueError("cannot merge normalised, scaled or subtracted relevance: merge first, normalise then")
         # A tensor that only some batches reach (a mixture's expert) is in one of the two: absent means a sum of zero.
-        if (set(self) | set(self.unscored)) == (set(other) | set(other.unscored)):
-            names = [name for name in (*self, *other) if name in self or name in other]
-            sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in dict.fromkeys(names)}
-            inputs = {name: _summed(self._inputs.get(name), other._inputs.get(name)) for name in sums if self._inputs}
-            unscored = tuple(name for name in self.unscored if name not in sums)
-        else:
+        if set(self) | set(self.unscored) != set(other) | set(other.unscored):
             self._check_same_entries(other, "merge")
-            raise AssertionError("unreachable: different tensors were refused")
+        self._check_shapes(other, "merge")
+        names = list(dict.fromkeys((*self, *other)))
+        sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in names}
+        inputs = {name: _summed(self._inputs.get(name), other._inputs.get(name)) for name in names if self._inputs}
+        unscored = tuple(name for name in self.unscored if name not in sums)
         return self._replace(
             sums,
             num_samples=self.num_samples + other.num_samples,

@@ -392,3 +392,18 @@ def test_geometric_relevance_adds_up_and_is_saved(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], merged[name])
     with pytest.raises(ValueError, match="about weights, not heads"):
         lrp_prune.attribute(model, [{"input_ids": ids}], statistic="geometric", granularity="head")
+
+
+def test_a_tensor_that_one_set_does_not_reach_is_merged_as_zero() -> None:
+    one, two = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    both = Relevance({"a": one, "b": two}, num_samples=1)
+    partial = Relevance({"a": one}, num_samples=1, unscored=("b",))
+    merged = both + partial
+    assert torch.equal(merged["a"], torch.ones(2, 3)) and torch.equal(merged["b"], torch.ones(2, 3))
+    assert merged.num_samples == 2 and merged.unscored == () and (partial + both).unscored == ()
+    other = Relevance({"a": one}, num_samples=1)  # the same tensors, another list of unscored ones
+    assert torch.equal((partial + other)["a"], torch.ones(2, 3))
+    with pytest.raises(ValueError, match="shapes"):
+        both + Relevance({"a": torch.ones(3, 2), "b": two})
+    with pytest.raises(ValueError, match="'b' is in one of them only"):
+        both + Relevance({"a": one, "c": two})
