@@ -5,6 +5,7 @@ from typing import Any
 from lrp_prune.circuits.circuit import Circuit, Node, Overlap
 from lrp_prune.circuits.discover import METHODS, discover
 from lrp_prune.circuits.evaluate import MIB_SIZES, evaluate, minimality
+from lrp_prune.circuits.extracting import keep_only_
 from lrp_prune.circuits.mib import save_mib_graph
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.result import EvaluationResult
@@ -24,6 +25,7 @@ __all__ = [
     "discover",
     "evaluate",
     "find_sites",
+    "keep_only_",
     "minimality",
     "save_mib_graph",
     "save_report",

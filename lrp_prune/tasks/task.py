@@ -1,6 +1,7 @@
 """Tasks: prompts, batches without padding, and what is measured."""
 
 import hashlib
+import inspect
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.targets import last_logits
+from lrp_prune.names import unwrap
 from lrp_prune.tasks.metrics import IGNORED, METRICS, batch_metric
 from lrp_prune.tasks.prompts import Encoded
 
@@ -111,7 +113,11 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else None
     ids = batch["counterfactual_ids" if counterfactual else "input_ids"].to(device)
-    return last_logits(model, {"input_ids": ids, "attention_mask": batch["attention_mask"].to(device)})
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch["attention_mask"].to(device)}
+    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
+        # Nothing is padded, so that the last position is the answer's: the others need no vocabulary.
+        inputs["logits_to_keep"] = 1
+    return last_logits(model, inputs)
 
 
 def _collate(samples: Sequence[Encoded]) -> Batch:

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from circuit_tasks import small_task
-from planted import PlantedNeurons, planted_task
+from planted import PlantedNeurons, Twice, planted_task
 from small_models import CAUSAL, build
-from torch import Tensor, nn
 
 from lrp_prune import circuits
 from lrp_prune.circuits.ablation import counterfactual_reference, gating, mean_reference
@@ -26,11 +26,24 @@ def test_every_kind_is_found_in_every_layer(name: str) -> None:
     assert [(site.units, site.width) for site in sites[:4]] == [(1, 0), (4, 8), (32, 1), (1, 0)]
 
 
-def test_experts_have_no_neurons_that_are_read_by_one_layer() -> None:
+def test_experts_have_no_units_and_are_named() -> None:
     model, task = build("mixtral"), small_task()
-    with pytest.raises(ValueError, match="MixtralForCausalLM has no mlp_block"):
-        circuits.find_sites(model, task.batches(1)[0], "block", task.target())
+    for granularity in ("block", "neuron", ["head", "neuron"]):
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds .* several experts.*'weight'"):
+            circuits.find_sites(model, task.batches(1)[0], granularity, task.target())
     assert len(circuits.find_sites(model, task.batches(1)[0], ["head", "attention_block"], task.target())) == 4
+    assert circuits.discover(model, task, "weight", "gradient").at(0.1).size  # as the error says
+
+
+def test_experts_beside_ordinary_layers_are_told_of() -> None:
+    model, task = build("mixtral"), small_task()
+    model.model.layers[0].mlp = build("llama").model.layers[0].mlp
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.experts\.gate_up_proj .* never ablated"):
+        (site,) = circuits.find_sites(model, task.batches(1)[0], "neuron", task.target())
+    assert site.name == "mlp_neuron:model.layers.0.mlp.down_proj"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        circuits.find_sites(model, task.batches(1)[0], "neuron", task.target(), exclude=["*.experts.*"])
 
 
 def test_patterns_choose_layers() -> None:
@@ -39,22 +52,6 @@ def test_patterns_choose_layers() -> None:
     assert len(ranking.scores) == 5 and all("layers.1." in name for name in ranking.scores)
     ranking = circuits.discover(model, task, circuits.KINDS, exclude=["*.mlp"])
     assert {name.partition(":")[0] for name in ranking.scores} == {"attention_block", "head", "attention_neuron"}
-
-
-class Twice(nn.Module):
-    """The same MLP runs twice, as in models that share layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(6, 5)
-        self.mlp = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
-        self.head = nn.Linear(5, 6)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        hidden = self.embed(input_ids)
-        for _ in range(2):
-            hidden = hidden + self.mlp(hidden)
-        return self.head(hidden)
 
 
 def test_a_layer_that_runs_twice_is_interchanged_call_by_call() -> None:

@@ -88,6 +88,22 @@ class PlantedHeads(nn.Module):
         return hidden + self.down(F.relu(self.up(hidden)))
 
 
+class Twice(nn.Module):
+    """The same MLP runs twice, as in models that share layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 5)
+        self.mlp = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5))
+        self.head = nn.Linear(5, 6)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.embed(input_ids)
+        for _ in range(2):
+            hidden = hidden + self.mlp(hidden)
+        return self.head(hidden)
+
+
 def planted_task(prompts: int = 2, metric: str = "logit_difference", length: int = 1) -> TableTask:
     """Prompts of "x" words, counterfactual "y"; yes rather than no."""
     row = {"clean": "x " * length, "counterfactual": "y " * length, "answers": " yes", "distractors": " no"}
