@@ -5,6 +5,7 @@ the *contribution* of a unit can be replaced without touching the residual strea
 at the reading layer's input, that is before the output projection; blocks at its output.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def find_sites(
         exclude: patterns of module names to leave out.
 
     Raises:
-        ValueError: if there is no such unit, or a layer is not called as a module or has its channels not last.
+        ValueError: if there is no such unit (experts with stacked weights have none), or a layer is not called as a module or
+            has its channels not last.
 
     Example:
         >>> import torch
@@ -134,10 +136,35 @@ def find_sites(
         and not matches(site.module, exclude)
     ]
     missing = [kind for kind in kinds if not any(site.kind == kind for site in found)]
+    _tell_of_experts(module, kinds, missing, include, exclude)
     if not found or (missing and include is None and exclude is None):
         raise ValueError(f"{type(module).__name__} has no {(missing or list(kinds))[0]} that the target depends on")
     order = _order_of_calls(module, batch, target, {site.module for site in found})
     return tuple(sorted(found, key=lambda site: (order.index(site.module), KINDS.index(site.kind))))
+
+
+def _tell_of_experts(
+    model: nn.Module,
+    kinds: Sequence[str],
+    missing: Sequence[str],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> None:
+    """Experts whose weights are stacked have no units here: what is read by one expert is no module's whole input."""
+    stacked = [
+        name
+        for name, parameter in named_parameters(model).items()
+        if parameter.dim() == 3 and (include is None or matches(name, include)) and not matches(name, exclude)
+    ]
+    asked = [kind for kind in kinds if kind.startswith("mlp")]
+    if not stacked or not asked:
+        return
+    what = f"{stacked[0]} holds the weights of several experts, whose {asked[-1].replace('_', ' ')}s are no units of circuits"
+    if set(asked) & set(missing):
+        raise ValueError(
+            f"{what}: take granularities of attention ('head', 'attention_neuron', 'attention_block') or 'weight'"
+        )
+    warnings.warn(f"{what}: they are never ablated (exclude them by name to say so)", stacklevel=3)
 
 
 def _traced(

@@ -29,7 +29,9 @@ def test_every_kind_is_found_in_every_layer(name: str) -> None:
 def test_experts_have_no_units_and_are_named() -> None:
     model, task = build("mixtral"), small_task()
     for granularity in ("block", "neuron", ["head", "neuron"]):
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds .* several experts.*'weight'"):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds .* several experts.*'weight'"
+        ):
             circuits.find_sites(model, task.batches(1)[0], granularity, task.target())
     assert len(circuits.find_sites(model, task.batches(1)[0], ["head", "attention_block"], task.target())) == 4
     assert circuits.discover(model, task, "weight", "gradient").at(0.1).size  # as the error says
