@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lrp_prune.sharding import at_rest
+
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPER_CLASSES = frozenset(
     {"DistributedDataParallel", "DataParallel", "OptimizedModule", "FullyShardedDataParallel", "CorrectedModule"}
@@ -36,8 +38,24 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def class_name(model: nn.Module) -> str:
+    """The model's class, also after ``fully_shard``, which puts a class of its own before it.
+
+    Example:
+        >>> class_name(nn.Linear(1, 1))
+        'Linear'
+    """
+    bases = type(model).__mro__
+    behind = next((index for index, base in enumerate(bases) if base.__name__ == "FSDPModule"), -1)
+    return bases[behind + 1].__name__
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the unwrapped model once (tied ones under their first name), by canonical name."""
+    """Every parameter of the unwrapped model once (tied ones under their first name), by canonical name.
+
+    Of a model that is sharded by FSDP2 the sharded ones; so not to be called within its forward.
+    """
+    at_rest(model)
     return {canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 

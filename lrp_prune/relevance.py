@@ -1,20 +1,23 @@
 """Relevance: named tensors together with what they mean, so that only what fits together is merged or compared."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrp_prune.storage import load_tensors, save_tensors
+from lrp_prune.sharding import Sharding
+from lrp_prune.storage import Together, load_tensors, save_tensors
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
 Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric"]
 GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
 STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric")
 _OF_SQUARES = ("squared_token", "input_norm")
-_INPUTS, _MEAN_WEIGHTS = "::inputs", "::mean_weights"
+INPUTS, _MEAN_WEIGHTS = "::inputs", "::mean_weights"
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
 
@@ -41,6 +44,10 @@ class Relevance(Mapping[str, Tensor]):
     other the keys are groups of units and the tensors are ``[units]``, with ``members`` saying which entries of
     which parameters each unit owns.
 
+    Relevance of the weights of a model that ``fully_shard`` has divided is divided as they are: each process holds the
+    parts of its own, and reading a tensor gives a ``DTensor``. Reading needs no other process; :meth:`normalized` and
+    :meth:`save` do, and must be called in all of them.
+
     Args:
         sums: the sums over samples, by name. Kept, not copied.
         granularity: what a value is about.
@@ -60,6 +67,8 @@ class Relevance(Mapping[str, Tensor]):
         mean_weights: for ``geometric``, the mean absolute weight for each of the ``inputs``.
         derived: the values are no sums over samples any more (a difference); they are not merged.
         scales: a factor for each tensor, from normalisation or multiplication.
+        shardings: how each parameter that is divided among processes is; the ``sums`` of these are this process's parts.
+            For ``inputs`` that are as well, under the name with ``::inputs`` added.
 
     Example:
         >>> import torch
@@ -88,6 +97,7 @@ class Relevance(Mapping[str, Tensor]):
         mean_weights: Mapping[str, Tensor] | None = None,
         derived: bool = False,
         scales: Mapping[str, float] | None = None,
+        shardings: Mapping[str, Sharding] | None = None,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
@@ -109,32 +119,61 @@ class Relevance(Mapping[str, Tensor]):
         self.layouts = dict(layouts or {})
         self.derived = derived
         self._inputs, self._mean_weights = dict(inputs or {}), dict(mean_weights or {})
+        known = {*self.parameter_shapes, *(name + INPUTS for name in self._inputs)}
+        self.shardings = {key: sharding for key, sharding in (shardings or {}).items() if key in known}
         if statistic == "geometric" and not derived and set(self._inputs) != set(self._sums):
             raise ValueError("relevance of statistic 'geometric' needs inputs and mean_weights for every tensor")
+        # Reading must not need other processes, so what does is done now.
+        self._mean_contributions = {
+            name: self._mean_contribution(name)
+            for name in self._inputs
+            if self.sharding(name) is not None and not derived
+        }
+
+    def sharding(self, name: str) -> Sharding | None:
+        """How the tensor of this name is divided among processes; None if all of it is here."""
+        return self.shardings.get(name) if self.granularity == "weight" else None
 
     def __getitem__(self, name: str) -> Tensor:
+        values, sharding = self.local(name), self.sharding(name)
+        return values if sharding is None else sharding.tensor(values)
+
+    def local(self, name: str) -> Tensor:
+        """The values that are in this process: all of the tensor, unless it is divided among processes."""
         return self._values(name, self._sums[name], slice(None))
 
     def read(self, name: str, index: slice) -> Tensor:
-        """The values of a slice of the flattened tensor: selection goes through large tensors in pieces."""
+        """The values of a slice of the flattened :meth:`local` tensor: selection goes through large ones in pieces."""
         return self._values(name, self._sums[name].reshape(-1)[index], index)
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
         """Everything that is additive over samples, as it is kept: what is reduced over processes."""
-        return {**self._sums, **{name + _INPUTS: tensor for name, tensor in self._inputs.items()}}
+        return {**self._sums, **{name + INPUTS: tensor for name, tensor in self._inputs.items()}}
 
     def with_sums(self, sums: Mapping[str, Tensor], num_samples: int) -> "Relevance":
         """The same kind of relevance from other :attr:`sums`: those of all processes, say."""
-        inputs = {name.removesuffix(_INPUTS): tensor for name, tensor in sums.items() if name.endswith(_INPUTS)}
-        own = {name: tensor for name, tensor in sums.items() if not name.endswith(_INPUTS)}
+        inputs = {name.removesuffix(INPUTS): tensor for name, tensor in sums.items() if name.endswith(INPUTS)}
+        own = {name: tensor for name, tensor in sums.items() if not name.endswith(INPUTS)}
         unscored = tuple(name for name in self.unscored if name not in own)
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
     def _contributions(self, name: str) -> tuple[Tensor, float]:
-        """Squares of what the weights multiply, per sample, and the mean contribution to the layer's output."""
+        """Squares of what the weights here multiply, per sample, and the mean contribution to the layer's output."""
         inputs = self._inputs[name].to(torch.float32) / self.num_samples
-        return inputs, float((self._mean_weights[name] * inputs.sqrt()).mean(dtype=torch.float64))
+        mean = self._mean_contributions.get(name)
+        sharding = self.sharding(name)
+        if sharding is not None and name + INPUTS not in self.shardings:
+            inputs = sharding.part(inputs)  # a vector, which is whole in each process
+        return inputs, self._mean_contribution(name) if mean is None else mean
+
+    def _mean_contribution(self, name: str) -> float:
+        inputs = self._inputs[name].to(torch.float32) / self.num_samples
+        contributions = self._mean_weights[name] * inputs.sqrt()
+        sharding = self.shardings.get(name + INPUTS)
+        if sharding is None:
+            return float(contributions.mean(dtype=torch.float64))
+        return float(sharding.all_reduced(contributions.sum(dtype=torch.float64))) / max(math.prod(sharding.shape), 1)
 
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
@@ -181,6 +220,7 @@ class Relevance(Mapping[str, Tensor]):
             "mean_weights": self._mean_weights,
             "derived": self.derived,
             "scales": self._scales,
+            "shardings": self.shardings,
         }
 
     def _replace(self, sums: Mapping[str, Tensor], **changes: Any) -> "Relevance":
@@ -201,6 +241,11 @@ class Relevance(Mapping[str, Tensor]):
 
     def _check_shapes(self, other: "Relevance", action: str) -> None:
         for name in self:
+            keys = (name, name + INPUTS)
+            if name in other and any(self.shardings.get(key) != other.shardings.get(key) for key in keys):
+                raise ValueError(
+                    f"cannot {action} {name!r}: it is divided among processes in another way, or in one only"
+                )
             if name in other and self._sums[name].shape != other._sums[name].shape:
                 raise ValueError(
                     f"cannot {action} {name!r}: shapes {tuple(self._sums[name].shape)} and {tuple(other._sums[name].shape)}"
@@ -242,7 +287,10 @@ class Relevance(Mapping[str, Tensor]):
         if not isinstance(other, Relevance):
             return NotImplemented
         self._check_same_entries(other, "subtract")
-        values = {name: self[name] - other[name].to(self[name].device) for name in self}
+        values = {}
+        for name in self:
+            mine = self.local(name)
+            values[name] = mine - other.local(name).to(mine.device)
         samples = self.num_samples + other.num_samples
         return self._replace(
             values,
@@ -277,22 +325,37 @@ class Relevance(Mapping[str, Tensor]):
             raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {by!r}")
         sizes: dict[str, float] = {}
         for name in self:
-            magnitude = self[name].abs_()
-            if by == "mean":
-                sizes[name] = float(magnitude.mean(dtype=torch.float64))
+            magnitude, sharding = self.local(name).abs_(), self.sharding(name)
+            if by == "max":
+                largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
+                sizes[name] = float(largest if sharding is None else sharding.all_reduced(largest, "MAX"))
             else:
-                sizes[name] = float(magnitude.max()) if by == "max" else float(magnitude.sum(dtype=torch.float64))
+                total = magnitude.sum(dtype=torch.float64)
+                entries = math.prod(magnitude.shape if sharding is None else sharding.shape)
+                total = total if sharding is None else sharding.all_reduced(total)
+                sizes[name] = float(total) / max(entries, 1) if by == "mean" else float(total)
         if by == "total":
             sizes = dict.fromkeys(self, sum(sizes.values()))
         scales = {name: self._scales.get(name, 1.0) / sizes[name] if sizes[name] else 1.0 for name in self}
         return self._replace(self._sums, scales=scales)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, with its description; atomic."""
+        """Write to a safetensors file, with its description; atomic.
+
+        What is divided among processes is brought together tensor by tensor, and written by the first process as it
+        comes. All processes must call this, and return when the file is there.
+        """
         description = self._description()
-        del description["inputs"], description["mean_weights"]
+        del description["inputs"], description["mean_weights"], description["shardings"]
         weights = {name + _MEAN_WEIGHTS: tensor for name, tensor in self._mean_weights.items()}
-        save_tensors(path, "relevance", {**self.sums, **weights}, description)
+        parts = {**self.sums, **weights}
+        save_tensors(path, "relevance", {key: self._together(key, part) for key, part in parts.items()}, description)
+
+    def _together(self, key: str, part: Tensor) -> Tensor | Together:
+        sharding = self.shardings.get(key.replace(_MEAN_WEIGHTS, INPUTS)) if self.granularity == "weight" else None
+        if sharding is None:
+            return part
+        return Together(sharding.shape, part.dtype, partial(sharding.gathered, part), sharding.mesh)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Relevance":
@@ -302,14 +365,14 @@ class Relevance(Mapping[str, Tensor]):
             ValueError: if the file is damaged, of another kind, or of a newer version.
         """
         tensors, description = load_tensors(path, "relevance")
-        parts: dict[str, dict[str, Tensor]] = {"": {}, _INPUTS: {}, _MEAN_WEIGHTS: {}}
+        parts: dict[str, dict[str, Tensor]] = {"": {}, INPUTS: {}, _MEAN_WEIGHTS: {}}
         for key, tensor in tensors.items():
-            kind = next((suffix for suffix in (_INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
+            kind = next((suffix for suffix in (INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
             parts[kind][key.removesuffix(kind)] = tensor
         description["members"] = {
             name: tuple(Member(*member) for member in entries) for name, entries in description["members"].items()
         }
-        return cls(parts[""], inputs=parts[_INPUTS], mean_weights=parts[_MEAN_WEIGHTS], **description)
+        return cls(parts[""], inputs=parts[INPUTS], mean_weights=parts[_MEAN_WEIGHTS], **description)
 
 
 def _summed(mine: Tensor | None, theirs: Tensor | None) -> Tensor:

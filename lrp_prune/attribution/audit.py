@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.operations import LINEAR_NODES, node_kind
 
+# What a sharded model puts around its modules: the identity, which tells when a backward pass comes by.
+_IDENTITIES = frozenset({"RegisterPostBackwardFunction", "RegisterPreBackwardFunction", "_Leaving"})
+_ACCOUNTED = LINEAR_NODES | _IDENTITIES
+
 
 class UnruledOperationWarning(UserWarning):
     """A nonlinear operation has no rule: its plain gradient was used, and relevance through it is not LRP."""
@@ -45,14 +49,14 @@ class Audit:
     def visit(self, function: Any, result: Any, ruled: bool) -> None:
         """Account for the nodes that a torch function has just made."""
         for node in self._new_nodes(result):
-            if not ruled and node_kind(node) not in LINEAR_NODES:
+            if not ruled and node_kind(node) not in _ACCOUNTED:
                 name = getattr(function, "__qualname__", None) or str(function)
                 self._pending.append(name.removeprefix("_VariableFunctionsClass."))
 
     def leave(self, module_name: str, module: nn.Module, output: Any) -> None:
         """Account for what a module made out of the mode's sight, and name the module for what was found inside it."""
         for node in self._new_nodes(output):
-            if node_kind(node) not in LINEAR_NODES:
+            if node_kind(node) not in _ACCOUNTED:
                 self._pending.append(node.name())
         place = f"{module_name or '<model>'} ({type(module).__name__})"
         for operation in self._pending:

@@ -16,6 +16,7 @@ from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.roots import Root, Roots
+from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.names import named_modules, named_parameters, unwrap
 
@@ -66,17 +67,10 @@ class Propagation:
 
     def gradients(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Run the backward pass under the rules, so that recomputed (checkpointed) layers see them as well."""
-        if not isinstance(target, Tensor) or target.numel() != 1:
-            raise ValueError(
-                f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
-            )
+        self.check_target(target)
         if not tensors or not target.requires_grad:
             raise ValueError(
                 "the target does not depend on a forward of the model inside this context: call the model in it"
-            )
-        if not bool(torch.isfinite(target.detach())):
-            raise FloatingPointError(
-                f"the explained value is {target.item()}: the model's output is not finite on this batch"
             )
         mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
         mode.audit = None
@@ -85,6 +79,17 @@ class Propagation:
                 return mode.backward(target.reshape(()), tensors)
         finally:
             self._roots.recording, mode.audit = True, mode_audit
+
+    def check_target(self, target: Any) -> None:
+        """Refuse what cannot be explained: more than one value, or one that is not finite."""
+        if not isinstance(target, Tensor) or target.numel() != 1:
+            raise ValueError(
+                f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
+            )
+        if not bool(torch.isfinite(target.detach())):
+            raise FloatingPointError(
+                f"the explained value is {target.item()}: the model's output is not finite on this batch"
+            )
 
 
 def _described(value: Any) -> str:
@@ -160,6 +165,7 @@ def propagating(
     mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing or gated, audit)
     propagation = Propagation(mode, roots)
     with ExitStack() as stack:
+        stack.enter_context(unsharding(model, mode))
         stack.enter_context(_unchanged_buffers(model))
         stack.enter_context(traceable_attention(model))
         stack.enter_context(torch.inference_mode(False))

@@ -56,7 +56,8 @@ class Roots:
             origin = marked(value) if isinstance(value, Tensor) and not value.requires_grad else None
             if origin is None or len(origin.parameter.size) < 2:
                 return value
-            leaf = value.detach().requires_grad_()
+            # A copy: of a sharded model the parameter itself is gone when its relevance is read.
+            leaf = value.detach().clone().requires_grad_()
             self._record(Root(origin.name, leaf, origin.name))
             return leaf
 
