@@ -1,8 +1,9 @@
 """The averaged copies of a model that Lightning's callbacks hold."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -18,3 +19,32 @@ def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
             yield average.module
         elif isinstance(average, nn.Module):
             yield average
+
+
+@contextmanager
+def trained_weights(trainer: Trainer, pl_module: LightningModule, callback: Callback | None = None) -> Iterator[None]:
+    """The weights that are trained, where ``WeightAveraging`` has put its average in their place for a validation.
+
+    It does so between ``on_validation_epoch_start`` and its own ``on_validation_epoch_end`` of each validation in ``fit``.
+    What is pruned are the trained weights, so it is their relevance that counts.
+
+    Args:
+        trainer: the run.
+        pl_module: its module.
+        callback: who asks in ``on_validation_epoch_end``: those before it in the trainer's list have put back what they
+            replaced. ``None`` where all have replaced it, between those hooks.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    later = callbacks if callback is None else callbacks[callbacks.index(callback) + 1 :]
+    swapping = [
+        found._swap_models
+        for found in later
+        if hasattr(found, "_swap_models") and getattr(found, "_average_model", None) is not None
+    ]
+    for swap in reversed(swapping):
+        swap(pl_module)
+    try:
+        yield
+    finally:
+        for swap in swapping:
+            swap(pl_module)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks._checks import check_collection
-from lrp_prune.callbacks._distributed import merged
+from lrp_prune.callbacks._distributed import agree, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
 
@@ -60,6 +60,8 @@ class Collection:
         self._scorer: Any = None
         self._progress: CollectionProgress | None = None
         self._taken = 0
+        self._alone = True
+        self._failure: Exception | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -82,15 +84,14 @@ class Collection:
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
-        self._scorer = self._make_scorer(trainer, pl_module)
-        self._taken = 0
+        self._begin(trainer, pl_module)
         batches = trainer.num_val_batches
         total = sum(batches) if self.dataloader is None else batches[min(self.dataloader, len(batches) - 1)]
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
         """Add a validation batch, if it is one of those that are used."""
-        if self._scorer is None or self.dataloader not in (None, dataloader_idx):
+        if self._scorer is None or self._failure is not None or self.dataloader not in (None, dataloader_idx):
             return
         if self.max_batches is None or self._taken < self.max_batches:
             self._update(batch)
@@ -102,24 +103,26 @@ class Collection:
             MisconfigurationException: there was no batch.
             FloatingPointError: the relevance is not finite.
         """
-        relevance, failure = None, None
+        relevance, failure = None, self._failure
         try:
-            if self._taken == 0 and self.needs_data and trainer.world_size == 1:
+            if failure is None and self._taken == 0 and self.needs_data and self._alone:
                 raise MisconfigurationException(
                     f"no batch reached method={self.method!r}: validation loader {self.dataloader} is empty or does "
                     "not exist; choose another by dataloader=, or pass reference= with batches"
                 )
-            if self._taken or not self.needs_data:
+            if failure is None and (self._taken or not self.needs_data):
                 with torch.inference_mode(False), _misconfiguration():
                     relevance = cast("Relevance", self._scorer.compute())
         except Exception as error:  # the other processes have to hear of it before it is raised
             failure = error
         finally:
             self.abandon()
-        if trainer.world_size > 1 and not self._same_everywhere:
-            return merged(trainer, relevance, failure)
+        if not self._alone:
+            if not self._same_everywhere:
+                return merged(trainer, relevance, failure)
+            agree(trainer, failure)
         if failure is not None or relevance is None:
-            raise failure or RuntimeError("nothing was collected")
+            raise failure or MisconfigurationException(f"reference= gave method={self.method!r} no batch")
         return relevance
 
     @property
@@ -129,24 +132,29 @@ class Collection:
 
     def abandon(self) -> None:
         """Forget the collection under way, if there is one."""
-        self._scorer = None
+        self._scorer, self._failure = None, None
         if self._progress is not None:
             self._progress.close()
             self._progress = None
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> "Relevance":
         """Collect at once, outside of a validation: from the reference data, else from the validation's loaders."""
-        self._scorer = self._make_scorer(trainer, pl_module)
-        self._taken = 0
+        self._begin(trainer, pl_module)
         try:
             if self.needs_data:
                 # A loader draws from the global random generator whenever it is iterated.
                 with isolate_rng():
                     self._go_through(trainer, pl_module)
+        except Exception as error:  # told to the other processes at the end
+            self._failure = error
         except BaseException:
             self.abandon()
             raise
         return self.finish(trainer)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._scorer = self._make_scorer(trainer, pl_module)
+        self._taken, self._failure, self._alone = 0, None, trainer.world_size == 1
 
     def _go_through(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reference is not None:
@@ -158,11 +166,19 @@ class Collection:
             total = float("inf")
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
         for batch, dataloader_idx in islice(batches, self.max_batches):
+            if self._failure is not None:
+                return
             self._update(_to_device(batch, trainer, pl_module, dataloader_idx))
 
     def _update(self, batch: Any) -> None:
-        with torch.inference_mode(False), _misconfiguration():
-            self._scorer.update(batch)
+        try:
+            with torch.inference_mode(False), _misconfiguration():
+                self._scorer.update(batch)
+        except Exception as error:
+            if self._alone:
+                raise
+            self._failure = error  # the others would wait for this process: all raise at the end
+            return
         self._taken += 1
         if self._progress is not None:
             self._progress.advance()

@@ -74,6 +74,11 @@ class ReferenceSets:
             self._collections.append(collection(general, targets[0], statistic=guard_statistic))
         self._indices = [source for source in (general, undesired) if isinstance(source, int)]
 
+    @property
+    def uses_validation(self) -> bool:
+        """Whether one of the sets is a validation loader."""
+        return bool(self._indices)
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the validation that begins.
 

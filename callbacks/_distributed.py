@@ -19,6 +19,27 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
+def agree(trainer: Trainer, error: Exception | None) -> None:
+    """Let all processes know of an error that one of them has, before they begin what needs all of them.
+
+    Args:
+        trainer: the run.
+        error: what went wrong in this process, if something did.
+
+    Raises:
+        Exception: this process's error.
+        RuntimeError: another process has one; raised on all of them, so that none waits for one that is gone.
+    """
+    messages = gathered(trainer, f"{type(error).__name__}: {error}" if error is not None else None)
+    if error is not None:
+        raise error
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        raise RuntimeError(
+            f"rank {failed[0][0]} failed, so this one stops as well, with nothing changed: {failed[0][1]}"
+        )
+
+
 def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | None) -> Relevance:
     """Relevance of the samples of all processes, from each one's own, as if collected in one; equal on all of them.
 
@@ -29,35 +50,43 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
 
     Raises:
         Exception: this process's error.
-        RuntimeError: another process has an error; raised on all of them, so that none waits for one that is gone.
+        RuntimeError: another process has an error; see :func:`agree`.
+        MisconfigurationException: no process had a batch.
     """
+    agree(trainer, error)
     if trainer.world_size == 1 and relevance is not None:
         return relevance
     names = {name: tuple(tensor.shape) for name, tensor in relevance.sums.items()} if relevance is not None else {}
-    samples = relevance.num_samples if relevance is not None else 0
-    everyone = gathered(trainer, (names, samples, str(error) if error is not None else None))
-    if error is not None:
-        raise error
-    failed = [(rank, message) for rank, (_, _, message) in enumerate(everyone) if message is not None]
-    if failed:
-        raise RuntimeError(f"collecting relevance failed on rank {failed[0][0]}: {failed[0][1]}")
-    if relevance is None or any(count == 0 for _, count, _ in everyone):
-        empty = [rank for rank, (_, count, _) in enumerate(everyone) if count == 0]
+    everyone = gathered(trainer, (names, relevance.num_samples if relevance is not None else 0))
+    samples = sum(count for _, count in everyone)
+    if samples == 0:
         raise MisconfigurationException(
-            f"no batch reached the collection on rank {', '.join(map(str, empty))}: each process needs at least one "
-            "batch, use a larger validation set, fewer processes, or reference="
+            "no batch reached the collection on any rank: use a larger validation set, another dataloader=, or reference="
         )
     shapes: dict[str, tuple[int, ...]] = {}
-    for theirs, _, _ in everyone:
+    for theirs, _ in everyone:
         shapes.update(theirs)
+    described = relevance
+    if described is None or any(set(theirs) != set(shapes) for theirs, _ in everyone):
+        described = _described(trainer, relevance)
     sums = {}
     for name, shape in shapes.items():
-        mine = relevance.sums.get(name)
+        mine = relevance.sums.get(name) if relevance is not None else None
         device = trainer.strategy.root_device
         total = torch.zeros(shape, device=device) if mine is None else mine.to(device=device, copy=True)
         torch.distributed.all_reduce(total)
         sums[name] = total if mine is None else total.to(mine.device)
-    return relevance.with_sums(sums, sum(count for _, count, _ in everyone))
+    return described.with_sums(sums, samples)
+
+
+def _described(trainer: Trainer, relevance: Relevance | None) -> Relevance:
+    """What the relevance of all processes is about, without its sums: one may have had no batch, or not reached a tensor."""
+    mine = relevance.with_sums({}, 1) if relevance is not None else None
+    theirs = [other for other in gathered(trainer, mine) if other is not None]
+    whole = theirs[0] if mine is None else mine
+    for other in theirs:
+        whole = whole + other
+    return whole
 
 
 def check_equal(trainer: Trainer, masks: Masks) -> None:

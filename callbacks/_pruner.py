@@ -67,7 +67,7 @@ class Pruner:
             self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
         else:
             self._keeper.update(masks)
-        self.state = PruningState(round=self.state.round + 1, masks=masks)
+        self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
         self._mask_averages(trainer)
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
 """When each round collects and prunes, and whether all rounds fit into a training."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -70,23 +70,37 @@ class Rounds:
         """The epoch or the step of a round."""
         return self.start + index * self.every
 
+    def delayed(self, delay: int) -> "Rounds":
+        """The same rounds, all later by so many epochs or steps."""
+        return replace(self, start=self.start + delay)
+
+    def missed(self, trainer: Trainer, uses_validation: bool) -> int:
+        """By how much the first round's time has passed in a training that has begun without pruning; else 0."""
+        first = trainer.global_step if self.by_steps else trainer.current_epoch + uses_validation
+        return max(0, first - self.start)
+
     def is_due(self, trainer: Trainer, index: int) -> bool:
         """Whether the round may prune at the start of this epoch or batch."""
         now = trainer.global_step if self.by_steps else trainer.current_epoch
         return index < self.count and now >= self.time_of(index)
 
-    def needs_validation(self, trainer: Trainer, index: int) -> bool:
+    def needs_validation(self, trainer: Trainer, index: int, epoch: int | None = None) -> bool:
         """Whether the validation that begins is one that the round collects in.
 
         If an epoch has several validations, only its last one is, where that is known beforehand; else each is, and a
         later one replaces what an earlier one gave.
+
+        Args:
+            trainer: the training, with its counters after the batch before the validation.
+            index: the round.
+            epoch: of the validation; the current one by default.
         """
         if index >= self.count:
             return False
         if self.by_steps:
             return trainer.global_step >= self.time_of(index)
         interval = trainer.check_val_every_n_epoch
-        if trainer.current_epoch + (interval or 1) < self.time_of(index):
+        if (trainer.current_epoch if epoch is None else epoch) + (interval or 1) < self.time_of(index):
             return False
         batches, between = trainer.num_training_batches, trainer.val_check_batch
         if between is None or math.isinf(between) or math.isinf(batches):

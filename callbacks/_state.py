@@ -22,6 +22,7 @@ class PruningState:
         pending: selected in a validation, to be applied when the next training epoch or batch starts.
         pending_epoch: the epoch of that validation.
         pending_samples: samples they were selected on.
+        delay: epochs or steps by which all rounds come later, since the training had begun without pruning.
     """
 
     round: int = 0
@@ -29,6 +30,7 @@ class PruningState:
     pending: Masks | None = None
     pending_epoch: int = -1
     pending_samples: int = 0
+    delay: int = 0
 
     def to_dict(self, fingerprint: Mapping[str, str]) -> dict[str, Any]:
         """Tensors and plain values only, since checkpoints are loaded with ``weights_only=True``."""
@@ -39,6 +41,7 @@ class PruningState:
             "pending": self.pending.state_dict() if self.pending is not None else None,
             "pending_epoch": self.pending_epoch,
             "pending_samples": self.pending_samples,
+            "delay": self.delay,
             "fingerprint": dict(fingerprint),
         }
 
@@ -72,5 +75,6 @@ class PruningState:
             round=state["round"],
             pending_epoch=state["pending_epoch"],
             pending_samples=state["pending_samples"],
+            delay=state["delay"],
             **masks,
         )

@@ -5,13 +5,13 @@ from typing import Any
 
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
+from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, search_table
 from lrp_prune.correction import Patch, Search, search_amount
 from lrp_prune.correction.search import AMOUNTS
@@ -19,7 +19,7 @@ from lrp_prune.module import CorrectedModule
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
 
 
-class ContrastiveCorrection(Callback):
+class ContrastiveCorrection(CollectingCallback):
     """Finds the weights or units that serve an undesired behaviour and not the general one, and makes a patch of them.
 
     In the first validation after the sanity check the relevance of two reference sets is collected side by side, each
@@ -195,23 +195,20 @@ class ContrastiveCorrection(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         if self._due(trainer):
             self._sets.start(trainer, pl_module)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def _uses_validation(self, trainer: Trainer) -> bool:
+        return self._patch is None and self.search is None and self._sets.uses_validation
+
+    @override
+    def _observe(self, batch: Any, dataloader_idx: int) -> None:
         self._sets.observe(batch, dataloader_idx)
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._due(trainer):
             self.general, self.undesired, guard_by = self._sets.finish(trainer, pl_module)
             self._make(pl_module, guard_by)
@@ -230,11 +227,7 @@ class ContrastiveCorrection(Callback):
         self._hand_over(pl_module, log=False)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._sets.abandon()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _abandon(self) -> None:
         self._sets.abandon()
 
     def _due(self, trainer: Trainer) -> bool:

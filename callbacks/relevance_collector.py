@@ -3,26 +3,27 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.callbacks._checks import check_count, check_strategy
+from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
 
 
-class RelevanceCollector(Callback):
+class RelevanceCollector(CollectingCallback):
     """Collects the relevance of a model's weights or units during validation.
 
     In ``on_validation_batch_end`` of each validation that is collected in, one more forward and backward pass is run on
     the batch; the relevance is ready in ``on_validation_epoch_end``, before any checkpoint is written. It works inside
     ``trainer.fit`` (``no_grad``) and in ``trainer.validate`` (``inference_mode``). The sanity check is left out.
     Weights, gradients, modes, buffers, the random state and metrics stay as they are, so the training is bit for bit
-    the one without the callback.
+    the one without the callback. Where ``WeightAveraging`` validates its average, the relevance is that of the trained
+    weights.
 
     Example::
 
@@ -120,34 +121,27 @@ class RelevanceCollector(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         if self._collects(trainer) and self._collection.uses_validation:
             self._collection.start(trainer, pl_module)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def _uses_validation(self, trainer: Trainer) -> bool:
+        return self._collection.uses_validation
+
+    @override
+    def _observe(self, batch: Any, dataloader_idx: int) -> None:
         self._collection.observe(batch, dataloader_idx)
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._collection.active:
             self._relevance = self._collection.finish(trainer)
         elif self._collects(trainer):
             self._relevance = self._collection.run(trainer, pl_module)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._collection.abandon()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _abandon(self) -> None:
         self._collection.abandon()
 
     def _collects(self, trainer: Trainer) -> bool:

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
-from lrp_prune.callbacks import _checks, _guard
+from lrp_prune.callbacks import _checks, _guard, _resuming
+from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._rounds import Rounds
@@ -18,9 +18,10 @@ from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import round_table, show
 from lrp_prune.pruning import Masks, Schedule
 from lrp_prune.pruning.scorers import selection_options
+from lrp_prune.relevance import Relevance
 
 
-class RelevancePruning(Callback):
+class RelevancePruning(CollectingCallback):
     """Prunes a model during an ordinary training, in rounds, by what its weights contribute.
 
     A round collects relevance in a validation, decides there what to prune, and prunes at the start of the next
@@ -128,7 +129,7 @@ class RelevancePruning(Callback):
             dataloader=dataloader,
             reference=reference,
         )
-        self._rounds = Rounds.from_arguments(
+        self._rounds = self._planned = Rounds.from_arguments(
             rounds, every_n_epochs, every_n_steps, start_epoch, start_step, self._collection.uses_validation
         )
         _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
@@ -145,7 +146,7 @@ class RelevancePruning(Callback):
             **{name: str(value) for name, value in selection.items()},
         }
         self._module: weakref.ref[LightningModule] | None = None
-        self._checked = False
+        self._checked = self._restored = self._warned = False
 
     @property
     def masks(self) -> Masks | None:
@@ -169,6 +170,8 @@ class RelevancePruning(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pruner.state = PruningState.from_dict(state_dict, self._fingerprint)
+        self._rounds = self._planned.delayed(self._pruner.state.delay)
+        self._restored = True
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -178,17 +181,24 @@ class RelevancePruning(Callback):
         known = self._module() if self._module is not None else None
         if known is not pl_module:  # what was pruned in another model says nothing about this one
             self._pruner.state = PruningState()
+            self._rounds = self._planned
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
         self._module = weakref.ref(pl_module)
-        self._checked = False
+        self._checked = self._restored = False
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_sanity_check_start(trainer, pl_module)
         self._begin(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._begin(trainer, pl_module)
+        _resuming.warn_of_losses(trainer, pl_module)
+        if trainer.ckpt_path and trainer.global_step > 0 and not self._restored:
+            self._begin_late(trainer)
+        self._make_up(trainer, pl_module)
         done = self.round + (self._pruner.state.pending is not None)
         self._rounds.check_fit(trainer, done, self._collection.uses_validation)
         if done < self._rounds.count:
@@ -201,26 +211,19 @@ class RelevancePruning(Callback):
             self._collection.start(trainer, pl_module)
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def _uses_validation(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and self._collection.uses_validation and self.round < self._rounds.count
+
+    @override
+    def _observe(self, batch: Any, dataloader_idx: int) -> None:
         self._collection.observe(batch, dataloader_idx)
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._collection.active:
-            relevance = self._collection.finish(trainer)
-            state = self._pruner.state
-            state.pending = self._pruner.select(relevance)
-            state.pending_epoch, state.pending_samples = trainer.current_epoch, relevance.num_samples
+            self._pend(self._collection.finish(trainer), trainer.current_epoch)
         self._log_progress(trainer, pl_module)
 
     @override
@@ -252,12 +255,14 @@ class RelevancePruning(Callback):
             rank_zero_warn(f"the training ended after {self.round} of {self._rounds.count} pruning rounds")
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._warned:
+            self._warned = _resuming.warn_within_window(trainer)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+    def _abandon(self) -> None:
+        self._collection.abandon()
+        self._pruner.release()
 
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback; a weak reference cannot go along.
@@ -269,6 +274,27 @@ class RelevancePruning(Callback):
         if self.round < self._rounds.count and not self._checked:
             self._collection.check(trainer, pl_module)
             self._checked = True
+
+    def _begin_late(self, trainer: Trainer) -> None:
+        delay = self._rounds.missed(trainer, self._collection.uses_validation) if self.round == 0 else 0
+        self._pruner.state.delay, self._rounds = delay, self._rounds.delayed(delay)
+        when = f"all rounds are delayed by {delay} {'steps' if self._rounds.by_steps else 'epochs'}"
+        rank_zero_warn(
+            f"{trainer.ckpt_path} was written without {self.state_key}: pruning goes on from round {self.round} of "
+            f"{self._rounds.count}, with no masks from there; {when if delay else 'its rounds keep their times'}"
+        )
+
+    def _make_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The uninterrupted training collected in this validation; the weights are still those that it saw.
+        epoch = _resuming.skipped_validation(trainer)
+        needed = epoch is not None and self._rounds.needs_validation(trainer, self.round, epoch)
+        if epoch is not None and needed and self._collection.uses_validation:
+            self._pend(self._collection.run(trainer, pl_module), epoch)
+
+    def _pend(self, relevance: Relevance, epoch: int) -> None:
+        state = self._pruner.state
+        state.pending = self._pruner.select(relevance)
+        state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._pruner.state
@@ -284,8 +310,7 @@ class RelevancePruning(Callback):
         pruner, previous = self._pruner, self.masks
         masks, samples, target = pruner.state.pending, pruner.state.pending_samples, pruner.target
         if masks is None:
-            # No data are needed, or there are reference data, or the validation before was skipped: Lightning does not
-            # make up for one when it resumes from a checkpoint written between the last batch and the validation.
+            # No data are needed, or there are reference data, or the validation was left out.
             relevance = self._collection.run(trainer, pl_module)
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
@@ -309,7 +334,3 @@ class RelevancePruning(Callback):
         if self._guard is not None:
             final = self.round == self._rounds.count
             _guard.log_guarded(trainer, pl_module, self._guard, self._guard_mode, final)
-
-    def _release(self) -> None:
-        self._collection.abandon()
-        self._pruner.release()

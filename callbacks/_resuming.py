@@ -1,0 +1,86 @@
+"""What a resume has to make up for, and what neither Lightning's checkpoints nor ours can bring back."""
+
+import math
+
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+
+def skipped_validation(trainer: Trainer) -> int | None:
+    """The epoch of a validation that was due after the batch that a checkpoint was written in.
+
+    ``ModelCheckpoint(every_n_train_steps=...)`` writes in ``on_train_batch_end``, before that validation, and Lightning
+    takes it for done when it resumes. To be asked in ``on_train_start``.
+
+    Args:
+        trainer: the training that begins.
+
+    Returns:
+        The epoch, or ``None`` if this is no resume, or no validation was left out.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not getattr(loop, "restarted_on_train_batch_end", False) or not trainer.enable_validation:
+        return None
+    progress, between, interval = loop.batch_progress, trainer.val_check_batch, trainer.check_val_every_n_epoch
+    last = progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
+    epoch = trainer.current_epoch - last  # of the last batch's epoch, Lightning has already gone on to the next
+    if interval is not None and (epoch + 1) % interval:
+        return None
+    if between is None or math.isinf(between):
+        due = last
+    else:
+        due = (progress.total.ready if interval is None else progress.current.ready) % between == 0
+    return epoch if due else None
+
+
+def warn_of_losses(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Say what a resumed training has lost, with pruning as without. To be called in ``on_train_start``."""
+    if not trainer.ckpt_path or trainer.global_step == 0:
+        return
+    lost = []
+    if _inside_window(trainer):
+        lost.append(
+            f"gradients accumulated over part of a window of {trainer.accumulate_grad_batches} batches (write checkpoints "
+            "after optimizer steps: every_n_train_steps=, or validate after a whole number of windows)"
+        )
+    dropout = next((name for name, module in pl_module.named_modules() if _is_random(module)), None)
+    if dropout is not None:
+        lost.append(
+            f"the state of the random generators, which {dropout!r} draws from (seed them for each batch, by the epoch and "
+            "the batch's index, if resumed runs have to be equal)"
+        )
+    if lost:
+        rank_zero_warn(
+            f"{trainer.ckpt_path} lacks what Lightning does not store: {'; '.join(lost)}. The training goes on, but not bit "
+            "for bit as it would have without the interruption; pruning adds nothing to this"
+        )
+
+
+def warn_within_window(trainer: Trainer) -> bool:
+    """Say, when a checkpoint is written, that the gradients accumulated so far are not in it.
+
+    Returns:
+        Whether that is so.
+    """
+    inside = trainer.state.fn == "fit" and _inside_window(trainer)
+    if inside:
+        batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rank_zero_warn(
+            f"a checkpoint is written after batch {batch} of the epoch, within a window of "
+            f"{trainer.accumulate_grad_batches} batches whose gradients Lightning does not store: a resume from it differs "
+            "from the uninterrupted training. Write checkpoints after optimizer steps (every_n_train_steps=), or validate "
+            "after a whole number of windows"
+        )
+    return inside
+
+
+def _inside_window(trainer: Trainer) -> bool:
+    if trainer.accumulate_grad_batches == 1 or not trainer.lightning_module.automatic_optimization:
+        return False
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return ready % trainer.accumulate_grad_batches != 0 and ready < trainer.num_training_batches
+
+
+def _is_random(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
