@@ -4,7 +4,7 @@ from typing import Any
 
 from lrp_prune.circuits.circuit import Circuit, Node, Overlap
 from lrp_prune.circuits.discover import METHODS, discover
-from lrp_prune.circuits.evaluate import MIB_SIZES, evaluate, minimality
+from lrp_prune.circuits.evaluate import MIB_SIZES, compare, evaluate, minimality
 from lrp_prune.circuits.extracting import keep_only_
 from lrp_prune.circuits.mib import save_mib_graph
 from lrp_prune.circuits.ranking import Ranking
@@ -22,6 +22,7 @@ __all__ = [
     "Overlap",
     "Ranking",
     "Site",
+    "compare",
     "discover",
     "evaluate",
     "find_sites",

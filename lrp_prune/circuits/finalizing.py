@@ -1,5 +1,6 @@
 """From gates to a binary circuit, and from rankings to gates."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.sites import PARENTS, Site
+
+WARMEST: tuple[float, float] = (-4.0, 3.0)
+"""The range of locations that a warm start gives."""
 
 
 def finalized(circuit: Circuit, ablation: str) -> Circuit:
@@ -56,11 +60,19 @@ def most_open(
 
 
 def warm_started(
-    sites: Sequence[Site], rankings: Sequence[Ranking], initial: float, spread: float
+    sites: Sequence[Site], rankings: Sequence[Ranking], initial: float, shares: Mapping[str, float], slope: float
 ) -> dict[str, Tensor]:
-    """Locations that fall linearly with the rank of a unit within its kind, from ``initial + spread`` to ``initial - spread``.
+    r"""Locations that fall with the logarithm of a unit's rank within its kind, and are 0 at the share :math:`s` of units.
 
-    Kinds that no ranking covers begin at ``initial``.
+    The unit of rank :math:`r = 1 \ldots n` begins at :math:`k \ln(s n / r)`, between -4 and 3: it can be moved from there to the
+    other side within a training. Kinds that no ranking covers begin at ``initial``.
+
+    Args:
+        sites: the units.
+        rankings: of the same units.
+        initial: for kinds without a ranking.
+        shares: kind -> :math:`s`.
+        slope: :math:`k`.
 
     Raises:
         ValueError: if a ranking is of other units.
@@ -74,8 +86,8 @@ def warm_started(
         by_kind: dict[str, list[tuple[str, int]]] = {}
         for node in ranking.nodes():
             by_kind.setdefault(node.group.partition(":")[0], []).append((node.group, node.unit))
-        for nodes in by_kind.values():
-            for rank, (name, unit) in enumerate(nodes):
-                share = rank / (len(nodes) - 1) if len(nodes) > 1 else 0.5
-                start[name][unit] = initial + spread * (1 - 2 * share)
+        for kind, nodes in by_kind.items():
+            for rank, (name, unit) in enumerate(nodes, 1):
+                location = slope * math.log(shares[kind] * len(nodes) / rank)
+                start[name][unit] = min(max(location, WARMEST[0]), WARMEST[1])
     return start

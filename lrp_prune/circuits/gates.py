@@ -66,12 +66,18 @@ class GateTraining(LightningModule):
         penalties: weight of each kind's density in the loss, or one for all; 1.0 if neither this nor ``density`` is given.
         density: density of each kind to reach, or one for all.
         held_out: the task of the validations; None: the prompts of the training.
-        warm_start: rankings of the same units, by which the gates of unimportant units begin closer to 0.
+        warm_start: rankings of the same units, by which gates begin open or closed
+            (:func:`~lrp_prune.circuits.finalizing.warm_started`): a few hundred steps then suffice where else
+            thousands are needed.
         learning_rate: of AdamW without weight decay (which would pull all gates towards undecided).
-        initial: :math:`\log\alpha` in the beginning.
-        spread: a warm start gives the most important unit of a kind ``initial + spread``, the least ``initial - spread``.
-        warmup: the share of the training in which the target density falls from 1.
+        initial: :math:`\log\alpha` in the beginning, of kinds without a warm start.
+        open_share: share of the units of each kind that a warm start opens; None: 2.5 times the target density, or half
+            without one.
+        slope: how :math:`\log\alpha` falls with the logarithm of the rank in a warm start.
+        warmup: the share of the training in which the target density falls from that of the beginning.
         batch_size: prompts in a batch.
+        remember: keep each batch's replacements and the full model's logits, which are the same in every epoch, in memory: two of
+            four passes are saved. Bytes: samples x tokens x channels of all sites.
         include: patterns of module names to gate instead of all.
         exclude: patterns of module names to leave alone.
 
@@ -90,11 +96,13 @@ class GateTraining(LightningModule):
         density: float | Mapping[str, float] | None = None,
         held_out: Task | None = None,
         warm_start: Ranking | Sequence[Ranking] | None = None,
-        learning_rate: float = 0.05,
+        learning_rate: float = 0.15,
         initial: float = 2.0,
-        spread: float = 1.5,
+        open_share: float | Mapping[str, float] | None = None,
+        slope: float = 1.5,
         warmup: float = 0.5,
         batch_size: int = 16,
+        remember: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
@@ -106,15 +114,18 @@ class GateTraining(LightningModule):
         target = task.target("logit_difference")
         self.sites = find_sites(self.base, task.batches(1)[0], kinds, target, include, exclude)
         self._learning_rate, self._batch_size, self._warmup = learning_rate, batch_size, warmup
-        start = {site.name: torch.full((site.units,), float(initial)) for site in self.sites}
-        if warm_start is not None:
-            rankings = [warm_start] if isinstance(warm_start, Ranking) else list(warm_start)
-            start = warm_started(self.sites, rankings, initial, spread)
+        rankings = [warm_start] if isinstance(warm_start, Ranking) else list(warm_start or ())
+        targets = by_kind(density, kinds, "density")
+        shares = {kind: min(2.5 * targets[kind], 1.0) if kind in targets else 0.5 for kind in kinds}
+        shares |= by_kind(open_share, kinds, "open_share")
+        start = warm_started(self.sites, rankings, initial, shares, slope)
         self.log_alpha = nn.ParameterList([nn.Parameter(start[site.name]) for site in self.sites])
         if penalties is None and density is None:
             penalties = 1.0
-        self.pressure = Pressure(self.sites, by_kind(penalties, kinds, "penalties"), by_kind(density, kinds, "density"))
+        self.pressure = Pressure(self.sites, by_kind(penalties, kinds, "penalties"), targets)
+        self.pressure.begin(self.locations())
         self._means: Reference | None = None
+        self._remembered: dict[bytes, tuple[Reference | None, Tensor]] | None = {} if remember else None
 
     @property
     def base(self) -> nn.Module:
@@ -153,6 +164,12 @@ class GateTraining(LightningModule):
         raw = Circuit(kept, self.sites, ",".join(kinds), fingerprint(self.base), description)
         return finalized(raw, self.ablation)
 
+    def ranking(self) -> Ranking:
+        r"""All units by :math:`\log\alpha`, for circuits of any size; blocks, heads and neurons compete with one another."""
+        scores = {name: value.detach().cpu() for name, value in self.locations().items()}
+        circuit = self.circuit()
+        return Ranking(scores, self.sites, circuit.granularity, "signed", None, circuit.model, circuit.description)
+
     def reference(self, batch: Batch) -> Reference | None:
         """Replacement activations for a batch."""
         if self.ablation == "counterfactual":
@@ -163,9 +180,9 @@ class GateTraining(LightningModule):
             self._means = reference_for(self.base, self.sites, batches, "mean")(batches[0])
         return self._means
 
-    def gated_logits(self, batch: Batch, gates: Mapping[str, Tensor]) -> Tensor:
+    def gated_logits(self, batch: Batch, gates: Mapping[str, Tensor], reference: Reference | None = None) -> Tensor:
         """Logits ``[samples, vocabulary]`` at the answers' positions under gates, differentiable in them."""
-        reference = self.reference(batch)
+        reference = self.reference(batch) if reference is None else reference
         with (
             passing(self.base),
             _frozen(self.base),
@@ -179,10 +196,20 @@ class GateTraining(LightningModule):
         with passing(self.base):
             return answer_logits(self.base, batch)
 
+    def _constants(self, batch: Batch) -> tuple[Reference | None, Tensor]:
+        """What does not depend on the gates: replacements, and the full model's logits."""
+        if self._remembered is None:
+            return self.reference(batch), self.full_logits(batch)
+        key = b"".join(batch[name].cpu().numpy().tobytes() for name in ("input_ids", "counterfactual_ids"))
+        if key not in self._remembered:
+            self._remembered[key] = self.reference(batch), self.full_logits(batch)
+        return self._remembered[key]
+
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         gates = {name: sample(value) for name, value in self.locations().items()}
-        divergence = kl_divergence(self.full_logits(batch), self.gated_logits(batch, gates)).mean()
+        reference, full = self._constants(batch)
+        divergence = kl_divergence(full, self.gated_logits(batch, gates, reference)).mean()
         pressure = self.pressure(self.locations(), self._progress())
         self.log("gates/kl", divergence.detach(), prog_bar=True)
         return cast(Tensor, divergence + pressure)

@@ -32,25 +32,30 @@ class Pressure(nn.Module):
     The density :math:`d_g` of a kind is the mean probability that its units are open, each times that of the head and block
     that contain it; those factors are constants, so that the fate of many neurons does not turn on one block's gate (a
     density then moves in steps of whole blocks, and oscillates). Penalties give :math:`\sum_g \lambda_g d_g`; targets
-    :math:`t_g` the augmented Lagrangian :math:`\sum_g \mu_g (d_g - t_g) + \frac{\kappa}{2} (d_g - t_g)^2`, whose multipliers
-    :math:`\mu_g` rise by :math:`\eta (d_g - t_g)` a step.
+    :math:`t_g` the augmented Lagrangian
+
+    .. math:: \sum_g \mu_g e_g + \tfrac{\kappa}{2} \max(0, e_g)^2, \quad e_g = d_g / t_g - 1,
+
+    whose multipliers change by :math:`\eta e_g` a step and are never negative. The excess is relative, so that a target of
+    1 % is kept to as strictly as one of 50 %.
 
     Args:
         sites: the units.
         penalties: kind -> :math:`\lambda_g`.
-        densities: kind -> :math:`t_g`; approached linearly from 1 during the warm-up.
+        densities: kind -> :math:`t_g`; during the warm-up it falls geometrically from the density at the start.
         curvature: :math:`\kappa`.
         rate: :math:`\eta`.
     """
 
     multipliers: Tensor
+    start: Tensor
 
     def __init__(
         self,
         sites: Sequence[Site],
         penalties: Mapping[str, float],
         densities: Mapping[str, float],
-        curvature: float = 10.0,
+        curvature: float = 5.0,
         rate: float = 0.1,
     ) -> None:
         super().__init__()
@@ -60,6 +65,14 @@ class Pressure(nn.Module):
             if not 0 < density <= 1:
                 raise ValueError(f"density must be in (0, 1], got {density} for {kind}")
         self.register_buffer("multipliers", torch.zeros(len(self._densities)))
+        self.register_buffer("start", torch.ones(len(self._densities)))
+
+    @torch.no_grad()
+    def begin(self, log_alpha: Mapping[str, Tensor]) -> None:
+        """Note the densities that the targets fall from."""
+        densities = self.densities(log_alpha)
+        for index, (kind, goal) in enumerate(self._densities.items()):
+            self.start[index] = max(float(densities[kind]), goal)
 
     def densities(self, log_alpha: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Kind -> density, a scalar."""
@@ -84,7 +97,8 @@ class Pressure(nn.Module):
             total = total + penalty * densities[kind]
         excess = self._excess(densities, progress)
         if excess is not None:
-            total = total + (self.multipliers * excess).sum() + self._curvature / 2 * excess.square().sum()
+            above = excess.clamp(min=0)
+            total = total + (self.multipliers * excess).sum() + self._curvature / 2 * above.square().sum()
         return total
 
     @torch.no_grad()
@@ -92,10 +106,14 @@ class Pressure(nn.Module):
         """Move the multipliers, once for each optimizer step."""
         excess = self._excess(self.densities(log_alpha), progress)
         if excess is not None:
-            self.multipliers += self._rate * excess
+            self.multipliers.add_(self._rate * excess).clamp_(min=0)
 
     def _excess(self, densities: Mapping[str, Tensor], progress: float) -> Tensor | None:
         if not self._densities:
             return None
         share = min(max(progress, 0.0), 1.0)
-        return torch.stack([densities[kind] - (1 + (goal - 1) * share) for kind, goal in self._densities.items()])
+        goals = [
+            float(start) * (goal / float(start)) ** share
+            for start, goal in zip(self.start.tolist(), self._densities.values(), strict=True)
+        ]
+        return torch.stack([densities[kind] / goal - 1 for kind, goal in zip(self._densities, goals, strict=True)])

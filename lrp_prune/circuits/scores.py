@@ -110,7 +110,9 @@ def unit_scores(
     if method == "wanda":
         return _wanda(model, sites, batches, gates, reference_for(model, sites, batches, ablation) if gates else None)
     scores = UnitScores(sites, statistic, skip_first)
-    reference = reference_for(model, sites, batches, ablation) if gates else None
+    # Methods that run the counterfactual prompt themselves need no second run of it.
+    interchange = bool(gates) and ablation == "counterfactual" and method in CONTRASTED
+    reference = reference_for(model, sites, batches, ablation) if gates and not interchange else None
     for batch in batches:
         replacement = reference(batch) if reference else None
         samples = len(batch["input_ids"])
@@ -124,7 +126,7 @@ def unit_scores(
             scores.add(noted, samples, norm=True)
         else:
             explained = _Explained(model, sites, batch, task, metric, COMPOSITES[method], unruled, gates, replacement)
-            scores.add(explained.contributions(method, steps), samples)
+            scores.add(explained.contributions(method, steps, interchange), samples)
     return scores.compute()
 
 
@@ -147,13 +149,16 @@ class _Explained:
         self._target, self._composite, self._unruled = task.target(metric), composite, unruled
         self._gates, self._replacement = gates or {}, replacement
 
-    def contributions(self, method: str, steps: int) -> dict[Place, list[Tensor]]:
+    def contributions(self, method: str, steps: int, interchange: bool = False) -> dict[Place, list[Tensor]]:
+        """``[samples, tokens, channels]`` at each place; with ``interchange`` closed gates take the counterfactual's."""
         embeddings: Reference | None = None
         if method in CONTRASTED:
             tables = [(name, True) for name, module in _embeddings(self._model)]
             with passing(self._model), capturing(self._model, [*places(self._sites), *tables]) as other:
                 answer_logits(self._model, self._batch, counterfactual=True)
             embeddings = {place: other[place] for place in tables if other[place]}
+            if interchange:
+                self._replacement = other
         if method != "attribution_patching_ig":
             clean, gradients = self._pass(None, 1.0)
         else:

@@ -115,8 +115,9 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
     ids = batch["counterfactual_ids" if counterfactual else "input_ids"].to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch["attention_mask"].to(device)}
     if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
-        # Nothing is padded, so that the last position is the answer's: the others need no vocabulary.
-        inputs["logits_to_keep"] = 1
+        # Nothing is padded, so that the last position is the answer's: the others need no vocabulary. An index, since it
+        # copies, where the slice of an integer is multiplied sample by sample.
+        inputs["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
     return last_logits(model, inputs)
 
 

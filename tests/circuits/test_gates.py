@@ -42,7 +42,9 @@ def logits(gates: GateTraining, batch: dict[str, Tensor], switches: dict[str, Te
 def test_open_gates_are_the_model(name: str, ablation: str) -> None:
     gates = gates_of(name, ablation=ablation)
     for batch in gates.task.batches():
-        assert torch.equal(logits(gates, batch, switched(gates)), gates.full_logits(batch))
+        torch.testing.assert_close(
+            logits(gates, batch, switched(gates)), gates.full_logits(batch), rtol=1e-5, atol=1e-6
+        )
 
 
 def _without_layer(model: nn.Module, batch: dict[str, Tensor], layer: int) -> Tensor:
