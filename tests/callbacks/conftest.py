@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 class Classifier(LightningModule):
     """An MLP with dropout and batch normalization, so that modes, buffers and random numbers matter."""
 
-    def __init__(self, optimizer: str = "adamw", seed: int = 0) -> None:
+    def __init__(self, optimizer: str | Callable[[Any], Any] = "adamw", seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -46,7 +46,9 @@ class Classifier(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.zeros_after_step.append(zeros_in(self))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
+        if callable(self.optimizer_name):
+            return self.optimizer_name(self)
         if self.optimizer_name == "none":
             return torch.optim.SGD(self.parameters(), lr=0.0)
         if self.optimizer_name == "sgd":

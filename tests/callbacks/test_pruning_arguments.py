@@ -1,0 +1,116 @@
+"""What cannot work is refused before anything changes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lrp_prune.callbacks import RelevancePruning
+
+
+@pytest.mark.parametrize(
+    ("callback", "trainer_arguments", "message"),
+    [
+        ({"rounds": 3}, {"max_epochs": 3}, r"need 4 epochs.*max_epochs=4"),
+        ({"rounds": 2, "every_n_epochs": 3}, {"max_epochs": 4}, "need 5 epochs"),
+        ({"rounds": 2}, {"max_steps": 8}, "need 3 epochs"),
+        ({"rounds": 2}, {"max_epochs": 4, "check_val_every_n_epoch": 2}, "check_val_every_n_epoch=2"),
+        ({"rounds": 2, "every_n_steps": 6}, {"max_epochs": 3}, "steps"),
+        ({"rounds": 2, "every_n_steps": 6, "method": "magnitude"}, {"max_epochs": 3}, "13 optimizer"),
+        ({}, {"max_epochs": 3, "limit_val_batches": 0}, "reference="),
+        ({"include": ["nothing_like_this"]}, {"max_epochs": 3}, "nothing_like_this"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_weight_changes(
+    make_module, make_loader, make_trainer, same_weights, callback, trainer_arguments, message
+) -> None:
+    module = make_module()
+    before = copy.deepcopy(module)
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(callbacks=[RelevancePruning(**callback)], **trainer_arguments).fit(
+            module, make_loader(), make_loader(seed=2)
+        )
+    assert same_weights(before, module)
+
+
+def test_unreachable_structures_and_damaged_relevance_change_no_weight(
+    make_module, make_loader, make_trainer, same_weights
+) -> None:
+    module = make_module()
+    # 8 and 24 and 16 inputs: 5 does not divide them, which is known only when the module is.
+    with pytest.raises(MisconfigurationException, match="2:5"):
+        make_trainer(callbacks=[RelevancePruning(sparsity=0.6, scope="2:5")], max_epochs=2).fit(
+            module, make_loader(), make_loader(seed=2)
+        )
+    assert module.zeros_after_step == [0] * 4
+
+    module = make_module()
+    loader = make_loader(seed=2)
+    loader.dataset.tensors[0][40] = float("nan")
+    with pytest.raises((FloatingPointError, RuntimeError, ValueError, MisconfigurationException), match="finite"):
+        make_trainer(callbacks=[RelevancePruning()], max_epochs=2).fit(module, make_loader(), loader)
+    assert module.zeros_after_step == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, r"\[0, 1\)"),
+        ({"sparsity": -0.1}, r"\[0, 1\)"),
+        ({"sparsity": "half"}, r"\[0, 1\)"),
+        ({"sparsity": {}}, "pattern"),
+        ({"rounds": 0}, "rounds"),
+        ({"rounds": 1.5}, "rounds"),
+        ({"schedule": "cubical"}, "schedule"),
+        ({"schedule": [0.5], "rounds": 2}, "2"),
+        ({"schedule": [0.5, 0.2], "rounds": 2}, "0.2"),
+        ({"schedule": 3}, "schedule"),
+        ({"every_n_epochs": 1, "every_n_steps": 10}, "exclude each other"),
+        ({"every_n_epochs": 0}, "every_n_epochs"),
+        ({"every_n_steps": -5}, "every_n_steps"),
+        ({"start_epoch": 0}, "reference="),
+        ({"start_epoch": -1}, "start_epoch"),
+        ({"start_step": 5}, "every_n_steps"),
+        ({"method": "sparsegpt"}, "method"),
+        ({"composite": "lxt"}, "composite"),
+        ({"scope": "rows"}, "scope"),
+        ({"scope": "5:4"}, "scope"),
+        ({"scope": "2:4", "sparsity": 0.7}, "sparsity=0.5"),
+        ({"scope": "2:4", "sparsity": 0.5, "rounds": 2}, "rounds=1"),
+        ({"ranking": "descending"}, "ranking"),
+        ({"normalize": "median"}, "normalize"),
+        ({"guard_mode": "least"}, "guard_mode"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments, message) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        RelevancePruning(**arguments)
+
+
+def test_module_without_anything_to_run(make_loader, make_trainer) -> None:
+    from lightning.pytorch import LightningModule
+
+    class Opaque(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.second(self.first(batch[0])), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = make_trainer(callbacks=[RelevancePruning()], max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="relevance_target"):
+        trainer.fit(Opaque(), make_loader(), make_loader())
+    Opaque.relevance_target = lambda self, batch: self.second(self.first(batch[0])).amax(dim=-1).sum()
+    pruning = RelevancePruning(scope="global")
+    make_trainer(callbacks=[pruning], max_epochs=2).fit(Opaque(), make_loader(), make_loader())
+    assert pruning.masks.num_pruned == (64 + 32) // 2

@@ -1,0 +1,119 @@
+"""Zeros survive every optimizer, precision, loop and average, step by step."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+
+from lrp_prune.callbacks import RelevancePruning
+
+ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("adamw", {}),
+        ("sgd", {}),
+        ("adamw", {"accumulate_grad_batches": 3}),
+        ("adamw", {"gradient_clip_val": 0.5}),
+        ("sgd", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+        ("adamw", {"precision": "bf16-mixed"}),
+        ("sgd", {"precision": "bf16-true"}),
+    ],
+)
+def test_zeros_survive_every_step(make_module, make_loader, make_trainer, optimizer, arguments) -> None:
+    module = make_module(optimizer=optimizer)
+    pruning = RelevancePruning(sparsity=0.5, rounds=2, schedule=[0.25, 0.5], scope="global")
+    make_trainer(callbacks=[pruning], max_epochs=4, **arguments).fit(module, make_loader(), make_loader(seed=2))
+    assert module.zeros_after_step == [0] * 4 + [ENTRIES // 4] * 4 + [ENTRIES // 2] * 8
+
+
+def test_zeros_survive_manual_optimization(make_manual_module, make_loader, make_trainer) -> None:
+    module = make_manual_module()
+    pruning = RelevancePruning(sparsity=0.5, scope="global")
+    make_trainer(callbacks=[pruning], max_epochs=3).fit(module, make_loader(), make_loader(seed=2))
+    assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
+
+
+def _adafactor(module: Any) -> Any:
+    return pytest.importorskip("transformers").Adafactor(module.parameters(), lr=1e-2, relative_step=False)
+
+
+def _scheduled(module: Any) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=64)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("optimizer", [_adafactor, _scheduled])
+def test_zeros_survive_in_windows_that_are_clipped(make_module, make_loader, make_trainer, optimizer) -> None:
+    module = make_module(optimizer=optimizer)
+    pruning = RelevancePruning(sparsity=0.5, scope="global")
+    arguments = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "max_epochs": 3}
+    make_trainer(callbacks=[pruning], **arguments).fit(module, make_loader(), make_loader(seed=2))
+    assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
+
+
+def test_zeros_survive_gradient_scaling(make_module, make_loader, make_trainer) -> None:
+    """``16-mixed``, as far as a CPU has it; the scale is not lowered by what is pruned."""
+    module = make_module()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    pruning = RelevancePruning(sparsity=0.5, scope="global")
+    trainer = make_trainer(
+        callbacks=[pruning], max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=0.5
+    )
+    trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
+    assert scaler.get_scale() == 2.0**10
+
+
+def test_clipping_counts_kept_gradients_only(make_module, make_loader, make_trainer) -> None:
+    norms = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if pruning.masks is not None and batch_idx % 2:  # after a step, with its clipped gradients
+                for name, mask in pruning.masks.items():
+                    assert pl_module.get_parameter(name).grad[~mask].count_nonzero() == 0
+                norms.append(float(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm()))
+
+    pruning = RelevancePruning(sparsity=0.9, scope="global")
+    arguments = {"max_epochs": 2, "gradient_clip_val": 1e-3, "accumulate_grad_batches": 2}
+    make_trainer(callbacks=[pruning, Watch()], **arguments).fit(make_module(), make_loader(), make_loader(seed=2))
+    assert norms and all(norm == pytest.approx(1e-3, rel=1e-3) for norm in norms)
+
+
+def test_hooks_are_gone_after_an_exception(make_module, make_loader, make_trainer) -> None:
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise RuntimeError("stop here")
+
+    module = make_module()
+    pruning = RelevancePruning(sparsity=0.5)
+    trainer = make_trainer(callbacks=[pruning, Fail()], max_epochs=2)
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert pruning.round == 1
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
+def test_only_trainable_weights_by_default(make_module, make_loader, make_trainer) -> None:
+    module = make_module()
+    module.net[0].requires_grad_(False)
+    pruning = RelevancePruning(sparsity=0.5, scope="layer")
+    make_trainer(callbacks=[pruning], max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+    assert list(pruning.masks) == ["net.4.weight", "net.6.weight"]
+
+
+def test_instances_for_different_layers_have_their_own_state(make_module, make_loader, make_trainer) -> None:
+    first = RelevancePruning(sparsity=0.5, include=["net.0.weight"], method="magnitude")
+    second = RelevancePruning(sparsity=0.25, include=["net.4.weight"], method="magnitude")
+    assert first.state_key != second.state_key
+    module = make_module()
+    make_trainer(callbacks=[first, second], max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+    assert int((module.net[0].weight == 0).sum()) == 8 * 24 // 2
+    assert int((module.net[4].weight == 0).sum()) == 24 * 16 // 4

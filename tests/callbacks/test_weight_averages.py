@@ -1,0 +1,104 @@
+"""Beside Lightning's averages of weights: what is pruned are the trained weights, and the averages are pruned with them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+
+import lrp_prune.pruning.scorers as scorers
+from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+
+ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
+
+
+def ema() -> Callback:
+    return pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging(decay=0.9)
+
+
+@pytest.mark.parametrize("average", ["swa", "ema"])
+def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, count_zeros, tmp_path, average) -> None:
+    module = make_module()
+    pruning = RelevancePruning(sparsity=0.5, scope="global", start_epoch=2)
+    averaging = {
+        "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+        "ema": ema,
+    }[average]()
+    trainer = make_trainer(callbacks=[pruning, averaging], max_epochs=4)
+    trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert count_zeros(module) == ENTRIES // 2
+    assert module.zeros_after_step[:16] == [0] * 8 + [ENTRIES // 2] * 8  # SWA adds an epoch for batch normalization
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    twin = make_module()
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    twin.load_state_dict({name: value for name, value in saved["state_dict"].items() if name in twin.state_dict()})
+    assert count_zeros(twin) == ENTRIES // 2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the average", "after the average"])
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "validation"])
+def test_relevance_is_that_of_the_trained_weights(make_module, make_loader, make_trainer, first, reference) -> None:
+    """Whichever callback comes first; and the average is as it would have been."""
+    seen: list[Any] = []
+
+    class Before(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(copy.deepcopy(pl_module))
+
+    data = make_loader(seed=2)
+    collector = RelevanceCollector(reference=data if reference else None)
+    finals = []
+    for ours in ([collector], []):
+        callbacks = [*ours, ema()] if first else [ema(), *ours]
+        module = make_module()
+        torch.manual_seed(1)
+        trainer = make_trainer(callbacks=[Before(), *callbacks], max_epochs=2, num_sanity_val_steps=0)
+        trainer.fit(module, make_loader(), data)
+        finals.append(module)
+        if ours:
+            scorer = scorers.scorer("lrp", seen[-1])
+            for batch in data:
+                scorer.update(batch)
+            expected = scorer.compute()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(collector.relevance[name], tensor)
+    assert all(torch.equal(one, two) for one, two in zip(finals[0].parameters(), finals[1].parameters(), strict=True))
+
+
+def test_the_validated_average_is_pruned_from_the_round_on(make_module, make_loader, make_trainer, count_zeros) -> None:
+    zeros = []
+
+    class Watch(Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            zeros.append(count_zeros(pl_module))
+
+    pruning = RelevancePruning(sparsity=0.5, scope="global", start_epoch=2)
+    trainer = make_trainer(callbacks=[pruning, ema(), Watch()], max_epochs=4, num_sanity_val_steps=0)
+    trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+    assert zeros == [0] * 8 + [ENTRIES // 2] * 8
+
+
+def test_resume_beside_an_average_equals_the_uninterrupted_run(
+    make_module, make_loader, make_trainer, same_weights, tmp_path
+) -> None:
+    class Reseed(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            torch.manual_seed(trainer.global_step)
+
+    def callbacks() -> list[Any]:
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+        return [RelevancePruning(sparsity=0.7, rounds=2), ema(), checkpoint, Reseed()]
+
+    whole = make_module()
+    make_trainer(callbacks=callbacks(), max_epochs=4, enable_checkpointing=True).fit(
+        whole, make_loader(), make_loader(seed=2)
+    )
+    for path in sorted(Path(tmp_path).glob("*.ckpt"))[:3]:
+        module = make_module(seed=9)
+        make_trainer(callbacks=callbacks(), max_epochs=4, enable_checkpointing=True).fit(
+            module, make_loader(), make_loader(seed=2), ckpt_path=path
+        )
+        assert same_weights(whole, module), path
