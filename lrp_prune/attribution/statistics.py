@@ -19,9 +19,12 @@ weights would end the saturation; a contribution does not, but says nothing of w
 The factor ``W`` is applied once, when the sums are read.
 """
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor
 
+from lrp_prune.attribution.operands import Latest, energy_of, power_of
 from lrp_prune.attribution.origins import Layout
 from lrp_prune.attribution.uses import Use
 
@@ -33,6 +36,7 @@ class BatchLayout:
         self.samples = 1
         self.counted: Tensor | None = None
         """``[samples, tokens]``: which tokens enter statistics; None for all."""
+        self._latest, self._latest_counted = Latest(), Latest()
 
     def by_sample(self, tensor: Tensor, name: str) -> Tensor:
         """The tensor with the samples as its first dimension.
@@ -48,6 +52,20 @@ class BatchLayout:
             f"statistic 'abs_sample' needs to tell samples apart, but {name} is used with {tensor.shape[0]} rows for "
             f"{self.samples} samples: use 'abs_token' or 'squared_token', or batches of one sample"
         )
+
+    def shared(self, what: Hashable, activation: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """``make(activation)``, made once for all uses of an activation that follow each other."""
+        return self._latest.made(what, activation, make)
+
+    def counted_activation(self, activation: Tensor) -> Tensor:
+        """As :meth:`only_counted`, made once for all uses of an activation that follow each other."""
+        return self._latest_counted.made("counted", activation, self.only_counted)
+
+    def finish(self) -> None:
+        """Let go of the batch."""
+        self.counted = None
+        self._latest.forget()
+        self._latest_counted.forget()
 
     def only_counted(self, tensor: Tensor) -> Tensor:
         """The tensor with zeros at tokens that do not count; as it is where it has other rows than tokens."""
@@ -69,11 +87,6 @@ _POWERS = {
     "input_norm": (2, 0),
 }
 """The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
-
-
-def _power(tensor: Tensor, power: int, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.to(dtype)
-    return tensor if power == 0 else tensor.abs() if power == 1 else tensor.square()
 
 
 class WeightStatistic:
@@ -111,7 +124,7 @@ class WeightStatistic:
         """Add one use of one batch."""
         dtype = self._dtype or d.dtype
         if activation.numel() <= d.numel() or self.statistic == "geometric":
-            activation = self._batch.only_counted(activation)
+            activation = self._batch.counted_activation(activation)
         else:
             d = self._batch.only_counted(d)
         if self.statistic == "geometric":
@@ -127,8 +140,8 @@ class WeightStatistic:
             contribution = torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
         else:
             of_activation, of_gradient = _POWERS[self.statistic]
-            a = _power(activation, of_activation, dtype)
-            contribution = use.form.contract(a, _power(d, of_gradient, dtype), use.weight)
+            a = self._batch.shared((of_activation, dtype), activation, lambda a: power_of(a, of_activation, dtype))
+            contribution = use.form.contract(a, power_of(d, of_gradient, dtype), use.weight)
         self.add(contribution, use.origin.layout)
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
@@ -137,7 +150,7 @@ class WeightStatistic:
             raise ValueError(
                 f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'"
             )
-        rows = _power(d.reshape(-1, d.shape[-1]), _POWERS[self.statistic][1], torch.float32)
+        rows = power_of(d.reshape(-1, d.shape[-1]), _POWERS[self.statistic][1], torch.float32)
         if self.statistic == "geometric":
             counts = torch.bincount(ids.reshape(-1), minlength=self._parameter.shape[0]).reshape(-1, 1).to(rows)
             self.inputs = counts if self.inputs is None else self.inputs + counts
@@ -157,24 +170,16 @@ class WeightStatistic:
                 f"{self.name} is reshaped beyond a view before it is used: exclude it, or register a rule for its use"
             )
         sums = self._allocated()
-        view = (
-            sums
-            if layout.size == tuple(sums.size()) and layout.offset == 0 and layout.stride == sums.stride()
-            else None
-        )
-        if view is None:
+        view = sums
+        if layout != (tuple(sums.size()), tuple(sums.stride()), 0):
             view = sums.as_strided(layout.size, layout.stride, layout.offset)
-        view.add_(
-            contribution.reshape(view.shape).to(view.device, view.dtype)
-        )  # mixed types would be slower than a copy
+        view.add_(contribution.reshape(view.shape).to(view.device))
 
     def _add_inputs(self, use: Use, activation: Tensor) -> None:
         """Add the squares of a use's activations, in a shape that broadcasts to the weight's."""
         dim = use.origin.dim(use.form.in_axis) if use.form.channel_dim == -1 else None
         if dim is not None:
-            rows = activation.reshape(-1, activation.shape[-1])
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            energy = torch.linalg.vector_norm(rows, dim=0, dtype=wide).square_().float()
+            energy = self._batch.shared("energy", activation, energy_of).float()
             energy = energy.reshape([-1 if axis == dim else 1 for axis in range(self._parameter.dim())])
             self.inputs = energy if self.inputs is None else self.inputs + energy
             return
@@ -287,7 +292,7 @@ class RowStatistic:
             )
             self.sums += samples.abs().sum(0)
             return
-        values = _power(values, _POWERS[self.statistic][1], torch.float32)
+        values = power_of(values, _POWERS[self.statistic][1], torch.float32)
         self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
 
     def finish(self) -> Tensor | None:

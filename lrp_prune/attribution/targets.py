@@ -4,13 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrp_prune.attribution.likelihood import IGNORED, log_likelihood
 from lrp_prune.attribution.running import entry, is_causal, labels_of, logits_of, run
-
-IGNORED = -100
-"""The label of positions that are not explained."""
 
 
 @runtime_checkable
@@ -42,14 +39,11 @@ class NextToken:
         if mask is not None and ids is not None and mask.dim() == 2 and labels.shape == ids.shape:
             predicted_from = mask if not _is_shifted(model) else torch.cat([mask[:, :1], mask[:, :-1]], 1)
             labels = labels.masked_fill((mask == 0) | (predicted_from == 0), IGNORED)
-        if _is_shifted(model):
-            logits, labels = logits[:, :-1], labels[:, 1:]
+        if _is_shifted(model):  # the labels move, not the logits: a slice of them is one more copy in backward
+            labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
         if not bool((labels != IGNORED).any()):
             raise ValueError("the batch has no labelled, unpadded token: nothing can be explained by 'next_token'")
-        loss = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
-        )
-        return -loss
+        return log_likelihood(logits, labels)
 
 
 class LastToken:
