@@ -103,6 +103,10 @@ class EvaluationResult:
         """A metric of the circuits, mean over seeds, ``[sizes]``."""
         return self.circuits[metric].mean(0)
 
+    def interval(self, metric: str) -> Tensor:
+        """Half the 95 % interval of :meth:`mean` over seeds, ``[sizes]``; NaN for one seed."""
+        return half_interval(self.circuits[metric])
+
     def area(self, distance: bool = False, logarithmic: bool = False) -> Tensor:
         r"""Trapezoidal area over the fraction of nodes, from the smallest circuit to the largest, for each seed.
 

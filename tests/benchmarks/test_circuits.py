@@ -5,28 +5,17 @@ from pathlib import Path
 
 import circuits as benchmark
 import pytest
-from planted import word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from circuit_tasks import ioi_model
+from transformers import LlamaForCausalLM
 
 from lrp_prune import tasks
-from lrp_prune.tasks.indirect_object import TEMPLATES
-from lrp_prune.tasks.names import FEMALE, MALE
 
-WORDS = [word.strip() for text in TEMPLATES for word in text.split()] + [*FEMALE, *MALE]
-TOKENIZER = word_tokenizer([form for word in WORDS for form in (word, f"{word},", f"{word}.")])
+MODEL, TOKENIZER = ioi_model()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=len(TOKENIZER),
-    )
-    return LlamaForCausalLM(config).eval()
+    return MODEL
 
 
 def options(path: Path, *arguments: str) -> benchmark.argparse.Namespace:

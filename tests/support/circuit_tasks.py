@@ -1,6 +1,12 @@
-"""A task of token ids for the tiny models of :mod:`small_models`."""
+"""A task of token ids for the tiny models of :mod:`small_models`, and a model whose words are those of IOI prompts."""
+
+import torch
+from planted import word_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrp_prune.tasks import TableTask
+from lrp_prune.tasks.indirect_object import TEMPLATES
+from lrp_prune.tasks.names import FEMALE, MALE
 
 
 def numbers(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -18,3 +24,19 @@ def small_task() -> TableTask:
             {"clean": "15 6 9", "counterfactual": "15 16 9", "answers": " 31", "distractors": " 32"},
         ],
     )
+
+
+def ioi_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A tiny model with random weights and a tokenizer that has each word of the prompts as a token."""
+    words = [word for text in TEMPLATES for word in text.split()] + [*FEMALE, *MALE]
+    tokenizer = word_tokenizer([form for word in words for form in (word, f"{word},", f"{word}.")])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=len(tokenizer),
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer

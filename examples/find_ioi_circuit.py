@@ -1,0 +1,242 @@
+"""Finds the circuit of a task in a language model and says how good it is, by several methods.
+
+By default indirect object identification ("Then, Mary and John went to the store. John gave a drink to" -> " Mary") in
+SmolLM2-135M-Instruct, with MLP neurons as nodes. The stages: (1) load, (2) split templates and names into those to discover with
+and those held out, (3) rank all neurons by each method, (4) keep the best ones of each size and ablate the rest, by their
+activations in the counterfactual prompt and by zeros, (5) write a report and the best circuit, (6) with `--gates`, learn the
+circuit from the best ranking on. A task of your own is a CSV or JSON file (`--task`).
+"""
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from language_model import PACKAGED_MODEL, load_model
+from torch import nn
+
+from lrp_prune import circuits, tasks
+
+Results = dict[str, circuits.EvaluationResult]
+START = time.monotonic()
+METHODS: dict[str, dict[str, Any]] = {
+    "attnlrp": {"method": "attnlrp"},
+    "gradient": {"method": "gradient"},
+    "relp": {"method": "relp"},
+    "attribution patching": {"method": "attribution_patching"},
+    "attribution patching, IG": {"method": "attribution_patching_ig"},
+    "activation": {"method": "activation"},
+    "wanda": {"method": "wanda"},
+    "random": {"method": "random"},
+}
+ITERATIVE = "in rounds"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
+    add("--task", default="ioi", help="ioi, greater-than, pronoun, or a CSV or JSON file with a task of your own")
+    add("--granularity", default="neuron", help="what a node is: neuron head attention_neuron block")
+    default = ["attnlrp", "gradient", "relp", "attribution patching", "attribution patching, IG", "random"]
+    add("--methods", nargs="+", choices=METHODS, default=default, help="what is compared in one shot")
+    add("--rounds-of", choices=METHODS, default="relp", help="the method that is also run in rounds")
+    add("--rounds", type=int, default=4, help="rounds of it; 0 leaves it out")
+    add("--ablations", nargs="+", default=["counterfactual", "zero"], help="what the rest is replaced by")
+    add(
+        "--sizes", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0], help="shares of nodes that are kept"
+    )
+    add("--samples", type=int, default=64, help="prompts to discover with")
+    add("--held-out", type=int, default=32, help="prompts of each seed to measure on")
+    add("--seeds", type=int, default=3, help="draws of held-out prompts, for intervals")
+    add("--batch-size", type=int, default=16, help="prompts that are computed at once")
+    add("--gates", action="store_true", help="also learn the circuit with gates, for each ablation; takes longer")
+    add("--gates-from", choices=METHODS, default="attribution patching", help="the ranking that gates start from")
+    add("--steps", type=int, default=200, help="training steps of the gates")
+    add("--density", type=float, default=0.05, help="share of nodes that the gates are to keep")
+    add("--seed", type=int, default=0, help="of prompts, of what is held out, and of the gates")
+    add("--output", type=Path, default=Path("outputs/ioi-circuit"), help="folder for reports, tables and circuits")
+    add("--quick", action="store_true", help="few prompts and methods: shows in a minute that everything runs")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.samples = options.held_out = 8
+        options.seeds, options.steps, options.methods = 2, 2, ["attnlrp", "random"]
+        options.rounds = min(options.rounds, 2)
+    return options
+
+
+def stage(text: str) -> None:
+    print(f"\n[{time.monotonic() - START:4.0f} s] {text}", flush=True)
+
+
+def load_task(tokenizer: Any, options: argparse.Namespace) -> tuple[tasks.Task, tasks.Task]:
+    """The prompts to discover with, and the held-out ones, which share neither templates nor names with them."""
+    path = Path(options.task)
+    if path.suffix == ".csv":
+        return tasks.TableTask.from_csv(tokenizer, path).split(seed=options.seed)
+    if path.suffix == ".json":
+        return tasks.TableTask.from_json(tokenizer, path).split(seed=options.seed)
+    kinds = {"ioi": tasks.IndirectObject, "greater-than": tasks.GreaterThan, "pronoun": tasks.GenderedPronoun}
+    if options.task not in kinds:
+        raise SystemExit(f"--task must be one of {', '.join(kinds)}, or a .csv or .json file, got {options.task!r}")
+    kind = kinds[options.task]
+    train, _ = kind(tokenizer, samples=options.samples, seed=options.seed).split(seed=options.seed)
+    _, held_out = kind(tokenizer, samples=options.held_out, seed=options.seed).split(seed=options.seed)
+    return train, held_out
+
+
+def rank(model: nn.Module, task: tasks.Task, ablation: str, options: argparse.Namespace) -> dict[str, circuits.Ranking]:
+    """All nodes by importance, by each method in one shot; and in rounds, each of which ablates as is evaluated later."""
+    found = {}
+    for name in options.methods:
+        start = time.monotonic()
+        found[name] = circuits.discover(
+            model, task, options.granularity, **METHODS[name], batch_size=options.batch_size, seed=options.seed
+        )
+        print(f"  {name}: {time.monotonic() - start:.1f} s", flush=True)
+    return found
+
+
+def rank_in_rounds(model: nn.Module, task: tasks.Task, ablation: str, options: argparse.Namespace) -> circuits.Ranking:
+    """The nodes that are left when some are dropped and the rest is scored again, round by round."""
+    return circuits.discover(
+        model,
+        task,
+        options.granularity,
+        **METHODS[options.rounds_of],
+        rounds=options.rounds,
+        floor=min(options.sizes),
+        ablation=ablation,
+        batch_size=options.batch_size,
+    )
+
+
+def learn(
+    model: nn.Module, task: tasks.Task, start: circuits.Ranking, ablation: str, options: argparse.Namespace
+) -> circuits.GateTraining:
+    """Learns which nodes to keep, beginning with those that a ranking puts first."""
+    torch.manual_seed(options.seed)
+    gates = circuits.GateTraining(
+        model,
+        task,
+        options.granularity,
+        ablation=ablation,
+        density=options.density,
+        warm_start=start,
+        batch_size=options.batch_size,
+        remember=True,
+    )
+    trainer = lightning.Trainer(
+        max_steps=options.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(gates)
+    return gates
+
+
+def table(results: Results, sizes: list[float]) -> str:
+    """Accuracy and faithfulness by size, and the areas, as a markdown table; ± is half the 95 % interval over seeds."""
+    first = next(iter(results.values()))
+    head = [f"{size:.3g} %" for size in (100 * size for size in sizes if size < 1)]
+    lines = [
+        f"full model: accuracy {float(first.full['accuracy'].mean()):.3f}, everything ablated: "
+        f"{float(first.empty['accuracy'].mean()):.3f}",
+        "| accuracy / faithfulness with this share kept | " + " | ".join(head) + " | CPR | CMD |",
+        "|---" * (len(head) + 3) + "|",
+    ]
+    for name, result in results.items():
+        accuracy, accuracy_half = result.mean("accuracy"), result.interval("accuracy")
+        cells = [
+            f"{accuracy[index]:.2f} ± {accuracy_half[index]:.2f} / {result.faithfulness[index]:.2f} ± "
+            f"{result.faithfulness_interval[index]:.2f}"
+            for index, size in enumerate(sizes)
+            if size < 1
+        ]
+        areas = [f"{result.cpr:.3f} ± {result.cpr_interval:.3f}", f"{result.cmd:.3f} ± {result.cmd_interval:.3f}"]
+        lines.append(f"| {name} | " + " | ".join([*cells, *areas]) + " |")
+    return "\n".join(lines).replace("nan", "-")
+
+
+def smallest(results: Results, sizes: list[float], share: float = 0.95) -> tuple[str, float] | None:
+    """The method and size of the smallest circuit that keeps that share of the full model's accuracy."""
+    good = [
+        (size, -float(result.mean("accuracy")[index]), name)
+        for name, result in results.items()
+        for index, size in enumerate(sizes)
+        if float(result.mean("accuracy")[index]) >= share * float(result.full["accuracy"].mean())
+    ]
+    return (min(good)[2], min(good)[0]) if good else None
+
+
+def measure(
+    model: nn.Module,
+    rankings: Mapping[str, circuits.Ranking],
+    held_out: tasks.Task,
+    ablation: str,
+    options: argparse.Namespace,
+) -> Results:
+    """Evaluates all rankings on the same draws of held-out prompts."""
+    return circuits.compare(
+        model,
+        rankings,
+        held_out,
+        options.sizes,
+        ablation,
+        seeds=range(1, options.seeds + 1),
+        complements=False,
+        batch_size=options.batch_size,
+    )
+
+
+def main() -> None:
+    options = parse()
+    stage(f"loading {options.model}")
+    model, tokenizer = load_model(options.model)
+    model.requires_grad_(False)
+    train, held_out = load_task(tokenizer, options)
+    example = held_out.samples[0].prompt
+    print(f"{len(train)} prompts to discover with, {options.seeds} x {len(held_out)} to measure on, for example")
+    print(f"  {example.clean!r} -> {example.answers[0]!r}\n  {example.counterfactual!r} (counterfactual)")
+    stage(f"ranking every {options.granularity}")
+    one_shot = rank(model, train, options.ablations[0], options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for ablation in options.ablations:
+        rankings = dict(one_shot)
+        if options.rounds:
+            stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
+            rankings[f"{options.rounds_of}, {options.rounds} rounds"] = rank_in_rounds(model, train, ablation, options)
+        if options.gates:
+            stage(f"learning gates from {options.gates_from}, {ablation} ablation")
+            start = one_shot.get(options.gates_from) or circuits.discover(
+                model, train, options.granularity, **METHODS[options.gates_from], batch_size=options.batch_size
+            )
+            rankings[f"gates from {options.gates_from}"] = learn(model, train, start, ablation, options).ranking()
+        stage(f"measuring under {ablation} ablation")
+        results = measure(model, rankings, held_out, ablation, options)
+        text = table(results, options.sizes)
+        print(text)
+        best = smallest(results, options.sizes)
+        kept = {name: ranking.at(best[1] if best else options.density) for name, ranking in rankings.items()}
+        if best:
+            name, size = best
+            print(f"95 % of the accuracy is kept by {size:.3g} of the nodes, by {name}: {kept[name]}")
+            kept[name].save(options.output / f"{ablation}.safetensors")
+        report = options.output / f"{ablation}.html"
+        circuits.save_report(
+            report, results, kept, title=f"{options.task}: {options.granularity}s, {ablation} ablation"
+        )
+        (options.output / f"{ablation}.md").write_text(text + "\n", encoding="utf-8")
+        print(f"report: {report}")
+    stage("done")
+
+
+if __name__ == "__main__":
+    main()
