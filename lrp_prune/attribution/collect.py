@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
@@ -84,7 +85,7 @@ class RelevanceAccumulator:
         """
         module = self._subject.module
         device = next(module.parameters()).device
-        with torch.inference_mode(False), undisturbed(module):
+        with torch.inference_mode(False), undisturbed(module), recomputed_in_evaluation(module):
             batch = to_device(batch, device)
             self._table.batch.samples = samples_in(batch)
             self._table.batch.counted = counted_tokens(module, batch, self._skip_first)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.backends import traceable_attention
+from lrp_prune.attribution.checkpoints import propagating_checkpoints
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
@@ -168,6 +169,7 @@ def propagating(
         stack.enter_context(unsharding(model, mode))
         stack.enter_context(_unchanged_buffers(model))
         stack.enter_context(traceable_attention(model))
+        stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if compiled:
