@@ -1,12 +1,13 @@
-"""Patches with patches: overlap, union and difference; and the tensors that a patch is stored as."""
+"""Patches with patches: overlap, union, difference, further rounds; and the tensors that a patch is stored as."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrp_prune.correction.entries import Entries, same_bits
+from lrp_prune.correction.entries import Entries, locate, same_bits, write_together
+from lrp_prune.correction.verifying import resolve_entries
 
 if TYPE_CHECKING:
     from lrp_prune.correction.patch import Patch
@@ -65,6 +66,31 @@ def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dic
     if not entries:
         raise ValueError("nothing is left: the other patch touches all entries of this one")
     return entries, _combined_provenance(first, second, "-")
+
+
+def extended(
+    patch: "Patch", model: nn.Module, positions: Mapping[str, Tensor], provenance: Mapping[str, Any]
+) -> "Patch":
+    """A patch of the model as it was before ``patch`` was applied to it, with further entries, masks by name.
+
+    Raises:
+        ValueError: the patch is not applied to the model.
+    """
+    if not patch.strength_in(model):
+        raise ValueError(
+            "the patch to extend is not applied to the model: apply it, then collect the relevance of both sets"
+        )
+    parameters = resolve_entries(patch, model)
+    masks = {name: mask.cpu().clone() for name, mask in positions.items()}
+    for name in patch:
+        masks.setdefault(name, torch.zeros(patch[name].shape, dtype=torch.bool)).view(-1)[patch[name].positions] = True
+    places = {name: locate(parameter, patch[name].positions) for name, parameter in parameters.items()}
+    applied = [(place, place.read()) for place in places.values()]
+    write_together((place, patch[name].originals.to(parameters[name].dtype)) for name, place in places.items())
+    try:
+        return type(patch).from_positions(model, masks, **provenance, extends=patch.provenance)
+    finally:
+        write_together(applied)
 
 
 def _combined_provenance(first: "Patch", second: "Patch", operation: str) -> dict[str, Any]:

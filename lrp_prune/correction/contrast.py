@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrp_prune.correction.guard import candidates, entries_of, unpack_slice
+from lrp_prune.correction.guard import candidates, entries_of, unpack_slice, without
 from lrp_prune.names import matches
 from lrp_prune.pruning import bits
 from lrp_prune.pruning.keys import LazyValues
@@ -41,6 +41,8 @@ class Contrast:
         guard_by: another relevance for the general set that the quantile is taken of, ``abs_token`` say; ``general``
             itself by default.
         guard_scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
+        spared: weights that are no candidates whatever they do, flat positions by parameter name: those that another patch
+            has already.
         reverse: ask the reverse question, what serves the general behaviour only; the two sets change places, and with
             ``guard`` what matters to the undesired behaviour is spared.
         include: patterns of names (of parameters, or of groups of units) to choose from; all by default.
@@ -68,10 +70,13 @@ class Contrast:
         guard: float | None = 0.7,
         guard_by: Relevance | None = None,
         guard_scope: str = "global",
+        spared: "Mapping[str, Tensor] | None" = None,
         reverse: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
+        if spared and general.granularity != "weight":
+            raise ValueError(f"single weights can be spared among weights only, not among {general.granularity}s")
         if normalize is not None and normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize must be None or one of {NORMALIZATIONS}, got {normalize!r}")
         _check_pair(general, undesired)
@@ -96,6 +101,8 @@ class Contrast:
                 _check_entries(guard_by, first, "guard_by")
             read = partial(_read, measure, self._sizes)
             self._candidates = candidates(self.names, read, self._sizes, guard, guard_scope)
+        if spared:
+            self._candidates = without(self._candidates, spared, self._sizes)
 
     @property
     def num_entries(self) -> int:
@@ -104,7 +111,7 @@ class Contrast:
 
     @property
     def num_candidates(self) -> int:
-        """How many of them the guard does not spare."""
+        """How many of them are not spared, by the guard or by themselves."""
         if self._candidates is None:
             return self.num_entries
         return sum(bits.count(packed) for packed in self._candidates.values())

@@ -1,6 +1,6 @@
 """The guard: what matters to the wanted behaviour is no candidate for removal, however much it serves the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,21 @@ def candidates(
         spared = smallest(values, count, ranking="absolute", names=together, dtype=torch.float32)
         for name, packed in zip(together, spared, strict=True):
             found[name] = bits.invert(packed, sizes[name])
+    return found
+
+
+def without(
+    packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Packed masks of candidates (None: everything is one) without the entries at flat positions."""
+    found = dict(packed) if packed is not None else {}
+    for name, size in sizes.items():
+        if name not in spared and name in found:
+            continue
+        free = bits.unpack(found[name], (size,)) if name in found else torch.ones(size, dtype=torch.bool)
+        if name in spared:
+            free[spared[name]] = False
+        found[name] = bits.pack(free)
     return found
 
 

@@ -124,6 +124,7 @@ class Patch(Mapping[str, Entries]):
         removal: str = "contribution",
         behaviour: str = "",
         references: Mapping[str, Any] | None = None,
+        extends: "Patch | None" = None,
     ) -> "Patch":
         """What serves an undesired behaviour and not the general one (see :class:`~lrp_prune.correction.Contrast`).
 
@@ -137,6 +138,9 @@ class Patch(Mapping[str, Entries]):
             removal: of neurons and heads, ``"contribution"`` or ``"all"``: see :meth:`Contrast.masks`.
             behaviour: what is removed, in a word or two.
             references: plain values that say which samples were used.
+            extends: a patch that was applied when both were collected, and still is: the next round of a correction. Its
+                weights are not chosen again, ``amount`` is what comes to them, and the result is both, of the model as it
+                was before; revert ``extends`` to apply it.
 
         Raises:
             KeyError: if the relevance is of another model.
@@ -157,17 +161,16 @@ class Patch(Mapping[str, Entries]):
             guard=guard,
             guard_by=guard_by,
             guard_scope=guard_scope,
+            spared=None if extends is None else {name: extends[name].positions for name in extends},
             reverse=reverse,
             include=include,
             exclude=exclude,
         )
-        masks = contrast.masks(amount, removal)
-        return cls.from_positions(
-            model,
-            {name: ~masks[name] for name in masks},
-            behaviour=behaviour,
-            references=describe_references(general, undesired, guard_by, references),
-            options={
+        positions = {name: ~mask for name, mask in contrast.masks(amount, removal).items()}
+        provenance = {
+            "behaviour": behaviour,
+            "references": describe_references(general, undesired, guard_by, references),
+            "options": {
                 "amount": amount,
                 "normalize": normalize,
                 "guard": guard,
@@ -177,7 +180,10 @@ class Patch(Mapping[str, Entries]):
                 "exclude": None if exclude is None else list(exclude),
                 "removal": removal,
             },
-        )
+        }
+        if extends is None:
+            return cls.from_positions(model, positions, **provenance)
+        return combining.extended(extends, model, positions, provenance)
 
     def __getitem__(self, name: str) -> Entries:
         return self._entries[name]
