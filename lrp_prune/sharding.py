@@ -207,6 +207,7 @@ def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
 
 def mesh_of(model: nn.Module) -> "DeviceMesh | None":
     """The processes that a sharded model is divided among; None for any other model."""
+    at_rest(model)
     sharded = next((parameter for parameter in model.parameters() if is_sharded(parameter)), None)
     return None if sharded is None else sharded.device_mesh  # type: ignore[attr-defined]  # a DTensor
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lrp_prune.names import resolve
+from lrp_prune.sharding import is_sharded, local_part, sharding_of
 
 KEEPS_ZEROS: frozenset[type[Optimizer]] = frozenset(
     {
@@ -109,8 +110,9 @@ class MaskKeeper:
                     f"the mask of {name!r} must be a bool tensor of shape {tuple(parameter.shape)}, "
                     f"got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
-            if not mask.all():
-                kept[name] = _as_bits(mask, parameter)
+            here = _part(name, mask, parameter)
+            if not here.all():
+                kept[name] = _as_bits(here, local_part(parameter))
         self._kept = kept
         self._parameters = {name: parameters[name] for name in kept}
         self._hook_parameters()
@@ -185,6 +187,7 @@ class MaskKeeper:
         gradient = parameter.grad
         if gradient is None:
             return
+        gradient = local_part(gradient) if is_sharded(gradient) else gradient
         kept = self._bits(name, parameter)
         if gradient.is_sparse:
             gradient = gradient.coalesce()
@@ -200,7 +203,9 @@ class MaskKeeper:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name, parameter in self._of(optimizer):
             gradient = parameter.grad
-            if gradient is not None and (gradient.is_sparse or gradient.data_ptr() != self._seen_gradient.get(name)):
+            if gradient is not None and (
+                gradient.is_sparse or local_part(gradient).data_ptr() != self._seen_gradient.get(name)
+            ):
                 self._zero_gradient(name, parameter)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -217,7 +222,7 @@ class MaskKeeper:
             state = optimizer.state.get(parameter, {})
             if parameter.device.type == "cpu" and "step" in state and int(state["step"]) % _SECOND_MOMENT_EVERY == 1:
                 for key in _SECOND_MOMENTS & state.keys():
-                    state[key].masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
+                    local_part(state[key]).masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
 
     def _of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -264,7 +269,7 @@ def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
     """Set the entries of a tensor to zero, in place and outside of autograd, where ``kept`` is 0.
 
     Args:
-        tensor: any dense tensor.
+        tensor: any dense tensor; of a ``DTensor`` the part in this process.
         kept: int8 of the same shape, -1 (all bits set) where the entry is kept and 0 where it is pruned.
 
     Example:
@@ -273,7 +278,7 @@ def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
         >>> tensor
         tensor([ 1.5000,  0.0000, -2.0000])
     """
-    tensor = tensor.detach()
+    tensor = local_part(tensor)
     integer = _INTEGER_OF_BYTES.get(tensor.element_size())
     if integer is None:
         tensor.masked_fill_(kept == 0, 0)
@@ -286,6 +291,21 @@ def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
         np.bitwise_and(entries, _flat(kept).numpy(), out=entries)
     else:
         bits.bitwise_and_(kept)
+
+
+def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
+    """The mask of what this process has of a parameter.
+
+    Raises:
+        ValueError: if the mask is divided among processes, and the parameter is not, or in another way.
+    """
+    of_mask, of_parameter = sharding_of(mask, name), sharding_of(parameter, name)
+    if of_mask is not None and of_mask != of_parameter:
+        raise ValueError(
+            f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
+            "masks.gathered()"
+        )
+    return mask if of_parameter is None else local_part(mask) if of_mask is not None else of_parameter.part(mask)
 
 
 def _as_bits(mask: Tensor, parameter: Tensor) -> Tensor:

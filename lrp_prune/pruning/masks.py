@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from lrp_prune.names import resolve
 from lrp_prune.pruning import bits as packing
-from lrp_prune.storage import load_tensors, save_tensors
+from lrp_prune.sharding import Sharding, all_reduced, device_of, is_first, local_part, sharding_of
+from lrp_prune.storage import Together, load_tensors, save_tensors
 
 _STATE_VERSION = 1
 
@@ -22,6 +24,10 @@ class Masks(Mapping[str, Tensor]):
     They are stored packed on the CPU, one bit for each entry; reading one unpacks it into a new tensor. ``&`` keeps
     what both keep, ``|`` what one of them keeps, ``~`` what is pruned; both sides must have the same names and shapes.
     Equal masks compare equal whatever the order of their names and their granularity.
+
+    Masks of a model that ``fully_shard`` has divided are divided as it is (``shardings``): a process holds the bits of its
+    own parts, and reading a mask gives a ``DTensor``. Counts are those of the whole, and need no other process; operators,
+    :meth:`checksum`, :meth:`state_dict`, :meth:`save` and :meth:`gathered` do, and must be called in all of them.
 
     Args:
         masks: bool tensors of the parameters' shapes.
@@ -49,23 +55,36 @@ class Masks(Mapping[str, Tensor]):
         self._bits = {name: packing.pack(mask).cpu() for name, mask in masks.items()}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.granularity = granularity
+        self.shardings: dict[str, Sharding] = {}
         self._pruned: dict[str, int] = {}
 
     @classmethod
     def from_bits(
-        cls, bits: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, granularity: str = "weight"
+        cls,
+        bits: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        granularity: str = "weight",
+        shardings: Mapping[str, Sharding] | None = None,
     ) -> "Masks":
         """Masks from what :meth:`bits` and ``shapes`` give; the bytes are kept, not copied.
+
+        Args:
+            bits: packed masks; of those that are divided among processes, of the part here.
+            shapes: of the whole masks.
+            granularity: what was pruned as a whole.
+            shardings: how masks are divided among processes.
 
         Raises:
             ValueError: if bytes and shape of a mask do not fit together.
         """
         masks = cls({}, granularity=granularity)
+        masks.shardings = {name: sharding for name, sharding in (shardings or {}).items() if name in bits}
         for name, packed in bits.items():
             if name not in shapes:
                 raise ValueError(f"the mask of {name} has no shape")
             shape = tuple(int(size) for size in shapes[name])
-            entries = math.prod(shape)
+            entries = math.prod(masks.shardings[name].local_shape if name in masks.shardings else shape)
             if packed.dtype != torch.uint8 or tuple(packed.shape) != (packing.num_bytes(entries),):
                 raise ValueError(
                     f"the mask of {name} has {tuple(packed.shape)} {packed.dtype} where shape {shape} needs "
@@ -75,10 +94,33 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(f"the mask of {name} has bits beyond its {entries} entries")
             masks._bits[name] = packed.cpu()
             masks.shapes[name] = shape
+        masks._count_together()
         return masks
 
+    def _count_together(self) -> None:
+        """Count now what is pruned in all parts: nobody else may be there when the counts are read."""
+        if not self.shardings:
+            return
+        first = next(iter(self.shardings.values()))
+        pruned = torch.tensor([self._pruned_here(name) for name in self.shardings])
+        divided = torch.tensor([sharding.axis is not None for sharding in self.shardings.values()])
+        shared = next((sharding for sharding in self.shardings.values() if sharding.axis is not None), first)
+        counts = torch.where(divided, shared.all_reduced(pruned), pruned).tolist()
+        self._pruned = dict(zip(self.shardings, counts, strict=True))
+
+    def _pruned_here(self, name: str) -> int:
+        return math.prod(self._local_shape(name)) - packing.count(self._bits[name])
+
+    def _local_shape(self, name: str) -> tuple[int, ...]:
+        return self.shardings[name].local_shape if name in self.shardings else self.shapes[name]
+
     def __getitem__(self, name: str) -> Tensor:
-        return packing.unpack(self._bits[name], self.shapes[name])
+        mask = self.local(name)
+        return self.shardings[name].tensor(mask) if name in self.shardings else mask
+
+    def local(self, name: str) -> Tensor:
+        """The mask of what is in this process: all of the parameter, unless it is divided among processes."""
+        return packing.unpack(self._bits[name], self._local_shape(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
@@ -90,13 +132,13 @@ class Masks(Mapping[str, Tensor]):
         return name in self._bits
 
     def bits(self, name: str) -> Tensor:
-        """The packed mask, uint8 ``[ceil(entries / 8)]``: entry ``i`` is bit ``i % 8`` of byte ``i // 8``; no copy."""
+        """The packed :meth:`local` mask, uint8 ``[ceil(entries / 8)]``: entry ``i`` is bit ``i % 8`` of byte ``i // 8``."""
         return self._bits[name]
 
     def pruned_in(self, name: str) -> int:
         """How many entries of one parameter are pruned."""
         if name not in self._pruned:
-            self._pruned[name] = math.prod(self.shapes[name]) - packing.count(self._bits[name])
+            self._pruned[name] = self._pruned_here(name)
         return self._pruned[name]
 
     def sparsity_of(self, name: str) -> float:
@@ -139,10 +181,29 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{name} has type {parameter.dtype}: quantized weights cannot be set to zero, dequantize first"
                 )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                flipped = packing.invert(self._bits[name], math.prod(self.shapes[name]))
-                parameter.masked_fill_(packing.unpack(flipped.to(parameter.device), self.shapes[name]), 0.0)
+            self._check_division(name, parameter)
+        for name, parameter in parameters.items():
+            weights = local_part(parameter)
+            with torch.no_grad():
+                weights.masked_fill_(~self.part(name, parameter), 0.0)
+
+    def part(self, name: str, parameter: Tensor) -> Tensor:
+        """The mask of what this process has of a parameter, which may be divided where the masks are whole.
+
+        Raises:
+            ValueError: if it is divided in another way than the masks.
+        """
+        self._check_division(name, parameter)
+        sharding = None if name in self.shardings else sharding_of(parameter, name)
+        mask = packing.unpack(self._bits[name].to(local_part(parameter).device), self._local_shape(name))
+        return mask if sharding is None else sharding.part(mask)
+
+    def _check_division(self, name: str, parameter: Tensor) -> None:
+        if name in self.shardings and self.shardings[name] != sharding_of(parameter, name):
+            raise ValueError(
+                f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
+                "masks.gathered()"
+            )
 
     def _combined(self, other: "Masks", function: Callable[[Tensor, Tensor], Tensor], action: str) -> "Masks":
         difference = sorted(set(self) ^ set(other))
@@ -153,9 +214,11 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(
                     f"cannot {action} masks of {name!r}: shapes {self.shapes[name]} and {other.shapes[name]}"
                 )
+            if self.shardings.get(name) != other.shardings.get(name):
+                raise ValueError(f"cannot {action} masks of {name!r}: divided among processes in different ways")
         granularity = self.granularity if self.granularity == other.granularity else "weight"
         joined = {name: function(self._bits[name], other._bits[name]) for name in self}
-        return Masks.from_bits(joined, self.shapes, granularity=granularity)
+        return Masks.from_bits(joined, self.shapes, granularity=granularity, shardings=self.shardings)
 
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
@@ -171,29 +234,77 @@ class Masks(Mapping[str, Tensor]):
 
     def __invert__(self) -> "Masks":
         """Keep what is pruned, prune what is kept."""
-        flipped = {name: packing.invert(packed, math.prod(self.shapes[name])) for name, packed in self._bits.items()}
-        return Masks.from_bits(flipped, self.shapes, granularity=self.granularity)
+        flipped = {
+            name: packing.invert(packed, math.prod(self._local_shape(name))) for name, packed in self._bits.items()
+        }
+        return Masks.from_bits(flipped, self.shapes, granularity=self.granularity, shardings=self.shardings)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return NotImplemented
-        return self.shapes == other.shapes and all(torch.equal(self._bits[name], other._bits[name]) for name in self)
+        if self.shapes != other.shapes or self.shardings != other.shardings:
+            return False
+        equal = all(torch.equal(self._bits[name], other._bits[name]) for name in self)
+        first = next(iter(self.shardings.values()), None)
+        return equal if first is None else bool(all_reduced(torch.tensor([int(equal)]), first.mesh, "MIN"))
 
     def checksum(self) -> str:
         """SHA-256 of names, shapes and bits, in hexadecimal; the same on every machine and in any order of names."""
         digest = hashlib.sha256()
         for name in sorted(self):
             digest.update(f"{name}\0{self.shapes[name]}\0".encode())
-            digest.update(self._bits[name].numpy().tobytes())
+            digest.update(self._whole_bits(name).numpy().tobytes())
         return digest.hexdigest()
 
+    def _whole_bits(self, name: str) -> Tensor:
+        if name not in self.shardings:
+            return self._bits[name]
+        sharding = self.shardings[name]
+        return packing.pack(sharding.gathered(self.local(name).to(device_of(sharding.mesh)))).cpu()
+
+    def gathered(self) -> "Masks":
+        """The whole masks in every process, packed, in the memory of the CPU."""
+        whole = {name: self._whole_bits(name) for name in self}
+        return Masks.from_bits(whole, self.shapes, granularity=self.granularity)
+
+    def divided(self, shardings: Mapping[str, Sharding]) -> "Masks":
+        """What of these masks belongs to this process when parameters are divided as given.
+
+        Raises:
+            ValueError: if they are divided in another way already.
+        """
+        for name in self.shardings:
+            if shardings.get(name, self.shardings[name]) != self.shardings[name]:
+                raise ValueError(f"the mask of {name} is divided among processes in another way: use masks.gathered()")
+        new = {name: entry for name, entry in shardings.items() if name in self and name not in self.shardings}
+        if not new:
+            return self
+        for name, sharding in new.items():
+            if sharding.shape != self.shapes[name]:
+                raise ValueError(
+                    f"{name} has shape {sharding.shape}, its mask {self.shapes[name]}: is it another model's?"
+                )
+        bits = {
+            name: packing.pack(new[name].part(self.local(name))) if name in new else self._bits[name] for name in self
+        }
+        all_shardings = {**self.shardings, **new}
+        return Masks.from_bits(bits, self.shapes, granularity=self.granularity, shardings=all_shardings)
+
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only, for a checkpoint; the tensors are not copies."""
+        """Tensors and plain values only, for a checkpoint; the tensors are not copies.
+
+        Of divided masks the first process gets the whole ones, tensor by tensor, and the others get no bits.
+        """
+        bits = {}
+        for name in self:
+            whole = self._whole_bits(name)
+            if name not in self.shardings or is_first(self.shardings[name].mesh):
+                bits[name] = whole
         return {
             "version": _STATE_VERSION,
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "bits": dict(self._bits),
+            "bits": bits,
         }
 
     @classmethod
@@ -207,15 +318,28 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(
                 f"the masks' state has version {state.get('version')!r}, this lrp-prune reads {_STATE_VERSION}"
             )
+        if set(state["bits"]) != set(state["shapes"]):
+            raise ValueError(
+                "the masks' state has no bits: of a sharded model only the first process's state holds the masks"
+            )
         return cls.from_bits(state["bits"], state["shapes"], granularity=state["granularity"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file with shapes and a format version; atomic."""
+        """Write to a safetensors file with shapes and a format version; atomic.
+
+        Divided masks are brought together tensor by tensor; all processes must call this, and the first one writes.
+        """
         description = {
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
-        save_tensors(path, "masks", self._bits, description)
+        save_tensors(path, "masks", {name: self._together(name) for name in self}, description)
+
+    def _together(self, name: str) -> Tensor | Together:
+        if name not in self.shardings:
+            return self._bits[name]
+        size = (packing.num_bytes(math.prod(self.shapes[name])),)
+        return Together(size, torch.uint8, partial(self._whole_bits, name), self.shardings[name].mesh)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Masks":

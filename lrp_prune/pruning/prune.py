@@ -12,6 +12,7 @@ from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
+from lrp_prune.sharding import in_step, local_part
 
 
 def prune(
@@ -27,6 +28,9 @@ def prune(
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
+
+    A model that ``fully_shard`` has divided is pruned by all its processes together: each gives its own batches, as many
+    as the others.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
@@ -63,7 +67,7 @@ def prune(
     with _undone_on_error(model) as zero:
         for target in targets:
             scores = scorer(method, model, **options)
-            for batch in reference:
+            for batch in in_step(reference, model):
                 scores.update(batch)
             masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
             zero(masks)
@@ -78,8 +82,8 @@ def _undone_on_error(model: nn.Module) -> Iterator[Any]:
 
     def zero(masks: Masks) -> None:
         parameters = resolve(masks, model)
-        pruned = {name: ~masks[name].to(parameter.device) for name, parameter in parameters.items()}
-        done.append((masks, {name: parameter.detach()[pruned[name]] for name, parameter in parameters.items()}))
+        values = {name: local_part(entry)[~masks.part(name, entry)] for name, entry in parameters.items()}
+        done.append((masks, values))
         masks.apply_(model)
 
     try:
@@ -88,5 +92,5 @@ def _undone_on_error(model: nn.Module) -> Iterator[Any]:
         with torch.no_grad():
             for masks, values in reversed(done):
                 for name, parameter in resolve(masks, model).items():
-                    parameter[~masks[name].to(parameter.device)] = values[name]
+                    local_part(parameter)[~masks.part(name, parameter)] = values[name]
         raise

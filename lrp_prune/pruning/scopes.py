@@ -132,3 +132,23 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
                 f"scope '{scope.kept}:{scope.size}' cannot be applied to it"
             )
     return view
+
+
+def input_dim(layout: str) -> int:
+    """The dimension that lies along a layer's inputs."""
+    return {"vector": 0, "transposed": 0, "stacked": 2}.get(layout, 1)
+
+
+def row_dims(layout: str, scope: str | Structure) -> list[int]:
+    """The dimensions that number the groups of :func:`as_rows`: no group has two indices along one of them.
+
+    Example:
+        >>> row_dims("linear", "row"), row_dims("linear", "column"), row_dims("stacked", "column")
+        ([0], [1], [2, 0])
+    """
+    if layout == "vector":
+        return []
+    inputs = input_dim(layout)
+    stacked = layout.startswith("stacked")
+    outputs = 1 + 2 - inputs if stacked else 1 - inputs
+    return [inputs if scope == "column" else outputs, *([0] if stacked else [])]

@@ -11,8 +11,10 @@ from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.observers import fingerprint, scored_parameters
 from lrp_prune.attribution.running import run, subject_of
+from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.attribution.targets import Target
 from lrp_prune.relevance import Relevance
+from lrp_prune.sharding import local_part, sharding_of
 
 
 class Defaults(NamedTuple):
@@ -88,16 +90,26 @@ class _DataFree:
 
     def compute(self) -> Relevance:
         """The scores."""
-        values = {name: self._score(name, parameter.detach()) for name, parameter in self._parameters.items()}
-        return Relevance(values, statistic=self._method, composite="", target="", model=fingerprint(self._model))
+        values = {name: self._score(name, parameter) for name, parameter in self._parameters.items()}
+        return Relevance(
+            values,
+            statistic=self._method,
+            composite="",
+            target="",
+            model=fingerprint(self._model),
+            parameter_shapes={name: tuple(parameter.shape) for name, parameter in self._parameters.items()},
+            shardings=shardings_of(self._model),
+        )
 
-    def _score(self, name: str, weight: Tensor) -> Tensor:
+    def _score(self, name: str, parameter: Tensor) -> Tensor:
+        weight = local_part(parameter)
         if self._method == "magnitude":
             return weight.abs()
         generator = torch.Generator().manual_seed(
             self._seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name))
         )
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        whole, sharding = torch.rand(parameter.shape, generator=generator), sharding_of(parameter, name)
+        return (whole if sharding is None else sharding.part(whole).clone()).to(weight.device)
 
 
 def _explain_nothing(model: nn.Module, batch: Any) -> Tensor:

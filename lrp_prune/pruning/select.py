@@ -14,6 +14,7 @@ from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.rows import smallest_per_row
 from lrp_prune.pruning.scopes import Structure, as_rows, groups_by_pattern, layout_of, number_to_prune, parse_scope
 from lrp_prune.pruning.selection import smallest
+from lrp_prune.pruning.together import raise_together, rows_together, smallest_together
 from lrp_prune.pruning.units import existing_units, expand_units
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def select(
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over.
 
+    Relevance of a sharded model is selected from by all its processes together, and the masks are divided as it is: the
+    same as in one process, whatever the number of processes, up to scores that tie within rounding.
+
     Returns:
         Masks of the selected parameters, and of those in ``existing``.
 
@@ -77,6 +81,8 @@ def select(
         _check_reachable(parsed, rate)
     if normalize is not None:
         relevance = relevance.normalized(normalize)
+    shardings = dict(relevance.shardings)
+    existing = existing.divided(shardings) if existing is not None else None
     if relevance.granularity == "weight":
         shapes = {name: tuple(relevance.parameter_shapes[name]) for names, _ in groups for name in names}
         _check_shapes(shapes, existing)
@@ -97,7 +103,8 @@ def select(
         for name in existing:
             if name not in chosen:
                 chosen[name], shapes[name] = existing.bits(name), existing.shapes[name]
-    return Masks.from_bits(chosen, shapes, granularity=relevance.granularity)
+                shardings.update({name: existing.shardings[name]} if name in existing.shardings else {})
+    return Masks.from_bits(chosen, shapes, granularity=relevance.granularity, shardings=shardings)
 
 
 def _check_reachable(scope: str | Structure, sparsity: float) -> None:
@@ -152,29 +159,38 @@ def _select_weights(
 ) -> dict[str, Tensor]:
     """Packed masks of the selected tensors, in the relevance's order."""
     found: dict[str, Tensor] = {}
+    failures: list[ValueError] = []
+    divided = {}
+    if relevance.granularity == "weight":
+        divided = {name: entry for name, entry in relevance.shardings.items() if entry.axis is not None}
     layouts: Mapping[str, str] = getattr(relevance, "layouts", None) or {}
     for names, rate in groups:
         for together in [names] if scope == "global" else [[name] for name in names]:
             if scope in ("global", "layer"):
                 k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
-                masks = smallest(
-                    _Named(relevance, together),
-                    k,
-                    ranking=ranking,
-                    kept=[kept.get(name) for name in together],
-                    names=together,
-                    dtype=torch.float32,
-                )
+                old = [kept.get(name) for name in together]
+                if any(name in divided for name in together):
+                    masks = smallest_together(relevance, together, k, ranking, old)
+                else:
+                    masks = smallest(
+                        _Named(relevance, together), k, ranking=ranking, kept=old, names=together, dtype=torch.float32
+                    )
                 found.update(zip(together, masks, strict=True))
             else:
                 (name,) = together
                 layout = layouts.get(name) or layout_of(shapes[name])
-                found[name] = _select_rows(relevance[name], rate, scope, layout, ranking, kept.get(name), name)
+                choose = partial(_select_rows, rate=rate, scope=scope, layout=layout, ranking=ranking, name=name)
+                if divided:
+                    found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
+                else:
+                    found[name] = choose(relevance.local(name), kept.get(name))
+    if divided:
+        raise_together(failures, next(iter(divided.values())))
     return {name: found[name] for name in relevance if name in found}
 
 
 def _select_rows(
-    values: Tensor, rate: float, scope: str | Structure, layout: str, ranking: str, kept: Tensor | None, name: str
+    values: Tensor, kept: Tensor | None, *, rate: float, scope: str | Structure, layout: str, ranking: str, name: str
 ) -> Tensor:
     """The packed mask of one tensor, selected group by group."""
     view = as_rows(values, layout, scope, name)

@@ -26,8 +26,14 @@ def existing_units(
             if member.parameter not in existing:
                 alive.fill_(True)
                 continue
-            mask = existing[member.parameter].movedim(member.dim, 0)[:size]
-            alive |= mask.reshape(number, -1).any(dim=1)
+            mask = existing.local(member.parameter).movedim(member.dim, 0)
+            indices = torch.zeros(size, dtype=torch.bool)
+            here, owned = _indices_here(relevance, member, size)
+            indices[owned] = mask[here].flatten(1).any(dim=1)
+            sharding = relevance.shardings.get(member.parameter)
+            if sharding is not None:
+                indices = sharding.all_reduced(indices.to(torch.uint8), "MAX").to(torch.bool)
+            alive |= indices.reshape(number, -1).any(dim=1)
         result[name] = bits.pack(alive)
     return result
 
@@ -45,14 +51,26 @@ def expand_units(
     shapes = {name: tuple(relevance.parameter_shapes[name]) for name in parameters}
     masks = {}
     for name, owned in parameters.items():
+        sharding = relevance.shardings.get(name)
+        shape = shapes[name] if sharding is None else sharding.local_shape
         mask = (
-            existing[name] if existing is not None and name in existing else torch.ones(shapes[name], dtype=torch.bool)
+            existing.local(name) if existing is not None and name in existing else torch.ones(shape, dtype=torch.bool)
         )
         for member, size, alive in owned:
-            pruned = (~alive).repeat_interleave(member.width).nonzero().view(-1)
-            mask.narrow(member.dim, 0, size).index_fill_(member.dim, pruned, False)
+            here, there = _indices_here(relevance, member, size)
+            pruned = (~alive).repeat_interleave(member.width)[there].nonzero().view(-1)
+            mask.narrow(member.dim, here.start, here.stop - here.start).index_fill_(member.dim, pruned, False)
         masks[name] = bits.pack(mask)
     return shapes, masks
+
+
+def _indices_here(relevance: "Relevance", member: "Member", size: int) -> tuple[slice, slice]:
+    """Of a member's first ``size`` indices those that this process has: where they are here, and which they are."""
+    sharding = relevance.shardings.get(member.parameter)
+    if sharding is None or sharding.dim != member.dim:
+        return slice(0, size), slice(0, size)
+    start, stop = (min(bound, size) for bound in sharding.bounds)
+    return slice(0, stop - start), slice(start, stop)
 
 
 def _members(relevance: "Relevance", name: str, number: int) -> Iterator[tuple["Member", int]]:
