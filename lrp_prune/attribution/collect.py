@@ -1,7 +1,7 @@
 """Collecting: relevance of weights or units over batches, streaming."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
+from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.running import Subject, counted_tokens, samples_in, subject_of, to_device, undisturbed
+from lrp_prune.attribution.sharded import ShardedTable, shardings_of
 from lrp_prune.attribution.targets import Target, describe, target_of
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.relevance import Relevance
+from lrp_prune.sharding import device_of, in_step
 
 
 class RelevanceAccumulator:
@@ -64,7 +67,8 @@ class RelevanceAccumulator:
             raise ValueError(f"skip_first must be 0 or more, got {skip_first}")
         self._skip_first = skip_first
         self._unruled, self._forward_context = unruled, forward_context
-        self._table = ObserverTable(
+        sharded = bool(shardings_of(self._subject.module))
+        self._table = (ShardedTable if sharded else ObserverTable)(
             self._subject.module,
             statistic=statistic,
             granularity=granularity,
@@ -83,19 +87,32 @@ class RelevanceAccumulator:
             FloatingPointError: if the explained value or the relevance of an input is not finite.
             ValueError: if the target does not fit the batch.
         """
-        module = self._subject.module
-        device = next(module.parameters()).device
+        module, table = self._subject.module, self._table
+        sharded = table if isinstance(table, ShardedTable) else None
+        device = next(module.parameters()).device if sharded is None else device_of(sharded.mesh)
         with torch.inference_mode(False), undisturbed(module), recomputed_in_evaluation(module):
             batch = to_device(batch, device)
-            self._table.batch.samples = samples_in(batch)
-            self._table.batch.counted = counted_tokens(module, batch, self._skip_first)
-            uses = WeightUses(self._table.observers)
+            table.batch.samples = samples_in(batch)
+            table.batch.counted = counted_tokens(module, batch, self._skip_first)
+            uses = WeightUses(table.observers)
             unruled = self._unruled if self.num_samples == 0 else "ignore"
-            with propagating(module, self._composite, None, unruled, uses, tracing=self._table.tracing) as propagation:
-                with self._forward_context():
+            with (
+                propagating(module, self._composite, None, unruled, uses, tracing=table.tracing) as propagation,
+                nullcontext() if sharded is None else sharded.passing(),
+            ):
+                with _agreed(sharded), self._forward_context():
                     value = self._target(module, batch)
-                roots = propagation.roots() if self._table.backward_needed else []
+                    if sharded is not None:
+                        propagation.check_target(value)
+                roots = propagation.roots() if table.backward_needed else []
                 gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
+            with _agreed(sharded):
+                self._add_roots(roots, gradients)
+            if sharded is not None:
+                sharded.sum_up()
+        self.num_samples += table.batch.samples
+
+    def _add_roots(self, roots: Sequence[Root], gradients: Sequence[Tensor | None]) -> None:
         for root, gradient in zip(roots, gradients, strict=True):
             if gradient is None:
                 continue
@@ -105,7 +122,7 @@ class RelevanceAccumulator:
                     "check the batch and the precision"
                 )
             self._table.add_root(root, gradient)
-        self.num_samples += self._table.batch.samples
+        self._table.batch.finish()
 
     def compute(self) -> Relevance:
         """The relevance so far; the accumulator is empty afterwards.
@@ -132,6 +149,9 @@ def attribute(
     **options: Any,
 ) -> Relevance:
     """Relevance of a model's weights or units over reference batches, in one forward and backward pass each.
+
+    Of a model that ``fully_shard`` has divided, every process gives its own batches, as many as the others; the result is
+    that of all of them together, and of each weight a process holds what it holds of the weight.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
@@ -175,6 +195,20 @@ def attribute(
         exclude=exclude,
         **options,
     )
-    for batch in batches:
+    for batch in in_step(batches, model):
         accumulator.update(batch)
     return accumulator.compute()
+
+
+@contextmanager
+def _agreed(table: ShardedTable | None) -> Iterator[None]:
+    """What fails in one process of a sharded model fails in all of them: they would wait for it in the next exchange."""
+    if table is None:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    table.agree(failure)
