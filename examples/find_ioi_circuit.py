@@ -231,7 +231,10 @@ def main() -> None:
             kept[name].save(options.output / f"{ablation}.safetensors")
         report = options.output / f"{ablation}.html"
         circuits.save_report(
-            report, results, kept, title=f"{options.task}: {options.granularity}s, {ablation} ablation"
+            report,
+            results,
+            kept,
+            title=f"{Path(options.task).stem}: circuits of {options.granularity}s, {ablation} ablation",
         )
         (options.output / f"{ablation}.md").write_text(text + "\n", encoding="utf-8")
         print(f"report: {report}")

@@ -1,6 +1,6 @@
 """Figures of circuits: curves over size, kept nodes per layer, overlaps. Matplotlib is imported when one is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrp_prune.circuits.circuit import Circuit
@@ -25,8 +25,10 @@ def size_curves(results: Mapping[str, EvaluationResult], metric: str | None = No
         results: method -> evaluation.
         metric: a metric's name; None for faithfulness.
     """
-    figure = _figure(7, 4.2)
+    figure = _figure(9, 4)
     axes = figure.add_subplot()
+    means: list[float] = []
+    shares: list[float] = []
     for name, result in results.items():
         by_seed = result.faithfulness_by_seed if metric is None else result.circuits[metric]
         order = sorted(range(len(result.sizes)), key=lambda index: result.sizes[index])
@@ -36,15 +38,32 @@ def size_curves(results: Mapping[str, EvaluationResult], metric: str | None = No
         if len(by_seed) > 1:
             half = half_interval(by_seed)[order].tolist()
             low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+            axes.fill_between(x, low, high, alpha=0.15, linewidth=0, color=line.get_color())
+        means += y
+        shares += x
     if metric is None:
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
-    # Linear near 0, so that the empty circuit has a place.
-    axes.set_xscale("symlog", linthresh=0.1)
+        means += [0.0, 1.0]
+    # Wide intervals of bad methods would flatten all the rest.
+    margin = 0.08 * (max(means) - min(means)) or 0.1
+    axes.set_ylim(min(means) - margin, max(means) + margin)
+    _percent_axis(axes, shares)
     axes.set_xlabel("nodes kept (%)")
     axes.set_ylabel("faithfulness" if metric is None else metric.replace("_", " "))
-    axes.legend(fontsize="small")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     return figure
+
+
+def _percent_axis(axes: Any, shares: Sequence[float]) -> None:
+    """A logarithmic axis of percentages; linear below the smallest circuit, so that the empty one has a place."""
+    positive = [share for share in shares if share > 0] or [100.0]
+    low = 0.0 if min(shares) == 0 else min(positive)
+    axes.set_xscale("symlog", linthresh=min(positive)) if low == 0 else axes.set_xscale("log")
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(positive) <= tick <= max(positive)]
+    ticks = [0.0, *ticks] if low == 0 else ticks
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def kept_per_layer(circuits: Mapping[str, Circuit]) -> "Figure":
@@ -56,18 +75,32 @@ def kept_per_layer(circuits: Mapping[str, Circuit]) -> "Figure":
     kinds = list(dict.fromkeys(site.kind for circuit in circuits.values() for site in circuit.sites))
     if not kinds:
         raise ValueError("there is no circuit of units to draw")
-    figure = _figure(7, 2.4 * len(kinds))
+    figure = _figure(9, 2.6 * len(kinds))
     panels: Any = figure.subplots(len(kinds), 1, squeeze=False)
+    lines: dict[str, Any] = {}
     for (axes,), kind in zip(panels, kinds, strict=True):
-        for name, circuit in circuits.items():
+        for number, (name, circuit) in enumerate(circuits.items()):
             kept = [int(circuit.kept[site.name].sum()) for site in circuit.sites if site.kind == kind]
             if kept:
-                axes.plot(range(len(kept)), kept, marker="o", markersize=3, label=name)
-        axes.set_title(f"{kind.replace('_', ' ')}s kept", fontsize="medium")
+                (line,) = axes.plot(range(len(kept)), kept, marker="o", markersize=3, color=f"C{number}")
+                lines[name] = line
+        axes.set_title(f"{plural(kind)} kept", fontsize="medium")
         axes.set_xlabel("layer")
+        axes.locator_params(axis="both", integer=True)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small")
+        axes.grid(alpha=0.25)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small", frameon=False)
     return figure
+
+
+def plural(kind: str) -> str:
+    """What units of a kind are called.
+
+    Example:
+        >>> plural("mlp_neuron"), plural("head")
+        ('MLP neurons', 'heads')
+    """
+    return f"{kind.replace('mlp', 'MLP').replace('_', ' ')}s"
 
 
 def overlaps(circuits: Mapping[str, Circuit]) -> "Figure":
@@ -82,14 +115,14 @@ def overlaps(circuits: Mapping[str, Circuit]) -> "Figure":
         ]
         for a in names
     ]
-    figure = _figure(1.5 + 0.8 * len(names), 1.2 + 0.7 * len(names))
+    figure = _figure(2.5 + 0.6 * len(names), 1.5 + 0.45 * len(names))
     axes = figure.add_subplot()
-    axes.imshow(table, vmin=0, vmax=1, cmap="viridis")
+    axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     for row, values in enumerate(table):
         for column, value in enumerate(values):
             if value == value:
-                shade = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade)
+                shade = "white" if value > 0.6 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize="small")
     return figure

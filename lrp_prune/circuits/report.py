@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lrp_prune.circuits.circuit import Circuit
-from lrp_prune.circuits.plots import kept_per_layer, overlaps, size_curves
+from lrp_prune.circuits.plots import kept_per_layer, overlaps, plural, size_curves
 from lrp_prune.circuits.result import EvaluationResult
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
@@ -45,7 +45,7 @@ def save_report(
         results: method -> evaluation; of one task, granularity and ablation, or they cannot be compared.
         circuits: name -> circuit.
         title: the heading.
-        metrics: further curves besides faithfulness.
+        metrics: further tables and curves besides faithfulness.
 
     Raises:
         ValueError: if there are no results, or they differ in ablation, metric or number of nodes.
@@ -63,8 +63,8 @@ def save_report(
     first = next(iter(results.values()))
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{total:,} nodes; ablation: {ablation}; faithfulness of: {escape(metric)}; seeds: {seeds}; ± is half the 95 % "
-        f"interval over seeds. Full model: {_means(first.full)}. Empty circuit: {_means(first.empty)}.</p>",
+        f"<p>{total:,} nodes; ablation: {ablation}; faithfulness of: {metric.replace('_', ' ')}; seeds: {seeds}; "
+        f"± is half the 95 % interval over seeds. Full model: {_means(first.full)}. Empty circuit: {_means(first.empty)}.</p>",
         "<h2>Areas</h2><p>CPR: area under faithfulness over the fraction of nodes, higher is better. CMD: area between "
         "faithfulness and 1, lower is better (MIB, arXiv 2504.13151).</p>",
         _areas(results),
@@ -72,13 +72,16 @@ def save_report(
         _table(results),
         _image(size_curves(results), "Faithfulness over the share of nodes kept, a line for each method"),
     ]
-    parts += [
-        _image(size_curves(results, name), f"{name.replace('_', ' ').capitalize()} over the share of nodes kept")
-        for name in metrics
-    ]
+    for name in metrics:
+        words = name.replace("_", " ").capitalize()
+        parts += [
+            f"<h2>{words} by size</h2>",
+            _table(results, name),
+            _image(size_curves(results, name), f"{words} over the share of nodes kept"),
+        ]
     if circuits:
         parts.append("<h2>Circuits</h2><ul>")
-        parts += [f"<li>{escape(name)}: {escape(repr(circuit))}</li>" for name, circuit in circuits.items()]
+        parts += [f"<li>{escape(name)}: {_kept(circuit)}</li>" for name, circuit in circuits.items()]
         parts.append("</ul>")
         if any(circuit.sites for circuit in circuits.values()):
             parts.append(_image(kept_per_layer(circuits), "Nodes kept in each layer"))
@@ -115,13 +118,19 @@ def _areas(results: Mapping[str, EvaluationResult]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _table(results: Mapping[str, EvaluationResult]) -> str:
+def _kept(circuit: Circuit) -> str:
+    parts = [f"{kept:,} of {total:,} {plural(kind)}" for kind, (kept, total) in circuit.sizes().items()]
+    return ", ".join(parts)
+
+
+def _table(results: Mapping[str, EvaluationResult], metric: str | None = None) -> str:
     sizes = sorted({size for result in results.values() for size in result.sizes})
     total = next(iter(results.values())).total
     rows = [_row(["method", *(f"{100 * size / total:.3g} % ({size:,})" for size in sizes)], "th")]
     for name, result in results.items():
-        values, halves = result.faithfulness.tolist(), result.faithfulness_interval.tolist()
-        found = {size: _number(values[index], halves[index]) for index, size in enumerate(result.sizes)}
+        values = result.faithfulness if metric is None else result.mean(metric)
+        halves = result.faithfulness_interval if metric is None else result.interval(metric)
+        found = {size: _number(float(values[index]), float(halves[index])) for index, size in enumerate(result.sizes)}
         rows.append(_row([name, *(found.get(size, "") for size in sizes)]))
     return f"<table>{''.join(rows)}</table>"
 

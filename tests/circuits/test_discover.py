@@ -175,6 +175,31 @@ def test_rounds_score_what_is_left_on_the_ablated_model() -> None:
     assert sizes == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
+@pytest.mark.parametrize("method", ["attnlrp", "attribution_patching", "relp", "attribution_patching_ig"])
+def test_a_round_is_one_shot_on_the_ablated_model(method: str, ablation: str) -> None:
+    """Under zero ablation the masked model is that model; under interchange methods that run the counterfactual share it."""
+    model, task = build("llama"), small_task()
+    options = {"statistic": "abs_token", "batch_size": 2, "steps": 2}
+    rounds = circuits.discover(model, task, "neuron", method, rounds=2, floor=0.25, ablation=ablation, **options)
+    first = circuits.discover(model, task, "neuron", method, **options)
+    assert rounds.at(48) == first.at(48)  # of 96 half are left after the first round
+    assert rounds.rounds is not None and sum(int((values == 1).sum()) for values in rounds.rounds.values()) == 24
+    from lrp_prune.circuits.references import reference_for
+    from lrp_prune.circuits.scores import UnitScores, _Explained
+
+    kept, batches = first.at(48).kept, task.batches(2)
+    reference = reference_for(model, first.sites, batches, ablation)
+    scores = UnitScores(first.sites, "abs_token")
+    for batch in batches:
+        composite = "attnlrp" if method in ("attnlrp", "relp") else "gradient"
+        explained = _Explained(model, first.sites, batch, task, None, composite, "warn", kept, reference(batch))
+        scores.add(explained.contributions(method, 2), len(batch["input_ids"]))
+    for name, expected in scores.compute().items():
+        left = rounds.rounds[name] == 1  # dropped by the scores of the first round's model; the rest was scored again
+        torch.testing.assert_close(rounds.scores[name][left], expected[left], rtol=1e-4, atol=1e-8)
+
+
 def test_circuits_of_a_ranking_are_nested_and_exact() -> None:
     scores_ = {"a": torch.tensor([1.0, 5.0, 2.0]), "b": torch.tensor([9.0, 0.5])}
     rounds = {"a": torch.tensor([2, 0, 1]), "b": torch.tensor([1, 2])}

@@ -82,6 +82,33 @@ def test_every_metric_is_measured_at_once() -> None:
     assert float(result.full["probability_difference"]) == pytest.approx(float(p[YES] - p[NO]), rel=1e-5)
 
 
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
+def test_rankings_compared_at_once_score_as_one_by_one(ablation: str) -> None:
+    model, task = build("llama"), small_task()
+    rankings = {method: circuits.discover(model, task, "neuron", method) for method in ("attnlrp", "random")}
+    sizes, options = [0, 5, 40, 96], {"seeds": [0, 1], "complements": True}
+    together = circuits.compare(model, {**rankings, "five": rankings["random"].at(5)}, task, sizes, ablation, **options)
+    for name, ranking in rankings.items():
+        alone = circuits.evaluate(model, ranking, task, sizes, ablation, **options)
+        assert together[name].to_dict() == alone.to_dict()
+    assert together["five"].sizes == (5,) and together["five"].ranking == "given"
+    torch.testing.assert_close(together["five"].faithfulness[0], together["random"].faithfulness[1])
+    torch.testing.assert_close(together["random"].interval("kl")[0], torch.zeros((), dtype=torch.float64) + _half(
+        together["random"].empty["kl"]))  # fmt: skip
+
+
+def _half(values: torch.Tensor) -> float:
+    return 12.706 * float(values.std(unbiased=True)) / math.sqrt(2)
+
+
+def test_circuits_of_other_nodes_are_not_compared() -> None:
+    model, task = build("llama"), small_task()
+    with pytest.raises(ValueError, match="of different nodes"):
+        circuits.compare(model, {kind: circuits.discover(model, task, kind) for kind in ("head", "neuron")}, task)
+    with pytest.raises(ValueError, match="no circuit"):
+        circuits.compare(model, {}, task)
+
+
 def test_minimality_is_what_each_node_is_needed_for() -> None:
     model, circuit = PlantedNeurons(X, Y, C), ranking().at(3)
     found = circuits.minimality(model, circuit, planted_task())

@@ -59,6 +59,49 @@ def test_a_target_density_is_reached_and_kept(tmp_path: Path) -> None:
     assert gates.circuit(sizes={"mlp_neuron": 2}).kept["mlp_neuron:down"].tolist() == [True, True, *[False] * 6]
 
 
+def test_targets_are_relative_bounds_that_fall_from_the_start() -> None:
+    gates = planted(density=0.1)
+    start = gates.densities()["mlp_neuron"]
+    assert float(gates.pressure.start) == pytest.approx(start) and start > 0.9
+    located = gates.locations()
+    assert float(gates.pressure(located, 0.0)) == pytest.approx(0, abs=1e-5)
+    excess = start / 0.1 - 1
+    assert float(gates.pressure(located, 1.0)) == pytest.approx(5 / 2 * excess**2, rel=1e-4)
+    assert float(gates.pressure(located, 0.5)) == pytest.approx(
+        5 / 2 * (start / (start * 0.1) ** 0.5 - 1) ** 2, rel=1e-4
+    )
+    gates.pressure.step(located, 1.0)
+    assert float(gates.pressure.multipliers) == pytest.approx(0.1 * excess, rel=1e-4)
+    closed = {name: value - 20 for name, value in located.items()}
+    assert float(gates.pressure(closed, 1.0)) == pytest.approx(-0.1 * excess, rel=1e-3)  # the multiplier's term alone
+    for _ in range(20):
+        gates.pressure.step(closed, 1.0)
+    assert float(gates.pressure.multipliers) == 0 == float(gates.pressure(closed, 1.0))
+
+
+@pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
+def test_remembering_saves_passes_and_changes_nothing(
+    ablation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, passes = [], []
+    for remember in (False, True):
+        gates, calls = planted(penalties=0.3, ablation=ablation, remember=remember), []
+        monkeypatch.setattr(gates, "full_logits", lambda batch, f=gates.full_logits, c=calls: c.append(1) or f(batch))
+        trained(gates, epochs=5, path=tmp_path, limit_val_batches=0)
+        found.append([value.detach() for value in gates.log_alpha])
+        passes.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert passes == [10, 1]  # the two batches of an epoch have the same prompts
+
+
+def test_gates_rank_all_units(tmp_path: Path) -> None:
+    gates = planted(penalties=0.3)
+    trained(gates, path=tmp_path)
+    ranking = gates.ranking()
+    assert ranking.at(2) == gates.circuit() and {node.unit for node in ranking.nodes(2)} == {0, 1}
+    assert ranking.description["ablation"] == "counterfactual" and len(ranking) == 8
+
+
 def test_all_granularities_are_trained_at_once(tmp_path: Path) -> None:
     model = PlantedHeads([4.0, 2.0, 0.0], [0.0, 0.0, 3.0], [1.0, 2.0, 0.0])
     gates = GateTraining(
