@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lrp_prune.attribution.composites import COMPOSITES, Composite
 from lrp_prune.pruning import sparsity_schedule
@@ -135,6 +136,11 @@ def check_selection(
 
 def check_strategy(trainer: Trainer, name: str, allow_untested: bool) -> None:
     """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's)."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            f"this strategy starts processes that give back the model's weights only: what {name} finds stays in them. Take "
+            "it from a checkpoint, write it in a hook of your own (on_fit_end), or use strategy='ddp'"
+        )
     if type(trainer.strategy) in STRATEGIES:
         return
     message = (

@@ -278,10 +278,12 @@ class RelevancePruning(CollectingCallback):
     def _begin_late(self, trainer: Trainer) -> None:
         delay = self._rounds.missed(trainer, self._collection.uses_validation) if self.round == 0 else 0
         self._pruner.state.delay, self._rounds = delay, self._rounds.delayed(delay)
-        when = f"all rounds are delayed by {delay} {'steps' if self._rounds.by_steps else 'epochs'}"
+        unit = "steps" if self._rounds.by_steps else "epochs"
+        named = ", ".join(f"{name}={value!r}" for name, value in self._identity.items())
         rank_zero_warn(
-            f"{trainer.ckpt_path} was written without {self.state_key}: pruning goes on from round {self.round} of "
-            f"{self._rounds.count}, with no masks from there; {when if delay else 'its rounds keep their times'}"
+            f"{trainer.ckpt_path} was written without RelevancePruning({named}), so that no masks are known from it: "
+            f"pruning begins with round {self.round + 1} of {self._rounds.count}, and "
+            f"{f'all rounds are delayed by {delay} {unit}' if delay else 'its rounds keep their times'}"
         )
 
     def _make_up(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -214,7 +214,13 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    """Also where only a forward is, as Lightning leaves a module that was compiled before it was given to a trainer."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def _guard(
