@@ -29,7 +29,7 @@ def existing_units(
             mask = existing.local(member.parameter).movedim(member.dim, 0)
             indices = torch.zeros(size, dtype=torch.bool)
             here, owned = _indices_here(relevance, member, size)
-            indices[owned] = mask[here].flatten(1).any(dim=1)
+            indices[owned] = mask[here].unsqueeze(-1).flatten(1).any(dim=1)
             sharding = relevance.shardings.get(member.parameter)
             if sharding is not None:
                 indices = sharding.all_reduced(indices.to(torch.uint8), "MAX").to(torch.bool)
