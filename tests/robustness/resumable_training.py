@@ -156,6 +156,17 @@ class Found(Callback):
             torch.save(found, self._path)
 
 
+class SavedMasks(Callback):
+    """The masks of processes that give nothing back; here, since spawned processes import what they unpickle."""
+
+    def __init__(self, path: Path, pruning: RelevancePruning) -> None:
+        self._path, self._pruning = path, pruning
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._pruning.masks is not None
+        torch.save((self._pruning.round, self._pruning.masks.checksum()), self._path / f"masks.{trainer.global_rank}")
+
+
 class TellingCheckpoint(ModelCheckpoint):
     """Tells the diary when a file is written."""
 
@@ -252,8 +263,10 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    started = torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if started else int(os.environ.get("RANK", "0"))
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    started = torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
