@@ -51,18 +51,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--samples", type=int, default=64, help="prompts to discover with")
     add("--held-out", type=int, default=32, help="prompts of each seed to measure on")
+    add("--held-out-share", type=float, default=0.3, help="share of templates and names that are held out")
     add("--seeds", type=int, default=3, help="draws of held-out prompts, for intervals")
     add("--batch-size", type=int, default=16, help="prompts that are computed at once")
     add("--gates", action="store_true", help="also learn the circuit with gates, for each ablation; takes longer")
     add("--gates-from", choices=METHODS, default="attribution patching", help="the ranking that gates start from")
-    add("--steps", type=int, default=200, help="training steps of the gates")
+    add("--gate-samples", type=int, default=256, help="prompts that gates are trained on, from those to discover with")
+    add("--gate-batch-size", type=int, default=8, help="prompts in each training step")
+    add("--steps", type=int, default=250, help="training steps of the gates")
     add("--density", type=float, default=0.05, help="share of nodes that the gates are to keep")
     add("--seed", type=int, default=0, help="of prompts, of what is held out, and of the gates")
     add("--output", type=Path, default=Path("outputs/ioi-circuit"), help="folder for reports, tables and circuits")
     add("--quick", action="store_true", help="few prompts and methods: shows in a minute that everything runs")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.samples = options.held_out = 8
+        options.samples = options.held_out = options.gate_samples = 8
         options.seeds, options.steps, options.methods = 2, 2, ["attnlrp", "random"]
         options.rounds = min(options.rounds, 2)
     return options
@@ -74,18 +77,18 @@ def stage(text: str) -> None:
 
 def load_task(tokenizer: Any, options: argparse.Namespace) -> tuple[tasks.Task, tasks.Task]:
     """The prompts to discover with, and the held-out ones, which share neither templates nor names with them."""
-    path = Path(options.task)
+    path, parts = Path(options.task), {"held_out": options.held_out_share, "seed": options.seed}
     if path.suffix == ".csv":
-        return tasks.TableTask.from_csv(tokenizer, path).split(seed=options.seed)
+        return tasks.TableTask.from_csv(tokenizer, path).split(**parts)
     if path.suffix == ".json":
-        return tasks.TableTask.from_json(tokenizer, path).split(seed=options.seed)
+        return tasks.TableTask.from_json(tokenizer, path).split(**parts)
     kinds = {"ioi": tasks.IndirectObject, "greater-than": tasks.GreaterThan, "pronoun": tasks.GenderedPronoun}
     if options.task not in kinds:
         raise SystemExit(f"--task must be one of {', '.join(kinds)}, or a .csv or .json file, got {options.task!r}")
-    kind = kinds[options.task]
-    train, _ = kind(tokenizer, samples=options.samples, seed=options.seed).split(seed=options.seed)
-    _, held_out = kind(tokenizer, samples=options.held_out, seed=options.seed).split(seed=options.seed)
-    return train, held_out
+    return (
+        kinds[options.task](tokenizer, samples=options.samples, seed=options.seed).split(**parts)[0],
+        kinds[options.task](tokenizer, samples=options.held_out, seed=options.seed).split(**parts)[1],
+    )
 
 
 def rank(model: nn.Module, task: tasks.Task, ablation: str, options: argparse.Namespace) -> dict[str, circuits.Ranking]:
@@ -121,12 +124,12 @@ def learn(
     torch.manual_seed(options.seed)
     gates = circuits.GateTraining(
         model,
-        task,
+        task.resampled(options.seed + 1, options.gate_samples),
         options.granularity,
         ablation=ablation,
         density=options.density,
         warm_start=start,
-        batch_size=options.batch_size,
+        batch_size=options.gate_batch_size,
         remember=True,
     )
     trainer = lightning.Trainer(

@@ -85,6 +85,7 @@ class GenderedPronoun(Task):
         ]
         return parts[0], parts[1]
 
-    def resampled(self, seed: int) -> "GenderedPronoun":
-        """Other samples from the same templates and names."""
-        return GenderedPronoun(self.tokenizer, len(self), seed, self.templates, self.female, self.male, self.metric)
+    def resampled(self, seed: int, samples: int | None = None) -> "GenderedPronoun":
+        """Other samples from the same templates and names; None: as many."""
+        number = len(self) if samples is None else samples
+        return GenderedPronoun(self.tokenizer, number, seed, self.templates, self.female, self.male, self.metric)

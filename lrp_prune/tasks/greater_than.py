@@ -121,6 +121,7 @@ class GreaterThan(Task):
         ]
         return parts[0], parts[1]
 
-    def resampled(self, seed: int) -> "GreaterThan":
-        """Other samples from the same templates, nouns and centuries."""
-        return GreaterThan(self.tokenizer, len(self), seed, self.templates, self.nouns, self.centuries, self.metric)
+    def resampled(self, seed: int, samples: int | None = None) -> "GreaterThan":
+        """Other samples from the same templates, nouns and centuries; None: as many."""
+        number = len(self) if samples is None else samples
+        return GreaterThan(self.tokenizer, number, seed, self.templates, self.nouns, self.centuries, self.metric)

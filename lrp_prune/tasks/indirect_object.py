@@ -105,6 +105,6 @@ class IndirectObject(Task):
             self._with(len(self), self.seed + 1, templates[1], names[1]),
         )
 
-    def resampled(self, seed: int) -> "IndirectObject":
-        """Other samples from the same templates and names."""
-        return self._with(len(self), seed, self.templates, self.names)
+    def resampled(self, seed: int, samples: int | None = None) -> "IndirectObject":
+        """Other samples from the same templates and names; None: as many."""
+        return self._with(len(self) if samples is None else samples, seed, self.templates, self.names)

@@ -86,10 +86,11 @@ class TableTask(Task):
             parts = [[sample for sample in self.samples if sample.clean in part] for part in rows]
         return self._of(parts[0], self.metric), self._of(parts[1], self.metric)
 
-    def resampled(self, seed: int) -> "TableTask":
-        """As many rows, drawn with replacement (a bootstrap sample)."""
+    def resampled(self, seed: int, samples: int | None = None) -> "TableTask":
+        """Rows drawn with replacement (a bootstrap sample); None: as many as there are."""
         choice = random.Random(seed)
-        return self._of([choice.choice(self.samples) for _ in self.samples], self.metric)
+        number = len(self) if samples is None else samples
+        return self._of([choice.choice(self.samples) for _ in range(number)], self.metric)
 
 
 def _encoded(tokenizer: Tokenizer, row: Mapping[str, Any], number: int) -> Encoded:

@@ -56,8 +56,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def resampled(self, seed: int) -> "Task":
-        """As many other samples from the same templates and names, for intervals over seeds."""
+    def resampled(self, seed: int, samples: int | None = None) -> "Task":
+        """Other samples from the same templates and names, for intervals over seeds; None: as many."""
 
     @property
     def fingerprint(self) -> str:

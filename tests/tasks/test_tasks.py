@@ -55,6 +55,7 @@ def test_a_seed_decides_all_and_another_changes_it(name: str) -> None:
     assert make(name, samples=16, seed=3).fingerprint == make(name, samples=16, seed=3).fingerprint
     assert make(name, samples=16, seed=3).fingerprint != make(name, samples=16, seed=4).fingerprint
     assert make(name, samples=16, seed=3).resampled(4).fingerprint == make(name, samples=16, seed=4).fingerprint
+    assert make(name, samples=16, seed=3).resampled(4, 5).fingerprint == make(name, samples=5, seed=4).fingerprint
 
 
 @pytest.mark.parametrize("name", GENERATED)
