@@ -24,6 +24,8 @@ class Form:
     """Dimension of the activation along which it has channels, where every channel meets one slice of the weight."""
     in_axis = out_axis = -1
     """Axis of the weight that the activation's channels, and the output's, lie along."""
+    only_shows_activation = False
+    """Whether the gradient of the activation can be told without the activation."""
 
     def __init__(self, call: Call, activation: int, weight: int) -> None:
         self.call, self._activation, self._weight = call, activation, weight
@@ -36,7 +38,7 @@ class Form:
         return result
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the activation, in its dtype."""
+        """The gradient of the activation."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_()
             result = self.forward(leaf, weight)
@@ -61,9 +63,10 @@ class Linear(Form):
 
     channel_dim = -1
     out_axis, in_axis = 0, 1
+    only_shows_activation = True
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
-        return torch.matmul(d, weight.to(d.dtype)).to(activation.dtype)
+        return torch.matmul(d, weight.to(d.dtype))
 
     def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         return d.reshape(-1, d.shape[-1]).T @ activation.reshape(-1, activation.shape[-1])
@@ -74,9 +77,10 @@ class Matmul(Form):
 
     channel_dim = -1
     out_axis, in_axis = 1, 0
+    only_shows_activation = True
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
-        return torch.matmul(d, weight.to(d.dtype).T).to(activation.dtype)
+        return torch.matmul(d, weight.to(d.dtype).T)
 
     def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         return activation.reshape(-1, activation.shape[-1]).T @ d.reshape(-1, d.shape[-1])

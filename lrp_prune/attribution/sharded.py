@@ -166,7 +166,7 @@ class ShardedTable(ObserverTable):
     def _divided(self, name: str) -> _Divided:
         plain = super()._weight(name)  # for the options that it chooses
         kind = _DividedInputNorm if isinstance(plain, InputNorm) else _Divided
-        options = (plain.statistic, self.batch, plain._dtype, self._device)
+        options = (plain.statistic, self.batch, plain.operand_dtype, self._device)
         return kind(name, self.parameters[name], self.shardings[name], *options)
 
     @contextmanager

@@ -112,7 +112,7 @@ class WeightStatistic:
         matmul_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.name, self.statistic, self._batch, self._dtype = name, statistic, batch, matmul_dtype
+        self.name, self.statistic, self._batch, self.operand_dtype = name, statistic, batch, matmul_dtype
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
         self.inputs: Tensor | None = None
@@ -122,7 +122,7 @@ class WeightStatistic:
 
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
-        dtype = self._dtype or d.dtype
+        dtype = self.operand_dtype or d.dtype
         if activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.counted_activation(activation)
         else:
@@ -244,6 +244,7 @@ class UnitStatistic:
     """
 
     backward_needed = True
+    operand_dtype: torch.dtype | None = None
 
     def __init__(self, name: str, units: int, statistic: str, batch: BatchLayout) -> None:
         self.name, self.units, self.statistic, self._batch = name, units, statistic, batch

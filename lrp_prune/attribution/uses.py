@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.forms import Convolution, Form, form_of
+from lrp_prune.attribution.operands import Latest
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules import Call, is_activation
 from lrp_prune.attribution.tags import Tag, set_tag, tag_of
@@ -41,6 +42,8 @@ class Observer(Protocol):
     """Sees a use in the forward and, where it asks for it, in the backward."""
 
     backward_needed: bool
+    operand_dtype: torch.dtype | None
+    """The precision in which the activation is wanted in backward, and kept until then; None for its own."""
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Called with the activation ``a``."""
@@ -51,9 +54,11 @@ class Observer(Protocol):
 
 class _Observed(Function):
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, weight: Tensor, use: Use, observers: list[Observer]) -> Tensor:
-        ctx.save_for_backward(activation, weight)
-        ctx.use, ctx.observers = use, observers
+    def forward(
+        ctx: Any, activation: Tensor, kept: Tensor, weight: Tensor, use: Use, observers: list[Observer]
+    ) -> Tensor:
+        ctx.save_for_backward(kept, weight)
+        ctx.use, ctx.observers, ctx.dtype = use, observers, activation.dtype
         return use.form.forward(activation, weight)
 
     @staticmethod
@@ -61,11 +66,11 @@ class _Observed(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         activation, weight = ctx.saved_tensors
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
-            gradient = ctx.use.form.input_gradient(d, activation, weight)
+            gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
             use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag)
             for observer in ctx.observers:
                 observer.backward(use, activation, d, gradient)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 _observed: Callable[..., Tensor] = _Observed.apply
@@ -80,6 +85,7 @@ class WeightUses:
 
     def __init__(self, observers: Callable[[Use], list[Observer]] | None = None) -> None:
         self._observers = observers
+        self._latest = Latest()
         self.showing = True
 
     def observed(self, call: Call) -> Any:
@@ -110,10 +116,19 @@ class WeightUses:
             for observer in observers:
                 observer.forward(use, activation)
         late = [observer for observer in observers if observer.backward_needed]
-        result = _observed(activation, weight, use, late) if late else call.run()
+        result = _observed(activation, self._kept(activation, use, late), weight, use, late) if late else call.run()
         if type(form) is not Form:
             set_tag(result, _producer(use, call, result))
         return result
+
+
+    def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
+        """What is kept of the activation for the backward pass: half of it where half the precision is multiplied."""
+        wanted = {observer.operand_dtype for observer in observers}
+        dtype = wanted.pop() if len(wanted) == 1 and use.form.only_shows_activation else None
+        if dtype is None or dtype == activation.dtype:
+            return activation
+        return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))
 
 
 def _producer(use: Use, call: Call, result: Tensor) -> Tag:

@@ -407,3 +407,27 @@ def test_a_tensor_that_one_set_does_not_reach_is_merged_as_zero() -> None:
         both + Relevance({"a": torch.ones(3, 2), "b": two})
     with pytest.raises(ValueError, match="'b' is in one of them only"):
         both + Relevance({"a": one, "c": two})
+
+
+def test_what_is_kept_for_backward_is_in_the_precision_that_is_multiplied():
+    """Queries, keys and values share one copy of their activation, and it has half the bytes."""
+    model, batch = build("llama"), batch_for("llama")
+    kept: dict[torch.dtype, set[int]] = {}
+
+    def pack(tensor):
+        kept.setdefault(tensor.dtype, set()).add(tensor.untyped_storage()._cdata)
+        held.append(tensor)
+        return tensor
+
+    numbers = {}
+    for dtype in (None, "bfloat16"):
+        held: list[torch.Tensor] = []
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            relevance = lrp_prune.attribute(model, [batch], matmul_dtype=dtype, statistic="squared_token")
+        numbers[dtype] = len(kept.get(torch.bfloat16, ()))
+    layers = model.config.num_hidden_layers
+    assert numbers == {None: 0, "bfloat16": 4 * layers}  # the inputs of q, k, v; of o; of gate, up; of down
+    exact = lrp_prune.attribute(model, [batch], matmul_dtype=None, statistic="squared_token")
+    for name, values in relevance.items():
+        torch.testing.assert_close(values, exact[name], rtol=0.05, atol=0.01 * float(exact[name].max()))
