@@ -8,6 +8,7 @@ can replace them.
 import importlib.util
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,44 @@ def windows(
             f"the documents hold {len(picked) + len(spare)} windows of {length} tokens, {count} are needed"
         )
     return torch.tensor(picked + spare[: count - len(picked)])
+
+
+def other_text(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 512) -> Tensor:
+    """Windows of tokens as `windows` cuts them, of text unlike speeches: the documentation that Python itself ships."""
+    from pydoc_data.topics import topics
+
+    return windows(list(topics.values()), tokenizer, count, length)
+
+
+def sentence_beginnings(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int = 12, seed: int = 0
+) -> list[list[int]]:
+    """The first tokens of sentences, from each document in turn: prompts of one length.
+
+    Args:
+        documents: Texts.
+        tokenizer: The model's.
+        count: How many.
+        length: Tokens in each; shorter sentences are left out.
+        seed: Of the order and of the sentences.
+
+    Raises:
+        ValueError: If the documents have too few sentences of that length.
+    """
+    generator = random.Random(seed)
+    sentences = [re.split(r"(?<=[.!?])\s+", text) for text in documents]
+    generator.shuffle(sentences)
+    for several in sentences:
+        generator.shuffle(several)
+    found: dict[tuple[int, ...], None] = {}
+    for turn in range(max(map(len, sentences), default=0)):
+        for several in sentences:
+            ids = tokenizer(several[turn])["input_ids"][:length] if turn < len(several) else []
+            if len(ids) == length:
+                found[tuple(ids)] = None
+            if len(found) == count:
+                return [list(ids) for ids in found]
+    raise ValueError(f"the documents have {len(found)} sentences of {length} tokens, {count} are needed")
 
 
 def batches(ids: Tensor, batch_size: int) -> list[dict[str, Tensor]]:

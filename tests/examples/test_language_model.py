@@ -93,3 +93,13 @@ def test_the_speeches_are_many_and_long():
     speeches = language_model.load_documents()
     assert len(speeches) > 200
     assert min(map(len, speeches)) > 1000
+
+
+def test_beginnings_of_sentences_come_from_each_document_in_turn():
+    documents = ["abcdef. bcdx!", "ghijkl? hijkl?"]
+    tokenizer = Characters()
+    found = language_model.sentence_beginnings(documents, tokenizer, count=4, length=5, seed=1)
+    assert sorted(ids[:3] for ids in found) == [[0, 1, 2], [1, 2, 3], [6, 7, 8], [7, 8, 9]]
+    assert {ids[0] < 6 for ids in found[:2]} == {True, False}
+    with pytest.raises(ValueError, match="4 sentences of 5 tokens, 5 are needed"):
+        language_model.sentence_beginnings(documents, tokenizer, count=5, length=5)

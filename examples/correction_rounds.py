@@ -1,0 +1,80 @@
+"""The recipe of the correction examples: a patch by contrastive relevance, in rounds."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from correction_study import Batch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import lrp_prune
+from lrp_prune import Patch, Relevance
+
+
+class ContrastRounds:
+    """Makes patches from what serves a behaviour and not general text.
+
+    Args:
+        model: The model, which is as before after every call.
+        general: Batches of general text.
+        target: What is explained of the behaviour.
+        behaviour: Its name.
+        composite: The rules that propagate relevance.
+        guard: The share of the weights that may be chosen; the others matter to some token of the general text.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, general: list[Batch], target: Any, behaviour: str, composite: str, guard: float
+    ) -> None:
+        self.model, self.general, self.target, self.behaviour = model, general, target, behaviour
+        self.composite, self.guard = composite, guard
+        self._measure = self._explain(general, "next_token", "squared_token")
+
+    @property
+    def names(self) -> list[str]:
+        """The weights that are chosen from."""
+        return list(self._measure)
+
+    def _explain(self, batches: Sequence[Batch], target: Any, statistic: str) -> Relevance:
+        shown = tqdm(batches, desc=f"{self.composite}: {target}", leave=False)
+        # First tokens are sinks of attention, whose activations dwarf all others.
+        return lrp_prune.attribute(self.model, shown, target, self.composite, statistic, skip_first=1)
+
+    def collect(self, undesired: list[Batch]) -> tuple[Relevance, Relevance]:
+        """The relevance of general text and of the behaviour, on the model as it is now."""
+        return self._explain(self.general, "next_token", "signed"), self._explain(undesired, self.target, "signed")
+
+    def patch(self, sets: tuple[Relevance, Relevance], amount: float | int, extends: Patch | None = None) -> Patch:
+        """The weights with the lowest contrast, and those of the patch that is applied."""
+        options: dict[str, Any] = {"guard": self.guard, "guard_by": self._measure, "extends": extends}
+        return Patch.from_contrast(self.model, *sets, amount, behaviour=self.behaviour, **options)
+
+    def rounds(
+        self,
+        first: list[Batch],
+        again: Callable[[], list[Batch]],
+        amounts: Sequence[float],
+        strength: float,
+    ) -> list[Patch]:
+        """The patch after each round.
+
+        Args:
+            first: Batches that show the behaviour.
+            again: Makes such batches of the model as it is corrected then; none ends the rounds.
+            amounts: Fraction of the weights that each round adds.
+            strength: By how much they are weakened.
+        """
+        patches = [self.patch(self.collect(first), amounts[0])]
+        for amount in amounts[1:]:
+            last = patches[-1]
+            last.apply_(self.model, strength)
+            try:
+                batches = again()
+                if not batches:
+                    break
+                patches.append(self.patch(self.collect(batches), amount, last))
+            finally:
+                last.revert_(self.model)
+        for patch in patches:
+            patch.provenance["strength"] = strength
+        return patches
