@@ -8,7 +8,13 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lrp_prune.attribution.composites import COMPOSITES, Composite
@@ -134,21 +140,40 @@ def check_selection(
     return targets
 
 
-def check_strategy(trainer: Trainer, name: str, allow_untested: bool) -> None:
-    """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's)."""
+def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: bool = False) -> None:
+    """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's).
+
+    Args:
+        trainer: the run.
+        name: of the callback.
+        allow_untested: warn only.
+        sharded: whether the callback works on parameters that ``fully_shard`` has divided.
+    """
+    strategy = trainer.strategy
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         rank_zero_warn(
             f"this strategy starts processes that give back the model's weights only: what {name} finds stays in them. Take "
             "it from a checkpoint, write it in a hook of your own (on_fit_end), or use strategy='ddp'"
         )
-    if type(trainer.strategy) in STRATEGIES:
+    if type(strategy) is ModelParallelStrategy and sharded:
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                f"{name} works on weights that fully_shard has divided, not under tensor parallelism: use "
+                f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)"
+            )
         return
-    message = (
-        f"{name} is tested with the strategies 'auto' on one device and 'ddp' in all its variants, not with "
-        f"{type(trainer.strategy).__name__}"
-    )
+    if type(strategy) in STRATEGIES:
+        return
+    tested = "'auto' on one device and 'ddp' in all its variants" + (", and ModelParallelStrategy" if sharded else "")
+    message = f"{name} is tested with the strategies {tested}, not with {type(strategy).__name__}"
+    remedy = "use one of those"
+    if sharded and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        remedy = (
+            "use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), and shard the model in "
+            "configure_model by torch.distributed.fsdp.fully_shard"
+        )
     if not allow_untested:
-        raise MisconfigurationException(f"{message}: use one of those, or pass allow_untested=True to try")
+        raise MisconfigurationException(f"{message}: {remedy}, or pass allow_untested=True to try")
     rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
 
 

@@ -121,6 +121,11 @@ class Collection:
             if not self._same_everywhere:
                 return merged(trainer, relevance, failure)
             agree(trainer, failure)
+            if relevance is not None and relevance.shardings and self.needs_data:
+                # Sharded models are scored by all processes together, here each on the same data.
+                times = trainer.world_size
+                sums = {name: tensor / times for name, tensor in relevance.sums.items()}
+                relevance = relevance.with_sums(sums, relevance.num_samples // times)
         if failure is not None or relevance is None:
             raise failure or MisconfigurationException(f"reference= gave method={self.method!r} no batch")
         return relevance

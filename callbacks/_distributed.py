@@ -1,6 +1,7 @@
 """What several processes must agree on: relevance of all samples, and masks."""
 
-from typing import Any
+import hashlib
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -54,8 +55,8 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
         MisconfigurationException: no process had a batch.
     """
     agree(trainer, error)
-    if trainer.world_size == 1 and relevance is not None:
-        return relevance
+    if relevance is not None and (trainer.world_size == 1 or relevance.shardings):
+        return relevance  # of a sharded model it is that of all processes already
     names = {name: tuple(tensor.shape) for name, tensor in relevance.sums.items()} if relevance is not None else {}
     everyone = gathered(trainer, (names, relevance.num_samples if relevance is not None else 0))
     samples = sum(count for _, count in everyone)
@@ -92,11 +93,48 @@ def _described(trainer: Trainer, relevance: Relevance | None) -> Relevance:
 def check_equal(trainer: Trainer, masks: Masks) -> None:
     """Stop if two processes would prune differently.
 
+    Of masks that are divided, those processes are compared that hold the same part, and what all know of the whole.
+
     Raises:
-        RuntimeError: the masks differ; names the ranks.
+        RuntimeError: the masks differ; names the first tensor that does, and the ranks.
     """
     if trainer.world_size == 1:
         return
-    checksums = gathered(trainer, masks.checksum())
-    if len(set(checksums)) > 1:
-        raise RuntimeError(f"the ranks selected different masks (checksums {', '.join(checksums)}): nothing was pruned")
+    entries = {name: _digests(masks, name) for name in sorted(masks)}
+    parts: dict[str, Any] = {"all": hashlib.sha256()}
+    for name, (shared, part, own) in entries.items():
+        parts["all"].update(f"{name}, {shared};".encode())
+        parts.setdefault(part, hashlib.sha256()).update(own.encode())
+    everyone = gathered(trainer, {part: digest.hexdigest() for part, digest in parts.items()})
+    seen: dict[str, set[str]] = {}
+    for theirs in everyone:
+        for part, digest in theirs.items():
+            seen.setdefault(part, set()).add(digest)
+    if any(len(digests) > 1 for digests in seen.values()):
+        _raise_first_difference(gathered(trainer, entries))
+
+
+def _digests(masks: Masks, name: str) -> tuple[str, str, str]:
+    """What is equal in all processes; which part this one has; what is equal in all that have the same part."""
+    sharding = masks.shardings.get(name)
+    part = (
+        "whole" if sharding is None or sharding.axis is None else f"part {sharding.mesh.get_local_rank(sharding.axis)}"
+    )
+    shared = f"{masks.pruned_in(name)} of {masks.shapes[name]} pruned"
+    return shared, part, hashlib.sha256(masks.bits(name).numpy().tobytes()).hexdigest()
+
+
+def _raise_first_difference(everyone: list[dict[str, tuple[str, str, str]]]) -> NoReturn:
+    for name in sorted(set().union(*everyone)):
+        first: dict[str, tuple[int, str]] = {}
+        for rank, entries in enumerate(everyone):
+            shared, part, own = entries.get(name, ("no mask", "whole", ""))
+            for key, value in (("all", shared), (part, own)):
+                other, known = first.setdefault(key, (rank, value))
+                if known != value:
+                    raise RuntimeError(
+                        f"the ranks selected different masks: {name!r} is the first that differs, on rank {other} "
+                        f"({everyone[other].get(name, ('no mask',))[0]}) and rank {rank} ({shared}). Nothing was pruned: check "
+                        "that all ranks have the same weights and the same reference data"
+                    )
+    raise RuntimeError("the ranks selected different masks: nothing was pruned")

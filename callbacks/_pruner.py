@@ -11,9 +11,11 @@ from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import check_equal
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import group_sparsities
+from lrp_prune.names import resolve
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.keeping import MaskKeeper
 from lrp_prune.relevance import Relevance
+from lrp_prune.sharding import sharding_of
 
 
 class Pruner:
@@ -48,6 +50,7 @@ class Pruner:
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the masks so far take effect on the weights, optimizers and averages as they are now."""
+        self._divide(pl_module)
         if self.state.masks is None:
             return
         if self._keeper is None:
@@ -55,6 +58,15 @@ class Pruner:
             self._mask_averages(trainer)
         else:
             self._keeper.attach(trainer.optimizers)
+
+    def _divide(self, pl_module: LightningModule) -> None:
+        """Of masks from a checkpoint, which are whole, keep only this process's part where the weights are sharded."""
+        for name in ("masks", "pending"):
+            masks = getattr(self.state, name)
+            if masks is not None:
+                found = {entry: sharding_of(weight, entry) for entry, weight in resolve(masks, pl_module).items()}
+                shardings = {entry: sharding for entry, sharding in found.items() if sharding is not None}
+                setattr(self.state, name, masks.divided(shardings))
 
     def apply(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
         """Prune by these masks and count the round.

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_count, check_strategy
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection
@@ -117,12 +119,16 @@ class RelevanceCollector(CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer, type(self).__name__, self._allow_untested)
+        check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        if self._collects(trainer) and self._collection.uses_validation:
+        if not self._collects(trainer):
+            return
+        if torch.is_inference_mode_enabled():
+            make_ordinary(pl_module)  # before the first forward, which makes what sharded weights are gathered into
+        if self._collection.uses_validation:
             self._collection.start(trainer, pl_module)
 
     @override

@@ -175,7 +175,7 @@ class RelevancePruning(CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested)
+        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
         known = self._module() if self._module is not None else None

@@ -29,13 +29,14 @@ def unsharding(model: nn.Module, mode: PropagationMode) -> Iterator[None]:
     To be entered before any other hook is put on the model: the mode is suspended while FSDP's own hooks run.
 
     Raises:
+        RuntimeError: if parameters were gathered in inference mode before, which no gradient can go through.
         ValueError: in the forward, if a parameter is divided by tensor parallelism as well.
-        RuntimeError: in the forward, if the parameters were made in inference mode, which no gradient can go through.
     """
     modules = list(fsdp_modules(model))
     if not modules:
         yield
         return
+    _refuse_inference_tensors(modules)
     with ExitStack() as stack:
         stack.enter_context(_gradients_unsynchronized(modules))
         for module, places in _places(model, modules):
@@ -121,11 +122,6 @@ def _adopt(mode: PropagationMode, name: str, parameter: Tensor) -> None:
         raise ValueError(
             f"{name} is still divided in the forward: models with tensor parallelism are not supported, use fully_shard alone"
         )
-    if parameter.is_inference():
-        raise RuntimeError(
-            f"{name} was gathered in inference mode before, and FSDP keeps such tensors: run the model under "
-            "torch.no_grad() instead (in Lightning: Trainer(inference_mode=False)), or collect before"
-        )
     mode._origins[id(parameter)] = origin_of_parameter(name, parameter)
 
 
@@ -135,6 +131,18 @@ def _groups(module: nn.Module) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _refuse_inference_tensors(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for entry in (entry for group in _groups(module) for entry in group.fsdp_params):
+            gathered = getattr(entry, "_unsharded_param", None)
+            if gathered is not None and gathered.is_inference():
+                raise RuntimeError(
+                    f"{entry._param_fqn or 'a parameter'} was gathered in inference mode before, and FSDP keeps such tensors: "
+                    "run the model under torch.no_grad() instead (in Lightning: Trainer(inference_mode=False)), or collect "
+                    "before"
+                )
 
 
 @contextmanager
