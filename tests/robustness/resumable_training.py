@@ -145,6 +145,8 @@ class Found(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks = self._pruning.masks
+        if masks is not None and getattr(masks, "shardings", None):
+            return  # each process has a part
         zeros = {name: _whole(pl_module.get_parameter(name)) != 0 for name in masks} if masks is not None else {}
         agree = masks is not None and all(bool((zeros[name] <= masks[name]).all()) for name in masks)
         if trainer.is_global_zero:
