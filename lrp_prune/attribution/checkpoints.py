@@ -59,7 +59,7 @@ def recomputed_in_evaluation(model: nn.Module) -> Iterator[None]:
     Args:
         model: in evaluation mode; any module.
     """
-    layers = [module for module in model.modules() if _is_recomputed(module)]
+    layers: list[Any] = [module for module in model.modules() if _is_recomputed(module)]
     own = [(layer, layer.training, layer.__dict__.get("_gradient_checkpointing_func")) for layer in layers]
     for layer in layers:
         layer.training = True

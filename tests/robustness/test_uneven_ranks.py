@@ -9,7 +9,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import run
+from resumable_training import Classifier as Sharded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -149,6 +151,20 @@ def test_what_lightning_refuses_in_one_process_ends_all(tmp_path: Path) -> None:
     first, second = run(start, 2, tmp_path)
     assert "zero length" in str(second)
     assert "rank 1" in str(first) and "zero length" in str(first)
+
+
+def test_sharded_models_need_equal_numbers_of_batches(tmp_path: Path) -> None:
+    """Their forwards are steps of all processes: refused by all before the loop, with the numbers."""
+
+    def start() -> Any:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        trainer = trainer_of([RelevancePruning(summary=False)], strategy=strategy)
+        trainer.fit(Sharded(), part(8, 4, 0), part(8 + 8 * rank(), 4, 0))
+
+    for outcome in run(start, 2, tmp_path):
+        assert isinstance(outcome, MisconfigurationException), outcome
+        assert "rank 0: 2; rank 1: 4" in str(outcome)
+        assert "use_distributed_sampler=True" in str(outcome)
 
 
 @pytest.mark.parametrize("where", ["validation", "reference"])
