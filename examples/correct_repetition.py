@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from correction_comparisons import activation_patch, comparisons, mean_activations
-from correction_rounds import ContrastRounds
+from correction_rounds import ContrastRounds, last_within
 from correction_study import Batch, Result, Study, answer_batches, generate, interval, plot, stage, table
 from language_model import (
     PACKAGED_MODEL,
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
     add("--dataset", default=PACKAGED_TEXT, help="the packaged speeches, or a hub data set's name")
-    add("--candidates", type=int, default=280, help="beginnings of sentences tried, half of them to be held out")
+    add("--candidates", type=int, default=220, help="beginnings of sentences tried, half of them to be held out")
     add("--prompt-tokens", type=int, default=12, help="tokens in each prompt")
     add("--answer-tokens", type=int, default=50, help="tokens generated for each prompt")
     add("--repetitive", type=float, default=0.5, help="largest uniqueness ratio of answers that count as repetitive")
@@ -58,14 +58,19 @@ def parse() -> argparse.Namespace:
         "--amounts",
         nargs="+",
         type=float,
-        default=[0.0004, 0.0002],
+        default=[0.0004, 0.0002, 0.0002],
         help="fraction of the weights in each round",
     )
     add("--strength", type=float, default=0.5, help="by how much they are weakened: 1 removes them")
     add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
-    add("--allowed", type=float, default=0.01, help="more perplexity that is allowed to what is compared at equal cost")
+    add(
+        "--allowed",
+        type=float,
+        default=0.01,
+        help="more perplexity that is allowed: half of it where the round is chosen",
+    )
     add("--seeds", type=int, default=5, help="of random weights")
-    add("--general-windows", type=int, default=16, help="windows of text that general relevance is collected on")
+    add("--general-windows", type=int, default=12, help="windows of text that general relevance is collected on")
     add("--held-out-windows", type=int, default=8, help="windows of other speeches that the perplexity is measured on")
     add("--window", type=int, default=256, help="tokens in a window")
     add("--seed", type=int, default=0, help="of the choice of prompts and windows")
@@ -115,7 +120,8 @@ def main() -> None:
     stage(f"loading {options.model} and {options.dataset}")
     model, tokenizer = load_model(options.model)
     calibration, held_out = split_documents(load_documents(options.dataset))
-    general = batches(windows(calibration, tokenizer, options.general_windows, options.window, options.seed + 1), 4)
+    found_with = windows(calibration, tokenizer, 2 * options.general_windows, options.window, options.seed + 1)
+    general, to_choose = batches(found_with[::2], 4), found_with[1::2]
     text = windows(held_out, tokenizer, options.held_out_windows, options.window, options.seed)
     other = other_text(tokenizer, options.held_out_windows, options.window)
 
@@ -140,13 +146,16 @@ def main() -> None:
         options.amounts,
         options.strength,
     )
-    patch, names = patches[-1], contrast.names
+    chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 2)
+    patch, names = patches[chosen], contrast.names
     patch.save(options.output / "repetition.safetensors")
 
     stage(f"measuring on {len(test)} held-out prompts")
     study = Study(model, lambda corrected: uniqueness(generate(corrected, test, options.answer_tokens)), text)
     ours = [study.measure(each, options.strength) for each in patches]
-    groups = {"before": [study.base]} | {f"**after round {k}**": [result] for k, result in enumerate(ours, start=1)}
+    groups = {"before": [study.base]} | {
+        f"after round {k + 1}{' (chosen)' * (k == chosen)}": [result] for k, result in enumerate(ours)
+    }
     print(table(groups, "uniqueness"), flush=True)
 
     stage("measuring what it is compared with")
@@ -166,7 +175,9 @@ def main() -> None:
         points.setdefault(name, []).append(result)
         print(f"{name}: uniqueness {result.score:.3f} at {result.cost:+.2%}", flush=True)
     for composite in options.compare:
-        rival = ContrastRounds(model, general, RepetitionMargin(), "repetition", composite, options.guard)
+        rival = ContrastRounds(
+            model, general, RepetitionMargin(), "repetition", composite, options.guard, contrast.guard_by
+        )
         sets = rival.collect(answered(answers))
         found = study.at_cost(
             lambda count, rival=rival, sets=sets: rival.patch(sets, count),
@@ -190,10 +201,10 @@ def main() -> None:
 
     stage(f"results (table.md, trade-off.png and repetition.safetensors are in {options.output})")
     print(figures)
-    low, high = interval(ours[-1].scores)
-    still = sum(ratio <= options.repetitive for ratio in ours[-1].scores)
+    low, high = interval(ours[chosen].scores)
+    still = sum(ratio <= options.repetitive for ratio in ours[chosen].scores)
     print(
-        f"\nuniqueness {study.base.score:.3f} -> {ours[-1].score:.3f} ({low:.3f} to {high:.3f}) at {ours[-1].cost:+.2%} "
+        f"\nuniqueness {study.base.score:.3f} -> {ours[chosen].score:.3f} ({low:.3f} to {high:.3f}) at {ours[chosen].cost:+.2%} "
         f"perplexity; {still} of {len(test)} answers are still repetitive"
     )
     plain = perplexity(model, other)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from correction_comparisons import activation_patch, comparisons, mean_activations
-from correction_rounds import ContrastRounds
+from correction_rounds import ContrastRounds, last_within
 from correction_study import IGNORED, Batch, Result, Study, answer_batches, generate, interval, plot, stage, table
 from language_model import (
     PACKAGED_MODEL,
@@ -63,16 +63,21 @@ def parse() -> argparse.Namespace:
         default="words",
         help="templates with a package's words, or RealToxicityPrompts",
     )
-    add("--candidates", type=int, default=240, help="prompts tried, half of them to be held out")
+    add("--candidates", type=int, default=180, help="prompts tried, half of them to be held out")
     add("--answer-tokens", type=int, default=20, help="tokens generated for each prompt")
     add("--composite", default="epsilon", help="rules: epsilon, gradient, attnlrp, cp_lrp")
     add("--compare", nargs="*", default=["gradient"], help="other rules to compare with, at equal cost")
-    add("--amounts", nargs="+", type=float, default=[0.0003, 0.0002], help="fraction of the weights in each round")
+    add("--amounts", nargs="+", type=float, default=[0.0004, 0.0002], help="fraction of the weights in each round")
     add("--strength", type=float, default=0.5, help="by how much they are weakened: 1 removes them")
     add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
-    add("--allowed", type=float, default=0.01, help="more perplexity that is allowed to what is compared at equal cost")
+    add(
+        "--allowed",
+        type=float,
+        default=0.01,
+        help="more perplexity that is allowed: half of it where the round is chosen",
+    )
     add("--seeds", type=int, default=5, help="of random weights")
-    add("--general-windows", type=int, default=16, help="windows of text that general relevance is collected on")
+    add("--general-windows", type=int, default=12, help="windows of text that general relevance is collected on")
     add("--held-out-windows", type=int, default=8, help="windows of other speeches that the perplexity is measured on")
     add("--window", type=int, default=256, help="tokens in a window")
     add("--seed", type=int, default=0, help="of the choice of prompts and windows")
@@ -180,7 +185,8 @@ def main() -> None:
     stage(f"loading {options.model} and {options.dataset}")
     model, tokenizer = load_model(options.model)
     calibration, held_out = split_documents(load_documents(options.dataset))
-    general = batches(windows(calibration, tokenizer, options.general_windows, options.window, options.seed + 1), 4)
+    found_with = windows(calibration, tokenizer, 2 * options.general_windows, options.window, options.seed + 1)
+    general, to_choose = batches(found_with[::2], 4), found_with[1::2]
     text = windows(held_out, tokenizer, options.held_out_windows, options.window, options.seed)
     other = other_text(tokenizer, options.held_out_windows, options.window)
 
@@ -199,7 +205,8 @@ def main() -> None:
     first = labelled_batches(prompts, answers, tokenizer)
     contrast = ContrastRounds(model, general, target, "toxicity", options.composite, options.guard)
     patches = contrast.rounds(first, answered, options.amounts, options.strength)
-    patch, names = patches[-1], contrast.names
+    chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 2)
+    patch, names = patches[chosen], contrast.names
     patch.save(options.output / "toxicity.safetensors")
 
     stage(f"measuring on {len(test)} held-out prompts")
@@ -210,7 +217,9 @@ def main() -> None:
 
     study = Study(model, profane, text)
     ours = [study.measure(each, options.strength) for each in patches]
-    groups = {"before": [study.base]} | {f"**after round {k}**": [result] for k, result in enumerate(ours, start=1)}
+    groups = {"before": [study.base]} | {
+        f"after round {k + 1}{' (chosen)' * (k == chosen)}": [result] for k, result in enumerate(ours)
+    }
     print(table(groups, "profane answers"), flush=True)
 
     stage("measuring what it is compared with")
@@ -229,7 +238,7 @@ def main() -> None:
         points.setdefault(name, []).append(result)
         print(f"{name}: {result.score:.1%} profane at {result.cost:+.2%}", flush=True)
     for composite in options.compare:
-        rival = ContrastRounds(model, general, target, "toxicity", composite, options.guard)
+        rival = ContrastRounds(model, general, target, "toxicity", composite, options.guard, contrast.guard_by)
         sets = rival.collect(first)
         found = study.at_cost(
             lambda count, rival=rival, sets=sets: rival.patch(sets, count),
@@ -253,10 +262,10 @@ def main() -> None:
 
     stage(f"results (table.md, trade-off.png and toxicity.safetensors are in {options.output})")
     print(figures)
-    low, high = interval(ours[-1].scores)
+    low, high = interval(ours[chosen].scores)
     print(
-        f"\nof {len(test)} held-out prompts that drew a profane answer, {sum(ours[-1].scores):.0f} still do "
-        f"({low:.1%} to {high:.1%}) at {ours[-1].cost:+.2%} perplexity"
+        f"\nof {len(test)} held-out prompts that drew a profane answer, {sum(ours[chosen].scores):.0f} still do "
+        f"({low:.1%} to {high:.1%}) at {ours[chosen].cost:+.2%} perplexity"
     )
     plain = perplexity(model, other)
     patch.apply_(model, options.strength)

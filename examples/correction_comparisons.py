@@ -95,7 +95,7 @@ def comparisons(
     allowed: float,
     seeds: int,
 ) -> Iterator[tuple[str, Result]]:
-    """Measures what else could have been changed: as many entries as strongly, and removed at the cost that is allowed.
+    """Measures what else could have been changed: as many entries as strongly, or what is removed at the cost that is allowed.
 
     Args:
         study: What measures.
@@ -116,7 +116,6 @@ def comparisons(
             yield "random, same cost", study.measure(random_patch(model, names, first.entries, seed))
     makers = {"magnitude": lambda k: magnitude_patch(model, names, k), "activation contrast": activations}
     for name, make in makers.items():
-        yield f"{name}, same number", study.measure(make(count), strength)
         equal = study.at_cost(make, count, allowed)
         if equal is not None:
             yield f"{name}, same cost", equal

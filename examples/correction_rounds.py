@@ -4,11 +4,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from correction_study import Batch
+from language_model import perplexity
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import lrp_prune
 from lrp_prune import Patch, Relevance
+
+
+def last_within(model: PreTrainedModel, patches: Sequence[Patch], strength: float, text: Tensor, allowed: float) -> int:
+    """The number of the last patch that makes the perplexity of a text grow by at most the allowed share; 0 if none does."""
+    plain = perplexity(model, text)
+    last = 0
+    for number, patch in enumerate(patches):
+        patch.apply_(model, strength)
+        cost = perplexity(model, text) / plain - 1
+        patch.revert_(model)
+        print(
+            f"round {number + 1}: {patch.num_entries:,} weights, {cost:+.2%} perplexity on text to choose by",
+            flush=True,
+        )
+        if cost <= allowed:
+            last = number
+    return last
 
 
 class ContrastRounds:
@@ -21,19 +40,27 @@ class ContrastRounds:
         behaviour: Its name.
         composite: The rules that propagate relevance.
         guard: The share of the weights that may be chosen; the others matter to some token of the general text.
+        guard_by: What tells them, if it is collected already.
     """
 
     def __init__(
-        self, model: PreTrainedModel, general: list[Batch], target: Any, behaviour: str, composite: str, guard: float
+        self,
+        model: PreTrainedModel,
+        general: list[Batch],
+        target: Any,
+        behaviour: str,
+        composite: str,
+        guard: float,
+        guard_by: Relevance | None = None,
     ) -> None:
         self.model, self.general, self.target, self.behaviour = model, general, target, behaviour
         self.composite, self.guard = composite, guard
-        self._measure = self._explain(general, "next_token", "squared_token")
+        self.guard_by = guard_by or self._explain(general, "next_token", "squared_token")
 
     @property
     def names(self) -> list[str]:
         """The weights that are chosen from."""
-        return list(self._measure)
+        return list(self.guard_by)
 
     def _explain(self, batches: Sequence[Batch], target: Any, statistic: str) -> Relevance:
         shown = tqdm(batches, desc=f"{self.composite}: {target}", leave=False)
@@ -46,7 +73,7 @@ class ContrastRounds:
 
     def patch(self, sets: tuple[Relevance, Relevance], amount: float | int, extends: Patch | None = None) -> Patch:
         """The weights with the lowest contrast, and those of the patch that is applied."""
-        options: dict[str, Any] = {"guard": self.guard, "guard_by": self._measure, "extends": extends}
+        options: dict[str, Any] = {"guard": self.guard, "guard_by": self.guard_by, "extends": extends}
         return Patch.from_contrast(self.model, *sets, amount, behaviour=self.behaviour, **options)
 
     def rounds(

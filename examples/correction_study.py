@@ -152,7 +152,7 @@ class Study:
         start: int,
         allowed: float,
         strength: float = 1.0,
-        trials: int = 5,
+        trials: int = 4,
     ) -> Result | None:
         """The figures of the largest patch found whose cost is allowed: counts are tried by halving their logarithm.
 
