@@ -8,12 +8,14 @@ Lightning callbacks are in ``lrp_prune.callbacks``.
 
 from lrp_prune.attribution import Composite, Propagation, attribute, attributing, register_rule
 from lrp_prune.correction import Patch
+from lrp_prune.planning import Estimate, estimate
 from lrp_prune.pruning import Masks, prune, select
 from lrp_prune.relevance import Member, Relevance
 
 __all__ = [
     "Composite",
     "CorrectedModule",
+    "Estimate",
     "Masks",
     "Member",
     "Patch",
@@ -21,6 +23,7 @@ __all__ = [
     "Relevance",
     "attribute",
     "attributing",
+    "estimate",
     "prune",
     "register_rule",
     "select",

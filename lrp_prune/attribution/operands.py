@@ -21,7 +21,8 @@ class Latest:
     def made(self, what: Hashable, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """``make(source)``, the second time from memory."""
         # Backward unpacks a saved activation into a new tensor each time: its memory tells which it is.
-        key = (source.data_ptr(), source.shape, source.stride(), source.dtype, source.device, source._version)
+        memory = (source.untyped_storage()._cdata, source.storage_offset(), source._version)
+        key = (memory, source.shape, source.stride(), source.dtype)
         if key != self._key:
             self.forget()
             self._source, self._key = source, key  # held, so that no other tensor gets its memory

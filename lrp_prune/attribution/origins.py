@@ -61,7 +61,7 @@ def derive(origin: Origin, source: Tensor, result: Tensor, elementwise: bool) ->
     """
     if origin.layout is None:
         return origin
-    if result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() and result.dtype == source.dtype:
+    if result.untyped_storage()._cdata == source.untyped_storage()._cdata and result.dtype == source.dtype:
         offset = int(result.storage_offset() - source.storage_offset()) + origin.layout.offset
         return origin._replace(layout=Layout(tuple(result.size()), tuple(result.stride()), offset))
     if elementwise and result.shape == source.shape:

@@ -1,54 +1,22 @@
 """Layers recomputed in the backward pass, by either kind of checkpoint: same relevance, less memory, nothing left behind."""
 
 import copy
-import gc
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from live_bytes import Live
 from small_models import batch_for, build
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
 
 EXACT: dict[str, Any] = {"matmul_dtype": None, "composite": "attnlrp", "statistic": "squared_token"}
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors made inside that are alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        existing = (found for found in gc.get_objects() if issubclass(type(found), Tensor))
-        self._seen = {tensor.untyped_storage()._cdata for tensor in existing}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 class Recomputed(nn.Sequential):

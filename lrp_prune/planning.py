@@ -1,0 +1,283 @@
+"""Planning: how many bytes collecting and pruning take in each process, before anything is loaded."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.composites import composite_of
+from lrp_prune.attribution.observers import ObserverTable, scored_parameters
+from lrp_prune.attribution.propagation import propagating
+from lrp_prune.attribution.running import logits_of, run, subject_of, undisturbed
+from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.names import class_name, named_parameters
+from lrp_prune.pruning.scorers import defaults_of
+
+OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, "none": 0}
+"""Tensors of a parameter's size that an optimizer keeps for it."""
+
+Strategy = Literal["ddp", "fsdp"]
+_LOGIT_BLOCK = 4 * 2**20  # bytes of logits that are worked on at a time
+_SUM = 4  # bytes of a sum: relevance is accumulated in float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes in one process; see :func:`estimate`."""
+
+    weights: int
+    """Parameters and buffers."""
+    gradients: int
+    """Of the trainable parameters."""
+    optimizer: int
+    """Moments of the trainable parameters."""
+    relevance: int
+    """Sums of relevance, from the first batch of a collection until masks are selected."""
+    masks: int
+    """Masks that keep zeros through the training: a byte for each entry of the pruned tensors."""
+    activations: int
+    """What the forward keeps for the backward pass, logits included; 0 if no batch was given."""
+    temporary: int
+    """The largest temporary of a collection: one module's whole weights and sums where they are sharded, the operands
+    and the result of the largest contraction, or the gradient of the logits."""
+    host: int
+    """On the host: packed masks, and relevance that is accumulated there."""
+
+    @property
+    def collecting(self) -> int:
+        """The peak while relevance is collected from a model that is not being trained."""
+        return self.weights + self.relevance + self.activations + self.temporary
+
+    @property
+    def training(self) -> int:
+        """The peak of a training with kept zeros and with collections between its steps."""
+        training = self.weights + self.gradients + self.optimizer + self.masks
+        return training + self.activations + self.relevance + self.temporary
+
+    def __str__(self) -> str:
+        names = ("weights", "gradients", "optimizer", "relevance", "masks", "activations", "temporary")
+        rows = [(name, getattr(self, name)) for name in (*names, "collecting", "training", "host")]
+        return "\n".join(f"{name:12} {_readable(value):>10}" for name, value in rows)
+
+
+def estimate(
+    model: Any,
+    world_size: int = 1,
+    *,
+    strategy: Strategy = "fsdp",
+    batch: Any = None,
+    optimizer: str | float = "adamw",
+    dtype: torch.dtype | None = None,
+    granularity: str = "weight",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    trainable_only: bool = False,
+    accumulate_on: str | None = None,
+) -> Estimate:
+    r"""Bytes that collecting relevance and pruning take in each of ``world_size`` processes.
+
+    Nothing is loaded or computed: sizes are taken from the shapes of the parameters, activations from a forward without
+    data. With :math:`n` weights of :math:`b` bytes, :math:`s` of them scored, on :math:`p` processes, relevance takes
+    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided).
+
+    Args:
+        model: a module, on any device (``meta`` as well), or a Hugging Face configuration, of which the causal language
+            model (or the class that it names) is taken.
+        world_size: number of processes.
+        strategy: ``"fsdp"`` divides weights, gradients, optimizer, relevance and masks; ``"ddp"`` nothing.
+        batch: one process's batch, as the model takes it, or ``(samples, tokens)`` of token ids; None leaves
+            activations out.
+        optimizer: ``"adamw"``, ``"adam"``, ``"momentum"``, ``"sgd"``, ``"none"``, or the number of tensors of a
+            parameter's size that it keeps.
+        dtype: of the weights; None for the model's (a configuration's) own.
+        granularity: what is scored; the sums of units are negligible.
+        include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.attribute`.
+
+    Raises:
+        ValueError: for an argument that is not possible, or a model that cannot be run without data.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
+        >>> plan = estimate(model, world_size=4)
+        >>> plan.weights, plan.relevance, plan.masks
+        (1060880, 1064966, 265216)
+    """
+    if isinstance(world_size, bool) or world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if strategy not in ("ddp", "fsdp"):
+        raise ValueError(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
+    states = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
+    parts = world_size if strategy == "fsdp" else 1
+    parameters = named_parameters(module)
+    scored = scored_parameters(module, include, exclude, trainable_only, granularity == "embedding")
+    whole = granularity == "weight"
+
+    def part(parameter: Tensor) -> int:
+        """Entries here: a slice along the first dimension."""
+        if parameter.dim() == 0:
+            return 1
+        return -(-parameter.shape[0] // parts) * math.prod(parameter.shape[1:])
+
+    def size(parameter: Tensor) -> int:
+        kept = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        return kept.itemsize
+
+    weights = sum(part(entry) * size(entry) for entry in parameters.values())
+    weights += sum(buffer.numel() * size(buffer) for buffer in module.buffers())
+    trainable = sum(part(entry) * size(entry) for entry in parameters.values() if entry.requires_grad)
+    sums = sum(_SUM * (part(entry) + 2 * _inputs(entry)) for entry in scored.values()) if whole else 0
+    masks = sum(part(entry) for entry in scored.values())
+    options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
+    activations, logits = (0, 0) if batch is None else _forward(_Run(module, options), batch, dtype)
+    gradient = logits + min(2 * logits, 2 * _LOGIT_BLOCK) if logits else 0
+    temporary = max(gradient, _contraction(scored, batch, size) if whole else 0)
+    if parts > 1:
+        temporary += _one_module(module, scored if whole else {}, size)
+    on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
+    return Estimate(
+        weights=weights,
+        gradients=trainable,
+        optimizer=round(states * trainable),
+        relevance=0 if on_host else sums,
+        masks=masks,
+        activations=activations,
+        temporary=temporary,
+        host=-(-masks // 8) + (sums if on_host else 0),
+    )
+
+
+def _from_configuration(configuration: Any, dtype: torch.dtype | None) -> nn.Module:
+    if not hasattr(configuration, "model_type"):
+        raise ValueError(f"model must be a module or a Hugging Face configuration, got {type(configuration).__name__}")
+    import transformers
+
+    named = [getattr(transformers, name, None) for name in getattr(configuration, "architectures", None) or ()]
+    kind = next((found for found in named if found is not None), None)
+    with torch.device("meta"):
+        if kind is not None:
+            made: nn.Module = kind._from_config(configuration, dtype=dtype)
+        else:
+            made = transformers.AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    return made
+
+
+def _inputs(parameter: Tensor) -> int:
+    """Entries of what is kept of a weight's inputs: their energy, and the mean weight for each."""
+    return int(parameter.shape[-1])
+
+
+def _tokens(batch: Any) -> int:
+    if batch is None:
+        return 0
+    if _is_shape(batch):
+        return math.prod(batch)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    first = ids if isinstance(ids, Tensor) else next(iter(_tensors(batch)), None)
+    return 0 if first is None else first.numel() if ids is not None else int(first.shape[0])
+
+
+def _is_shape(batch: Any) -> bool:
+    return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else [value]
+    return [entry for entry in entries if isinstance(entry, Tensor)]
+
+
+def _contraction(scored: Mapping[str, Tensor], batch: Any, size: Callable[[Tensor], int]) -> int:
+    """The largest product of activations and gradients: its operands in half precision, and its result in both."""
+    tokens = _tokens(batch)
+    return max(
+        (
+            (2 + _SUM) * entry.numel() + 2 * tokens * sum(entry.shape[-2:]) + size(entry) * tokens * max(entry.shape)
+            for entry in scored.values()
+        ),
+        default=0,
+    )
+
+
+def _one_module(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> int:
+    """What one layer holds while it is whole: its weights, those of the next that are fetched meanwhile, and its sums."""
+    layers = [
+        child for entry in module.modules() if isinstance(entry, nn.ModuleList | nn.Sequential) for child in entry
+    ]
+    chosen = {id(parameter) for parameter in scored.values()}
+
+    def held(layer: nn.Module) -> int:
+        entries = list(layer.parameters())
+        sums = sum(_SUM * entry.numel() for entry in entries if id(entry) in chosen)
+        return sum(2 * size(entry) * entry.numel() for entry in entries) + 2 * sums  # sums are copied to be divided
+
+    return max(map(held, layers), default=0)
+
+
+def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def without_data(tensor: Tensor) -> Tensor:
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            made = torch.empty(tensor.shape, dtype=kind)
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+        state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
+        if _is_shape(batch):
+            given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long)}
+        elif isinstance(batch, Mapping):
+            given = {name: without_data(entry) if isinstance(entry, Tensor) else entry for name, entry in batch.items()}
+        else:
+            given = without_data(_tensors(batch)[0]) if _tensors(batch) else batch
+        own = {entry.untyped_storage()._cdata for entry in state.values()}
+        try:
+            saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with undisturbed(runner), saving, torch.enable_grad():
+                output = torch.func.functional_call(runner, state, (given,))
+            logits = logits_of(output)
+        except Exception as error:
+            raise ValueError(
+                f"{class_name(runner.module)} cannot be run without data ({type(error).__name__}: {error}): leave out batch="
+            ) from error
+        keep(logits)
+        total = sum(size for storage, (size, _) in kept.items() if storage not in own)
+        return total, logits.untyped_storage().nbytes()
+
+
+class _Run(nn.Module):
+    """Runs a module as a collection does."""
+
+    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module, self.options = module, options
+
+    def forward(self, batch: Any) -> Any:
+        best = defaults_of("lrp", self.options["granularity"])
+        options = {"statistic": best.statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
+        table = ObserverTable(self.module, **options)
+        uses = WeightUses(table.observers)
+        with propagating(
+            self.module, composite_of(best.composite or "gradient"), None, "ignore", uses, tracing=table.tracing
+        ):
+            return run(self.module, batch)
+
+
+def _readable(size: int) -> str:
+    for unit, factor in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,133 @@
+"""The plan against counted live tensor bytes, and against what it is made of."""
+
+import pytest
+import torch
+from live_bytes import Live
+from small_models import build
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lrp_prune
+from lrp_prune.pruning.keeping import MaskKeeper
+
+SIZES = [
+    {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 500},
+    {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 2, "vocab_size": 4000},
+]
+
+
+def _llama(sizes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+
+
+def _bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("tokens", [32, 256])
+@pytest.mark.parametrize("sizes", SIZES, ids=["small vocabulary", "large vocabulary"])
+def test_collecting_takes_what_is_planned(sizes, tokens):
+    model = _llama(sizes)
+    batch = {"input_ids": torch.randint(0, sizes["vocab_size"], (2, tokens))}
+    plan = lrp_prune.estimate(model, batch=(2, tokens))
+    assert plan == lrp_prune.estimate(model.config, batch=(2, tokens))
+    with Live() as live:
+        lrp_prune.attribute(model, [batch, batch], composite="epsilon", statistic="geometric")
+    counted = live.peak + _bytes(model.parameters()) + _bytes(model.buffers())
+    assert plan.collecting == pytest.approx(counted, rel=0.15)
+
+
+def test_a_training_with_kept_zeros_takes_what_is_planned():
+    model, tokens = _llama(SIZES[0]).train(), 64
+    batch = {"input_ids": torch.randint(0, 500, (2, tokens))}
+    plan = lrp_prune.estimate(model, batch=(2, tokens))
+    masks = lrp_prune.prune(model, [batch], sparsity=0.5, method="magnitude")
+    with Live() as live:
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        keeper = MaskKeeper(model, masks, [optimizer])
+        for _ in range(2):
+            loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        relevance = lrp_prune.attribute(model, [batch, batch], composite="epsilon", statistic="geometric")
+    counted = live.peak + _bytes(model.parameters()) + _bytes(model.buffers())
+    assert plan.training == pytest.approx(counted, rel=0.15)
+    assert keeper.nbytes == plan.masks
+    assert plan.relevance == pytest.approx(_bytes(relevance.sums.values()), rel=0.02)
+    keeper.remove()
+
+
+def test_what_is_divided_and_what_is_not():
+    model = _llama(SIZES[0])
+    alone, replicated, divided = (
+        lrp_prune.estimate(model, world_size, strategy=strategy, batch=(1, 16))
+        for world_size, strategy in ((1, "fsdp"), (4, "ddp"), (4, "fsdp"))
+    )
+    assert alone == replicated
+    for name in ("weights", "gradients", "optimizer", "relevance", "masks"):
+        assert getattr(divided, name) == pytest.approx(getattr(alone, name) / 4, rel=0.05)
+    assert divided.activations == alone.activations
+    assert divided.temporary > alone.temporary  # a whole layer and its sums
+
+
+def test_options_count():
+    model = _llama(SIZES[0])
+    full = lrp_prune.estimate(model)
+    assert full.activations == 0
+    assert full.optimizer == 2 * full.gradients == 2 * _bytes(model.parameters())
+    assert lrp_prune.estimate(model, optimizer="sgd").optimizer == 0
+    assert lrp_prune.estimate(model, optimizer=3).optimizer == 3 * full.gradients
+    half = lrp_prune.estimate(model, dtype=torch.bfloat16)
+    assert half.gradients == full.gradients // 2
+    assert half.relevance == full.relevance
+    on_host = lrp_prune.estimate(model, accumulate_on="cpu")
+    assert on_host.relevance == 0
+    assert on_host.host == full.host + full.relevance
+    assert lrp_prune.estimate(model, granularity="neuron").relevance == 0
+    attention = lrp_prune.estimate(model, include=["*self_attn*"])
+    assert attention.masks == sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    assert lrp_prune.estimate(model).gradients == 0
+
+
+def test_nothing_is_loaded_or_changed():
+    config = LlamaConfig(hidden_size=2**17, intermediate_size=2**19, num_hidden_layers=4, num_attention_heads=64)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.train()
+    plan = lrp_prune.estimate(model, 512, batch=(1, 2048))
+    assert sum(parameter.numel() for parameter in model.parameters()) * 4 > 2 * 2**40
+    assert model.training
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_any_module_and_batch():
+    model = nn.Sequential(nn.Linear(10, 400), nn.ReLU(), nn.Linear(400, 3))
+    plan = lrp_prune.estimate(model, batch=(torch.randn(50, 10), torch.zeros(50)))
+    assert plan.activations >= 50 * 400 * 4
+    assert "collecting" in str(plan)
+    images = lrp_prune.estimate(build("vit"), batch={"pixel_values": torch.randn(2, 3, 16, 16)})
+    assert images.activations > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"strategy": "deepspeed"}, "strategy must be 'ddp' or 'fsdp', got 'deepspeed'"),
+        ({"optimizer": "lamb"}, "optimizer must be one of"),
+        ({"batch": (1, 2, 3)}, "cannot be run without data"),
+        ({"include": ["nothing"]}, "nothing"),
+    ],
+)
+def test_what_is_impossible_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lrp_prune.estimate(nn.Linear(2, 2), **arguments)
+
+
+def test_no_model():
+    with pytest.raises(ValueError, match="must be a module or a Hugging Face configuration, got str"):
+        lrp_prune.estimate("meta-llama/Llama-2-7b-hf")
