@@ -32,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
     "random": {"method": "random"},
 }
-ITERATIVE = "in rounds"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,23 +42,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--granularity", default="neuron", help="what a node is: neuron head attention_neuron block")
     default = ["attnlrp", "gradient", "relp", "attribution patching", "attribution patching, IG", "random"]
     add("--methods", nargs="+", choices=METHODS, default=default, help="what is compared in one shot")
-    add("--rounds-of", choices=METHODS, default="relp", help="the method that is also run in rounds")
+    add("--rounds-of", choices=METHODS, default="attribution patching", help="the method that is also run in rounds")
     add("--rounds", type=int, default=4, help="rounds of it; 0 leaves it out")
     add("--ablations", nargs="+", default=["counterfactual", "zero"], help="what the rest is replaced by")
-    add(
-        "--sizes", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0], help="shares of nodes that are kept"
-    )
-    add("--samples", type=int, default=64, help="prompts to discover with")
-    add("--held-out", type=int, default=32, help="prompts of each seed to measure on")
+    add("--sizes", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.5, 1.0], help="shares of nodes that are kept")
+    add("--samples", type=int, default=48, help="prompts to discover with")
+    add("--held-out", type=int, default=16, help="prompts of each seed to measure on")
     add("--held-out-share", type=float, default=0.3, help="share of templates and names that are held out")
-    add("--seeds", type=int, default=3, help="draws of held-out prompts, for intervals")
+    add("--seeds", type=int, default=4, help="draws of held-out prompts, for intervals")
     add("--batch-size", type=int, default=16, help="prompts that are computed at once")
     add("--gates", action="store_true", help="also learn the circuit with gates, for each ablation; takes longer")
     add("--gates-from", choices=METHODS, default="attribution patching", help="the ranking that gates start from")
     add("--gate-samples", type=int, default=256, help="prompts that gates are trained on, from those to discover with")
     add("--gate-batch-size", type=int, default=8, help="prompts in each training step")
     add("--steps", type=int, default=250, help="training steps of the gates")
-    add("--density", type=float, default=0.05, help="share of nodes that the gates are to keep")
+    add("--density", type=float, default=0.06, help="share of nodes that the gates are to keep")
     add("--seed", type=int, default=0, help="of prompts, of what is held out, and of the gates")
     add("--output", type=Path, default=Path("outputs/ioi-circuit"), help="folder for reports, tables and circuits")
     add("--quick", action="store_true", help="few prompts and methods: shows in a minute that everything runs")
@@ -111,7 +108,7 @@ def rank_in_rounds(model: nn.Module, task: tasks.Task, ablation: str, options: a
         options.granularity,
         **METHODS[options.rounds_of],
         rounds=options.rounds,
-        floor=min(options.sizes),
+        floor=0.4 * min(options.sizes),  # the last round scores what the smallest circuit is chosen from
         ablation=ablation,
         batch_size=options.batch_size,
     )
@@ -215,7 +212,9 @@ def main() -> None:
         rankings = dict(one_shot)
         if options.rounds:
             stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
+            start_of_rounds = time.monotonic()
             rankings[f"{options.rounds_of}, {options.rounds} rounds"] = rank_in_rounds(model, train, ablation, options)
+            print(f"  {time.monotonic() - start_of_rounds:.1f} s", flush=True)
         if options.gates:
             stage(f"learning gates from {options.gates_from}, {ablation} ablation")
             start = one_shot.get(options.gates_from) or circuits.discover(

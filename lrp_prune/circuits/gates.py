@@ -96,7 +96,7 @@ class GateTraining(LightningModule):
         density: float | Mapping[str, float] | None = None,
         held_out: Task | None = None,
         warm_start: Ranking | Sequence[Ranking] | None = None,
-        learning_rate: float = 0.15,
+        learning_rate: float = 0.1,
         initial: float = 2.0,
         open_share: float | Mapping[str, float] | None = None,
         slope: float = 1.5,

@@ -18,6 +18,12 @@ TEMPLATES: tuple[str, ...] = (
     "Today {A} and {B} cooked together. In the kitchen {S} served some food to",
     "One evening {A} and {B} were playing music, and {S} lent a guitar to",
     "At the meeting {A} and {B} sat side by side. Soon {S} wrote a note to",
+    "In the morning {A} and {B} walked to the market, where {S} sold a basket to",
+    "Because {A} and {B} were late for the train, {S} threw the keys to",
+    "Yesterday {A} and {B} talked about the news. Then {S} read the story to",
+    "Near the river {A} and {B} set up a tent, and {S} brought some water to",
+    "Before {A} and {B} left the house, {S} returned the money to",
+    "All week {A} and {B} had worked on a plan. On Friday {S} explained it to",
 )
 """Sentences; ``{A}`` and ``{B}`` are the two names, ``{S}`` the one that is repeated."""
 ORDERS: tuple[str, ...] = ("ABBA", "BABA")
