@@ -1,0 +1,261 @@
+"""Trainings on sharded weights: the same relevance, masks, zeros and resumes as in one process."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from processes import run
+from resumable_training import Classifier
+from sharding import device_type, whole
+from torch.utils.data import DataLoader, TensorDataset
+
+from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Still(Classifier):
+    """Does not train, so that runs on any number of processes can be compared."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Zeros(Callback):
+    """Counts, after each step, pruned weights, gradients and moments that are not zero."""
+
+    def __init__(self, pruning: RelevancePruning) -> None:
+        self.pruning, self.wrong, self.checked = pruning, 0, 0
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self._count(pl_module, [parameter.grad for parameter in self._parameters(pl_module)])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        parameters = self._parameters(pl_module)
+        self._count(pl_module, parameters)
+        moments = [trainer.optimizers[0].state.get(parameter, {}).get("exp_avg") for parameter in parameters]
+        self._count(pl_module, moments)
+
+    def _parameters(self, pl_module: Any) -> list[Any]:
+        return [pl_module.get_parameter(name) for name in self.pruning.masks or {}]
+
+    def _count(self, pl_module: Any, tensors: list[Any]) -> None:
+        for name, tensor in zip(self.pruning.masks or {}, tensors, strict=True):
+            if tensor is not None:
+                here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                self.wrong += int(here[~self.pruning.masks.local(name)].count_nonzero())
+                self.checked += 1
+
+
+def loader(samples: int = 48, seed: int = 1) -> DataLoader:
+    inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(inputs, (inputs[:, :4] + 0.5 * inputs[:, 4:]).argmax(dim=1)), 4)
+
+
+def trainer(processes: int, directory: Path, **arguments: Any) -> Trainer:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if processes > 1:
+        sharding = {"data_parallel_size": processes, "tensor_parallel_size": 1}
+        arguments.setdefault("strategy", ModelParallelStrategy(**sharding, **arguments.pop("saving", {})))
+    accelerator = "gpu" if device_type(processes) == "cuda" else "cpu"
+    defaults = {**QUIET, "accelerator": accelerator, "devices": processes, "default_root_dir": directory}
+    return Trainer(**{**defaults, **arguments})
+
+
+def results(function: Any, processes: int, directory: Path) -> list[Any]:
+    found = run(function, processes, directory, 120.0)
+    for result in found:
+        if isinstance(result, Exception):
+            raise result
+    return found
+
+
+def collected_and_pruned(processes: int, directory: Path, **pruning: Any) -> Any:
+    data = pruning.get("reference")
+    collector = RelevanceCollector(reference=data)
+    pruner = RelevancePruning(sparsity=0.5, rounds=2, summary=False, **pruning)
+    trainer(processes, directory, max_epochs=3, callbacks=[collector, pruner]).fit(Still(), loader(), loader(seed=2))
+    assert abs(pruner.masks.sparsity - 0.5) < 1e-3
+    relevance = {name: whole(tensor) for name, tensor in collector.relevance.items()}
+    masks = pruner.masks.gathered()
+    return relevance, collector.relevance.num_samples, masks.state_dict(), pruner.round
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "row"}, {"granularity": "neuron"}, {"reference": True}], ids=str)
+def test_sharded_trainings_prune_what_one_process_prunes(tmp_path: Path, options: dict[str, Any]) -> None:
+    if "reference" in options:
+        options = {"reference": loader(16, seed=5)}
+    (expected,) = results(lambda: collected_and_pruned(1, tmp_path / "one", **options), 1, tmp_path / "one")
+    for processes in (2, 3) if not options else (2,):
+        directory = tmp_path / str(processes)
+
+        def call(processes: int = processes, directory: Path = directory) -> Any:
+            return collected_and_pruned(processes, directory, **options)
+
+        for relevance, samples, masks, done in results(call, processes, directory):
+            assert (samples, done) == (expected[1], expected[3])
+            for name, tensor in expected[0].items():
+                torch.testing.assert_close(relevance[name], tensor, rtol=1e-2, atol=1e-4)  # products may be bfloat16
+            different = sum(int((masks["bits"][n] != bits).sum()) for n, bits in expected[2]["bits"].items())
+            assert different == 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_zeros_stay_in_weights_gradients_and_moments(tmp_path: Path, precision: str, accumulate: int) -> None:
+    def train() -> Any:
+        pruning = RelevancePruning(sparsity=0.7, scope="global", summary=False)
+        zeros = Zeros(pruning)
+        made = trainer(
+            2,
+            tmp_path,
+            precision=precision,
+            accumulate_grad_batches=accumulate,
+            max_epochs=3,
+            gradient_clip_val=0.1,
+            gradient_clip_algorithm="norm",
+            callbacks=[pruning, zeros],
+        )
+        module = Classifier()
+        made.fit(module, loader(), loader(seed=2))
+        pruned = sum(int((whole(module.get_parameter(name)) == 0).sum()) for name in pruning.masks)
+        return zeros.wrong, zeros.checked, pruned, pruning.masks.num_pruned
+
+    for wrong, checked, pruned, expected in results(train, 2, tmp_path):
+        assert wrong == 0 and checked > 20
+        assert pruned >= expected == round(0.7 * (8 * 24 + 24 * 16 + 16 * 4))
+
+
+def test_collecting_leaves_a_training_as_it_is(tmp_path: Path) -> None:
+    """A validation in the middle of accumulation windows."""
+
+    def train(collect: bool) -> Any:
+        callbacks = [RelevanceCollector(), RelevanceCollector(granularity="neuron")] if collect else []
+        made = trainer(2, tmp_path, max_epochs=2, accumulate_grad_batches=4, val_check_interval=3, callbacks=callbacks)
+        module = Classifier()
+        torch.manual_seed(1)
+        made.fit(module, loader(), loader(seed=2))
+        return [whole(parameter) for parameter in module.parameters()]
+
+    (plain, _), (collected, _) = (results(lambda on=on: train(on), 2, tmp_path / str(on)) for on in (False, True))
+    assert all(torch.equal(first, second) for first, second in zip(plain, collected, strict=True))
+
+
+def test_validating_alone_leaves_inference_mode(tmp_path: Path) -> None:
+    def validate(processes: int, **options: Any) -> Any:
+        collector = RelevanceCollector(**options)
+        trainer(processes, tmp_path, callbacks=[collector]).validate(Still(), loader(seed=2), verbose=False)
+        collector.relevance.save(tmp_path / f"{processes}.safetensors")
+        return {name: whole(tensor) for name, tensor in collector.relevance.items()}, collector.relevance.num_samples
+
+    for options in ({}, {"reference": loader(8, seed=5)}):
+        (expected,) = results(lambda options=options: validate(1, **options), 1, tmp_path)
+        for found in results(lambda options=options: validate(2, **options), 2, tmp_path):
+            assert found[1] == expected[1]
+            for name, tensor in expected[0].items():
+                torch.testing.assert_close(found[0][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+class Diary(Callback):
+    """What is pruned when a training begins, and when it writes a checkpoint, after which it stops."""
+
+    def __init__(self, pruning: RelevancePruning, file: Path | None) -> None:
+        self.pruning, self.file, self.begun, self.written = pruning, file, None, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.pruning.masks is not None:
+            bits = sum(self.pruning.masks.bits(name).numel() for name in self.pruning.masks)
+            self.begun = (self.pruning.round, self.pruning.masks.checksum(), bits)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.file is not None and trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.file)
+            self.written = (self.pruning.round, self.pruning.masks.checksum())
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("whole_file", [True, False], ids=["full", "sharded"])
+def test_a_checkpoint_resumes_on_any_number_of_processes(tmp_path: Path, whole_file: bool) -> None:
+    entries = 8 * 24 + 24 * 16 + 16 * 4
+
+    def fit(processes: int, resume: Path | None, file: Path | None = None) -> Any:
+        pruning = RelevancePruning(sparsity=0.6, rounds=3, scope="global", summary=False)
+        diary = Diary(pruning, file)
+        saving = {"save_distributed_checkpoint": not whole_file}
+        arguments = {"saving": saving} if processes > 1 else {}
+        made = trainer(processes, tmp_path, max_epochs=4, callbacks=[pruning, diary], **arguments)
+        module = Classifier()
+        made.fit(module, loader(), loader(seed=2), ckpt_path=resume, weights_only=True)
+        masks = pruning.masks.gathered()
+        zeros = sum(int((whole(module.get_parameter(name)) == 0).sum()) for name in masks)
+        return diary.begun, diary.written, pruning.round, zeros >= masks.num_pruned
+
+    file = tmp_path / "half.ckpt"
+    (begun, written, *_), _ = results(lambda: fit(2, None, file), 2, tmp_path / "first")
+    assert begun is None and written[0] == 1
+    for processes in (1, 2, 3) if whole_file else (2, 3):
+        found = results(lambda n=processes: fit(n, file), processes, tmp_path / f"on{processes}")
+        for begun, _, done, zeros in found:
+            assert begun[:2] == written
+            assert done == 3 and zeros
+        assert sum(begun[2] for begun, *_ in found) <= entries / 8 + 3 * processes  # each has its own part's bits only
+
+
+def test_different_masks_stop_the_run_and_are_named(tmp_path: Path) -> None:
+    def fit(processes: int, **arguments: Any) -> Any:
+        class Wrong(RelevancePruning):
+            def _prune(self, trainer: Trainer, pl_module: Any, log: bool) -> None:
+                masks = self._pruner.state.pending
+                if trainer.global_rank == 1:
+                    masks._pruned["net.4.weight"] = 7
+                    masks._bits["net.4.weight"] = ~masks._bits["net.4.weight"]
+                super()._prune(trainer, pl_module, log)
+
+        pruning = Wrong(sparsity=0.5, summary=False)
+        with pytest.raises(RuntimeError) as error:
+            trainer(processes, tmp_path, max_epochs=2, callbacks=[pruning], **arguments).fit(
+                Still(), loader(), loader(seed=2)
+            )
+        return str(error.value)
+
+    for arguments in ({}, {"strategy": "ddp"}):
+        for message in results(lambda arguments=arguments: fit(2, **arguments), 2, tmp_path):
+            assert "'net.4.weight' is the first that differs" in message and "7 of (16, 24) pruned" in message
+
+
+def test_other_ways_of_sharding_are_refused_by_name(tmp_path: Path) -> None:
+    def refused(callback: Any, strategy: Any) -> str:
+        with pytest.raises(MisconfigurationException) as error:
+            trainer(2, tmp_path, max_epochs=1, callbacks=[callback], strategy=strategy).fit(Still(), loader(), loader())
+        return str(error.value)
+
+    def call() -> str:
+        return refused(RelevancePruning(), ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2))
+
+    for message in results(call, 2, tmp_path):
+        assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in message
+
+
+def test_fsdp1_and_deepspeed_are_refused_in_setup() -> None:
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    for kind in (FSDPStrategy, DeepSpeedStrategy):
+        strategy = kind.__new__(kind)
+        strategy._launcher = None
+        pretended = SimpleNamespace(strategy=strategy, world_size=2)
+        for callback in (RelevancePruning(), RelevanceCollector()):
+            with pytest.raises(MisconfigurationException, match=r"ModelParallelStrategy\(.*fully_shard"):
+                callback.setup(pretended, Still(), "fit")
