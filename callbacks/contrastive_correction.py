@@ -50,11 +50,12 @@ class ContrastiveCorrection(CollectingCallback):
         strength: at which the patch is enabled.
         target: what is explained, see :func:`lrp_prune.attribute`; a logit difference at the tokens that show the
             behaviour serves best.
-        undesired_target: what is explained on the undesired set, if it is something else.
+        undesired_target: what is explained on the undesired set, if it is something else:
+            :class:`~lrp_prune.attribution.RepetitionMargin` or :class:`~lrp_prune.attribution.TokenMargin` say.
         composite, statistic, granularity, include, exclude, skip_first, accumulate_on: see
             :class:`lrp_prune.attribution.RelevanceAccumulator`.
         normalize, guard, guard_scope, reverse: see :class:`lrp_prune.correction.Contrast`.
-        guard_statistic: collect the general set in another statistic too, for the guard; ``"abs_token"`` say.
+        guard_statistic: collect the general set in another statistic too, for the guard; ``"squared_token"`` served best.
         max_batches: batches used of each set.
         undesired_metric: measures the behaviour; lower is better.
         guard_metric: measures what is to stay.
