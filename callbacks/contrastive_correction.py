@@ -55,7 +55,7 @@ class ContrastiveCorrection(CollectingCallback):
         composite, statistic, granularity, include, exclude, skip_first, accumulate_on: see
             :class:`lrp_prune.attribution.RelevanceAccumulator`.
         normalize, guard, guard_scope, reverse: see :class:`lrp_prune.correction.Contrast`.
-        guard_statistic: collect the general set in another statistic too, for the guard; ``"squared_token"`` served best.
+        guard_statistic: collect the general set in another statistic too, for the guard; ``"squared_token"`` say.
         max_batches: batches used of each set.
         undesired_metric: measures the behaviour; lower is better.
         guard_metric: measures what is to stay.
