@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.statistics import BatchLayout, InputNorm, RowStatistic, UnitStatistic, WeightStatistic
 from lrp_prune.attribution.uses import Observer, Use
-from lrp_prune.names import matches, named_parameters, unwrap
+from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
 
 
@@ -251,4 +251,4 @@ class ObserverTable:
 def fingerprint(model: nn.Module) -> str:
     """The model's class and the number of its parameters: what relevance must agree in to be merged."""
     model = unwrap(model)
-    return f"{type(model).__name__}, {sum(parameter.numel() for parameter in model.parameters())} parameters"
+    return f"{class_name(model)}, {sum(parameter.numel() for parameter in model.parameters())} parameters"

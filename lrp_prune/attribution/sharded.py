@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lrp_prune.attribution.divided import DividedInputNorm, DividedStatistic
 from lrp_prune.attribution.observers import ObserverTable
-from lrp_prune.attribution.statistics import BatchLayout, InputNorm, RowStatistic, UnitStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import InputNorm, RowStatistic, UnitStatistic, WeightStatistic
 from lrp_prune.attribution.tags import set_tag, tag_of
 from lrp_prune.attribution.unsharding import own_modules
 from lrp_prune.names import named_parameters, unwrap
@@ -27,104 +28,8 @@ from lrp_prune.sharding import (
     all_reduced,
     device_of,
     fsdp_modules,
-    local_part,
     sharding_of,
 )
-
-
-class _Divided(WeightStatistic):
-    """Sums of one sharded weight: whole and partial while a batch propagates, else this process's part.
-
-    Args:
-        name: canonical name.
-        parameter: the sharded weight.
-        sharding: how it is divided.
-        statistic, batch, matmul_dtype, device: see :class:`WeightStatistic`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parameter: Tensor,
-        sharding: Sharding,
-        statistic: str,
-        batch: BatchLayout,
-        matmul_dtype: torch.dtype | None,
-        device: torch.device | str | None,
-    ) -> None:
-        # Of a weight that is not here only the layout is known; it takes no memory.
-        stand_in = torch.empty((), dtype=parameter.dtype, device=device_of(sharding.mesh)).expand(sharding.shape)
-        super().__init__(name, stand_in, statistic, batch, matmul_dtype, stand_in.device)
-        self.sharding, self._sharded, self._kept_on = sharding, parameter, device
-        self._part: Tensor | None = None
-        self._inputs_sum: Tensor | None = None
-        self.inputs_divided = False
-
-    @property
-    def code(self) -> int:
-        """What waits to be summed: 0 nothing, 1 sums; more if ``inputs`` as well, by the dimension they run along."""
-        if self.sums is None:
-            return 0
-        if self.inputs is None:
-            return 1
-        long = [dim for dim, size in enumerate(self.inputs.shape) if size > 1]
-        return 2 + (long[0] if len(long) == 1 else self.inputs.dim() if long else 0)
-
-    def sum_up(self, code: int) -> None:
-        """Add what all processes have to the parts, and give up what is whole."""
-        sums = self._allocated()
-        self.sums = None
-        part = self.sharding.summed(sums)
-        del sums
-        if self._part is None:
-            self._part = torch.zeros(part.shape, dtype=part.dtype, device=self._kept_on or part.device)
-        self._part.add_(part.to(self._part.device))
-        if code > 1:
-            self._sum_up_inputs(code - 2)
-
-    def _sum_up_inputs(self, dim: int) -> None:
-        inputs, self.inputs = self.inputs, None
-        shape = self.sharding.shape
-        full = dim == len(shape)
-        wanted = shape if full else tuple(size if axis == dim else 1 for axis, size in enumerate(shape))
-        partial = torch.zeros(wanted, dtype=torch.float32, device=self._parameter.device)
-        if inputs is not None:
-            partial += inputs
-        # Vectors are small, and stay whole in every process.
-        total = self.sharding.summed(partial) if full else all_reduced(partial, self.sharding.mesh)
-        before = self._inputs_sum
-        if before is not None and full and not self.inputs_divided:
-            before = self.sharding.part(before)
-        elif before is not None and not full and self.inputs_divided:
-            total = self.sharding.part(total)
-        self._inputs_sum = total if before is None else before + total
-        self.inputs_divided |= full
-
-    def mean_weights(self) -> Tensor | None:
-        """Mean absolute weight for each of the ``inputs``, in their shape."""
-        if self.inputs is None:
-            return None
-        weight = local_part(self._sharded).to(device=self.inputs.device, dtype=torch.float32).abs()
-        if self.inputs_divided:
-            return weight
-        shared = [dim for dim, size in enumerate(self.inputs.shape) if size == 1]
-        number = 1
-        for dim in shared:
-            number *= self.sharding.shape[dim]
-        total = torch.zeros_like(self.inputs)
-        self.sharding.part(total).copy_(weight.sum(shared, keepdim=True) if shared else weight)
-        return self.sharding.all_reduced(total).div_(max(number, 1))
-
-    def finish(self) -> Tensor | None:
-        """This process's part of the sums with the factor ``W``, handed over; None if no relevance arrived anywhere."""
-        self.sums, self._part = self._part, None
-        self.inputs, self._inputs_sum = self._inputs_sum, None
-        self._parameter = local_part(self._sharded)
-        return super().finish()
-
-
-class _DividedInputNorm(_Divided, InputNorm):
-    """As :class:`_Divided`, from the forward alone."""
 
 
 class _Leaving(Function):
@@ -163,9 +68,9 @@ class ShardedTable(ObserverTable):
         found = self._statistics[name] = self._divided(name)
         return found
 
-    def _divided(self, name: str) -> _Divided:
+    def _divided(self, name: str) -> DividedStatistic:
         plain = super()._weight(name)  # for the options that it chooses
-        kind = _DividedInputNorm if isinstance(plain, InputNorm) else _Divided
+        kind = DividedInputNorm if isinstance(plain, InputNorm) else DividedStatistic
         options = (plain.statistic, self.batch, plain.operand_dtype, self._device)
         return kind(name, self.parameters[name], self.shardings[name], *options)
 
@@ -209,13 +114,14 @@ class ShardedTable(ObserverTable):
         if not names or self._granularity != "weight":
             return
         mine = [
-            statistic.code if isinstance(statistic := self._statistics.get(name), _Divided) else 0 for name in names
+            statistic.code if isinstance(statistic := self._statistics.get(name), DividedStatistic) else 0
+            for name in names
         ]
         codes = all_reduced(torch.tensor(mine), self.mesh, "MAX").tolist()
         for name, code in zip(names, codes, strict=True):
             if code:
                 statistic = self._weight(name)
-                assert isinstance(statistic, _Divided)
+                assert isinstance(statistic, DividedStatistic)
                 statistic.sum_up(code)
 
     def agree(self, error: Exception | None) -> None:
@@ -235,7 +141,7 @@ class ShardedTable(ObserverTable):
         divided = {
             name + INPUTS: self.shardings[name]
             for name, statistic in self._statistics.items()
-            if isinstance(statistic, _Divided) and statistic.inputs_divided
+            if isinstance(statistic, DividedStatistic) and statistic.inputs_divided
         }
         return super().finish(**description, num_samples=samples, shardings={**self.shardings, **divided})
 
@@ -256,7 +162,7 @@ class ShardedTable(ObserverTable):
         }
         self._statistics = statistics
         for name, statistic in statistics.items():
-            if isinstance(statistic, _Divided):
+            if isinstance(statistic, DividedStatistic):
                 continue
             units, inputs = descriptions[name]
             shape = statistic._allocated().shape if isinstance(statistic, WeightStatistic) else (units,)
@@ -282,7 +188,7 @@ def _described(statistic: WeightStatistic | UnitStatistic | RowStatistic) -> tup
 
 
 def _finite(statistic: WeightStatistic | UnitStatistic | RowStatistic) -> bool:
-    sums = statistic._part if isinstance(statistic, _Divided) else statistic.sums
+    sums = statistic._part if isinstance(statistic, DividedStatistic) else statistic.sums
     return sums is None or bool(torch.isfinite(sums).all())
 
 
