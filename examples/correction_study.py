@@ -205,7 +205,7 @@ def plot(
     title: str,
 ) -> Figure:
     """The trade-off: score by cost, curves for what was tried at several amounts and points for single patches."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     for name, results in curves.items():
         ordered = sorted([base, *results], key=lambda result: result.entries * result.strength)
@@ -222,5 +222,5 @@ def plot(
     axes.axvline(1.0, color="grey", linewidth=1, linestyle="dotted", label="1 % more perplexity")
     axes.axhline(wanted, color="grey", linewidth=1, linestyle="dashed", label=f"aim: {wanted:g}")
     axes.set(xlabel="more perplexity on general text (%)", ylabel=score, title=title)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure

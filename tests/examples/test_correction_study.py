@@ -163,7 +163,7 @@ def test_table_and_plot_show_every_result(model, tmp_path):
     assert lines[3] == "| random | 1,000 | 0.5 | 0.500 (2 seeds: 0.400 to 0.600) | 20.02 | +2.0% | 0.0100 |"
     assert len(lines) == 4
     figure = correction_study.plot({"ours": [result(0.7, 0.01)]}, groups, result(0.3, 0), "uniqueness", 0.7, "title")
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"ours", "random", "before"} <= set(labels)
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
