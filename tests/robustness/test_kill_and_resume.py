@@ -13,7 +13,7 @@ from killing import EVENTS, Run, Trials, by_steps, differences, launch
 
 from lrp_prune.pruning import Masks
 
-PROCESSES = {"one": 1, "ddp": 2}
+PROCESSES = {"one": 1, "ddp": 2, "fsdp-sharded": 2, "fsdp-full": 2}
 
 
 def of_epoch(epoch: int, run: Run) -> Path:
@@ -21,7 +21,7 @@ def of_epoch(epoch: int, run: Run) -> Path:
     return next(path for path in run.checkpoints if path.name.startswith(f"epoch={epoch}") and "end" in path.name)
 
 
-@pytest.fixture(scope="module", params=PROCESSES)
+@pytest.fixture(scope="module", params=["one", "ddp"])
 def trials(request: Any, tmp_path_factory: Any) -> Trials:
     return Trials(tmp_path_factory.mktemp("kills"), request.param, PROCESSES[request.param])
 
@@ -29,7 +29,13 @@ def trials(request: Any, tmp_path_factory: Any) -> Trials:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trials", "moment"),
-    [*(("one", moment) for moment in EVENTS[1:]), ("ddp", "collecting"), ("ddp", "checkpoint")],
+    [
+        *(("one", moment) for moment in EVENTS[1:]),
+        ("ddp", "collecting"),
+        ("ddp", "checkpoint"),
+        ("fsdp-sharded", "checkpoint"),
+        ("fsdp-full", "window"),
+    ],
     indirect=["trials"],
 )
 def test_a_killed_training_resumes_equal(trials: Trials, moment: str) -> None:
