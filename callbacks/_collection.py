@@ -85,8 +85,7 @@ class Collection:
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
         self._begin(trainer, pl_module)
-        batches = trainer.num_val_batches
-        total = sum(batches) if self.dataloader is None else batches[min(self.dataloader, len(batches) - 1)]
+        total = _number_of_batches(trainer, self.dataloader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
@@ -167,8 +166,9 @@ class Collection:
             total = len(batches) if isinstance(batches, Sized) else float("inf")
             batches = zip(batches, repeat(0), strict=False)
         else:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
             batches = _validation_batches(trainer, self.dataloader)
-            total = float("inf")
+            total = _number_of_batches(trainer, self.dataloader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
         for batch, dataloader_idx in islice(batches, self.max_batches):
             if self._failure is not None:
@@ -214,9 +214,14 @@ def _batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iter
     return reference if reference is not None else ()
 
 
+def _number_of_batches(trainer: Trainer, dataloader: int | None) -> float:
+    """How many batches of a validation are looked at; infinite where its loaders do not tell."""
+    batches = trainer.num_val_batches
+    return sum(batches) if dataloader is None else batches[min(dataloader, len(batches) - 1)]
+
+
 def _validation_batches(trainer: Trainer, dataloader: int | None) -> Iterator[tuple[Any, int]]:
     """The batches that a validation would see, each with its loader's index."""
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = trainer.val_dataloaders
     for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
         if dataloader in (None, index):

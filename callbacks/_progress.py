@@ -26,7 +26,7 @@ class CollectionProgress:
             return
         count = int(total) if total != float("inf") else None
         if isinstance(bar, RichProgressBar):
-            if bar.progress is not None:
+            if bar.progress is not None and count is not None:  # Lightning's rich bar has no tasks of unknown length
                 self._rich = bar.progress
                 self._task = bar.progress.add_task(f"[white]{_DESCRIPTION}", total=count)
         elif isinstance(bar, TQDMProgressBar):

@@ -103,7 +103,7 @@ def estimate(
         >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
         >>> plan = estimate(model, world_size=4)
         >>> plan.weights, plan.relevance, plan.masks
-        (1060880, 1064966, 265216)
+        (1061900, 1077248, 265216)
     """
     if isinstance(world_size, bool) or world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
