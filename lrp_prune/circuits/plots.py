@@ -115,11 +115,11 @@ def overlaps(circuits: Mapping[str, Circuit]) -> "Figure":
         ]
         for a in names
     ]
-    figure = _figure(2.5 + 0.6 * len(names), 1.5 + 0.45 * len(names))
+    figure = _figure(3.5 + 0.65 * len(names), 1.5 + 0.4 * len(names))
     axes = figure.add_subplot()
     axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")
+    axes.set_yticks(range(len(names)), names, fontsize="small")
     for row, values in enumerate(table):
         for column, value in enumerate(values):
             if value == value:
