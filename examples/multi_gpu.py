@@ -124,7 +124,7 @@ def strategy_of(name: str, devices: int) -> Strategy | str:
 def main() -> None:
     if sys.argv[1:2] in (["fit"], ["validate"]):
         torch.set_num_threads(1)
-        LightningCLI(ByteModel, Speeches)
+        LightningCLI(ByteModel, Speeches, save_config_callback=None)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

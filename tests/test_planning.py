@@ -98,7 +98,7 @@ def test_nothing_is_loaded_or_changed():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.train()
-    plan = lrp_prune.estimate(model, 512, batch=(1, 2048))
+    lrp_prune.estimate(model, 512, batch=(1, 2048))
     assert sum(parameter.numel() for parameter in model.parameters()) * 4 > 2 * 2**40
     assert model.training
     assert all(parameter.is_meta for parameter in model.parameters())

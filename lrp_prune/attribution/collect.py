@@ -1,6 +1,6 @@
 """Collecting: relevance of weights or units over batches, streaming."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
+from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
@@ -17,7 +18,7 @@ from lrp_prune.attribution.sharded import ShardedTable, shardings_of
 from lrp_prune.attribution.targets import Target, describe, target_of
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import device_of, in_step
+from lrp_prune.sharding import device_of
 
 
 class RelevanceAccumulator:
@@ -68,7 +69,7 @@ class RelevanceAccumulator:
         self._skip_first = skip_first
         self._unruled, self._forward_context = unruled, forward_context
         sharded = bool(shardings_of(self._subject.module))
-        self._table = (ShardedTable if sharded else ObserverTable)(
+        self.table = (ShardedTable if sharded else ObserverTable)(
             self._subject.module,
             statistic=statistic,
             granularity=granularity,
@@ -80,6 +81,11 @@ class RelevanceAccumulator:
         )
         self.num_samples = 0
 
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The weights that are scored, by canonical name."""
+        return self.table.parameters
+
     def update(self, batch: Any) -> None:
         """Add one batch: one forward and one backward pass.
 
@@ -87,7 +93,7 @@ class RelevanceAccumulator:
             FloatingPointError: if the explained value or the relevance of an input is not finite.
             ValueError: if the target does not fit the batch.
         """
-        module, table = self._subject.module, self._table
+        module, table = self._subject.module, self.table
         sharded = table if isinstance(table, ShardedTable) else None
         device = next(module.parameters()).device if sharded is None else device_of(sharded.mesh)
         with torch.inference_mode(False), undisturbed(module), recomputed_in_evaluation(module):
@@ -121,8 +127,8 @@ class RelevanceAccumulator:
                     f"relevance is not finite at {root.name!r} after {self.num_samples} good samples: "
                     "check the batch and the precision"
                 )
-            self._table.add_root(root, gradient)
-        self._table.batch.finish()
+            self.table.add_root(root, gradient)
+        self.table.batch.finish()
 
     def compute(self) -> Relevance:
         """The relevance so far; the accumulator is empty afterwards.
@@ -134,7 +140,7 @@ class RelevanceAccumulator:
         if self.num_samples == 0:
             raise ValueError("no batch was seen: relevance needs at least one reference sample")
         samples, self.num_samples = self.num_samples, 0
-        return self._table.finish(composite=self._composite.name, num_samples=samples, target=describe(self._target))
+        return self.table.finish(composite=self._composite.name, num_samples=samples, target=describe(self._target))
 
 
 def attribute(
@@ -146,6 +152,7 @@ def attribute(
     granularity: str = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    chunks: int = 1,
     **options: Any,
 ) -> Relevance:
     """Relevance of a model's weights or units over reference batches, in one forward and backward pass each.
@@ -162,12 +169,14 @@ def attribute(
             :class:`~lrp_prune.attribution.Target` such as ``LogitDifference``, a function of model and batch that returns a
             scalar; None: inferred.
         composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a :class:`~lrp_prune.attribution.Composite`.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"`` or ``"squared_token"``.
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights).
         granularity: ``"weight"``; ``"neuron"`` (hidden units between two layers), ``"head"`` (before the output
             projection), ``"block"`` (what a head or neuron layer writes), ``"embedding"`` (rows of embeddings).
         include: patterns of parameter names to score; by default all weights of two and more dimensions except
             embeddings and the output embedding.
         exclude: patterns of parameter names to leave out.
+        chunks: in how many passes over the batches the weights are collected, each about as many of them. The sums of
+            the others are in the host's memory, so that the device holds a part of the relevance at a time.
         **options: further arguments of :class:`RelevanceAccumulator`.
 
     Returns:
@@ -185,6 +194,7 @@ def attribute(
         >>> {name: tuple(tensor.shape) for name, tensor in relevance.items()}
         {'0.weight': (8, 4), '2.weight': (2, 8)}
     """
+    check_chunks(chunks, batches, granularity)
     accumulator = RelevanceAccumulator(
         model,
         target=target,
@@ -195,8 +205,7 @@ def attribute(
         exclude=exclude,
         **options,
     )
-    for batch in in_step(batches, model):
-        accumulator.update(batch)
+    collect(accumulator, batches, model, chunks)
     return accumulator.compute()
 
 

@@ -1,6 +1,6 @@
 """The observers of one collection: which weights and units are scored, and what comes of their sums."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,8 @@ class ObserverTable:
         self.batch = BatchLayout()
         self.parameters = scored_parameters(self._model, include, exclude, trainable_only, granularity == "embedding")
         self._all = named_parameters(self._model)
+        self.active: set[str] | None = None
+        """The weights that are collected in this pass; None for all."""
         self._statistics: dict[str, WeightStatistic | UnitStatistic | RowStatistic] = {}
         self._members: dict[str, tuple[Member, ...]] = {}
         self._layouts: dict[str, str] = {}
@@ -124,10 +126,20 @@ class ObserverTable:
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use."""
         if self._granularity == "weight":
-            return self._weight_used(use) if use.origin.name in self.parameters else []
+            return self._weight_used(use) if self._collects(use.origin.name) else []
         if not self.tracing or use.form.channel_dim is None or use.tag is None:
             return []
         return self._units(use)
+
+    def _collects(self, name: str) -> bool:
+        return name in self.parameters and (self.active is None or name in self.active)
+
+    def park(self, names: Iterable[str], device: torch.device) -> None:
+        """Move the sums of weights to a device where they only wait."""
+        for name in names:
+            statistic = self._statistics.get(name)
+            if isinstance(statistic, WeightStatistic):
+                statistic.park(device)
 
     def _weight_used(self, use: Use) -> list[Observer]:
         name, layout = use.origin.name, use.layout()
@@ -186,9 +198,9 @@ class ObserverTable:
 
     def add_root(self, root: Root, gradient: Tensor) -> None:
         """Add what arrived at an embedding's output, if the embedding is scored."""
-        if root.ids is None or root.parameter not in self.parameters:
-            return
         name = root.parameter
+        if root.ids is None or name is None or not self._collects(name):
+            return
         if self._granularity == "weight":
             self._weight(name).add_rows(root.ids, gradient)
         elif self._granularity == "embedding":

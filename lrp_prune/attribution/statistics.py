@@ -190,6 +190,11 @@ class WeightStatistic:
         assert layout is not None
         self.inputs.as_strided(layout.size, layout.stride, layout.offset).add_(energy)
 
+    def park(self, device: torch.device) -> None:
+        """Move the sums to a device where they only wait."""
+        self.sums = None if self.sums is None else self.sums.to(device)
+        self.inputs = None if self.inputs is None else self.inputs.to(device)
+
     def mean_weights(self) -> Tensor | None:
         """Mean absolute weight for each of the ``inputs``, in their shape."""
         if self.inputs is None:

@@ -121,7 +121,6 @@ class WeightUses:
             set_tag(result, _producer(use, call, result))
         return result
 
-
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
         """What is kept of the activation for the backward pass: half of it where half the precision is multiplied."""
         wanted = {observer.operand_dtype for observer in observers}

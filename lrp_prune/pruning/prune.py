@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
-from lrp_prune.sharding import in_step, local_part
+from lrp_prune.sharding import local_part
 
 
 def prune(
@@ -25,6 +27,7 @@ def prune(
     normalize: str | None = "auto",
     rounds: int = 1,
     schedule: Schedule = "linear",
+    chunks: int = 1,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -44,6 +47,7 @@ def prune(
         rounds: in how many rounds. Each scores the model as it is pruned by then, so that weights which stand in for
             pruned ones are seen to matter; what is pruned stays pruned.
         schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
+        chunks: in how many passes over the batches the weights are scored, see :func:`lrp_prune.attribute`.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -63,12 +67,13 @@ def prune(
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     reference = batches if rounds == 1 else list(batches)
+    check_chunks(chunks, reference, options.get("granularity", "weight"))
     masks: Masks | None = None
     with _undone_on_error(model) as zero:
         for target in targets:
             scores = scorer(method, model, **options)
-            for batch in in_step(reference, model):
-                scores.update(batch)
+            if isinstance(scores, RelevanceAccumulator):  # the others look at no data
+                collect(scores, reference, model, chunks)
             masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
             zero(masks)
     assert masks is not None

@@ -97,7 +97,7 @@ def test_memory_is_bounded_by_the_sums() -> None:
         accumulator.update(batch_for("llama"))
     held = [
         tensor
-        for statistic in accumulator._table._statistics.values()
+        for statistic in accumulator.table._statistics.values()
         for tensor in vars(statistic).values()
         if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
     ]

@@ -3,14 +3,14 @@
     python tests/benchmarks/cost.py
     python tests/benchmarks/cost.py --method gradient --batches 12
 
-Each process has one thread; a batch is one window of 512 tokens, or --batch-size of them. The plain side clears the gradients between forward
-and backward, as Lightning's automatic optimization does, so that those of the step before are there during the forward,
-as the sums of a collection are. Time: both sides are warmed up and alternate on the same batches, the first of a pair
-by turns; given is the median of the ratios of the pairs with its 95 % interval (order statistics). Memory: the peak
-resident set of a process of its own for each side, the model included, after both loaded it in the same way; given as
-well for a plain side that accumulates gradients, and one that clears them before the forward.
-Selection and the keeping of masks are measured in selection.py and keeping.py. Linux only: the peak is read from
-`/proc/self/status`.
+Each process has one thread; a batch is one window of 512 tokens, or --batch-size of them. The plain side clears the
+gradients between forward and backward, as Lightning's automatic optimization does, so that those of the step before are
+there during the forward, as the sums of a collection are. Time: both sides are warmed up and alternate on the same
+batches, the first of a pair by turns; given is the median of the ratios of the pairs with its 95 % interval (order
+statistics). Memory: the peak resident set of a process of its own for each side, the model included, after both loaded
+it in the same way; given as well for a plain side that accumulates gradients, and one that clears them before the
+forward. Selection and the keeping of masks are measured in selection.py and keeping.py. Linux only: the peak is read
+from `/proc/self/status`.
 """
 
 import argparse

@@ -28,7 +28,16 @@ def test_replicated_and_sharded_prune_the_same() -> None:
 def test_configuration_file() -> None:
     config = ["--config", str(EXAMPLES / "multi_gpu.yaml")]
     pytest.importorskip("jsonargparse")
-    small = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.windows", "64", "--trainer.max_epochs", "3"]
+    small = [
+        "--trainer.devices",
+        "1",
+        "--trainer.strategy",
+        "auto",
+        "--data.windows",
+        "64",
+        "--trainer.max_epochs",
+        "3",
+    ]
     command = [sys.executable, str(EXAMPLES / "multi_gpu.py"), "fit", *config, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,73 @@
+"""Collecting some weights at a time: several passes over the batches, for models whose relevance does not fit at once."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.sharding import in_step
+
+if TYPE_CHECKING:
+    from lrp_prune.attribution.collect import RelevanceAccumulator
+
+
+def check_chunks(chunks: int, batches: Iterable[Any], granularity: str) -> None:
+    """Raise what is wrong with a number of passes, before anything is run."""
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
+        raise ValueError(f"chunks must be a whole number of at least 1, got {chunks!r}")
+    if chunks > 1 and granularity != "weight":
+        raise ValueError(
+            f"chunks={chunks} divides the weights, but the relevance is about {granularity}s: leave it at 1"
+        )
+    if chunks > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"chunks={chunks} goes through the batches {chunks} times, but {type(batches).__name__} can be gone through once: "
+            "pass a list or a loader"
+        )
+
+
+def divided(parameters: Mapping[str, Tensor], chunks: int) -> list[set[str]]:
+    """The names in so many runs of about as many entries each, in the model's order; fewer if there are fewer names."""
+    total, before = sum(parameter.numel() for parameter in parameters.values()), 0
+    parts: dict[int, set[str]] = {}
+    for name, parameter in parameters.items():
+        middle = before + parameter.numel() / 2
+        parts.setdefault(min(int(middle * chunks / max(total, 1)), chunks - 1), set()).add(name)
+        before += parameter.numel()
+    return list(parts.values())
+
+
+def collect(accumulator: "RelevanceAccumulator", batches: Iterable[Any], model: nn.Module, chunks: int = 1) -> None:
+    """Add all batches, once for each chunk of the weights.
+
+    Raises:
+        ValueError: if a later pass has another number of samples than the first.
+    """
+    if chunks == 1:
+        for batch in in_step(batches, model):
+            accumulator.update(batch)
+        return
+    for names in divided(accumulator.parameters, chunks):
+        with _only(accumulator, names):
+            for batch in in_step(batches, model):
+                accumulator.update(batch)
+
+
+@contextmanager
+def _only(accumulator: "RelevanceAccumulator", names: set[str]) -> Iterator[None]:
+    """Collect these weights alone; then their sums leave the device."""
+    before, accumulator.num_samples = accumulator.num_samples, 0
+    table = accumulator.table
+    table.active = names
+    try:
+        yield
+    finally:
+        table.active = None
+    table.park(names, torch.device("cpu"))
+    if before not in (0, accumulator.num_samples):
+        raise ValueError(
+            f"the batches held {before} samples when they were gone through first, and {accumulator.num_samples} later: pass "
+            "batches that are the same each time"
+        )
