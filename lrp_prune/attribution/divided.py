@@ -75,6 +75,10 @@ class DividedStatistic(WeightStatistic):
         self._inputs_sum = total if before is None else before + total
         self.inputs_divided |= full
 
+    def park(self, device: torch.device) -> None:
+        """Move this process's part to a device where it only waits."""
+        self._part = None if self._part is None else self._part.to(device)
+
     def mean_weights(self) -> Tensor | None:
         """Mean absolute weight for each of the ``inputs``, in their shape."""
         if self.inputs is None:

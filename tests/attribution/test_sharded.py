@@ -18,6 +18,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"statistic": "squared_token", "include": ["*.mlp", "*embed*"]},
     {"statistic": "abs_sample"},
     {"composite": "cp_lrp", "statistic": "signed"},
+    {"composite": "epsilon", "statistic": "geometric", "chunks": 2},
     {"granularity": "neuron"},
     {"granularity": "head"},
     {"granularity": "block"},
