@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.correction.entries import Entries, locate, same_bits, write_together
+from lrp_prune.correction.entries import Entries, locate, read, same_bits, write_together
 from lrp_prune.correction.verifying import resolve_entries
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dic
 def extended(
     patch: "Patch", model: nn.Module, positions: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> "Patch":
-    """A patch of the model as it was before ``patch`` was applied to it, with further entries, masks by name.
+    """A patch of the model as it was before ``patch`` was applied to it, with further entries at flat positions.
 
     Raises:
         ValueError: the patch is not applied to the model.
@@ -81,14 +81,14 @@ def extended(
             "the patch to extend is not applied to the model: apply it, then collect the relevance of both sets"
         )
     parameters = resolve_entries(patch, model)
-    masks = {name: mask.cpu().clone() for name, mask in positions.items()}
+    both = dict(positions)
     for name in patch:
-        masks.setdefault(name, torch.zeros(patch[name].shape, dtype=torch.bool)).view(-1)[patch[name].positions] = True
+        both[name] = torch.cat([both[name], patch[name].positions]) if name in both else patch[name].positions
     places = {name: locate(parameter, patch[name].positions) for name, parameter in parameters.items()}
-    applied = [(place, place.read()) for place in places.values()]
+    applied = [(place, read(parameters[name], patch[name].positions)) for name, place in places.items()]
     write_together((place, patch[name].originals.to(parameters[name].dtype)) for name, place in places.items())
     try:
-        return type(patch).from_positions(model, masks, **provenance, extends=patch.provenance)
+        return type(patch).from_positions(model, both, **provenance, extends=patch.provenance)
     finally:
         write_together(applied)
 

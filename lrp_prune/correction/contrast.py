@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrp_prune.correction.guard import candidates, entries_of, unpack_slice, without
+from lrp_prune.correction.guard import candidates, unpack_slice, without
+from lrp_prune.correction.layout import Layout
 from lrp_prune.names import matches
 from lrp_prune.pruning import bits
-from lrp_prune.pruning.keys import LazyValues
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.selection import smallest
 from lrp_prune.pruning.units import expand_units
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
 
@@ -91,9 +90,9 @@ class Contrast:
         self.general, self.undesired = general, undesired
         first, second = (undesired, general) if reverse else (general, undesired)
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
-        self._sizes = {name: entries_of(first if name in first else second, name) for name in self.names}
+        self._layout = Layout.of(self.names, first, second)
         for role, relevance in (("general", general), ("undesired", undesired)):
-            if not any(bool(relevance[name].any()) for name in self.names if name in relevance):
+            if not _any(relevance, self._layout):
                 raise ValueError(
                     f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
                 )
@@ -105,32 +104,35 @@ class Contrast:
             measure = guard_by if guard_by is not None else self._first
             if guard_by is not None:
                 _check_entries(guard_by, first, "guard_by")
-            read = partial(_read, measure, self._sizes)
-            self._candidates = candidates(self.names, read, self._sizes, guard, guard_scope)
+            read = partial(_read, measure, self._layout)
+            self._candidates = candidates(self.names, read, self._layout, guard, guard_scope)
         if spared:
-            self._candidates = without(self._candidates, spared, self._sizes)
+            self._candidates = without(self._candidates, spared, self._layout)
+        self._num_candidates = self.num_entries
+        if self._candidates is not None:
+            counts = {name: bits.count(packed) for name, packed in self._candidates.items()}
+            self._num_candidates = sum(self._layout.counted(counts).values())
 
     @property
     def num_entries(self) -> int:
         """How many entries (of weights, or units) there are to choose from, guarded ones included."""
-        return sum(self._sizes.values())
+        return sum(self._layout.size(name) for name in self.names)
 
     @property
     def num_candidates(self) -> int:
         """How many of them are not spared, by the guard or by themselves."""
-        if self._candidates is None:
-            return self.num_entries
-        return sum(bits.count(packed) for packed in self._candidates.values())
+        return self._num_candidates
 
     def read(self, name: str, index: slice) -> Tensor:
-        """The contrast of a slice of a flattened tensor."""
-        first = _read(self._first, self._sizes, name, index)
-        return first - _read(self._second, self._sizes, name, index).to(first.device)
+        """The contrast of a slice of a flattened tensor, or of the flattened part that is in this process."""
+        first = _read(self._first, self._layout, name, index)
+        return first - _read(self._second, self._layout, name, index).to(first.device)
 
     def relevance(self) -> Relevance:
         """All of the contrast as a :class:`~lrp_prune.Relevance`, guarded entries included."""
         some = self.general if self.names[0] in self.general else self.undesired
-        values = {name: self.read(name, slice(0, self._sizes[name])).view(self._shape(name)) for name in self.names}
+        shapes = self._layout.shapes
+        values = {name: self.read(name, slice(0, shapes[name].numel())).view(shapes[name]) for name in self.names}
         return some._replace(
             values,
             num_samples=self.general.num_samples + self.undesired.num_samples,
@@ -167,19 +169,17 @@ class Contrast:
             amount: a fraction of all entries, or a count.
 
         Returns:
-            Per tensor a bool tensor of its shape, True for what is chosen; tensors without any are left out.
+            Per tensor a bool tensor of its shape, True for what is chosen; tensors without any are left out. A
+            ``DTensor`` where the relevance is one.
 
         Raises:
             ValueError: if the amount is not possible, or a value is infinite or NaN.
         """
-        k = self.count(amount)
-        values = [LazyValues(self._sizes[name], partial(self._ranked, name)) for name in self.names]
-        kept = smallest(values, k, ranking="ascending", names=self.names, dtype=torch.float32)
+        shapes, shardings = self._layout
         found = {}
-        for name, packed in zip(self.names, kept, strict=True):
-            chosen = bits.invert(packed, self._sizes[name])
-            if bits.count(chosen):
-                found[name] = bits.unpack(chosen, self._shape(name))
+        for name, kept in self._kept(amount).items():
+            chosen = ~bits.unpack(kept, shapes[name])
+            found[name] = shardings[name].tensor(chosen) if name in shardings else chosen
         return found
 
     def masks(self, amount: float | int, removal: str = "contribution") -> Masks:
@@ -195,32 +195,45 @@ class Contrast:
         """
         if removal not in REMOVALS:
             raise ValueError(f"removal must be one of {REMOVALS}, got {removal!r}")
-        chosen = self.lowest(amount)
+        kept = self._kept(amount)
         if self.general.granularity == "weight":
-            return Masks({name: ~mask for name, mask in chosen.items()})
+            shardings = self._layout.shardings
+            whole = {name: shardings[name].shape if name in shardings else self._layout.shapes[name] for name in kept}
+            return Masks.from_bits(kept, whole, shardings=shardings)
         units = self.general
         if removal == "contribution" and units.granularity in ("neuron", "head"):
             units = units._replace(units._sums)
             units.members = {name: members[:1] for name, members in units.members.items()}
-        shapes, packed = expand_units(units, {name: bits.pack(~mask) for name, mask in chosen.items()}, None)
-        return Masks.from_bits(packed, shapes, granularity=units.granularity)
+        shapes, packed = expand_units(units, kept, None)
+        return Masks.from_bits(packed, shapes, granularity=units.granularity, shardings=units.shardings)
 
-    def _shape(self, name: str) -> torch.Size:
-        return (self.general if name in self.general else self.undesired)._sums[name].shape
+    def _kept(self, amount: float | int) -> dict[str, Tensor]:
+        """Packed masks of what is here and not among the lowest, of tensors that have any of them in some process."""
+        kept = self._layout.smallest(self._ranked, self.names, self.count(amount), "ascending")
+        here = {name: self._layout.here(name) - bits.count(packed) for name, packed in kept.items()}
+        return {name: kept[name] for name, count in self._layout.counted(here).items() if count}
 
     def _ranked(self, name: str, index: slice) -> Tensor:
         values = self.read(name, index)
         if self._candidates is None:
             return values
-        free = unpack_slice(self._candidates[name], self._sizes[name], index).to(values.device)
+        free = unpack_slice(self._candidates[name], self._layout.here(name), index).to(values.device)
         # Nothing finite comes after it, so that a guarded entry is chosen only after all candidates.
         return torch.where(free | ~values.isfinite(), values, _LAST)
 
 
-def _read(relevance: Relevance, sizes: "Mapping[str, int]", name: str, index: slice) -> Tensor:
+def _read(relevance: Relevance, layout: Layout, name: str, index: slice) -> Tensor:
     if name in relevance:
         return relevance.read(name, index)
-    return torch.zeros(len(range(*index.indices(sizes[name]))))
+    return torch.zeros(len(range(*index.indices(layout.here(name)))))
+
+
+def _any(relevance: Relevance, layout: Layout) -> bool:
+    """Whether there is anything but zeros, in any process."""
+    names = [name for name in layout.shapes if name in relevance]
+    if not layout.shardings:
+        return any(bool(relevance[name].any()) for name in names)
+    return any(layout.counted({name: int(relevance.local(name).any()) for name in names}).values())
 
 
 def _chosen_names(names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
@@ -258,6 +271,11 @@ def _check_entries(relevance: Relevance, general: Relevance, role: str) -> None:
         if missing is not None:
             if name not in missing.unscored:
                 raise ValueError(f"{role} and the other one are of different tensors: {name!r} is in one of them only")
+        elif relevance.sharding(name) != general.sharding(name):
+            raise ValueError(
+                f"{role} and the other one are divided among processes in different ways at {name!r}: collect both on the "
+                "same model"
+            )
         elif relevance._sums[name].shape != general._sums[name].shape:
             raise ValueError(
                 f"{role} has shape {tuple(relevance._sums[name].shape)} for {name!r}, the other one "

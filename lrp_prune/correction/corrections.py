@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrp_prune.correction.entries import check_strength, checksum, is_sharded, locate, scaled, write_together
+from lrp_prune.correction.entries import check_strength, checksum, locate, read, scaled, write_together
 from lrp_prune.correction.freezing import Frozen
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import resolve_entries
@@ -23,6 +23,8 @@ class Corrections:
 
     Patches that are enabled together must not overlap: which of them an entry's value comes from would depend on the
     order in which they are switched. Overlapping ones may be kept side by side and enabled in turn.
+
+    Of a model that ``fully_shard`` has divided, each process writes its own part, and all must switch alike.
 
     Args:
         model: the model; wrapped or not.
@@ -111,7 +113,7 @@ class Corrections:
                 )
         parameters = resolve_entries(patch, self._model)
         if name not in self._stored:
-            self._stored[name] = {entry: _read(parameters[entry], patch, entry) for entry in patch}
+            self._stored[name] = {entry: read(parameters[entry], patch[entry].positions) for entry in patch}
         self._strengths[name] = strength
         self._write(name, parameters, strength)
         self._freeze()
@@ -200,9 +202,9 @@ class Corrections:
             entries = {
                 entry: type(patch[entry])(
                     patch[entry].positions,
-                    _read(parameters[entry], patch, entry),
+                    read(parameters[entry], patch[entry].positions),
                     patch[entry].shape,
-                    "" if is_sharded(parameters[entry]) else checksum(parameters[entry]),
+                    checksum(parameters[entry]),
                 )
                 for entry in patch
             }
@@ -232,13 +234,3 @@ class Corrections:
                 values = scaled(self._stored[name][entry].to(parameter.dtype), strength)
                 entries.append((parameter, patch[entry].positions, values))
         self._frozen.set(entries)
-
-
-def _read(parameter: Tensor, patch: Patch, name: str) -> Tensor:
-    """What a parameter holds at a patch's positions, ``[entries]``; the patch's values where another process holds it."""
-    located = locate(parameter, patch[name].positions)
-    values = patch[name].originals.to(parameter.dtype).clone()
-    if located.held is None:
-        return located.read()
-    values[located.held] = located.read()
-    return values

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.sharding import is_sharded, local_part, sharding_of
+
 _INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -17,7 +19,7 @@ class Entries:
         positions: int64 ``[entries]`` into the flattened parameter, ascending.
         originals: ``[entries]``, what the parameter held there, in its own type.
         shape: of the parameter.
-        checksum: of the whole parameter before; empty where it was not known (a shard).
+        checksum: of the whole parameter before; empty where it was not known.
     """
 
     __slots__ = ("checksum", "originals", "positions", "shape")
@@ -102,9 +104,21 @@ def write_together(writes: Iterable[tuple[Located, Tensor]]) -> None:
         raise
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process may hold only a part of the tensor."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+def read(tensor: Tensor, positions: Tensor) -> Tensor:
+    """What a tensor holds at flat positions, ``[positions]``, on the CPU.
+
+    Of a ``DTensor`` all processes that have parts of it must call this, and each gets all values, bit by bit.
+    """
+    located = locate(tensor, positions)
+    sharding = sharding_of(tensor)
+    if located.held is None or sharding is None:
+        return located.read()
+    here = located.read()
+    integer = _INTEGER_OF_BYTES[here.element_size()]
+    # Each value is in one process; zeros elsewhere. Not every backend sums integers of two bytes.
+    whole = torch.zeros(len(positions), dtype=torch.int64)
+    whole[located.held] = here.view(integer).to(torch.int64)
+    return sharding.all_reduced(whole).to(integer).view(here.dtype)
 
 
 def same_bits(first: Tensor, second: Tensor) -> Tensor:
@@ -141,8 +155,13 @@ def check_strength(strength: float) -> None:
 
 
 def checksum(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes, in hexadecimal; the same on every device and for all strides."""
+    """SHA-256 of a tensor's type, shape and bytes, in hexadecimal; the same on every device and for all strides.
+
+    A ``DTensor`` is brought together for it, so that all processes that have parts of it must call this.
+    """
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    sharding = sharding_of(tensor)
+    whole = tensor.detach() if sharding is None else sharding.gathered(local_part(tensor))
+    flat = whole.cpu().contiguous().view(-1)
     digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

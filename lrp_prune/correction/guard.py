@@ -1,29 +1,18 @@
 """The guard: what matters to the wanted behaviour is no candidate for removal, however much it serves the other."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lrp_prune.correction.layout import Layout
 from lrp_prune.pruning import bits
-from lrp_prune.pruning.keys import LazyValues
-from lrp_prune.pruning.selection import smallest
-
-if TYPE_CHECKING:
-    from lrp_prune.relevance import Relevance
 
 GUARD_SCOPES: tuple[str, ...] = ("global", "layer")
 
 
-def entries_of(relevance: "Relevance", name: str) -> int:
-    """How many values a tensor of the relevance has, without computing them."""
-    return relevance._sums[name].numel()
-
-
 def candidates(
-    names: list[str], read: Callable[[str, slice], Tensor], sizes: dict[str, int], quantile: float, scope: str
+    names: list[str], read: Callable[[str, slice], Tensor], layout: Layout, quantile: float, scope: str
 ) -> dict[str, Tensor]:
     r"""Packed masks of the entries whose absolute value is below a quantile: :math:`|R_i| < Q_q(|R|)`.
 
@@ -32,7 +21,7 @@ def candidates(
     Args:
         names: the tensors that are compared.
         read: values of a tensor's slice, of the measure that tells what matters.
-        sizes: entries of each tensor.
+        layout: which of their entries are here.
         quantile: in (0, 1].
         scope: ``"global"``: one quantile of all tensors together; ``"layer"``: one of each tensor.
 
@@ -47,25 +36,29 @@ def candidates(
         )
     found: dict[str, Tensor] = {}
     for together in [names] if scope == "global" else [[name] for name in names]:
-        values = [LazyValues(sizes[name], partial(read, name)) for name in together]
-        count = round(quantile * sum(sizes[name] for name in together))
-        spared = smallest(values, count, ranking="absolute", names=together, dtype=torch.float32)
-        for name, packed in zip(together, spared, strict=True):
-            found[name] = bits.invert(packed, sizes[name])
+        count = round(quantile * sum(layout.size(name) for name in together))
+        for name, packed in layout.smallest(read, together, count, "absolute").items():
+            found[name] = bits.invert(packed, layout.here(name))
     return found
 
 
-def without(
-    packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], sizes: Mapping[str, int]
-) -> dict[str, Tensor]:
+def without(packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Packed masks of candidates (None: everything is one) without the entries at flat positions."""
     found = dict(packed) if packed is not None else {}
-    for name, size in sizes.items():
+    for name, shape in layout.shapes.items():
         if name not in spared and name in found:
             continue
-        free = bits.unpack(found[name], (size,)) if name in found else torch.ones(size, dtype=torch.bool)
-        if name in spared:
-            free[spared[name]] = False
+        free = bits.unpack(found[name], shape) if name in found else torch.ones(shape, dtype=torch.bool)
+        if name in spared and name in layout.shardings:
+            whole, dim = layout.shardings[name], layout.shardings[name].dim
+            coordinates = list(torch.unravel_index(spared[name], whole.shape))
+            assert dim is not None
+            start, stop = whole.bounds
+            here = (coordinates[dim] >= start) & (coordinates[dim] < stop)
+            coordinates[dim] = coordinates[dim] - start
+            free[tuple(coordinate[here] for coordinate in coordinates)] = False
+        elif name in spared:
+            free.view(-1)[spared[name]] = False
         found[name] = bits.pack(free)
     return found
 

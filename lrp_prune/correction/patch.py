@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from lrp_prune.correction import combining
 from lrp_prune.correction.contrast import Contrast
-from lrp_prune.correction.entries import (
-    Entries,
-    check_strength,
-    checksum,
-    is_sharded,
-    locate,
-    scaled,
-    write_together,
-)
+from lrp_prune.correction.entries import Entries, check_strength, checksum, locate, read, scaled, write_together
 from lrp_prune.correction.provenance import describe_model, describe_references
-from lrp_prune.correction.verifying import agree, applied_strength, flat_positions, mismatch, refusal, resolve_entries
+from lrp_prune.correction.verifying import (
+    agree,
+    applied_strength,
+    flat_positions,
+    marked_positions,
+    refusal,
+    resolve_entries,
+    verify,
+)
 from lrp_prune.names import resolve
 from lrp_prune.storage import load_tensors, save_tensors
 
@@ -40,6 +40,9 @@ class Patch(Mapping[str, Entries]):
     What a patch was made for is checked before anything changes: names, shapes, the values at its positions (bit by
     bit) and a checksum of each touched parameter as a whole. A model in another floating-point type is accepted if its
     entries are the rounded originals; checksums are of one type and are left out then.
+
+    Of a model that ``fully_shard`` has divided, each process changes its own part, and a patch that is made of it is the
+    same, whole, in each. All processes must make, apply, revert and verify alike; an error of one is raised in all.
 
     Args:
         entries: by canonical parameter name.
@@ -82,8 +85,8 @@ class Patch(Mapping[str, Entries]):
 
         Args:
             model: the model as it is before, wrapped or not.
-            positions: canonical parameter name to int64 flat positions, or a bool tensor of the parameter's shape that
-                is True where something is removed.
+            positions: canonical parameter name to int64 flat positions, or a bool tensor of the parameter's shape (a
+                ``DTensor`` too) that is True where something is removed.
             **provenance: plain values to keep with it, such as ``behaviour="repetition"``.
 
         Raises:
@@ -97,10 +100,8 @@ class Patch(Mapping[str, Entries]):
             problem = refusal(name, parameter, tuple(parameter.shape))
             if problem is not None:
                 raise ValueError(problem)
-            if is_sharded(parameter):
-                raise ValueError(f"{name} is sharded over processes: make the patch of the whole model, then apply it")
             if len(flat):
-                values = locate(parameter, flat).read()
+                values = read(parameter, flat)
                 entries[name] = Entries(flat, values, parameter.shape, checksum(parameter))
         if not entries:
             raise ValueError("a patch needs at least one entry, none is marked")
@@ -166,7 +167,8 @@ class Patch(Mapping[str, Entries]):
             include=include,
             exclude=exclude,
         )
-        positions = {name: ~mask for name, mask in contrast.masks(amount, removal).items()}
+        masks = contrast.masks(amount, removal)
+        positions = {name: marked_positions(~masks.local(name), masks.shardings.get(name)) for name in masks}
         provenance = {
             "behaviour": behaviour,
             "references": describe_references(general, undesired, guard_by, references),
@@ -249,8 +251,7 @@ class Patch(Mapping[str, Entries]):
 
     def verify(self, model: nn.Module, *, strict: bool = True) -> None:
         """Raise what :meth:`apply_` would raise, and change nothing."""
-        parameters = resolve_entries(self, model)
-        agree(mismatch(self, model, parameters, strict), parameters.values())
+        verify(self, model, strict)
 
     def _write_(self, model: nn.Module, strength: float) -> None:
         write_together(

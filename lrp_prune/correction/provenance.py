@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lrp_prune.correction.entries import is_sharded
-from lrp_prune.names import named_parameters, unwrap
+from lrp_prune.correction.entries import read
+from lrp_prune.names import class_name, named_parameters, unwrap
+from lrp_prune.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -21,7 +22,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of all parameters' types, shapes and up to 1,024 evenly spaced entries each, in the model's order.
 
     It identifies a model in a moment whatever its size, and whatever it is wrapped in; it proves nothing about single
-    entries (a patch's checksums do).
+    entries (a patch's checksums do). That of a model sharded by ``fully_shard`` is the same; all processes must ask for it.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -31,10 +32,13 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in named_parameters(model).values():
         digest.update(f"{parameter.dtype}{tuple(parameter.shape)}".encode())
-        if is_sharded(parameter) or parameter.device.type == "meta" or parameter.numel() == 0:
+        if parameter.device.type == "meta" or parameter.numel() == 0:
             continue
         step = max(parameter.numel() // _SAMPLED, 1)
-        flat = parameter.detach().reshape(-1)[::step].cpu().contiguous()
+        if is_sharded(parameter):
+            flat = read(parameter, torch.arange(0, parameter.numel(), step))
+        else:
+            flat = parameter.detach().reshape(-1)[::step].cpu().contiguous()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -43,7 +47,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     """The model's class, size and fingerprint."""
     module = unwrap(model)
     return {
-        "model": type(module).__name__,
+        "model": class_name(module),
         "num_parameters": sum(parameter.numel() for parameter in named_parameters(module).values()),
         "fingerprint": model_fingerprint(module),
         "lrp_prune": _own_version(),

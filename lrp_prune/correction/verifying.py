@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.correction.entries import checksum, is_sharded, locate, same_bits, scaled
+from lrp_prune.correction.entries import checksum, read, same_bits, scaled
 from lrp_prune.names import resolve
+from lrp_prune.sharding import Sharding, all_gathered, is_sharded, local_part, sharding_of
 
 if TYPE_CHECKING:
     from lrp_prune.correction.patch import Patch
@@ -45,10 +46,9 @@ def agree(problem: str | None, parameters: Iterable[Tensor]) -> None:
     Raises:
         ValueError: there is a problem, here or elsewhere.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and any(map(is_sharded, parameters)):
-        everyone: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, problem)
-        problem = next((found for found in everyone if found is not None), None)
+    sharding = next((sharding_of(parameter) for parameter in parameters if is_sharded(parameter)), None)
+    if sharding is not None:
+        problem = next((found for found in all_gathered(problem, sharding.mesh) if found is not None), None)
     if problem is not None:
         raise ValueError(problem)
 
@@ -59,10 +59,16 @@ def applied_strength(patch: "Patch", model: nn.Module) -> float | None:
     A strength between 0 and 1 is read off the entries with the largest original values, and each entry must then be its
     original scaled by it, to the rounding of its type.
     """
-    entries = []
-    for name, parameter in resolve_entries(patch, model).items():
-        located = locate(parameter, patch[name].positions)
-        entries.append((located.read(), located.own(patch[name].originals).to(parameter.dtype)))
+    return _strength(patch, live_entries(patch, resolve_entries(patch, model)))
+
+
+def live_entries(patch: "Patch", parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the parameters hold at a patch's positions; of sharded ones on all processes, which must all call this."""
+    return {name: read(parameter, patch[name].positions) for name, parameter in parameters.items()}
+
+
+def _strength(patch: "Patch", found: Mapping[str, Tensor]) -> float | None:
+    entries = [(live, patch[name].originals.to(live.dtype)) for name, live in found.items()]
     for strength in (0.0, 1.0):
         if all(bool(same_bits(live, scaled(originals, strength)).all()) for live, originals in entries):
             return strength
@@ -77,44 +83,78 @@ def applied_strength(patch: "Patch", model: nn.Module) -> float | None:
     return strength if 0 < strength < 1 and bool(close.all()) else None
 
 
-def mismatch(patch: "Patch", model: nn.Module, parameters: Mapping[str, Tensor], strict: bool) -> str | None:
-    """How a model differs from what a patch was made for, if it does; ``strict``: anywhere in the touched parameters."""
-    for name, parameter in parameters.items():
-        entry = patch[name]
-        located = locate(parameter, entry.positions)
-        equal = same_bits(located.read(), located.own(entry.originals).to(parameter.dtype))
+def verify(patch: "Patch", model: nn.Module, strict: bool) -> None:
+    """Refuse a model that is not what a patch was made for; ``strict``: anywhere in the touched parameters.
+
+    Raises:
+        KeyError: the model has not all parameters.
+        ValueError: it differs; on all processes that a model is sharded over.
+    """
+    parameters = resolve_entries(patch, model)
+    agree(_other_values(patch, live_entries(patch, parameters)), parameters.values())
+    if strict:
+        agree(_other_checksum(patch, parameters), parameters.values())
+
+
+def _other_values(patch: "Patch", live: Mapping[str, Tensor]) -> str | None:
+    """How the patched entries differ from what they were, if they do."""
+    for name, values in live.items():
+        equal = same_bits(values, patch[name].originals.to(values.dtype))
         if not bool(equal.all()):
-            already = applied_strength(patch, model)
+            already = _strength(patch, live)
             if already:
                 return f"the patch is applied to this model already, at strength {already:g}: revert it first"
             return (
                 f"{name} holds other values than the patch was made for at {int((~equal).sum()):,} of "
                 f"{len(equal):,} positions: it was made for another model, or the weights were changed since"
             )
+    return None
+
+
+def _other_checksum(patch: "Patch", parameters: Mapping[str, Tensor]) -> str | None:
+    """Which parameter differs elsewhere, if one does; sharded ones are brought together one after the other."""
+    problem = None
     for name, parameter in parameters.items():
         entry = patch[name]
-        comparable = entry.checksum and parameter.dtype == entry.originals.dtype and not is_sharded(parameter)
-        if strict and comparable and checksum(parameter) != entry.checksum:
-            return (
+        # All processes go through all parameters, whatever one of them has found.
+        if entry.checksum and parameter.dtype == entry.originals.dtype and checksum(parameter) != entry.checksum:
+            problem = problem or (
                 f"{name} holds the patched values, but differs elsewhere from what the patch was made for: another "
                 "patch is applied, it was trained further, or it is another model; pass strict=False if that is "
                 "intended"
             )
-    return None
+    return problem
 
 
 def flat_positions(name: str, given: Tensor, parameter: Tensor) -> Tensor:
-    """Ascending int64 positions from a bool mask of a parameter's shape, or from flat positions in any order."""
+    """Ascending int64 positions from a bool mask of a parameter's shape, or from flat positions in any order.
+
+    A mask may be a ``DTensor``; all processes must call this then.
+    """
+    sharding = sharding_of(given, f"the mask of {name}")
     if given.dtype == torch.bool:
         if given.shape != parameter.shape:
             raise ValueError(
                 f"the mask of {name} has shape {tuple(given.shape)}, the parameter {tuple(parameter.shape)}: "
                 "was it made for another model?"
             )
-        return given.reshape(-1).nonzero().view(-1).cpu()
+        return marked_positions(local_part(given), sharding)
     if given.dtype not in (torch.int64, torch.int32) or given.dim() != 1:
         raise ValueError(f"the positions of {name} must be flat integers or a bool mask, got {given.dtype}")
     flat: Tensor = torch.unique(given.cpu().to(torch.int64))
     if len(flat) and not 0 <= int(flat[0]) <= int(flat[-1]) < parameter.numel():
         raise ValueError(f"positions of {name} are outside of its {parameter.numel()} entries")
     return flat
+
+
+def marked_positions(mask: Tensor, sharding: Sharding | None) -> Tensor:
+    """Ascending flat positions of what is marked in a tensor, or in the parts that processes have of it, for all of them."""
+    if sharding is None or sharding.dim is None:
+        return mask.reshape(-1).nonzero().view(-1).cpu()
+    coordinates = mask.nonzero().cpu()
+    coordinates[:, sharding.dim] += sharding.bounds[0]
+    strides = torch.tensor(torch.empty(sharding.shape, device="meta").stride())
+    everywhere = all_gathered((coordinates * strides).sum(1), sharding.mesh)
+    # Where parts are replicated as well, several processes have the same.
+    positions: Tensor = torch.unique(torch.cat(everywhere))
+    return positions

@@ -7,7 +7,7 @@ divided along another dimension; where it is not, its values are moved so that t
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,21 @@ if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
 
 
+class Divided(Protocol):
+    """Values of tensors that are divided among processes, as a :class:`~lrp_prune.Relevance` has them."""
+
+    def sharding(self, name: str) -> Sharding | None:
+        """How a tensor is divided; None if all of it is here."""
+
+    def local(self, name: str) -> Tensor:
+        """The values that are here."""
+
+    def read(self, name: str, index: slice) -> Tensor:
+        """Those of a slice of what is here, flattened."""
+
+
 def smallest_together(
-    relevance: "Relevance", names: Sequence[str], k: int, ranking: str, kept: Sequence[Tensor | None]
+    relevance: Divided, names: Sequence[str], k: int, ranking: str, kept: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """The packed masks of this process's parts when the ``k`` smallest of all entries of all tensors are not kept.
 
@@ -75,7 +88,7 @@ class _Part:
     """
 
     def __init__(
-        self, relevance: "Relevance", name: str, sharding: Sharding | None, kept: Tensor | None, like: Sharding
+        self, relevance: Divided, name: str, sharding: Sharding | None, kept: Tensor | None, like: Sharding
     ) -> None:
         self._sharding, self._like = sharding, like
         self._leads = like.mesh.get_local_rank(like.axis) == 0
