@@ -11,12 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lrp_prune.attribution.running import subject_of
+from lrp_prune.checkpointing import after_load, before_load, loading, packed, saving, unpacked, without_corrections
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import check_strength
-from lrp_prune.correction.folder import save_patches
+from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
 from lrp_prune.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
 from lrp_prune.names import unwrap
+from lrp_prune.sharding import is_first, mesh_of
 
 
 @forward_all
@@ -35,7 +37,9 @@ class CorrectedModule(LightningModule):
     - **The state dict** has the uncorrected weights, under ``module.``, and all patches with their strengths, in
       ``_extra_state``: loading one brings its patches, in place of those that there are. One without patches leaves
       them, applied to the loaded weights.
-    - **On several processes** patches must be switched on all of them alike.
+    - **On several processes** patches must be switched on all of them alike. Where the module inside shards itself in
+      ``configure_model`` (``fully_shard``, under ``ModelParallelStrategy``), each process changes its own part; full and
+      sharded checkpoints resume on any number of processes.
 
     A module that makes its layers in ``configure_model`` or ``setup`` gets its patches right after.
 
@@ -89,9 +93,9 @@ class CorrectedModule(LightningModule):
         self._corrections = Corrections(module)
         self._pending: dict[str, tuple[Patch, float, bool]] = {}
         self._loaded: dict[str, Any] | None = None
-        self.register_state_dict_post_hook(_without_corrections)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # torch's
+        self.register_state_dict_post_hook(without_corrections)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_post_hook(after_load)  # type: ignore[no-untyped-call]  # torch's
         strengths = dict(strengths or {})
         unknown = next((name for name in strengths if name not in (patches or {})), None)
         if unknown is not None:
@@ -169,6 +173,8 @@ class CorrectedModule(LightningModule):
     def save_pretrained(self, path: str | os.PathLike[str], *, merged: bool = True, **options: Any) -> None:
         """Write the Hugging Face model inside, for plain ``from_pretrained``.
 
+        A sharded model is brought together weight by weight and written by the first process; all must call this.
+
         Args:
             path: a folder.
             merged: write the corrected weights. Otherwise the uncorrected ones, each patch to ``patches/`` and
@@ -186,25 +192,33 @@ class CorrectedModule(LightningModule):
                 f"{type(model).__name__} has no save_pretrained: save state_dict() or a checkpoint instead"
             )
         if merged:
-            model.save_pretrained(path, **options)
+            save_model(model, path, **options)
             return
         with self.uncorrected():
-            model.save_pretrained(path, **options)
-        save_patches(path, {name: self._corrections.current(name) for name in self.patches}, self.strengths)
+            save_model(model, path, **options)
+        current = {name: self._corrections.current(name) for name in self.patches}
+        mesh = mesh_of(model)
+        if mesh is None or is_first(mesh):
+            save_patches(path, current, self.strengths)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """All patches and strengths, as tensors and plain values."""
-        return {
-            "version": 1,
-            "patches": {name: patch.state_dict() for name, patch in self.patches.items()},
-            "strengths": self.strengths,
-        }
+        """All patches and strengths, as tensors and plain values; packed into one value if the model is sharded."""
+        patches = {name: patch.state_dict() for name, patch in self.patches.items()}
+        state = {"version": 1, "patches": patches, "strengths": self.strengths}
+        return state if mesh_of(self.module) is None else packed(state)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Have these patches once the weights are loaded."""
         if state.get("version") != 1:
             raise ValueError(f"the patches' state has version {state.get('version')!r}, this lrp-prune reads 1")
-        self._loaded = state
+        self._loaded = unpacked(state)
+
+    def follow(self, state: dict[str, Any] | None) -> None:
+        """Have the patches of :meth:`get_extra_state` on weights that a strategy has loaded, or keep those there are."""
+        self._corrections.suspend(untouched=True)
+        if state is not None:
+            self.set_extra_state(state)
+        after_load(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -254,31 +268,7 @@ for _name, _extension in (
     ("configure_model", settling),
     ("on_train_start", attaching),
     ("on_train_end", releasing),
+    ("on_save_checkpoint", saving),
+    ("on_load_checkpoint", loading),
 ):
     setattr(CorrectedModule, _name, Extended(_name, _extension))
-
-
-def _without_corrections(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    assert isinstance(module, CorrectedModule)
-    keys: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        keys.setdefault(id(parameter), []).append(prefix + name)
-    module._corrections.without(state, keys)
-
-
-def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(module, CorrectedModule)
-    # What is not loaded must be uncorrected too when everything is corrected again.
-    module._corrections.suspend()
-    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())
-
-
-def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    assert isinstance(module, CorrectedModule)
-    state, module._loaded = module._loaded, None
-    if state is None:
-        module._corrections.renew()
-        return
-    module._pending = {}
-    patches = {name: Patch.from_state_dict(patch) for name, patch in state["patches"].items()}
-    module._corrections.replace(patches, state["strengths"])

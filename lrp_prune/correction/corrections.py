@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrp_prune.correction.entries import check_strength, checksum, locate, read, scaled, write_together
+from lrp_prune.correction.entries import check_strength, checksum, locate, read, same_bits, scaled, write_together
 from lrp_prune.correction.freezing import Frozen
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import resolve_entries
@@ -140,10 +140,21 @@ class Corrections:
             for name, strength in self._strengths.items():
                 self._write(name, resolve_entries(self._patches[name], self._model), strength)
 
-    def suspend(self) -> None:
-        """Put back what the entries held, with all patches still listed as enabled: :meth:`renew` enables them again."""
-        for name in self._strengths:
-            self._write(name, resolve_entries(self._patches[name], self._model), 0.0)
+    def suspend(self, untouched: bool = False) -> None:
+        """Put back what the entries held, with all patches still listed as enabled: :meth:`renew` enables them again.
+
+        Args:
+            untouched: only in parameters whose entries hold what was written; what was loaded into others since stays.
+        """
+        for name, strength in self._strengths.items():
+            parameters: dict[str, nn.Parameter] = resolve_entries(self._patches[name], self._model)
+            if untouched:
+                parameters = {
+                    entry: parameter
+                    for entry, parameter in parameters.items()
+                    if self._holds(parameter, name, entry, strength)
+                }
+            self._write(name, parameters, 0.0)
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Keep frozen entries at their values through the steps of these optimizers, and of no others.
@@ -215,6 +226,10 @@ class Corrections:
             known = ", ".join(map(repr, self._patches)) or "none"
             raise KeyError(f"there is no patch {name!r}; there is {known}")
         return self._patches[name]
+
+    def _holds(self, parameter: Tensor, name: str, entry: str, strength: float) -> bool:
+        written = scaled(self._stored[name][entry].to(parameter.dtype), strength)
+        return bool(same_bits(read(parameter, self._patches[name][entry].positions), written).all())
 
     def _write(self, name: str, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
         patch = self._patches[name]

@@ -4,8 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lrp_prune.correction.patch import Patch
+from lrp_prune.sharding import agree, is_first, local_part, mesh_of, sharding_of
 
 _INDEX = "patches.json"
 
@@ -13,7 +18,7 @@ _INDEX = "patches.json"
 def save_patches(
     path: str | os.PathLike[str], patches: Mapping[str, Patch], strengths: Mapping[str, float] | None = None
 ) -> None:
-    """Write patches to ``patches/`` in a folder, and ``patches.json`` with their files and strengths.
+    """Write patches to ``patches/`` in a folder, and ``patches.json`` with their files and strengths; in one process.
 
     Args:
         path: a folder, which is made if there is none.
@@ -29,6 +34,40 @@ def save_patches(
         patch.save(folder / file)
         index[name] = {"file": file, "strength": (strengths or {}).get(name, 1.0)}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_model(model: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    """``save_pretrained`` of a model that ``fully_shard`` may have divided.
+
+    Its weights are then brought together one after the other, in the main memory of the first process, which writes them;
+    all processes must call this, and return when the folder is there.
+
+    Raises:
+        Exception: what ``save_pretrained`` raises.
+        RuntimeError: it did so in the first process.
+    """
+    mesh = mesh_of(model)
+    if mesh is None:
+        model.save_pretrained(path, **options)
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        owner = id(parameters.get(name, tensor))  # tied weights stay one tensor
+        if owner not in found:
+            sharding = sharding_of(tensor, name)
+            here = local_part(tensor)
+            whole = here if sharding is None else sharding.gathered(here)
+            found[owner] = whole.cpu() if is_first(mesh) else torch.empty(0)
+        state[name] = found[owner]
+    failure = None
+    if is_first(mesh):
+        try:
+            model.save_pretrained(path, state_dict=state, **options)
+        except Exception as error:
+            failure = error
+    agree(failure, mesh, f"writing {path}")
 
 
 def load_patches(path: str | os.PathLike[str]) -> tuple[dict[str, Patch], dict[str, float]]:

@@ -1,0 +1,146 @@
+"""``CorrectedModule`` under ``ModelParallelStrategy``: trains, saves, resumes and undoes on divided weights."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from processes import run
+from resumable_training import Classifier
+from sharding import device_type, sharded, together, whole
+from small_models import build
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lrp_prune.correction import Patch, load_patches
+from lrp_prune.module import CorrectedModule
+
+PLACES = {"net.0.weight": torch.tensor([0, 5, 150]), "net.6.weight": torch.tensor([1, 63])}
+
+
+class Plain(Classifier):
+    """Draws no random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3] = nn.Identity()
+
+
+def loader() -> DataLoader:
+    inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(dim=1)), 4)
+
+
+def trainer(processes: int, directory: Path, saving: dict[str, Any], **arguments: Any) -> Trainer:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if processes > 1:
+        sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
+        arguments["strategy"] = ModelParallelStrategy(**sizes, **saving)
+    accelerator = "gpu" if device_type(processes) == "cuda" else "cpu"
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator=accelerator, devices=processes, default_root_dir=directory, **quiet, **arguments)
+
+
+def results(function: Any, processes: int, directory: Path) -> list[Any]:
+    found = run(function, processes, directory, 120.0)
+    for result in found:
+        if isinstance(result, Exception):
+            raise result
+    return found
+
+
+def entries(module: Any, patch: Patch) -> dict[str, Tensor]:
+    return {name: whole(module.get_parameter(name)).view(-1)[patch[name].positions] for name in patch}
+
+
+class Watch(Callback):
+    """What holds at each step; saves after the first epoch."""
+
+    def __init__(self, patch: Patch, file: Path | None) -> None:
+        self.patch, self.file, self.begun, self.frozen, self.nonzero = patch, file, None, [], 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.begun = (pl_module.strengths, self.patch.strength_in(pl_module.module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        for name in self.patch:
+            gradient = whole(pl_module.module.get_parameter(name).grad).view(-1)
+            self.nonzero += int(gradient[self.patch[name].positions].count_nonzero())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.frozen.append(self.patch.strength_in(pl_module.module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.file is not None and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.file)
+
+
+def fit(processes: int, directory: Path, file: Path | None, resume: Path | None, with_patch: str, full: bool) -> Any:
+    patch = Patch.from_positions(Plain(), PLACES, behaviour="example")
+    other = Patch.from_positions(Plain(), {"net.4.weight": torch.tensor([3])})
+    given = {"none": {}, "same": {"example": patch}, "other": {"other": other}}[with_patch]
+    corrected, watch = CorrectedModule(Plain(), given, dict.fromkeys(given, 0.5)), Watch(patch, file)
+    made = trainer(processes, directory, {"save_distributed_checkpoint": not full}, max_epochs=2, callbacks=[watch])
+    made.fit(corrected, loader(), ckpt_path=resume, weights_only=True)
+    trained = {name: whole(parameter).clone() for name, parameter in corrected.module.named_parameters()}
+    assert watch.begun == ({"example": 0.5}, 0.5)
+    assert watch.frozen and set(watch.frozen) == {0.5} and watch.nonzero == 0
+    corrected.enable("example", 1.0)
+    assert all(not tensor.any() for tensor in entries(corrected.module, patch).values())
+    with corrected.uncorrected():
+        assert all(torch.equal(v, patch[n].originals) for n, v in entries(corrected.module, patch).items())
+    corrected.remove("example")
+    assert all(torch.equal(v, patch[n].originals) for n, v in entries(corrected.module, patch).items())
+    return trained
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+def test_training_keeps_patched_entries_and_checkpoints_resume(tmp_path: Path, full: bool) -> None:
+    file = tmp_path / "one.ckpt"
+    trained, again = results(lambda: fit(2, tmp_path, file, None, "same", full), 2, tmp_path / "first")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in trained.items())
+    for given in ("other",) if full else ("none", "other"):
+        for resumed in results(lambda given=given: fit(2, tmp_path, None, file, given, full), 2, tmp_path / given):
+            assert all(torch.equal(tensor, trained[name]) for name, tensor in resumed.items())
+    if full:
+        results(lambda: fit(1, tmp_path, None, file, "other", full), 1, tmp_path / "alone")
+        one = tmp_path / "alone.ckpt"
+        results(lambda: fit(1, tmp_path, one, None, "same", full), 1, tmp_path / "plain")
+        results(lambda: fit(2, tmp_path, None, one, "other", full), 2, tmp_path / "divided")
+
+
+def test_save_pretrained_writes_what_one_process_writes(tmp_path: Path) -> None:
+    def llama() -> nn.Module:
+        torch.manual_seed(0)
+        model = build("llama")
+        model.tie_weights()
+        return model
+
+    model = llama()
+    patch = Patch.from_positions(model, {"model.embed_tokens.weight": torch.tensor([3, 400])})
+
+    def check(mesh: Any) -> None:
+        corrected = CorrectedModule(sharded(llama(), mesh), {"example": patch}, {"example": 0.5})
+        for merged in (True, False):
+            folder = tmp_path / str(merged)
+            corrected.save_pretrained(folder, merged=merged)
+            written = type(model).from_pretrained(folder).state_dict()
+            whole_model = llama()
+            if merged:
+                patch.apply_(whole_model, 0.5)
+            expected = whole_model.state_dict()
+            assert written.keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+        patches, strengths = load_patches(tmp_path / "False")
+        assert (patches, strengths) == ({"example": patch}, {"example": 0.5})
+        assert corrected.strengths == {"example": 0.5}
+        (tmp_path / "file").touch()
+        with pytest.raises((ValueError, RuntimeError, OSError)) as error:
+            corrected.save_pretrained(tmp_path / "True", max_shard_size="nonsense")
+        assert mesh.get_local_rank() == 0 or "failed in process 0" in str(error.value)
+
+    together(check, 2, tmp_path)
