@@ -63,21 +63,29 @@ def parse() -> argparse.Namespace:
         default="words",
         help="templates with a package's words, or RealToxicityPrompts",
     )
-    add("--candidates", type=int, default=180, help="prompts tried, half of them to be held out")
+    add("--candidates", type=int, default=160, help="prompts tried, half of them to be held out")
     add("--answer-tokens", type=int, default=20, help="tokens generated for each prompt")
     add("--composite", default="epsilon", help="rules: epsilon, gradient, attnlrp, cp_lrp")
     add("--compare", nargs="*", default=["gradient"], help="other rules to compare with, at equal cost")
-    add("--amounts", nargs="+", type=float, default=[0.0004, 0.0002], help="fraction of the weights in each round")
+    add("--amount", type=float, default=0.0001, help="fraction of the weights in the first round")
+    add(
+        "--further",
+        nargs="*",
+        type=float,
+        default=[0.0001, 0.0003],
+        help="fractions that the second round adds, to choose from; none for one round",
+    )
+    add("--general-weight", type=float, default=0.3, help="of the general text in the second round; 1 in the first")
     add("--strength", type=float, default=0.5, help="by how much they are weakened: 1 removes them")
     add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
     add(
         "--allowed",
         type=float,
         default=0.01,
-        help="more perplexity that is allowed: half of it where the round is chosen",
+        help="more perplexity that is allowed: half of it where the amount is chosen",
     )
     add("--seeds", type=int, default=5, help="of random weights")
-    add("--general-windows", type=int, default=12, help="windows of text that general relevance is collected on")
+    add("--general-windows", type=int, default=16, help="windows of text that general relevance is collected on")
     add("--held-out-windows", type=int, default=8, help="windows of other speeches that the perplexity is measured on")
     add("--window", type=int, default=256, help="tokens in a window")
     add("--seed", type=int, default=0, help="of the choice of prompts and windows")
@@ -87,7 +95,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.candidates, options.general_windows, options.held_out_windows, options.seeds = 32, 2, 2, 1
-        options.amounts, options.compare = options.amounts[:1], []
+        options.further, options.compare = options.further[:1], []
     return options
 
 
@@ -204,7 +212,9 @@ def main() -> None:
     stage(f"finding the patch with {len(prompts)} prompts, by {options.composite}")
     first = labelled_batches(prompts, answers, tokenizer)
     contrast = ContrastRounds(model, general, target, "toxicity", options.composite, options.guard)
-    patches = contrast.rounds(first, answered, options.amounts, options.strength)
+    patches = contrast.rounds(
+        first, answered, options.amount, options.further, options.general_weight, options.strength
+    )
     chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 2)
     patch, names = patches[chosen], contrast.names
     patch.save(options.output / "toxicity.safetensors")
@@ -217,9 +227,9 @@ def main() -> None:
 
     study = Study(model, profane, text)
     ours = [study.measure(each, options.strength) for each in patches]
-    groups = {"before": [study.base]} | {
-        f"after round {k + 1}{' (chosen)' * (k == chosen)}": [result] for k, result in enumerate(ours)
-    }
+    groups = {"before": [study.base]}
+    for number, result in enumerate(ours):
+        groups[f"round {min(number + 1, 2)}{' (chosen)' * (number == chosen)}, {result.entries:,} weights"] = [result]
     print(table(groups, "profane answers"), flush=True)
 
     stage("measuring what it is compared with")
@@ -251,7 +261,7 @@ def main() -> None:
     figures = table(groups | points, "profane answers")
     (options.output / "table.md").write_text(figures + "\n")
     figure = plot(
-        {f"contrastive relevance ({options.composite}), by round": ours},
+        {f"contrastive relevance ({options.composite})": ours},
         points,
         study.base,
         "share of profane greedy answers",

@@ -71,37 +71,58 @@ class ContrastRounds:
         """The relevance of general text and of the behaviour, on the model as it is now."""
         return self._explain(self.general, "next_token", "signed"), self._explain(undesired, self.target, "signed")
 
-    def patch(self, sets: tuple[Relevance, Relevance], amount: float | int, extends: Patch | None = None) -> Patch:
+    def patch(
+        self,
+        sets: tuple[Relevance, Relevance],
+        amount: float | int,
+        extends: Patch | None = None,
+        general_weight: float = 1.0,
+    ) -> Patch:
         """The weights with the lowest contrast, and those of the patch that is applied."""
-        options: dict[str, Any] = {"guard": self.guard, "guard_by": self.guard_by, "extends": extends}
-        return Patch.from_contrast(self.model, *sets, amount, behaviour=self.behaviour, **options)
+        general, undesired = (relevance.normalized("total") for relevance in sets)
+        return Patch.from_contrast(
+            self.model,
+            general * general_weight,
+            undesired,
+            amount,
+            normalize=None,
+            guard=self.guard,
+            guard_by=self.guard_by,
+            behaviour=self.behaviour,
+            extends=extends,
+        )
 
     def rounds(
         self,
         first: list[Batch],
         again: Callable[[], list[Batch]],
-        amounts: Sequence[float],
+        amount: float,
+        further: Sequence[float],
+        general_weight: float,
         strength: float,
     ) -> list[Patch]:
-        """The patch after each round.
+        """Patches of growing size: of the first round, and of the second one with each of its amounts.
 
         Args:
             first: Batches that show the behaviour.
-            again: Makes such batches of the model as it is corrected then; none ends the rounds.
-            amounts: Fraction of the weights that each round adds.
-            strength: By how much they are weakened.
+            again: Makes such batches of the model as it is corrected by the first round; none ends it there.
+            amount: Fraction of the weights in the first round.
+            further: Fractions of the weights that the second round adds; none for no second round.
+            general_weight: Of the general set in the second round. What the behaviour is served by less clearly than before
+                is otherwise outweighed.
+            strength: By how much the weights are weakened.
         """
-        patches = [self.patch(self.collect(first), amounts[0])]
-        for amount in amounts[1:]:
-            last = patches[-1]
-            last.apply_(self.model, strength)
+        patches = [self.patch(self.collect(first), amount)]
+        if further:
+            start = patches[0]
+            start.apply_(self.model, strength)
             try:
                 batches = again()
-                if not batches:
-                    break
-                patches.append(self.patch(self.collect(batches), amount, last))
+                if batches:
+                    sets = self.collect(batches)
+                    patches += [self.patch(sets, more, start, general_weight) for more in sorted(further)]
             finally:
-                last.revert_(self.model)
+                start.revert_(self.model)
         for patch in patches:
             patch.provenance["strength"] = strength
         return patches

@@ -40,16 +40,16 @@ def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(correct_repetition, "load_model", lambda _: (model, Letters()))
     monkeypatch.setattr(correct_repetition, "load_documents", lambda _: speeches)
     arguments = ["--quick", "--window", "16", "--repetitive", "1", "--prompt-tokens", "5", "--answer-tokens", "6"]
-    arguments += ["--amounts", "0.01", "0.01", "--compare", "gradient", "--output", str(tmp_path)]
+    arguments += ["--amount", "0.01", "--further", "0.01", "--compare", "gradient", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["correct_repetition.py", *arguments])
     correct_repetition.main()
     printed = capsys.readouterr().out
-    for line in ("| before |", "| after round 2", "| random, same number |", "answers are still repetitive"):
+    for line in ("| before |", "| round 2", "| random, same number |", "answers are still repetitive"):
         assert line in printed
     patch = Patch.load(tmp_path / "repetition.safetensors")
     assert patch.provenance["strength"] == 0.5
     assert (tmp_path / "trade-off.png").stat().st_size > 10_000
-    assert "| after round 1" in (tmp_path / "table.md").read_text()
+    assert "| round 1" in (tmp_path / "table.md").read_text()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -62,7 +62,7 @@ def test_every_option_is_explained(capsys, monkeypatch):
         "--candidates",
         "--composite",
         "--compare",
-        "--amounts",
+        "--amount",
         "--strength",
         "--guard",
         "--seeds",

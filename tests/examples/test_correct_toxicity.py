@@ -57,5 +57,5 @@ def test_every_option_is_explained(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         correct_toxicity.parse()
     text = capsys.readouterr().out
-    for option in ("--prompts", "--composite", "--amounts", "--strength", "--guard", "--show", "--quick"):
+    for option in ("--prompts", "--composite", "--amount", "--strength", "--guard", "--show", "--quick"):
         assert f"{option} " in text

@@ -144,12 +144,23 @@ def test_rounds_end_in_one_patch_of_the_model_as_it_was(model):
         return correction_study.answer_batches(PROMPTS, answers, answers, 3)
 
     contrast = correction_rounds.ContrastRounds(model, general, RepetitionMargin(), "repetition", "gradient", 0.7)
-    patches = contrast.rounds(answered(), answered, [0.01, 0.005], 0.5)
+    patches = contrast.rounds(answered(), answered, 0.01, [0.005, 0.002], 0.3, 0.5)
     assert same(model, before)
     total = sum(model.get_parameter(name).numel() for name in contrast.names)
-    assert [patch.num_entries for patch in patches] == [round(0.01 * total), round(0.01 * total) + round(0.005 * total)]
-    assert sum(patches[1].overlap(patches[0]).values()) == patches[0].num_entries
-    assert len(contrast.rounds(answered(), list, [0.01, 0.005], 0.5)) == 1
+    first = round(0.01 * total)
+    assert [patch.num_entries for patch in patches] == [
+        first,
+        first + round(0.002 * total),
+        first + round(0.005 * total),
+    ]
+    assert all(sum(patch.overlap(patches[0]).values()) == first for patch in patches)
+    assert patches[1].provenance["strength"] == 0.5
+    assert len(contrast.rounds(answered(), list, 0.01, [0.005], 0.3, 0.5)) == 1
+    assert contrast.rounds(answered(), answered, 0.01, [], 0.3, 0.5) == patches[:1]
+    text = text[:2]
+    assert correction_rounds.last_within(model, patches, 0.5, text, allowed=1e9) == 2
+    assert correction_rounds.last_within(model, patches, 0.5, text, allowed=-1.0) == 0
+    assert same(model, before)
 
 
 def test_table_and_plot_show_every_result(model, tmp_path):

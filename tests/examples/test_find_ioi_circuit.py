@@ -59,7 +59,9 @@ def test_an_unknown_task_is_named(monkeypatch, tmp_path: Path) -> None:
 
 
 def test_prompts_held_out_share_no_names_and_templates() -> None:
-    train, held_out = find_ioi_circuit.load_task(TOKENIZER, find_ioi_circuit.parse(["--samples", "32", "--held-out", "8"]))
+    train, held_out = find_ioi_circuit.load_task(
+        TOKENIZER, find_ioi_circuit.parse(["--samples", "32", "--held-out", "8"])
+    )
     assert not set(train.names) & set(held_out.names) and not set(train.templates) & set(held_out.templates)
     assert (len(train), len(held_out)) == (32, 8)
 
