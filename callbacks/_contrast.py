@@ -1,13 +1,16 @@
 """Two reference sets collected in one validation, and the table of a search over the amount."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lrp_prune.callbacks._checks import check_choice
 from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._distributed import agree, gathered
 from lrp_prune.correction import Search
 from lrp_prune.module import CorrectedModule
 from lrp_prune.relevance import STATISTICS, Relevance
@@ -113,6 +116,23 @@ class ReferenceSets:
         """Forget the collection under way."""
         for collection in self._collections:
             collection.abandon()
+
+
+def measured(trainer: Trainer, metric: Any, model: nn.Module) -> float:
+    """The mean of what a metric gives in all processes, so that all of them decide alike.
+
+    Raises:
+        Exception: the metric's own.
+        RuntimeError: it failed in another process.
+    """
+    value, failure = math.nan, None
+    try:
+        value = float(metric(model))
+    except Exception as error:
+        failure = error
+    agree(trainer, failure)
+    values: list[float] = gathered(trainer, value)
+    return sum(values) / len(values)
 
 
 def search_table(search: Search, behaviour: str) -> str:

@@ -1,8 +1,10 @@
 """The callback that finds what causes a behaviour, and hands the correction to the model."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -10,9 +12,10 @@ from torch import nn
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
 from lrp_prune.callbacks._collecting import CollectingCallback
-from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, search_table
+from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
 from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.module import CorrectedModule
@@ -34,6 +37,9 @@ class ContrastiveCorrection(CollectingCallback):
 
     With ``amount="auto"`` amounts are tried, and the smallest is taken that reaches ``reduction`` of the undesired metric
     within ``allowed_loss`` of the guard's; :attr:`search` has the curve. Both metrics must be functions for that.
+
+    On several processes each calls the metrics at the same time, and the mean of what they return counts; where
+    ``ModelParallelStrategy`` has sharded the model, each must run it as often. The patch is the same in all of them.
 
     Example::
 
@@ -192,12 +198,14 @@ class ContrastiveCorrection(CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer, type(self).__name__, self._allow_untested)
+        check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         if self._due(trainer):
+            if torch.is_inference_mode_enabled():
+                make_ordinary(pl_module)  # before the first forward, which makes what sharded weights are gathered into
             self._sets.start(trainer, pl_module)
 
     @override
@@ -249,9 +257,9 @@ class ContrastiveCorrection(CollectingCallback):
                 assert not isinstance(self._amount, str)
                 self._patch = make(self._amount)
             else:
-                metrics: dict[str, Any] = self._metrics
+                metrics = [partial(measured, pl_module.trainer, self._metrics[name]) for name in ("undesired", "guard")]
                 options: dict[str, Any] = {**self._search, "strength": self._strength}
-                self.search = search_amount(model, make, metrics["undesired"], metrics["guard"], **options)
+                self.search = search_amount(model, make, *metrics, **options)
                 self._patch = self.search.patch
                 rank_zero_info(search_table(self.search, self._behaviour))
         except ValueError as error:
@@ -279,7 +287,7 @@ class ContrastiveCorrection(CollectingCallback):
         model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
         for name, metric in self._metrics.items():
             if callable(metric):
-                value = float(metric(model))
+                value = measured(pl_module.trainer, metric, model)
             elif metric is not None and suffix:
                 found = pl_module.trainer.callback_metrics.get(metric)
                 if found is None:
