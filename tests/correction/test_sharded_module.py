@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # what checkpoints import: once here, not in each forked process
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import run
