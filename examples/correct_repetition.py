@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
         "--further",
         nargs="*",
         type=float,
-        default=[0.00004, 0.00008, 0.00012],
+        default=[0.00002, 0.00003, 0.00004],
         help="fractions that the second round adds, to choose from; none for one round",
     )
     add("--general-weight", type=float, default=0.3, help="of the general text in the second round; 1 in the first")
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
         "--allowed",
         type=float,
         default=0.01,
-        help="more perplexity that is allowed: half of it where the amount is chosen",
+        help="more perplexity that is allowed: a quarter of it where the amount is chosen, since texts differ",
     )
     add("--seeds", type=int, default=5, help="of random weights")
     add("--general-windows", type=int, default=16, help="windows of text that general relevance is collected on")
@@ -151,7 +151,7 @@ def main() -> None:
         options.general_weight,
         options.strength,
     )
-    chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 2)
+    chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 4)
     patch, names = patches[chosen], contrast.names
     patch.save(options.output / "repetition.safetensors")
 

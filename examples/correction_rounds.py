@@ -22,7 +22,7 @@ def last_within(model: PreTrainedModel, patches: Sequence[Patch], strength: floa
         cost = perplexity(model, text) / plain - 1
         patch.revert_(model)
         print(
-            f"round {number + 1}: {patch.num_entries:,} weights, {cost:+.2%} perplexity on text to choose by",
+            f"{patch.num_entries:,} weights: {cost:+.2%} perplexity on text to choose by",
             flush=True,
         )
         if cost <= allowed:
