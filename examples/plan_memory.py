@@ -18,7 +18,17 @@ KNOWN = {
     "Llama-2-7B": LlamaConfig(**_LLAMA, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000),
     "Llama-3-8B": LlamaConfig(**_LLAMA, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
 }
-PARTS = ("weights", "gradients", "optimizer", "relevance", "masks", "activations", "temporary", "collecting", "training")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "relevance",
+    "masks",
+    "activations",
+    "temporary",
+    "collecting",
+    "training",
+)
 
 
 def rows(name: str, config: PretrainedConfig, options: argparse.Namespace) -> list[str]:
