@@ -16,7 +16,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         existing = (found for found in gc.get_objects() if issubclass(type(found), Tensor))
-        self._seen = {tensor.untyped_storage()._cdata for tensor in existing}
+        self._seen = {tensor.untyped_storage()._cdata for tensor in existing if tensor.layout == torch.strided}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
