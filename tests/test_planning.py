@@ -1,8 +1,11 @@
 """The plan against counted live tensor bytes, and against what it is made of."""
 
+from functools import partial
+
 import pytest
 import torch
-from live_bytes import Live
+from live_bytes import Live, allocated
+from sharding import sharded, together
 from small_models import build
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -57,6 +60,27 @@ def test_a_training_with_kept_zeros_takes_what_is_planned():
     assert keeper.nbytes == plan.masks
     assert plan.relevance == pytest.approx(_bytes(relevance.sums.values()), rel=0.02)
     keeper.remove()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_of_a_sharded_model_takes_what_is_planned(tmp_path, processes):
+    sizes = {"hidden_size": 192, "intermediate_size": 528, "num_hidden_layers": 6, "vocab_size": 600}
+    batch = {"input_ids": torch.randint(0, 600, (2, 64), generator=torch.Generator().manual_seed(0))}
+    plan = lrp_prune.estimate(_llama(sizes), processes, batch=(2, 64))
+
+    def collecting(mesh):
+        model = sharded(_llama(sizes), mesh)
+        weights = _bytes(parameter.to_local() for parameter in model.parameters()) + _bytes(model.buffers())
+        assert weights == pytest.approx(plan.weights, rel=0.02)
+        collect = partial(lrp_prune.attribute, model, [batch, batch], composite="epsilon", statistic="geometric")
+        relevance, _, most = min((allocated(collect) for _ in range(2)), key=lambda counted: counted[2])
+        assert _bytes(relevance.sums.values()) == pytest.approx(plan.relevance, rel=0.05)
+        return weights + most
+
+    if torch.cuda.device_count() >= processes:
+        pytest.skip("counts the CPU's allocations")
+    for counted in together(collecting, processes, tmp_path):
+        assert plan.collecting == pytest.approx(counted, rel=0.15)
 
 
 def test_what_is_divided_and_what_is_not():

@@ -37,7 +37,9 @@ class RelevanceAccumulator:
         trainable_only: score only weights that require grad, unless ``include`` names them.
         accumulate_on: device of the sums; the weights' own by default.
         matmul_dtype: dtype in which statistics are multiplied. ``"auto"`` is bfloat16 for float32 weights where the device
-            multiplies it faster (the sums stay float32), else the weights' own; relative rounding is 0.4 % a batch.
+            multiplies it faster (the sums stay float32), else the weights' own; relative rounding is 0.4 % a batch. Where
+            nothing cancels (``abs_token``, ``squared_token``, ``geometric``) relevance also passes the scored linear layers
+            in this precision. ``None`` rounds nothing.
         skip_first: how many tokens at the beginning of each sample of a causal language model enter no statistic. Such
             models use the first token as a sink of attention, with activations that dwarf all others.
         unruled: what to do about operations without a rule.

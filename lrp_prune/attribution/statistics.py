@@ -89,6 +89,10 @@ _POWERS = {
 """The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
 
 
+_MAGNITUDES = ("abs_token", "squared_token", "geometric")
+"""Statistics in which nothing cancels: rounding the gradients changes them no more than rounding what is multiplied."""
+
+
 class WeightStatistic:
     """Sums of one weight, in its shape.
 
@@ -97,7 +101,8 @@ class WeightStatistic:
         parameter: the weight. Only its layout is used until :meth:`finish`.
         statistic: see the module's docstring.
         batch: tells samples and tokens apart.
-        matmul_dtype: dtype in which the contraction is multiplied; None for the operands' own.
+        matmul_dtype: dtype in which the contraction is multiplied, and in the statistics of magnitudes the gradient
+            that goes on; None for the operands' own.
         device: where the sums are kept; None for the weight's own.
     """
 
@@ -113,6 +118,7 @@ class WeightStatistic:
         device: torch.device | str | None = None,
     ) -> None:
         self.name, self.statistic, self._batch, self.operand_dtype = name, statistic, batch, matmul_dtype
+        self.propagated_dtype = matmul_dtype if statistic in _MAGNITUDES else None
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
         self.inputs: Tensor | None = None
@@ -250,6 +256,7 @@ class UnitStatistic:
 
     backward_needed = True
     operand_dtype: torch.dtype | None = None
+    propagated_dtype: torch.dtype | None = None
 
     def __init__(self, name: str, units: int, statistic: str, batch: BatchLayout) -> None:
         self.name, self.units, self.statistic, self._batch = name, units, statistic, batch

@@ -4,7 +4,7 @@ The gradient that reaches a use is the propagated one, so ``(a, d)`` there is al
 gradient is made, and nothing is kept per batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,8 @@ class Observer(Protocol):
     backward_needed: bool
     operand_dtype: torch.dtype | None
     """The precision in which the activation is wanted in backward, and kept until then; None for its own."""
+    propagated_dtype: torch.dtype | None
+    """The precision in which the gradient may be carried through the weight; None for its own."""
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Called with the activation ``a``."""
@@ -66,6 +68,9 @@ class _Observed(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         activation, weight = ctx.saved_tensors
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
+            precision = _agreed(observer.propagated_dtype for observer in ctx.observers)
+            if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
+                d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
             use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag)
             for observer in ctx.observers:
@@ -74,6 +79,12 @@ class _Observed(Function):
 
 
 _observed: Callable[..., Tensor] = _Observed.apply
+
+
+def _agreed(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
+    """The precision that all observers ask for; None where they differ."""
+    wanted = set(dtypes)
+    return wanted.pop() if len(wanted) == 1 else None
 
 
 class WeightUses:
@@ -123,8 +134,7 @@ class WeightUses:
 
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
         """What is kept of the activation for the backward pass: half of it where half the precision is multiplied."""
-        wanted = {observer.operand_dtype for observer in observers}
-        dtype = wanted.pop() if len(wanted) == 1 and use.form.only_shows_activation else None
+        dtype = _agreed(observer.operand_dtype for observer in observers) if use.form.only_shows_activation else None
         if dtype is None or dtype == activation.dtype:
             return activation
         return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))

@@ -1,14 +1,13 @@
 """Processes that hold parts select, mask and prune as one process that holds everything, and hold no more than parts."""
 
-import gc
 import itertools
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from live_bytes import allocated
 from sharding import sharded, together, whole
 from small_models import build
 from torch import nn
@@ -172,22 +171,6 @@ def deep() -> nn.Module:
     torch.manual_seed(0)
     blocks = [Block() for _ in range(DEPTH)]
     return nn.Sequential(nn.Linear(4, WIDTH, bias=False), *blocks, nn.Linear(WIDTH, 4, bias=False))
-
-
-def allocated(function: Callable[[], Any]) -> tuple[Any, int, int]:
-    """A function's result, and the bytes of tensors at its end and at most, on the CPU; also inside of torch."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-        gc.collect()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return result, now, most
 
 
 @pytest.mark.slow
