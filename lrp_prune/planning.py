@@ -270,9 +270,8 @@ class _Run(nn.Module):
         options = {"statistic": best.statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
         table = ObserverTable(self.module, **options)
         uses = WeightUses(table.observers)
-        with propagating(
-            self.module, composite_of(best.composite or "gradient"), None, "ignore", uses, tracing=table.tracing
-        ):
+        composite = composite_of(best.composite or "gradient")
+        with propagating(self.module, composite, None, "ignore", uses, tracing=table.tracing, kept=table.kept):
             return run(self.module, batch)
 
 

@@ -105,7 +105,9 @@ class RelevanceAccumulator:
             uses = WeightUses(table.observers)
             unruled = self._unruled if self.num_samples == 0 else "ignore"
             with (
-                propagating(module, self._composite, None, unruled, uses, tracing=table.tracing) as propagation,
+                propagating(
+                    module, self._composite, None, unruled, uses, tracing=table.tracing, kept=table.kept
+                ) as propagation,
                 nullcontext() if sharded is None else sharded.passing(),
             ):
                 with _agreed(sharded), self._forward_context():
@@ -113,6 +115,7 @@ class RelevanceAccumulator:
                     if sharded is not None:
                         propagation.check_target(value)
                 roots = propagation.roots() if table.backward_needed else []
+                table.make_room()
                 gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
             with _agreed(sharded):
                 self._add_roots(roots, gradients)
@@ -130,7 +133,7 @@ class RelevanceAccumulator:
                     "check the batch and the precision"
                 )
             self.table.add_root(root, gradient)
-        self.table.batch.finish()
+        self.table.passed()
 
     def compute(self) -> Relevance:
         """The relevance so far; the accumulator is empty afterwards.

@@ -45,6 +45,9 @@ class DividedStatistic(WeightStatistic):
         long = [dim for dim, size in enumerate(self.inputs.shape) if size > 1]
         return 2 + (long[0] if len(long) == 1 else self.inputs.dim() if long else 0)
 
+    def make_room(self) -> None:
+        """None: whole sums exist for the time of a module only."""
+
     def sum_up(self, code: int) -> None:
         """Add what all processes have to the parts, and give up what is whole."""
         sums = self._allocated()

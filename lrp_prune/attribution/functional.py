@@ -33,22 +33,26 @@ class ScaledGradient(Function):
 class IdentityRule(Function):
     r"""An elementwise function that hands its relevance on unchanged (AttnLRP, arXiv 2402.05602, eq. 9).
 
-    Gradient form: :math:`\partial f / \partial x := f(x) / x`, 0 where ``x = 0``.
+    Gradient form: :math:`\partial f / \partial x := f(x) / x`, 0 where ``x = 0``. Until then ``x`` is kept in the precision
+    ``kept``, if that is less than its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], kept: torch.dtype | None = None) -> Tensor:
         y = function(x)
+        ctx.dtype = x.dtype
+        if kept is not None and kept.itemsize < x.itemsize:
+            x = x.to(kept)
         ctx.save_for_backward(x, y)  # not their ratio: many are never asked for it, and y is kept by its reader anyway
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, y = ctx.saved_tensors
         with _bypass():
             ratio = (y / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
-            return ratio.mul_(gradient).to(x.dtype), None
+            return ratio.mul_(gradient).to(ctx.dtype), None, None
 
 
 class ConstantStatistic(Function):
@@ -94,5 +98,5 @@ class ConstantStatistic(Function):
 
 
 scaled_gradient: Callable[[Tensor, float], Tensor] = ScaledGradient.apply
-identity_rule: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] = IdentityRule.apply
+identity_rule: Callable[..., Tensor] = IdentityRule.apply
 constant_statistic: Callable[..., Tensor] = ConstantStatistic.apply

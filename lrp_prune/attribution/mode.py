@@ -54,6 +54,7 @@ class PropagationMode(TorchFunctionMode):
         uses: what is to be observed where weights are used.
         tracing: whether activations are tagged (only rules and units that need it).
         audit: finds operations without a rule, or None.
+        kept: the precision in which rules may keep activations for the backward pass; None for their own.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PropagationMode(TorchFunctionMode):
         uses: WeightUses,
         tracing: bool,
         audit: Audit | None,
+        kept: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._composite = composite
@@ -73,6 +75,7 @@ class PropagationMode(TorchFunctionMode):
         self._uses = uses
         self._tracing = tracing
         self.audit = audit
+        self.kept = kept
         self._acting = 0
         self._rules: dict[str, Rule] = {}
         self._inside: list[Any] = []
@@ -114,7 +117,7 @@ class PropagationMode(TorchFunctionMode):
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
         args, kwargs, _ = self._without_parameters(args, kwargs)
-        call = Call(func, operation, args, kwargs)
+        call = Call(func, operation, args, kwargs, self.kept)
         if registered is not None:
             result = registered(call)
         elif operation.functional is not None:
@@ -174,7 +177,7 @@ class PropagationMode(TorchFunctionMode):
             return call.run()
         twin = OPERATIONS[functional]
         args = tuple(target.clone() if arg is target else arg for arg in call.args)
-        result = self._apply(Call(functional, twin, args, call.kwargs))
+        result = self._apply(Call(functional, twin, args, call.kwargs, call.kept))
         return target.copy_(result)
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

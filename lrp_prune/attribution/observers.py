@@ -1,13 +1,20 @@
 """The observers of one collection: which weights and units are scored, and what comes of their sums."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.roots import Root
-from lrp_prune.attribution.statistics import BatchLayout, InputNorm, RowStatistic, UnitStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import (
+    MAGNITUDES,
+    BatchLayout,
+    InputNorm,
+    RowStatistic,
+    UnitStatistic,
+    WeightStatistic,
+)
 from lrp_prune.attribution.uses import Observer, Use
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
@@ -123,6 +130,14 @@ class ObserverTable:
         """Whether anything is propagated, or the forward tells all."""
         return self._statistic != "input_norm"
 
+    @property
+    def kept(self) -> torch.dtype | None:
+        """The precision in which rules may keep activations: that in which relevance passes all of the weights."""
+        if self._granularity != "weight" or self._statistic not in MAGNITUDES:
+            return None
+        wanted = {self._matmul_dtype(parameter) for parameter in self.parameters.values()}
+        return wanted.pop() if len(wanted) == 1 else None
+
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use."""
         if self._granularity == "weight":
@@ -133,6 +148,20 @@ class ObserverTable:
 
     def _collects(self, name: str) -> bool:
         return name in self.parameters and (self.active is None or name in self.active)
+
+    def make_room(self) -> None:
+        """Allocate the sums of all weights that the forward used, before the backward pass."""
+        for statistic in self._weight_statistics():
+            statistic.make_room()
+
+    def passed(self) -> None:
+        """The batch is over."""
+        for statistic in self._weight_statistics():
+            statistic.passed()
+        self.batch.finish()
+
+    def _weight_statistics(self) -> Iterator[WeightStatistic]:
+        return (found for found in self._statistics.values() if isinstance(found, WeightStatistic))
 
     def park(self, names: Iterable[str], device: torch.device) -> None:
         """Move the sums of weights to a device where they only wait."""
@@ -152,11 +181,15 @@ class ObserverTable:
         if found is None:
             parameter = self.parameters[name]
             kind = InputNorm if self._statistic == "input_norm" else WeightStatistic
-            dtype = _auto_dtype(parameter) if self._dtype == "auto" else self._dtype
-            assert not isinstance(dtype, str)
+            dtype = self._matmul_dtype(parameter)
             found = self._statistics[name] = kind(name, parameter, self._statistic, self.batch, dtype, self._device)
         assert isinstance(found, WeightStatistic)
         return found
+
+    def _matmul_dtype(self, parameter: Tensor) -> torch.dtype | None:
+        dtype = _auto_dtype(parameter) if self._dtype == "auto" else self._dtype
+        assert not isinstance(dtype, str)
+        return dtype
 
     def _units(self, use: Use) -> list[Observer]:
         name, dim = use.origin.name, use.origin.dim(use.form.in_axis)

@@ -142,12 +142,15 @@ def propagating(
     uses: WeightUses,
     entries: Sequence[nn.Module] | None = None,
     tracing: bool = False,
+    kept: torch.dtype | None = None,
 ) -> Iterator[Propagation]:
     """:func:`attributing` with observers of weights.
 
     Args:
         entries: the modules whose calls are "the model's forward"; by default the model itself, or where it is never called
             (a ``LightningModule`` that calls its children) its direct children.
+        tracing: whether activations are tagged.
+        kept: the precision in which rules may keep activations for the backward pass; None for their own.
     """
     if unruled not in UNRULED:
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
@@ -163,7 +166,7 @@ def propagating(
     lrp = any(composite.rules.values())
     audit = Audit() if lrp and unruled != "ignore" else None
     gated = composite.rules.get("product") == "stop_gate"
-    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing or gated, audit)
+    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing or gated, audit, kept)
     propagation = Propagation(mode, roots)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
@@ -315,7 +318,7 @@ def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[No
             return original(*args, **kwargs)
         if ruled:
             with mode.acting(False):
-                result = identity_rule(args[0], original)
+                result = identity_rule(args[0], original, mode.kept)
         else:
             result = original(args[0])
         mode.rule_applied(module, args[0], result)

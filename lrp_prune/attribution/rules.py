@@ -23,6 +23,8 @@ class Call(NamedTuple):
     operation: Operation
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    kept: torch.dtype | None = None
+    """The precision in which a rule may keep activations for the backward pass; None for their own."""
 
     def run(self) -> Any:
         """Compute the operation as the model asked for it: the plain gradient."""
@@ -83,7 +85,7 @@ def identity(call: Call) -> Any:
         result: Tensor = call.with_operands([value, *(detached(other) for other in rest)]).run()
         return result
 
-    return functional.identity_rule(x, function)
+    return functional.identity_rule(x, function, call.kept)
 
 
 def identity_of_power(call: Call) -> Any:

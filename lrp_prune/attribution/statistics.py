@@ -89,7 +89,7 @@ _POWERS = {
 """The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
 
 
-_MAGNITUDES = ("abs_token", "squared_token", "geometric")
+MAGNITUDES = ("abs_token", "squared_token", "geometric")
 """Statistics in which nothing cancels: rounding the gradients changes them no more than rounding what is multiplied."""
 
 
@@ -118,13 +118,27 @@ class WeightStatistic:
         device: torch.device | str | None = None,
     ) -> None:
         self.name, self.statistic, self._batch, self.operand_dtype = name, statistic, batch, matmul_dtype
-        self.propagated_dtype = matmul_dtype if statistic in _MAGNITUDES else None
+        self.propagated_dtype = matmul_dtype if statistic in MAGNITUDES else None
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
         self.inputs: Tensor | None = None
+        self._room: Tensor | None = None
+        self._passed = False
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Nothing is known yet."""
+
+    def make_room(self) -> None:
+        """Allocate the sums ahead of the first backward pass.
+
+        Made one by one in it, they would come to lie between activations, whose memory could then be used again in pieces only.
+        """
+        if self.sums is None and not self._passed:
+            self._room = self._zeros()
+
+    def passed(self) -> None:
+        """Give up the room if no relevance arrived."""
+        self._room, self._passed = None, True
 
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
@@ -165,9 +179,12 @@ class WeightStatistic:
 
     def _allocated(self) -> Tensor:
         if self.sums is None:
-            dtype = torch.float64 if self._parameter.dtype == torch.float64 else torch.float32
-            self.sums = torch.zeros_like(self._parameter, dtype=dtype, device=self._device, requires_grad=False)
+            self.sums, self._room = self._zeros() if self._room is None else self._room, None
         return self.sums
+
+    def _zeros(self) -> Tensor:
+        dtype = torch.float64 if self._parameter.dtype == torch.float64 else torch.float32
+        return torch.zeros_like(self._parameter, dtype=dtype, device=self._device, requires_grad=False)
 
     def add(self, contribution: Tensor, layout: Layout | None) -> None:
         """Add to the entries that the layout covers, in float32 (float64 for weights of that type)."""

@@ -1,6 +1,8 @@
 """In which precision statistics are multiplied, activations are kept, and relevance passes weights."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +22,41 @@ def test_bfloat16_products_are_close_and_the_sums_are_float32() -> None:
         torch.testing.assert_close(fast[name], exact[name], rtol=0.03, atol=1e-3 * float(exact[name].max()))
 
 
+def _kept(run: Callable[[], Any]) -> Counter[torch.dtype]:
+    """How many different tensors a run keeps for its backward pass, by precision."""
+    held: dict[torch.dtype, dict[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.dtype, {})[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return Counter({dtype: len(tensors) for dtype, tensors in held.items()})
+
+
 def test_what_is_kept_for_backward_is_in_the_precision_that_is_multiplied() -> None:
     """Queries, keys and values share one copy of their activation, and it has half the bytes."""
     model, batch = build("llama"), batch_for("llama")
-    kept: dict[torch.dtype, set[int]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.dtype, set()).add(tensor.untyped_storage()._cdata)
-        held.append(tensor)
-        return tensor
-
-    numbers = {}
-    for dtype in (None, "bfloat16"):
-        held: list[Tensor] = []
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            relevance = lrp_prune.attribute(model, [batch], matmul_dtype=dtype, statistic="squared_token")
-        numbers[dtype] = len(kept.get(torch.bfloat16, ()))
     layers = model.config.num_hidden_layers
-    assert numbers == {None: 0, "bfloat16": 4 * layers}  # the inputs of q, k, v; of o; of gate, up; of down
-    exact = lrp_prune.attribute(model, [batch], matmul_dtype=None, statistic="squared_token")
-    for name, values in relevance.items():
-        torch.testing.assert_close(values, exact[name], rtol=0.05, atol=0.01 * float(exact[name].max()))
+    inputs = 4 * layers  # of q, k, v; of o; of gate, up; of down
+    for statistic, dtype, expected in (
+        ("squared_token", None, 0),
+        ("signed", "bfloat16", inputs),
+        ("squared_token", "bfloat16", inputs + layers),  # and what the identity rule divides by
+    ):
+        run = partial(lrp_prune.attribute, model, [batch], matmul_dtype=dtype, statistic=statistic)
+        assert _kept(run)[torch.bfloat16] == expected, (statistic, dtype)
+
+
+def test_relevance_of_inputs_is_never_rounded() -> None:
+    model, batch = build("llama"), batch_for("llama")
+
+    def run() -> None:
+        with lrp_prune.attributing(model) as propagation:
+            propagation.relevance(model(**batch, use_cache=False).logits[0, -1].max())
+
+    assert set(_kept(run)) <= {torch.float32, torch.int64}
 
 
 class _Multiplied(TorchDispatchMode):

@@ -11,6 +11,7 @@ from small_models import CAUSAL, batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.relevance import STATISTICS, Relevance
 
 
@@ -104,6 +105,17 @@ def test_batches_add_up() -> None:
     for name in together:
         torch.testing.assert_close(apart[name], together[name])
         torch.testing.assert_close(merged[name], together[name])
+
+
+def test_weights_that_no_relevance_reaches_hold_no_room_for_it() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    accumulator = RelevanceAccumulator(model, composite="cp_lrp")
+    for _ in range(2):
+        accumulator.update(batch)
+        held = {name for name, found in accumulator.table._statistics.items() if found.sums is not None}
+        assert not any(found._room is not None for found in accumulator.table._statistics.values())
+        assert {name.split(".")[-2] for name in held} == {"v_proj", "o_proj", "up_proj", "down_proj"}
+    assert set(accumulator.compute().unscored) == set(accumulator.parameters) - held
 
 
 def test_collecting_twice_gives_the_same_bits() -> None:
