@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gate-samples", type=int, default=256, help="prompts that gates are trained on, from those to discover with")
     add("--gate-batch-size", type=int, default=8, help="prompts in each training step")
     add("--steps", type=int, default=250, help="training steps of the gates")
+    add("--objective", choices=["kl", "answers"], default="answers", help="what gates keep: all, or only the answers")
     add("--density", type=float, default=0.06, help="share of nodes that the gates are to keep")
     add("--seed", type=int, default=0, help="of prompts, of what is held out, and of the gates")
     add("--output", type=Path, default=Path("outputs/ioi-circuit"), help="folder for reports, tables and circuits")
@@ -124,6 +125,7 @@ def learn(
         task.resampled(options.seed + 1, options.gate_samples),
         options.granularity,
         ablation=ablation,
+        objective=options.objective,
         density=options.density,
         warm_start=start,
         batch_size=options.gate_batch_size,

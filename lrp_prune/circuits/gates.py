@@ -17,11 +17,12 @@ from lrp_prune.circuits.ablation import Reference, check_ablation, counterfactua
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.finalizing import finalized, most_open, warm_started
 from lrp_prune.circuits.hard_concrete import is_open, probability_open, sample
+from lrp_prune.circuits.objectives import objective_value, objective_weights
 from lrp_prune.circuits.pressure import Pressure, by_kind
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import KINDS, find_sites, kinds_of, passing
-from lrp_prune.tasks.metrics import batch_metric, kl_divergence
+from lrp_prune.tasks.metrics import batch_metric
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
 
@@ -43,8 +44,8 @@ class GateTraining(LightningModule):
 
     Each unit has a hard-concrete gate :math:`z`; what passes is :math:`z a + (1 - z) r` with the replacement ``r`` of the
     ablation, for every kind of unit alike. Heads and attention neurons are gated before the output projection, MLP neurons before
-    the down projection, blocks at what they add to the residual stream. Minimised is
-    :math:`\mathrm{KL}(p_\mathrm{full} \| p_\mathrm{gated})` at the answers' positions plus
+    the down projection, blocks at what they add to the residual stream. Minimised is an objective at the answers' positions
+    (:mod:`~lrp_prune.circuits.objectives`), by default :math:`\mathrm{KL}(p_\mathrm{full} \| p_\mathrm{gated})`, plus
     :class:`~lrp_prune.circuits.pressure.Pressure`.
 
     The model is no submodule: its weights are neither trained nor changed, nor written into checkpoints, nor broadcast under DDP,
@@ -63,6 +64,8 @@ class GateTraining(LightningModule):
         task: what to train on.
         granularities: the kinds of units, trained at once.
         ablation: the replacement: ``"counterfactual"``, ``"mean"`` or ``"zero"``.
+        objective: what is kept: ``"kl"``, all that the model does at the answers' positions; ``"answers"``, that it tells
+            answers from distractors, for which far less of it is needed; or the weight of each.
         penalties: weight of each kind's density in the loss, or one for all; 1.0 if neither this nor ``density`` is given.
         density: density of each kind to reach, or one for all.
         held_out: the task of the validations; None: the prompts of the training.
@@ -92,6 +95,7 @@ class GateTraining(LightningModule):
         granularities: str | Sequence[str] = KINDS,
         *,
         ablation: str = "counterfactual",
+        objective: str | Mapping[str, float] = "kl",
         penalties: float | Mapping[str, float] | None = None,
         density: float | Mapping[str, float] | None = None,
         held_out: Task | None = None,
@@ -111,6 +115,7 @@ class GateTraining(LightningModule):
         kinds = kinds_of(granularities)
         self._model: list[nn.Module] = [subject_of(model).module]  # in a list, so that it is no submodule
         self.task, self.held_out, self.ablation = task, held_out, ablation
+        self.objective = objective_weights(objective)
         target = task.target("logit_difference")
         self.sites = find_sites(self.base, task.batches(1)[0], kinds, target, include, exclude)
         self._learning_rate, self._batch_size, self._warmup = learning_rate, batch_size, warmup
@@ -159,6 +164,7 @@ class GateTraining(LightningModule):
         kept = {name: is_open(value) for name, value in located.items()}
         kept |= most_open(self.sites, located, sizes or {})
         description = {"method": "gates", "ablation": self.ablation, "task": type(self.task).__name__}
+        description["objective"] = ", ".join(f"{weight:g} {name}" for name, weight in self.objective.items())
         description["prompts"] = self.task.fingerprint
         kinds = dict.fromkeys(site.kind for site in self.sites)
         raw = Circuit(kept, self.sites, ",".join(kinds), fingerprint(self.base), description)
@@ -209,10 +215,13 @@ class GateTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         gates = {name: sample(value) for name, value in self.locations().items()}
         reference, full = self._constants(batch)
-        divergence = kl_divergence(full, self.gated_logits(batch, gates, reference)).mean()
-        pressure = self.pressure(self.locations(), self._progress())
-        self.log("gates/kl", divergence.detach(), prog_bar=True)
-        return cast(Tensor, divergence + pressure)
+        logits = self.gated_logits(batch, gates, reference)
+        loss = cast(Tensor, self.pressure(self.locations(), self._progress()))
+        for name, weight in self.objective.items():
+            value = objective_value(name, logits, batch, full)
+            self.log(f"gates/{name}", value.detach(), prog_bar=True)
+            loss = loss + weight * value
+        return loss
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

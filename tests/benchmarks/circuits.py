@@ -51,6 +51,7 @@ class Setting:
 
     options: dict[str, Any] = field(default_factory=dict)
     gates: bool = False
+    objective: str = "kl"
     start: str | None = None
 
     @property
@@ -72,6 +73,7 @@ def settings() -> dict[str, Setting]:
     rows["gates"] = Setting(gates=True)
     for method in ("attnlrp", "gradient", "attribution_patching", "relp"):
         rows[f"gates from {method}"] = Setting(gates=True, start=method)
+        rows[f"gates for answers from {method}"] = Setting(gates=True, objective="answers", start=method)
     return rows
 
 
@@ -97,6 +99,7 @@ def find(
         task,
         KINDS[granularity],
         ablation=ablation,
+        objective=setting.objective,
         density=options.density,
         warm_start=start,
         batch_size=options.batch_size,

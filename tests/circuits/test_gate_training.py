@@ -8,7 +8,7 @@ import pytest
 import torch
 from circuit_tasks import small_task
 from lightning.pytorch import Trainer
-from planted import PlantedHeads, PlantedNeurons, planted_task
+from planted import NO, YES, PlantedHeads, PlantedNeurons, planted_task
 from small_models import build
 
 from lrp_prune import circuits
@@ -49,6 +49,21 @@ def test_penalties_find_the_planted_circuit(ablation: str, tmp_path: Path) -> No
     assert gates.circuit().kept["mlp_neuron:down"].tolist() == [True, True, *[False] * 6]
     result = circuits.evaluate(gates.base, gates.circuit(), planted_task(3), ablation=ablation)
     assert float(result.faithfulness) == pytest.approx(1)
+
+
+def test_what_tells_answers_from_distractors_is_less_than_what_the_model_does(tmp_path: Path) -> None:
+    """The second neuron raises answer and distractor alike."""
+    kept = {}
+    for objective in ("kl", "answers"):
+        gates = planted(penalties=0.3, objective=objective)
+        with torch.no_grad():
+            gates.base.down.weight[NO, 1] = gates.base.down.weight[YES, 1]
+        trainer = trained(gates, path=tmp_path)
+        assert f"gates/{objective}" in trainer.callback_metrics
+        circuit = gates.circuit()
+        kept[objective] = circuit.kept["mlp_neuron:down"].tolist()
+        assert circuit.description["objective"] == f"1 {objective}"
+    assert kept == {"kl": [True, True, *[False] * 6], "answers": [True, *[False] * 7]}
 
 
 def test_a_target_density_is_reached_and_kept(tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_hard_concrete_gates_have_the_stated_distribution() -> None:
         ({"granularities": "layer"}, "granularity must be"),
         ({"ablation": "noise"}, "ablation must be"),
         ({"density": 0.0}, "density must be in"),
+        ({"objective": "accuracy"}, "objective must be of"),
+        ({"objective": {"kl": -1.0}}, "weight of 0 or more"),
+        ({"objective": {"kl": 0.0}}, "needs a positive weight"),
         ({"granularities": "head", "penalties": {"mlp_neuron": 1.0}}, "penalties names 'mlp_neuron'"),
     ],
 )
