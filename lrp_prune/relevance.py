@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.contributions import INPUTS, Contributions
 from lrp_prune.sharding import Sharding
 from lrp_prune.storage import Together, load_tensors, save_tensors
 
@@ -17,7 +18,7 @@ Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geome
 GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
 STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric")
 _OF_SQUARES = ("squared_token", "input_norm")
-INPUTS, _MEAN_WEIGHTS = "::inputs", "::mean_weights"
+_MEAN_WEIGHTS = "::mean_weights"
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
 
@@ -118,17 +119,11 @@ class Relevance(Mapping[str, Tensor]):
         self.unscored = tuple(unscored)
         self.layouts = dict(layouts or {})
         self.derived = derived
-        self._inputs, self._mean_weights = dict(inputs or {}), dict(mean_weights or {})
-        known = {*self.parameter_shapes, *(name + INPUTS for name in self._inputs)}
+        known = {*self.parameter_shapes, *(name + INPUTS for name in inputs or ())}
         self.shardings = {key: sharding for key, sharding in (shardings or {}).items() if key in known}
-        if statistic == "geometric" and not derived and set(self._inputs) != set(self._sums):
+        if statistic == "geometric" and not derived and set(inputs or ()) != set(self._sums):
             raise ValueError("relevance of statistic 'geometric' needs inputs and mean_weights for every tensor")
-        # Reading must not need other processes, so what does is done now.
-        self._mean_contributions = {
-            name: self._mean_contribution(name)
-            for name in self._inputs
-            if self.sharding(name) is not None and not derived
-        }
+        self._contributions = Contributions(inputs or {}, mean_weights or {}, num_samples, self.shardings)
 
     def sharding(self, name: str) -> Sharding | None:
         """How the tensor of this name is divided among processes; None if all of it is here."""
@@ -149,7 +144,7 @@ class Relevance(Mapping[str, Tensor]):
     @property
     def sums(self) -> Mapping[str, Tensor]:
         """Everything that is additive over samples, as it is kept: what is reduced over processes."""
-        return {**self._sums, **{name + INPUTS: tensor for name, tensor in self._inputs.items()}}
+        return {**self._sums, **{name + INPUTS: tensor for name, tensor in self._contributions.inputs.items()}}
 
     def with_sums(self, sums: Mapping[str, Tensor], num_samples: int) -> "Relevance":
         """The same kind of relevance from other :attr:`sums`: those of all processes, say."""
@@ -158,32 +153,13 @@ class Relevance(Mapping[str, Tensor]):
         unscored = tuple(name for name in self.unscored if name not in own)
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
-    def _contributions(self, name: str) -> tuple[Tensor, float]:
-        """Squares of what the weights here multiply, per sample, and the mean contribution to the layer's output."""
-        inputs = self._inputs[name].to(torch.float32) / self.num_samples
-        mean = self._mean_contributions.get(name)
-        sharding = self.sharding(name)
-        if sharding is not None and name + INPUTS not in self.shardings:
-            inputs = sharding.part(inputs)  # a vector, which is whole in each process
-        return inputs, self._mean_contribution(name) if mean is None else mean
-
-    def _mean_contribution(self, name: str) -> float:
-        inputs = self._inputs[name].to(torch.float32) / self.num_samples
-        contributions = self._mean_weights[name] * inputs.sqrt()
-        sharding = self.shardings.get(name + INPUTS)
-        if sharding is None:
-            return float(contributions.mean(dtype=torch.float64))
-        return float(sharding.all_reduced(contributions.sum(dtype=torch.float64))) / max(math.prod(sharding.shape), 1)
-
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
         if not self.derived and self.statistic == "geometric":
-            inputs, mean = self._contributions(name)
             shape = self._sums[name].shape
-            factor = inputs.sqrt() / self.num_samples
+            shares = self._contributions.shares(name, shape, None if sums.shape == shape else index)
             # (|W|^3 G A^(1/2))^(1/3) = (|W| G^(1/2))^(2/3) (|W| A^(1/2))^(1/3)
-            values = values * (factor if sums.shape == shape else _broadcast(factor, shape, index))
-            values = values.pow_(1 / 3).div_(mean ** (1 / 3) or 1.0)
+            values = (values * (shares / self.num_samples)).pow_(1 / 3)
         elif not self.derived:
             if self.num_samples > 1:
                 values = values / self.num_samples
@@ -216,8 +192,8 @@ class Relevance(Mapping[str, Tensor]):
             "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
             "unscored": list(self.unscored),
             "layouts": self.layouts,
-            "inputs": self._inputs,
-            "mean_weights": self._mean_weights,
+            "inputs": self._contributions.inputs,
+            "mean_weights": self._contributions.mean_weights,
             "derived": self.derived,
             "scales": self._scales,
             "shardings": self.shardings,
@@ -272,14 +248,15 @@ class Relevance(Mapping[str, Tensor]):
         self._check_shapes(other, "merge")
         names = list(dict.fromkeys((*self, *other)))
         sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in names}
-        inputs = {name: _summed(self._inputs.get(name), other._inputs.get(name)) for name in names if self._inputs}
+        mine, theirs = self._contributions, other._contributions
+        inputs = {name: _summed(mine.inputs.get(name), theirs.inputs.get(name)) for name in names if mine.inputs}
         unscored = tuple(name for name in self.unscored if name not in sums)
         return self._replace(
             sums,
             num_samples=self.num_samples + other.num_samples,
             unscored=unscored,
             inputs=inputs,
-            mean_weights={**other._mean_weights, **self._mean_weights},
+            mean_weights={**theirs.mean_weights, **mine.mean_weights},
         )
 
     def __sub__(self, other: "Relevance") -> "Relevance":
@@ -347,7 +324,7 @@ class Relevance(Mapping[str, Tensor]):
         """
         description = self._description()
         del description["inputs"], description["mean_weights"], description["shardings"]
-        weights = {name + _MEAN_WEIGHTS: tensor for name, tensor in self._mean_weights.items()}
+        weights = {name + _MEAN_WEIGHTS: tensor for name, tensor in self._contributions.mean_weights.items()}
         parts = {**self.sums, **weights}
         save_tensors(path, "relevance", {key: self._together(key, part) for key, part in parts.items()}, description)
 
@@ -382,16 +359,3 @@ def _summed(mine: Tensor | None, theirs: Tensor | None) -> Tensor:
         assert present is not None
         return present.clone()
     return mine + theirs.to(mine.device)
-
-
-def _broadcast(tensor: Tensor, shape: torch.Size, index: slice) -> Tensor:
-    """``tensor.expand(shape).flatten()[index]`` without making the whole."""
-    tensor = tensor.contiguous()
-    flat = torch.arange(*index.indices(shape.numel()), device=tensor.device)
-    position = torch.zeros_like(flat)
-    for dim in range(len(shape)):
-        if tensor.shape[dim] > 1:
-            position += flat.div(shape[dim + 1 :].numel(), rounding_mode="floor").remainder_(
-                shape[dim]
-            ) * tensor.stride(dim)
-    return tensor.reshape(-1)[position]

@@ -19,8 +19,9 @@ from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.statistics import InputNorm, RowStatistic, UnitStatistic, WeightStatistic
 from lrp_prune.attribution.tags import set_tag, tag_of
 from lrp_prune.attribution.unsharding import own_modules
+from lrp_prune.contributions import INPUTS
 from lrp_prune.names import named_parameters, unwrap
-from lrp_prune.relevance import INPUTS, Relevance
+from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import (
     Sharding,
     agree,
