@@ -53,11 +53,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="prompts that are computed at once")
     add("--gates", action="store_true", help="also learn the circuit with gates, for each ablation; takes longer")
     add("--gates-from", choices=METHODS, default="attribution patching", help="the ranking that gates start from")
-    add("--gate-samples", type=int, default=256, help="prompts that gates are trained on, from those to discover with")
+    add("--gate-samples", type=int, default=768, help="prompts that gates are trained on, from those to discover with")
     add("--gate-batch-size", type=int, default=8, help="prompts in each training step")
-    add("--steps", type=int, default=250, help="training steps of the gates")
-    add("--objective", choices=["kl", "answers"], default="answers", help="what gates keep: all, or only the answers")
-    add("--density", type=float, default=0.06, help="share of nodes that the gates are to keep")
+    add("--steps", type=int, default=450, help="training steps of the gates")
+    add("--kl-weight", type=float, default=0.05, help="of the divergence from the full model in the gates' objective")
+    add("--answers-weight", type=float, default=1.0, help="of telling answers from distractors in it")
+    add("--density", type=float, default=0.075, help="expected share of gates that are not closed; fewer end up open")
     add("--seed", type=int, default=0, help="of prompts, of what is held out, and of the gates")
     add("--output", type=Path, default=Path("outputs/ioi-circuit"), help="folder for reports, tables and circuits")
     add("--quick", action="store_true", help="few prompts and methods: shows in a minute that everything runs")
@@ -125,7 +126,7 @@ def learn(
         task.resampled(options.seed + 1, options.gate_samples),
         options.granularity,
         ablation=ablation,
-        objective=options.objective,
+        objective={"kl": options.kl_weight, "answers": options.answers_weight},
         density=options.density,
         warm_start=start,
         batch_size=options.gate_batch_size,
@@ -228,7 +229,7 @@ def main() -> None:
         text = table(results, options.sizes)
         print(text)
         best = smallest(results, options.sizes)
-        kept = {name: ranking.at(best[1] if best else options.density) for name, ranking in rankings.items()}
+        kept = {name: ranking.at(best[1] if best else min(options.sizes)) for name, ranking in rankings.items()}
         if best:
             name, size = best
             print(f"95 % of the accuracy is kept by {size:.3g} of the nodes, by {name}: {kept[name]}")

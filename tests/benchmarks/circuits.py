@@ -11,7 +11,7 @@ again, so that a run can be stopped and continued.
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from sys import path
@@ -51,7 +51,7 @@ class Setting:
 
     options: dict[str, Any] = field(default_factory=dict)
     gates: bool = False
-    objective: str = "kl"
+    objective: Mapping[str, float] = field(default_factory=lambda: {"kl": 1.0})
     start: str | None = None
 
     @property
@@ -73,7 +73,9 @@ def settings() -> dict[str, Setting]:
     rows["gates"] = Setting(gates=True)
     for method in ("attnlrp", "gradient", "attribution_patching", "relp"):
         rows[f"gates from {method}"] = Setting(gates=True, start=method)
-        rows[f"gates for answers from {method}"] = Setting(gates=True, objective="answers", start=method)
+        rows[f"gates for answers from {method}"] = Setting(
+            gates=True, objective={"answers": 1.0, "kl": 0.05}, start=method
+        )
     return rows
 
 
@@ -230,8 +232,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=float, default=list(SIZES), help="shares of the nodes that are kept")
     add("--samples", type=int, default=128, help="prompts to discover with, and as many to measure on")
     add("--batch-size", type=int, default=16, help="prompts in a batch")
-    add("--steps", type=int, default=300, help="optimizer steps of the gates")
-    add("--density", type=float, default=0.05, help="share of the nodes that the gates are to keep")
+    add("--steps", type=int, default=450, help="optimizer steps of the gates")
+    add("--density", type=float, default=0.075, help="expected share of gates that are not closed; fewer end up open")
     add("--model", default=language_model.PACKAGED_MODEL, help="the packaged model, or a hub name or folder")
     add("--results", type=Path, default=Path("outputs/circuits.jsonl"), help="file that results are appended to")
     add("--list", action="store_true", help="print the names of the rows and stop")
