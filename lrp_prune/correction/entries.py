@@ -92,7 +92,10 @@ def locate(tensor: Tensor, positions: Tensor) -> Located:
 
 
 def write_together(writes: Iterable[tuple[Located, Tensor]]) -> None:
-    """Set entries of several tensors: all of them, or none if one fails."""
+    """Set entries of several tensors: all of them, or none if one fails.
+
+    An enclosing ``torch.autocast`` forgets its low-precision copies of weights, which would be run in place of these.
+    """
     done: list[tuple[Located, Tensor]] = []
     try:
         for located, values in writes:
@@ -102,6 +105,8 @@ def write_together(writes: Iterable[tuple[Located, Tensor]]) -> None:
         for located, before in done:
             located.tensor[located.coordinates] = before.to(located.tensor.device)
         raise
+    finally:
+        torch.clear_autocast_cache()
 
 
 def read(tensor: Tensor, positions: Tensor) -> Tensor:

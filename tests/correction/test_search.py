@@ -78,6 +78,19 @@ def test_a_failing_metric_leaves_the_model_as_it_was() -> None:
     assert torch.equal(model.weight, before)
 
 
+def test_under_autocast_each_trial_runs_the_weights_that_are_there() -> None:
+    model = line(1, 1, 1, 1)
+
+    def output(model: nn.Module) -> float:
+        return float(model(torch.ones(1, 4)))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = search_amount(model, first(model), output, lambda _: 1.0, amounts=[1, 2, 3])
+        after = output(model)
+    assert [trial.undesired for trial in found.curve] == [3.0, 2.0, 1.0]
+    assert (found.undesired, after) == (4.0, 4.0)
+
+
 def test_wrong_arguments() -> None:
     model = line(1, 2)
     for wrong, message in (
