@@ -155,7 +155,11 @@ class CorrectedModule(LightningModule):
         self._corrections.disable(name)
 
     def uncorrected(self) -> AbstractContextManager[None]:
-        """A context in which the weights are as they are without any patch; not for training steps."""
+        """A context in which the weights are as they are without any patch; not for training steps.
+
+        Contexts may be nested. What is enabled within one is applied when the outermost is left; a copy that is made
+        within one has all patches disabled.
+        """
         return self._corrections.suspended()
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:

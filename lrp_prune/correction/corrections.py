@@ -49,6 +49,7 @@ class Corrections:
         self._strengths: dict[str, float] = {}
         self._stored: dict[str, dict[str, Tensor]] = {}
         self._frozen = Frozen()
+        self._suspended = 0
 
     @property
     def patches(self) -> dict[str, Patch]:
@@ -92,7 +93,7 @@ class Corrections:
         return self._patches.pop(name)
 
     def enable(self, name: str, strength: float = 1.0) -> None:
-        """Apply a patch, or change how strongly it is applied.
+        """Apply a patch, or change how strongly it is applied; within :meth:`suspended`, once it is left.
 
         Raises:
             KeyError: there is none of that name.
@@ -115,7 +116,8 @@ class Corrections:
         if name not in self._stored:
             self._stored[name] = {entry: read(parameters[entry], patch[entry].positions) for entry in patch}
         self._strengths[name] = strength
-        self._write(name, parameters, strength)
+        if not self._suspended:
+            self._write(name, parameters, strength)
         self._freeze()
 
     def disable(self, name: str) -> None:
@@ -132,13 +134,17 @@ class Corrections:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The model as it is without corrections, inside the context; what is enabled comes back after it."""
-        self.suspend()
+        """The model as it is without corrections, inside the context; what is enabled comes back after the outermost."""
+        if not self._suspended:
+            self.suspend()
+        self._suspended += 1
         try:
             yield
         finally:
-            for name, strength in self._strengths.items():
-                self._write(name, resolve_entries(self._patches[name], self._model), strength)
+            self._suspended -= 1
+            if not self._suspended:
+                for name, strength in self._strengths.items():
+                    self._write(name, resolve_entries(self._patches[name], self._model), strength)
 
     def suspend(self, untouched: bool = False) -> None:
         """Put back what the entries held, with all patches still listed as enabled: :meth:`renew` enables them again.
@@ -220,6 +226,12 @@ class Corrections:
                 for entry in patch
             }
         return Patch(entries, patch.provenance)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._suspended:
+            return self.__dict__
+        # A copy of the uncorrected model leaves no context that would correct it again.
+        return {**self.__dict__, "_strengths": {}, "_stored": {}, "_suspended": 0}
 
     def _patch(self, name: str) -> Patch:
         if name not in self._patches:

@@ -74,6 +74,53 @@ def test_suspending_shows_the_model_as_it_is_also_after_an_error() -> None:
     assert same(model, patched)
 
 
+def test_suspending_may_be_nested_and_ends_with_the_outermost() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first", 0.3)
+    patched = values(model)
+    with corrections.suspended():
+        with corrections.suspended():
+            assert same(model, before)
+        assert same(model, before)
+        corrections.add("third", corrections.current("second"))
+        assert same(model, before)
+    assert same(model, patched)
+
+
+def test_what_is_switched_while_suspended_is_so_afterwards() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    with corrections.suspended():
+        corrections.enable("first")
+        corrections.enable("second", 0.5)
+        corrections.enable("first", 0.25)
+        assert same(model, before)
+    weight = model[0].weight.detach().view(-1)
+    assert torch.equal(weight[FIRST], before["0.weight"].view(-1)[FIRST] * 0.75)
+    assert torch.equal(weight[SECOND], before["0.weight"].view(-1)[SECOND] * 0.5)
+    with corrections.suspended():
+        corrections.disable("first")
+    corrections.disable("second")
+    assert same(model, before)
+
+
+def test_a_copy_made_while_suspended_is_uncorrected_and_can_be_corrected() -> None:
+    model, corrections = corrected()
+    before = values(model)
+    corrections.enable("first")
+    patched = values(model)
+    with corrections.suspended():
+        other_model, other = copy.deepcopy((model, corrections))
+    assert same(model, patched)
+    assert same(other_model, before)
+    assert other.strengths == {"first": 0.0, "second": 0.0}
+    other.enable("first")
+    assert same(other_model, patched)
+    other.disable("first")
+    assert same(other_model, before)
+
+
 def test_overlapping_patches_are_not_enabled_together() -> None:
     model, corrections = corrected()
     corrections.add("third", Patch.from_positions(model, {"0.weight": torch.tensor([0, 1, 30])}))

@@ -201,6 +201,20 @@ def test_loading_weights_without_patches_keeps_those_there_are(everything) -> No
     assert torch.equal(module.net[4].weight, source.net[4].weight)
 
 
+def test_weights_loaded_while_uncorrected_are_corrected_afterwards(everything) -> None:
+    module = everything()
+    corrected = wrapped(module)
+    source = everything()
+    nn.init.normal_(source.net[4].weight)
+    with corrected.uncorrected():
+        corrected.load_state_dict({f"module.{name}": value for name, value in source.state_dict().items()})
+        assert torch.equal(module.net[4].weight, source.net[4].weight)
+        assert torch.equal(corrected.state_dict()[f"module.{LAST}"], source.net[4].weight)
+    assert not entries(module).any()
+    corrected.disable("example")
+    assert torch.equal(module.net[4].weight, source.net[4].weight)
+
+
 def test_load_from_checkpoint(everything, trainer, tmp_path) -> None:
     corrected = wrapped(everything())
     run = trainer(max_epochs=1)
