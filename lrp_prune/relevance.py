@@ -302,7 +302,7 @@ class Relevance(Mapping[str, Tensor]):
             raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {by!r}")
         sizes: dict[str, float] = {}
         for name in self:
-            magnitude, sharding = self.local(name).abs_(), self.sharding(name)
+            magnitude, sharding = self.local(name).abs(), self.sharding(name)
             if by == "max":
                 largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
                 sizes[name] = float(largest if sharding is None else sharding.all_reduced(largest, "MAX"))
