@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
 from lrp_prune.names import resolve
 from lrp_prune.sharding import is_sharded, local_part, sharding_of
@@ -51,8 +52,8 @@ class MaskKeeper:
       clipping, before DDP reduces it, and in manual optimization as well. Left in, it inflates the norm that clipping
       divides by, and optimizers that mix entries (Muon) change the kept weights by it.
     - **In each optimizer step**: nothing is left to do for the optimizers in :data:`KEEPS_ZEROS`. After a step of any
-      other, weights and moments are zeroed again. Gradients that were assigned and not accumulated (``p.grad = ...``)
-      are zeroed before the step.
+      other, weights and moments are zeroed again. Gradients that were assigned (``p.grad = ...``) or changed after the
+      backward pass (noise, a penalty, clipping) are zeroed before the step.
     - **When an optimizer loads its state**: the loaded moments are zeroed.
 
     Second moments (averages of squared gradients) are the exception: of the optimizers in :data:`KEEPS_ZEROS` they stay
@@ -87,7 +88,7 @@ class MaskKeeper:
         self._model = model
         self._parameters: dict[str, nn.Parameter] = {}
         self._kept: dict[str, Tensor] = {}
-        self._seen_gradient: dict[str, int] = {}
+        self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
         self._optimizers: list[Optimizer] = []
         self._parameter_hooks: list[RemovableHandle] = []
         self._optimizer_hooks: list[RemovableHandle] = []
@@ -170,7 +171,7 @@ class MaskKeeper:
 
     def _hook_parameters(self) -> None:
         _clear(self._parameter_hooks)
-        self._seen_gradient = {}
+        self._zeroed = {}
         for name, parameter in self._parameters.items():
 
             def zero_gradient(parameter: Tensor, name: str = name) -> None:
@@ -184,10 +185,10 @@ class MaskKeeper:
             parameter.requires_grad_(requires_grad)
 
     def _zero_gradient(self, name: str, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None:
+        whole = parameter.grad
+        if whole is None:
             return
-        gradient = local_part(gradient) if is_sharded(gradient) else gradient
+        gradient = local_part(whole) if is_sharded(whole) else whole
         kept = self._bits(name, parameter)
         if gradient.is_sparse:
             gradient = gradient.coalesce()
@@ -198,14 +199,16 @@ class MaskKeeper:
             )
             return
         zero_pruned_(gradient, kept)
-        self._seen_gradient[name] = gradient.data_ptr()
+        self._zeroed[name] = TensorWeakRef(whole), gradient._version
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name, parameter in self._of(optimizer):
             gradient = parameter.grad
-            if gradient is not None and (
-                gradient.is_sparse or local_part(gradient).data_ptr() != self._seen_gradient.get(name)
-            ):
+            if gradient is None:
+                continue
+            known, version = self._zeroed.get(name, (None, -1))
+            # As it was left by the backward pass, or assigned or changed since.
+            if known is None or known() is not gradient or local_part(gradient)._version != version:
                 self._zero_gradient(name, parameter)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

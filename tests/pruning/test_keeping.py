@@ -52,6 +52,31 @@ def test_assigned_gradients_are_zeroed_before_the_step() -> None:
     assert pruned_values(model, masks).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("how", ["assigned", "changed in place", "scaled"])
+def test_gradients_that_change_after_the_backward_pass_do_not_bring_weights_back(how: str) -> None:
+    """Also where memory is used again for the next gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    mask = torch.rand(64, 64) > 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    MaskKeeper(model, {"weight": mask}, [optimizer])
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 64)).square().sum()
+        if how == "assigned":
+            (gradient,) = torch.autograd.grad(loss, [model.weight])
+            model.weight.grad = gradient
+            del gradient
+        else:
+            loss.backward()
+            gradient = model.weight.grad
+            assert gradient is not None
+            gradient.add_(torch.randn(64, 64)) if how == "changed in place" else gradient.mul_(2.0)
+            del gradient
+        optimizer.step()
+        assert not model.weight[~mask].any()
+
+
 def test_frozen_parameters_are_kept_when_unfrozen_later() -> None:
     model = make_model()
     model[0].requires_grad_(False)
