@@ -112,10 +112,16 @@ class _DataFree:
         return (whole if sharding is None else sharding.part(whole).clone()).to(weight.device)
 
 
-def _explain_nothing(model: nn.Module, batch: Any) -> Tensor:
-    """A target for statistics of the forward alone: the model is run, nothing is propagated."""
-    run(model, batch)
-    return torch.zeros(())
+def _explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:
+    """A target for statistics of the forward alone: the model is run as it would be explained, nothing is propagated."""
+    own = subject_of(model).own_target or (target if callable(target) else run)
+
+    def explain_nothing(model: nn.Module, batch: Any) -> Tensor:
+        own(model, batch)
+        return torch.zeros(())
+
+    explain_nothing.__qualname__ = "nothing"
+    return explain_nothing
 
 
 def scorer(
@@ -172,7 +178,7 @@ def scorer(
         return _DataFree(model, method, seed, include, exclude, trainable_only)
     return RelevanceAccumulator(
         model,
-        target=_explain_nothing if method == "wanda" else target,
+        target=_explaining_nothing(model, target) if method == "wanda" else target,
         composite=composite or defaults.composite or "gradient",
         statistic=statistic or defaults.statistic,
         granularity=granularity,

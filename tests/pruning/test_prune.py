@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from small_models import batch_for, build, forward
@@ -140,3 +141,27 @@ def test_a_failing_round_undoes_the_rounds_before() -> None:
         lrp_prune.prune(model, [batch_for("llama")], sparsity=0.5, rounds=4, target=target)
     assert len(calls) == 3
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["lrp", "wanda"])
+def test_a_module_is_run_by_its_own_target(method: str) -> None:
+    """One that has no forward, and one whose forward is not what is explained."""
+
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def relevance_target(self, batch: Any) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.encoder(batch[0]).relu())
+            return logits.gather(1, batch[1][:, None]).sum()
+
+    class WithForward(Classifier):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("not what is explained")
+
+    batch = (torch.randn(16, 8), torch.randint(3, (16,)))
+    for kind in (Classifier, WithForward):
+        masks = lrp_prune.prune(kind(), [batch], sparsity=0.5, method=method)
+        assert masks.sparsity == 0.5
+        assert set(masks) == {"encoder.weight", "head.weight"}
