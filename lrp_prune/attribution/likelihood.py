@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
-"""The label of positions that are not explained."""
+from lrp_prune.attribution.running import IGNORED
 
 _BLOCK = 2**20
 """Entries that are worked on at a time: 4 MB in float32."""

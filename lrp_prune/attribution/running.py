@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lrp_prune.names import unwrap
 
+IGNORED = -100
+"""The label of positions that are not explained."""
+
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
 
 
@@ -77,10 +80,38 @@ def is_causal(model: nn.Module) -> bool:
     return "ForCausalLM" in name or "LMHead" in name
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the labels are tokens of a decoder, beside those that an encoder is given."""
+    configuration = next((module.config for module in unwrap(model).modules() if hasattr(module, "config")), None)
+    return bool(getattr(configuration, "is_encoder_decoder", False))
+
+
+def attended_labels(model: nn.Module, batch: Any) -> Tensor | None:
+    """Which positions of the logits ``[samples, tokens]`` are no padding; None if the batch does not say.
+
+    Of an encoder-decoder the attention mask is about the encoder's tokens; the decoder has a mask of its own, or its labels.
+    """
+    if not is_encoder_decoder(model):
+        mask, ids = entry(batch, "attention_mask"), entry(batch, "input_ids")
+        return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 and ids is not None else None
+    mask, labels = entry(batch, "decoder_attention_mask"), labels_of(batch)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask != 0
+    return labels != IGNORED if labels is not None and labels.dim() == 2 and not labels.is_floating_point() else None
+
+
 def counted_tokens(model: nn.Module, batch: Any, skip_first: int) -> Tensor | None:
-    """Which tokens ``[samples, tokens]`` enter statistics: attended ones, without each sample's first; None for all."""
+    """Which tokens ``[samples, tokens]`` enter statistics: attended ones, without each sample's first; None for all.
+
+    Of an encoder-decoder only the encoder's are left out, and none where its decoder has as many, since activations are told
+    apart by their shape.
+    """
     mask, ids = entry(batch, "attention_mask"), entry(batch, "input_ids")
     attended = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if attended is not None and is_encoder_decoder(model):
+        decoded = next((batch[name] for name in ("decoder_input_ids", *_LABELS) if name in batch), None)
+        if not isinstance(decoded, Tensor) or decoded.shape == attended.shape:
+            attended = None
     skipped = skip_first if is_causal(model) and isinstance(ids, Tensor) and ids.dim() == 2 else 0
     if attended is None:
         if not skipped:

@@ -6,8 +6,17 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.likelihood import IGNORED, log_likelihood
-from lrp_prune.attribution.running import entry, is_causal, labels_of, logits_of, run
+from lrp_prune.attribution.likelihood import log_likelihood
+from lrp_prune.attribution.running import (
+    IGNORED,
+    attended_labels,
+    entry,
+    is_causal,
+    is_encoder_decoder,
+    labels_of,
+    logits_of,
+    run,
+)
 
 
 @runtime_checkable
@@ -35,10 +44,10 @@ class NextToken:
                 "target 'next_token' needs logits [batch, tokens, vocabulary] and labels or input_ids [batch, tokens], got "
                 f"logits {tuple(logits.shape)} and {'none' if labels is None else tuple(labels.shape)}"
             )
-        mask, ids = entry(batch, "attention_mask"), entry(batch, "input_ids")
-        if mask is not None and ids is not None and mask.dim() == 2 and labels.shape == ids.shape:
-            predicted_from = mask if not _is_shifted(model) else torch.cat([mask[:, :1], mask[:, :-1]], 1)
-            labels = labels.masked_fill((mask == 0) | (predicted_from == 0), IGNORED)
+        attended = attended_labels(model, batch)
+        if attended is not None and labels.shape == attended.shape:
+            predicted_from = attended if not _is_shifted(model) else torch.cat([attended[:, :1], attended[:, :-1]], 1)
+            labels = labels.masked_fill(~(attended & predicted_from), IGNORED)
         if _is_shifted(model):  # the labels move, not the logits: a slice of them is one more copy in backward
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
         if not bool((labels != IGNORED).any()):
@@ -113,18 +122,17 @@ def last_logits(model: nn.Module, batch: Any) -> Tensor:
     logits = logits_of(run(model, batch))
     if logits.dim() == 2:
         return logits
-    mask, ids = entry(batch, "attention_mask"), entry(batch, "input_ids")
-    if mask is None or ids is None or mask.shape != logits.shape[:2]:
+    attended = attended_labels(model, batch)
+    if attended is None or attended.shape != logits.shape[:2]:
         return logits[:, -1]
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (positions * (mask != 0)).amax(-1)
+    positions = torch.arange(attended.shape[1], device=attended.device)
+    last = (positions * attended).amax(-1)
     return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
 
 
 def _is_shifted(model: nn.Module) -> bool:
     """Whether position t predicts token t + 1: not for masked language models and encoder-decoders."""
-    config = getattr(model, "config", None)
-    return "MaskedLM" not in type(model).__name__ and not getattr(config, "is_encoder_decoder", False)
+    return "MaskedLM" not in type(model).__name__ and not is_encoder_decoder(model)
 
 
 class Inferred:

@@ -30,6 +30,32 @@ def test_last_token_is_the_last_attended_one() -> None:
     torch.testing.assert_close(value, logits[0, 3].amax() + logits[1, -1].amax())
 
 
+def test_an_encoders_padding_says_nothing_of_its_decoder() -> None:
+    """The same samples, with as many tokens in the encoder as in the decoder, and with one more that is padding."""
+    model = build("t5")
+    model.config.decoder_start_token_id = model.config.pad_token_id = 0
+    ids, labels = torch.randint(3, 50, (2, 7)), torch.randint(3, 50, (2, 7))
+    labels[1, 5:] = -100
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    longer = {**batch, **{name: nn.functional.pad(batch[name], (0, 1)) for name in ("input_ids", "attention_mask")}}
+    expected = -model(**batch).loss * 12
+    for target in (NextToken(), LastToken()):
+        torch.testing.assert_close(target(model, batch), target(model, longer))
+    torch.testing.assert_close(NextToken()(model, batch), expected)
+    last = model(**batch).logits.amax(-1)
+    torch.testing.assert_close(LastToken()(model, batch), last[0, 6] + last[1, 4])
+    short, long = (
+        lrp_prune.attribute(model, [each], "next_token", statistic="abs_token", matmul_dtype=None)
+        for each in (batch, longer)
+    )
+    decoder = [name for name in short if name.startswith("decoder")]
+    assert decoder
+    for name in decoder:
+        torch.testing.assert_close(short[name], long[name])
+
+
 def test_class_is_the_true_classs_logit() -> None:
     model = nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
