@@ -33,25 +33,24 @@ class ScaledGradient(Function):
 class IdentityRule(Function):
     r"""An elementwise function that hands its relevance on unchanged (AttnLRP, arXiv 2402.05602, eq. 9).
 
-    Gradient form: :math:`\partial f / \partial x := f(x) / x`, 0 where ``x = 0``. Until then ``x`` is kept in the precision
-    ``kept``, if that is less than its own.
+    Gradient form: :math:`\partial f / \partial x := f(x) / x`, 0 where ``x = 0``. Until then ``x`` is kept, in the precision
+    ``kept`` if that is less than its own, and the function is computed once more: it must not draw random numbers.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], kept: torch.dtype | None = None) -> Tensor:
-        y = function(x)
-        ctx.dtype = x.dtype
-        if kept is not None and kept.itemsize < x.itemsize:
-            x = x.to(kept)
-        ctx.save_for_backward(x, y)  # not their ratio: many are never asked for it, and y is kept by its reader anyway
-        return y
+        ctx.function, ctx.dtype = function, x.dtype
+        # Neither the output, which the model may add to in place, nor the ratio, which many are never asked for.
+        ctx.save_for_backward(x if kept is None or kept.itemsize >= x.itemsize else x.to(kept))
+        return function(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        x, y = ctx.saved_tensors
-        with _bypass():
-            ratio = (y / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
+        (x,) = ctx.saved_tensors
+        with _bypass(), torch.autocast(x.device.type, enabled=False):
+            x = x.to(ctx.dtype)
+            ratio = (ctx.function(x) / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
             return ratio.mul_(gradient).to(ctx.dtype), None, None
 
 

@@ -77,12 +77,13 @@ def stop(call: Call) -> Any:
 def identity(call: Call) -> Any:
     """Relevance out = relevance in (AttnLRP, eq. 9): the gradient becomes f(x)/x, and 0 where x is 0."""
     x = call.operand(0)
-    if not is_activation(x):
-        return call.run()
-    rest = call.operands()[1:]
+    if not is_activation(x) or call.function.__name__.startswith("rrelu"):
+        return call.run()  # a random slope is f(x)/x already, and must not be drawn again
+    rest = [detached(other) for other in call.operands()[1:]]
+    of_nothing = call.with_operands([None, *rest])  # the function is kept for backward, and must not hold x
 
     def function(value: Tensor) -> Tensor:
-        result: Tensor = call.with_operands([value, *(detached(other) for other in rest)]).run()
+        result: Tensor = of_nothing.with_operands([value, *rest]).run()
         return result
 
     return functional.identity_rule(x, function, call.kept)

@@ -1,9 +1,12 @@
 """CP-LRP conserves: relevance summed over all roots is the explained value, on every architecture without biases."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_models import ARCHITECTURES, NO_CHOICE, batch_for, build, forward
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lrp_prune
 
@@ -88,3 +91,36 @@ def test_reduced_precision_agrees_with_float32(name: str, mode: str) -> None:
             return next(iter(propagation.relevance(value).values())).float().flatten()
 
     assert torch.cosine_similarity(relevance(True), relevance(False), dim=0) > 0.98
+
+
+class _Residual(nn.Module):
+    """Adds its input to an activation, in place or not."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3, bias=False)
+        self.activation, self.in_place = activation, in_place
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.activation(self.first(inputs))
+        if self.in_place:
+            hidden += inputs
+        else:
+            hidden = hidden + inputs
+        result: Tensor = self.last(hidden)
+        return result
+
+
+@pytest.mark.parametrize("activation", [F.gelu, F.silu, F.softplus, nn.GELU(), nn.SiLU(), nn.RReLU()])
+def test_models_that_add_to_an_activation_in_place(activation: Callable[[Tensor], Tensor]) -> None:
+    """What comes of it is what comes of adding out of place; no random number is drawn for it either."""
+    inputs, found = torch.randn(4, 8), []
+    for in_place in (True, False):
+        model = _Residual(activation, in_place).train()
+        with lrp_prune.attributing(model, "cp_lrp") as propagation:
+            value = model(inputs)[:, 0].sum()
+            state = torch.get_rng_state()
+            found.append(propagation.relevance(value))
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(*found)
