@@ -78,8 +78,8 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
-    """bfloat16 where the device multiplies it faster than float32."""
-    if parameter.dtype != torch.float32:
+    """bfloat16 where the device multiplies it faster than float32, and has its range in place of float16's."""
+    if parameter.dtype not in (torch.float32, torch.float16):
         return None
     if parameter.device.type == "cpu":
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
@@ -269,7 +269,8 @@ class ObserverTable:
             if isinstance(statistic, WeightStatistic) and statistic.inputs is not None:
                 weights = statistic.mean_weights()
                 assert weights is not None
-                inputs[name], mean_weights[name] = statistic.inputs, weights
+                # Where the values are: they are read together.
+                inputs[name], mean_weights[name] = statistic.inputs.to(values.device), weights.to(values.device)
         if not sums:
             raise ValueError(
                 f"no {self._granularity} received relevance in {type(self._model).__name__}: its weights are used in no "

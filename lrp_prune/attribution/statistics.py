@@ -143,6 +143,10 @@ class WeightStatistic:
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
         dtype = self.operand_dtype or d.dtype
+        if (
+            dtype == torch.float16
+        ):  # in which the squares of small gradients are zero and those of large activations infinite
+            dtype = torch.float32
         if activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.counted_activation(activation)
         else:
@@ -204,7 +208,8 @@ class WeightStatistic:
         if dim is not None:
             energy = self._batch.shared("energy", activation, energy_of).float()
             energy = energy.reshape([-1 if axis == dim else 1 for axis in range(self._parameter.dim())])
-            self.inputs = energy if self.inputs is None else self.inputs + energy
+            # Queries, keys and values share one energy, but not the sums of it.
+            self.inputs = energy.clone() if self.inputs is None else self.inputs + energy
             return
         if self.inputs is None:
             self.inputs = torch.zeros_like(self._parameter, dtype=torch.float32)

@@ -135,7 +135,7 @@ class WeightUses:
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
         """What is kept of the activation for the backward pass: half of it where half the precision is multiplied."""
         dtype = _agreed(observer.operand_dtype for observer in observers) if use.form.only_shows_activation else None
-        if dtype is None or dtype == activation.dtype:
+        if dtype is None or dtype.itemsize >= activation.itemsize:
             return activation
         return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from small_models import batch_for, build
 from torch import Tensor
@@ -94,3 +95,23 @@ def test_relevance_is_never_widened_on_its_way() -> None:
     with _Multiplied() as multiplied:
         lrp_prune.attribute(model, [batch], matmul_dtype="float32", statistic="abs_token")
     assert multiplied.counts[torch.float32] == 7 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("multiplied", ["auto", None, "float16"])
+@pytest.mark.parametrize(("target", "scale"), [("mean", 1.0), ("next_token", 200.0)])
+def test_squares_neither_vanish_nor_overflow_in_float16(target: str, scale: float, multiplied: str | None) -> None:
+    """Gradients of a mean over many tokens; activations in the hundreds."""
+    exact, half = build("llama"), build("llama")
+    for model in (exact, half):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.post_attention_layernorm.weight.mul_(scale)
+    batch = batch_for("llama", samples=8, tokens=128)
+    options: dict[str, Any] = {"composite": "epsilon", "statistic": "squared_token", "target": target}
+    if target == "mean":
+        options["target"] = lambda model, batch: -model(**batch, labels=batch["input_ids"], use_cache=False).loss
+    expected = lrp_prune.attribute(exact, [batch], **options, matmul_dtype=None)
+    relevance = lrp_prune.attribute(half.to(torch.float16), [batch], **options, matmul_dtype=multiplied)
+    for name in expected:
+        error = (relevance[name] - expected[name]).norm() / expected[name].norm()
+        assert error < 0.1, name
