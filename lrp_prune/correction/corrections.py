@@ -105,7 +105,7 @@ class Corrections:
             self.disable(name)
             return
         for other in self._strengths:
-            shared = patch.overlap(self._patches[other]) if other != name else {}
+            shared = patch.overlap(self._patches[other], self._model) if other != name else {}
             if shared:
                 where, count = next(iter(shared.items()))
                 raise ValueError(

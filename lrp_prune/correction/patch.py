@@ -259,9 +259,15 @@ class Patch(Mapping[str, Entries]):
             for name, parameter in resolve_entries(self, model).items()
         )
 
-    def overlap(self, other: "Patch") -> dict[str, int]:
-        """How many entries of each parameter both patches touch; parameters without any are left out."""
-        return combining.overlap(self, other)
+    def overlap(self, other: "Patch", model: nn.Module | None = None) -> dict[str, int]:
+        """How many entries of each parameter both patches touch; parameters without any are left out.
+
+        Args:
+            other: the other patch.
+            model: where names are looked up: a parameter has several if it is tied, or if one patch was made on a module
+                around the other's. Without it names are compared.
+        """
+        return combining.overlap(self, other, model)
 
     def __or__(self, other: "Patch") -> "Patch":
         """Both patches in one.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.correction.entries import checksum, read, same_bits, scaled
-from lrp_prune.names import resolve
+from lrp_prune.names import class_name, resolve, unwrap
 from lrp_prune.sharding import Sharding, all_gathered, is_sharded, local_part, sharding_of
 
 if TYPE_CHECKING:
@@ -32,12 +32,37 @@ def resolve_entries(patch: "Patch", model: nn.Module) -> dict[str, nn.Parameter]
         KeyError: if the model has not all of them.
         ValueError: if one cannot be patched.
     """
-    parameters = resolve(patch, model)
+    try:
+        parameters = resolve(patch, model)
+    except KeyError:
+        depths = _depths(patch, model)
+        if depths:
+            raise KeyError(
+                f"the patch names parameters of {class_name(unwrap(model))} at several depths, {depths[0]!r} and "
+                f"{depths[1]!r}: it unites patches of a module and of one around it, so make both on the same module"
+            ) from None
+        raise
     for name, parameter in parameters.items():
         problem = refusal(name, parameter, patch[name].shape)
         if problem is not None:
             raise ValueError(problem)
     return parameters
+
+
+def _depths(patch: "Patch", model: nn.Module) -> tuple[str, str] | None:
+    """Two names that a model has each, but not both at one depth; None if that is not why names are not found."""
+    names = list(patch)
+    if not all(_has(model, name) for name in names):
+        return None
+    return next(((names[0], name) for name in names[1:] if not _has(model, names[0], name)), None)
+
+
+def _has(model: nn.Module, *names: str) -> bool:
+    try:
+        resolve(names, model)
+    except KeyError:
+        return False
+    return True
 
 
 def agree(problem: str | None, parameters: Iterable[Tensor]) -> None:

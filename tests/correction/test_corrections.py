@@ -134,6 +134,26 @@ def test_overlapping_patches_are_not_enabled_together() -> None:
     assert corrections.strengths == {"first": 0.0, "second": 0.0, "third": 1.0}
 
 
+def test_overlaps_are_noticed_whatever_a_parameter_is_called() -> None:
+    model = nn.ModuleDict({"net": network()})
+    model["net"].append(nn.Linear(4, 8))
+    model["net"][3].weight = model["net"][0].weight
+    before = values(model)
+    corrections = Corrections(model)
+    corrections.add("first", Patch.from_positions(model, {"net.0.weight": FIRST}))
+    corrections.add("deep", Patch.from_positions(model["net"], {"0.weight": torch.tensor([5, 6])}))
+    corrections.add("tied", Patch.from_positions(model, {"net.3.weight": torch.tensor([0, 30])}))
+    corrections.add("beside", Patch.from_positions(model["net"], {"0.weight": torch.tensor([7])}))
+    corrections.enable("first")
+    for name, where in (("deep", r"0\.weight"), ("tied", r"net\.3\.weight")):
+        with pytest.raises(ValueError, match=rf"'{name}' and 'first' overlap in 1 entries \(1 of {where}\)"):
+            corrections.enable(name)
+    corrections.enable("beside")
+    for name in ("first", "beside"):
+        corrections.disable(name)
+    assert same(model, before)
+
+
 def test_wrong_use_changes_nothing() -> None:
     model, corrections = corrected()
     before = values(model)
