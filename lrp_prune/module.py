@@ -16,6 +16,7 @@ from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.verifying import awaited
 from lrp_prune.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
 from lrp_prune.names import unwrap
 from lrp_prune.sharding import is_first, mesh_of
@@ -41,7 +42,8 @@ class CorrectedModule(LightningModule):
       ``configure_model`` (``fully_shard``, under ``ModelParallelStrategy``), each process changes its own part; full and
       sharded checkpoints resume on any number of processes.
 
-    A module that makes its layers in ``configure_model`` or ``setup`` gets its patches right after.
+    A module that makes its layers in ``configure_model`` or ``setup``, or gives them values there, gets the patches that
+    touch them right after; until then they are :attr:`pending`, and not applied.
 
     Args:
         module: a ``LightningModule``, a Hugging Face model, or any ``nn.Module``.
@@ -118,8 +120,13 @@ class CorrectedModule(LightningModule):
 
     @property
     def strengths(self) -> dict[str, float]:
-        """How strongly each patch is applied, 0 for disabled ones."""
-        return {**self._corrections.strengths, **{name: strength for name, (_, strength, _) in self._pending.items()}}
+        """How strongly each patch is applied, 0 for disabled ones and for those that are :attr:`pending`."""
+        return {**self._corrections.strengths, **dict.fromkeys(self._pending, 0.0)}
+
+    @property
+    def pending(self) -> dict[str, float]:
+        """Of the patches whose parameters are still to come: how strongly each will be applied."""
+        return {name: strength for name, (_, strength, _) in self._pending.items()}
 
     def add(self, name: str, patch: Patch, strength: float = 1.0, *, strict: bool = True) -> None:
         """Take in a patch and enable it; with strength 0 it stays disabled.
@@ -130,6 +137,8 @@ class CorrectedModule(LightningModule):
                 outside [0, 1]. Nothing has changed then.
         """
         check_strength(strength)
+        if name in self._pending:
+            raise ValueError(f"there is a patch {name!r} already: remove it first, or take another name")
         self._corrections.add(name, patch, strict=strict)
         try:
             self._corrections.enable(name, strength)
@@ -138,20 +147,38 @@ class CorrectedModule(LightningModule):
             raise
 
     def remove(self, name: str) -> Patch:
-        """Disable a patch and forget it."""
+        """Disable a patch and forget it, also if it is pending.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        if name in self._pending:
+            return self._pending.pop(name)[0]
         return self._corrections.remove(name)
 
     def enable(self, name: str, strength: float = 1.0) -> None:
-        """Apply a patch, or change how strongly it is applied: 0 as before, 1 removed.
+        """Apply a patch, or change how strongly it is applied: 0 as before, 1 removed; a pending one, once it can be.
 
         Raises:
             KeyError: there is none of that name.
             ValueError: it overlaps another enabled one, or the strength is outside [0, 1].
         """
+        if name in self._pending:
+            check_strength(strength)
+            patch, _, strict = self._pending[name]
+            self._pending[name] = (patch, strength, strict)
+            return
         self._corrections.enable(name, strength)
 
     def disable(self, name: str) -> None:
-        """Bring back, bit by bit, what was there when the patch was enabled."""
+        """Bring back, bit by bit, what was there when the patch was enabled; a pending one stays disabled.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        if name in self._pending:
+            self.enable(name, 0.0)
+            return
         self._corrections.disable(name)
 
     def uncorrected(self) -> AbstractContextManager[None]:
@@ -208,7 +235,7 @@ class CorrectedModule(LightningModule):
     def get_extra_state(self) -> dict[str, Any]:
         """All patches and strengths, as tensors and plain values; packed into one value if the model is sharded."""
         patches = {name: patch.state_dict() for name, patch in self.patches.items()}
-        state = {"version": 1, "patches": patches, "strengths": self.strengths}
+        state = {"version": 1, "patches": patches, "strengths": {**self.strengths, **self.pending}}
         return state if mesh_of(self.module) is None else packed(state)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -245,26 +272,30 @@ class CorrectedModule(LightningModule):
         return is_overridden("configure_model", self.delegate) or is_overridden("setup", self.delegate)
 
     def settle(self, late: bool = False) -> None:
-        """Apply the patches that wait for parameters; ``late``: there may be parameters later."""
-        waiting = self._pending
-        for name, (patch, _, strict) in list(waiting.items()):
-            try:
+        """Apply the patches that wait; ``late``: those whose parameters are missing or without values may wait on.
+
+        Raises:
+            KeyError: a patch touches parameters that the module has not.
+            ValueError: a patch was made for another model, or overlaps an enabled one. Nothing has changed then.
+        """
+        ready = {
+            name: (patch, strength, strict)
+            for name, (patch, strength, strict) in self._pending.items()
+            if not (late and isinstance(patch, Patch) and awaited(patch, self.module))
+        }
+        added: list[str] = []
+        try:
+            for name, (patch, _, strict) in ready.items():
                 self._corrections.add(name, patch, strict=strict)
-            except (KeyError, ValueError):
-                for added in waiting:
-                    if added in self._corrections.patches:
-                        self._corrections.remove(added)
-                if late:
-                    return
-                raise
-        self._pending = {}
-        for name, (_, strength, _) in waiting.items():
-            try:
+                added.append(name)
+            for name, (_, strength, _) in ready.items():
                 self._corrections.enable(name, strength)
-            except BaseException:
-                for added in waiting:
-                    self._corrections.remove(added)
-                raise
+        except BaseException:
+            for name in added:
+                self._corrections.remove(name)
+            raise
+        for name in ready:
+            del self._pending[name]
 
 
 for _name, _extension in (

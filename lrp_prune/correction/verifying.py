@@ -49,6 +49,16 @@ def resolve_entries(patch: "Patch", model: nn.Module) -> dict[str, nn.Parameter]
     return parameters
 
 
+def awaited(patch: "Patch", model: nn.Module) -> bool:
+    """Whether a model has yet to get some of a patch's parameters, or their values; not if one has another shape."""
+    try:
+        parameters = resolve(patch, model)
+    except KeyError:
+        return True
+    fitting = all(tuple(parameter.shape) == patch[name].shape for name, parameter in parameters.items())
+    return fitting and any(parameter.device.type == "meta" for parameter in parameters.values())
+
+
 def _depths(patch: "Patch", model: nn.Module) -> tuple[str, str] | None:
     """Two names that a model has each, but not both at one depth; None if that is not why names are not found."""
     names = list(patch)
