@@ -12,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.running import undisturbed
 from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
 from lrp_prune.callbacks._collecting import CollectingCallback
@@ -33,7 +34,8 @@ class ContrastiveCorrection(CollectingCallback):
 
     With metrics given, their values before and after are logged as ``correction/undesired`` and ``correction/guard``
     (``..._before``), and ``correction/entries`` always. A metric is a function of the model that returns a number, or
-    the name of a metric that the validation logs: then the effect is seen in the validations that follow.
+    the name of a metric that the validation logs: then the effect is seen in the validations that follow. Functions get
+    the model in evaluation mode, without gradients; random numbers that they draw do not change those of the training.
 
     With ``amount="auto"`` amounts are tried, and the smallest is taken that reaches ``reduction`` of the undesired metric
     within ``allowed_loss`` of the guard's; :attr:`search` has the curve. Both metrics must be functions for that.
@@ -287,7 +289,9 @@ class ContrastiveCorrection(CollectingCallback):
         model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
         for name, metric in self._metrics.items():
             if callable(metric):
-                value = measured(pl_module.trainer, metric, model)
+                # A training that has begun is in another mode than the validation that the first value is from.
+                with torch.no_grad(), undisturbed(model):
+                    value = measured(pl_module.trainer, metric, model)
             elif metric is not None and suffix:
                 found = pl_module.trainer.callback_metrics.get(metric)
                 if found is None:

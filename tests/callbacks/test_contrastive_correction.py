@@ -142,6 +142,32 @@ def test_effects_are_logged_before_and_after(make_module, make_loader, make_trai
         make_trainer(callbacks=[missing]).validate(make_module(), loaders, verbose=False)
 
 
+def test_before_and_after_are_measured_in_one_mode_and_training_goes_on_undisturbed(
+    make_module, make_loader, make_trainer
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def output(model: nn.Module) -> float:
+        seen.append((model.training, torch.is_grad_enabled()))
+        torch.rand(5)
+        return float(model(torch.ones(4, 8)).square().mean())
+
+    def fit(**options: Any) -> tuple[CorrectedModule, dict[str, float]]:
+        torch.manual_seed(0)
+        corrected = CorrectedModule(make_module())
+        correction = ContrastiveCorrection(**OPTIONS, strength=0.0, **options)
+        trainer = make_trainer(callbacks=[correction], max_epochs=2, num_sanity_val_steps=0)
+        trainer.fit(corrected, make_loader(), [make_loader(seed=1), make_loader(seed=2)])
+        assert corrected.training
+        return corrected, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    measured, logged = fit(undesired_metric=output)
+    assert seen == [(False, False)] * 2
+    assert logged["correction/undesired"] == logged["correction/undesired_before"]
+    plain, _ = fit()
+    assert same(tensors(measured), tensors(plain))
+
+
 def test_auto_takes_the_smallest_amount_and_reports_the_curve(make_module, make_loader, make_trainer, capsys) -> None:
     module, loaders = make_module(), [make_loader(seed=1), make_loader(seed=2)]
     before = tensors(module)
