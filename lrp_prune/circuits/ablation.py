@@ -191,11 +191,13 @@ def weights_zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[Non
                 if not bool(mask.all()):
                     before.append((parameters[name], parameters[name].detach().clone()))
                     parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+        torch.clear_autocast_cache()  # it may hold copies of the weights as they were
         yield
     finally:
         with torch.no_grad():
             for parameter, values in before:
                 parameter.copy_(values)
+        torch.clear_autocast_cache()
 
 
 def effective(sites: Sequence[Site], gates: Mapping[str, Tensor], detach: bool = False) -> dict[str, Tensor]:

@@ -110,7 +110,9 @@ def discover(
     def scored(kept: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if weights:
             with weights_zeroed(module, kept or {}):
-                found = _weight_scores(module, task, method, statistic, metric, batch_size, include, exclude, seed)
+                found = _weight_scores(
+                    module, task, method, statistic, metric, batch_size, include, exclude, seed, skip_first, unruled
+                )
         else:
             found = unit_scores(
                 module, sites, task, method, statistic, metric=metric, batch_size=batch_size, steps=steps,
@@ -165,10 +167,12 @@ def _weight_scores(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     seed: int,
+    skip_first: int,
+    unruled: str,
 ) -> dict[str, Tensor]:
     batches = task.batches(batch_size)
     if method in ("wanda", "random"):
-        collected = scorer(method, model, include=include, exclude=exclude, seed=seed)
+        collected = scorer(method, model, include=include, exclude=exclude, seed=seed, skip_first=skip_first)
         for batch in batches:
             collected.update({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
         relevance = collected.compute()
@@ -182,6 +186,8 @@ def _weight_scores(
             "weight",
             include,
             exclude,
+            skip_first=skip_first,
+            unruled=unruled,
         )
     return {name: relevance[name].cpu() for name in relevance}
 

@@ -248,11 +248,15 @@ class GateTraining(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        self.base.to(self.device)
+        self._move_base()
 
     @override
     def on_validation_start(self) -> None:
-        self.base.to(self.device)
+        self._move_base()
+
+    def _move_base(self) -> None:
+        with torch.inference_mode(False):  # moved in it, parameters could never be trained again
+            self.base.to(self.device)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -108,7 +108,8 @@ def unit_scores(
         return {site.name: torch.rand(site.units, generator=generator) for site in sites}
     batches = task.batches(batch_size)
     if method == "wanda":
-        return _wanda(model, sites, batches, gates, reference_for(model, sites, batches, ablation) if gates else None)
+        reference = reference_for(model, sites, batches, ablation) if gates else None
+        return _wanda(model, sites, batches, gates, reference, skip_first)
     scores = UnitScores(sites, statistic, skip_first)
     # Methods that run the counterfactual prompt themselves need no second run of it.
     interchange = bool(gates) and ablation == "counterfactual" and method in CONTRASTED
@@ -217,10 +218,11 @@ def _wanda(
     batches: Iterable[Batch],
     gates: Mapping[str, Tensor] | None,
     reference: object,
+    skip_first: int,
 ) -> dict[str, Tensor]:
     r"""Wanda's :math:`|W_{ji}| \cdot \|a_i\|_2` summed over the weights that read a unit's channels."""
     readers = {site.name: site.members[0] for site in sites}
-    collected = scorer("wanda", model, include=[member.parameter for member in readers.values()])
+    collected = scorer("wanda", model, include=[member.parameter for member in readers.values()], skip_first=skip_first)
     for batch in batches:
         replacement = reference(batch) if callable(reference) else None
         with gating(model, sites, gates or {}, replacement):

@@ -229,6 +229,18 @@ def test_weights_are_ranked_and_zeroed() -> None:
         circuits.discover(model, planted_task(), "weight", "attribution_patching")
 
 
+@pytest.mark.parametrize(
+    ("granularity", "method"), [("weight", "attnlrp"), ("weight", "wanda"), ("neuron", "wanda"), ("neuron", "attnlrp")]
+)
+def test_first_tokens_do_not_count(granularity: str, method: str) -> None:
+    model, task = build("llama"), small_task()
+    totals = [
+        sum(float(values.sum()) for values in found.scores.values())
+        for found in (circuits.discover(model, task, granularity, method, skip_first=skip) for skip in (0, 1, 100))
+    ]
+    assert totals[0] > totals[1] > totals[2] == 0
+
+
 @pytest.mark.parametrize("method", circuits.METHODS)
 def test_discovery_changes_nothing(method: str) -> None:
     model = build("llama").train()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import small_task
+from circuit_tasks import ioi_model, small_task
 from planted import NO, WORDS, YES, PlantedHeads, PlantedNeurons, planted_task, word_tokenizer
 from small_models import build, forward
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, Node, Ranking
-from lrp_prune.tasks import TableTask
+from lrp_prune.tasks import IndirectObject, TableTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts")
 X, Y, C = [4.0, 2.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.5], [1.0, 2.0, -1.0, 5.0]
@@ -254,3 +254,20 @@ def test_mib_graphs_have_all_nodes_and_edges_of_the_format(tmp_path: Path) -> No
     neurons = circuits.discover(model, task, "neuron").at(3)
     with pytest.raises(ValueError, match="not mlp_neurons"):
         circuits.save_mib_graph(neurons, tmp_path / "neurons.json")
+
+
+def test_weights_are_zeroed_under_autocast_too() -> None:
+    """Autocast keeps copies of weights in its precision, by default as long as it lasts."""
+    model, tokenizer = ioi_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    train, held_out = IndirectObject(tokenizer, samples=8).split()
+    weights = circuits.discover(model, train, "weight")
+    found = []
+    for cached in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            result = circuits.evaluate(model, weights, held_out, [0.0, 0.1, 0.5], "zero", complements=False)
+        found.append(result.faithfulness)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found)

@@ -10,6 +10,7 @@ from circuit_tasks import small_task
 from lightning.pytorch import Trainer
 from planted import NO, YES, PlantedHeads, PlantedNeurons, planted_task
 from small_models import build
+from torch import nn
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, GateTraining
@@ -148,6 +149,16 @@ def test_the_model_is_neither_trained_nor_stored(tmp_path: Path) -> None:
     wrong = GateTraining(build("llama"), small_task(), "head")
     with pytest.raises(ValueError, match="checkpoint's gates are for sites"):
         wrong.on_load_checkpoint(checkpoint)
+
+
+def test_a_validation_that_moves_the_model_leaves_it_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation runs in inference mode; changing the type of the weights stands for moving them to another device."""
+    gates = gates_of()
+    monkeypatch.setattr(gates.base, "to", lambda device: nn.Module.to(gates.base, torch.float64))
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path).validate(gates)
+    assert not any(parameter.is_inference() for parameter in gates.base.parameters())
+    gates.base(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in gates.base.parameters())
 
 
 def test_validation_measures_the_binary_circuit(tmp_path: Path) -> None:
