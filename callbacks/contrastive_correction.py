@@ -18,6 +18,7 @@ from lrp_prune.callbacks._checks import check_choice, check_count, check_strateg
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
+from lrp_prune.correction.combining import renewed
 from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.module import CorrectedModule
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
@@ -30,7 +31,8 @@ class ContrastiveCorrection(CollectingCallback):
     from a validation loader of its own (or from data that are passed); at its end :attr:`patch` is made. A
     :class:`~lrp_prune.CorrectedModule` gets it under the name of the behaviour: at the end of ``trainer.validate``, and
     in ``fit`` at the start of the next training epoch (or its end), so that no checkpoint holds it under metrics that
-    were measured before. Any other module stays as it is, for ``callback.patch.apply_(model)``.
+    were measured before; :attr:`patch` then has the values that its entries have been trained to since. Any other module
+    stays as it is, for ``callback.patch.apply_(model)``.
 
     With metrics given, their values before and after are logged as ``correction/undesired`` and ``correction/guard``
     (``..._before``), and ``correction/entries`` always. A metric is a function of the model that returns a number, or
@@ -280,7 +282,10 @@ class ContrastiveCorrection(CollectingCallback):
         self._waiting = False
         if not isinstance(pl_module, CorrectedModule):
             return
-        # It was made a moment ago from these entries, and other patches may be enabled.
+        # Validations within an epoch are followed by further steps of it.
+        with pl_module.uncorrected():
+            self._patch = renewed(self._patch, pl_module.module)
+        # The checksums are those of a moment ago.
         pl_module.add(self._behaviour, self._patch, self._strength, strict=False)
         if log:
             self._measure(pl_module, "")

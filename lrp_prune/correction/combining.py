@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.correction.entries import Entries, locate, read, same_bits, write_together
+from lrp_prune.correction.entries import Entries, checksum, locate, read, same_bits, write_together
 from lrp_prune.correction.verifying import resolve_entries
 
 if TYPE_CHECKING:
@@ -140,6 +140,17 @@ def extended(
         return type(patch).from_positions(model, both, **provenance, extends=patch.provenance)
     finally:
         write_together(applied)
+
+
+def renewed(patch: "Patch", model: nn.Module) -> "Patch":
+    """The same entries, with the values and checksums that a model has now; of a sharded one all processes must call this."""
+    entries = {
+        name: Entries(
+            patch[name].positions, read(parameter, patch[name].positions), patch[name].shape, checksum(parameter)
+        )
+        for name, parameter in resolve_entries(patch, model).items()
+    }
+    return type(patch)(entries, patch.provenance)
 
 
 def _combined_provenance(first: "Patch", second: "Patch", operation: str) -> dict[str, Any]:

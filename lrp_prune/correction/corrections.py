@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrp_prune.correction.entries import check_strength, checksum, locate, read, same_bits, scaled, write_together
+from lrp_prune.correction.combining import renewed
+from lrp_prune.correction.entries import check_strength, locate, read, same_bits, scaled, write_together
 from lrp_prune.correction.freezing import Frozen
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import resolve_entries
@@ -215,17 +216,7 @@ class Corrections:
         """
         patch = self._patch(name)
         with self.suspended():
-            parameters = resolve_entries(patch, self._model)
-            entries = {
-                entry: type(patch[entry])(
-                    patch[entry].positions,
-                    read(parameters[entry], patch[entry].positions),
-                    patch[entry].shape,
-                    checksum(parameters[entry]),
-                )
-                for entry in patch
-            }
-        return Patch(entries, patch.provenance)
+            return renewed(patch, self._model)
 
     def __getstate__(self) -> dict[str, Any]:
         if not self._suspended:

@@ -119,6 +119,44 @@ def test_a_patch_made_in_the_last_validation_is_handed_over_at_the_end(make_modu
     assert corrected.strengths == {"undesired": 1.0}
 
 
+def test_a_patch_made_within_an_epoch_is_handed_over_with_the_values_that_training_went_on_to(
+    make_module, make_loader, make_trainer
+) -> None:
+    made: list[Patch] = []
+    entries: list[dict[str, Tensor]] = []
+
+    def now(model: nn.Module, patch: Patch) -> dict[str, Tensor]:
+        return {name: model.get_parameter(name).detach().view(-1)[patch[name].positions].clone() for name in patch}
+
+    class Watch(Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            if not made:
+                made.append(correction.patch)
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            if trainer.current_epoch == 0:
+                entries.append(now(module, correction.patch))
+
+    module, correction = make_module(), ContrastiveCorrection(**OPTIONS, behaviour="late")
+    corrected = CorrectedModule(module)
+    corrected.add("other", Patch.from_positions(module, {"net.6.weight": torch.tensor([0, 5])}))
+    trainer = make_trainer(
+        callbacks=[Watch(), correction], max_epochs=2, val_check_interval=0.5, num_sanity_val_steps=0
+    )
+    trainer.fit(corrected, make_loader(), [make_loader(seed=1), make_loader(seed=2)])
+    patch = correction.patch
+    assert patch == corrected.patches["late"] != made[0]
+    assert {name: entry.positions.tolist() for name, entry in patch.items()} == {
+        name: entry.positions.tolist() for name, entry in made[0].items()
+    }
+    assert patch.provenance == made[0].provenance
+    assert corrected.strengths == {"other": 1.0, "late": 1.0}
+    assert zeros(module, patch) == 20
+    corrected.disable("late")
+    assert all(torch.equal(values, entries[0][name]) for name, values in now(module, patch).items())
+    assert all(torch.equal(patch[name].originals, entries[0][name]) for name in patch)
+
+
 def test_effects_are_logged_before_and_after(make_module, make_loader, make_trainer) -> None:
     def size(model: nn.Module) -> float:
         return float(sum(parameter.detach().abs().sum() for parameter in model.parameters()))

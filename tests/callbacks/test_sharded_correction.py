@@ -18,6 +18,7 @@ from sharding import device_type, whole
 from torch import Tensor, nn
 
 from lrp_prune.callbacks import ContrastiveCorrection
+from lrp_prune.correction import Patch
 from lrp_prune.module import CorrectedModule
 
 SETS: list[dict[str, Any]] = [
@@ -106,7 +107,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.strengths.append(pl_module.strengths)
-        if pl_module.strengths:
+        if "undesired" in pl_module.strengths:
             self.wrong += self.correction.patch.strength_in(pl_module.module) != 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -138,6 +139,23 @@ def test_a_training_gets_the_patch_keeps_it_and_resumes(tmp_path: Path) -> None:
         assert strengths == [{"undesired": 1.0}] * 6
         assert wrong == 0 and zeros
         assert all(torch.equal(tensor, first[3][name]) for name, tensor in patch.items())
+
+
+def test_a_patch_made_within_an_epoch_is_handed_over_with_the_values_of_its_end(tmp_path: Path) -> None:
+    def fit() -> Any:
+        correction = ContrastiveCorrection(target="class", amount=20)
+        watch, corrected = Watch(correction, None), CorrectedModule(Validated())
+        corrected.add("other", Patch.from_positions(corrected.module, {"net.4.weight": torch.tensor([3, 200])}), 0.5)
+        options = {"max_epochs": 2, "val_check_interval": 0.5, "num_sanity_val_steps": 0}
+        made = trainer(2, tmp_path, callbacks=[correction, watch], **options)
+        made.fit(corrected, Loader(seed=1), loaders())
+        corrected.disable("undesired")
+        undone = correction.patch.strength_in(corrected.module)
+        return watch.strengths, watch.wrong, undone, corrected.patches["undesired"] == correction.patch
+
+    for strengths, wrong, undone, same in results(fit, 2, tmp_path):
+        assert strengths == [{"other": 0.5}] * 6 + [{"other": 0.5, "undesired": 1.0}] * 6
+        assert (wrong, undone, same) == (0, 0.0, True)
 
 
 def test_what_fails_in_one_process_stops_all(tmp_path: Path) -> None:
