@@ -120,3 +120,5 @@ def comparisons(
         equal = study.at_cost(make, factor * count, allowed)
         if equal is not None:
             yield f"{name}, same cost", equal
+        else:  # the least there is costs more than is allowed
+            yield f"{name}, least", study.measure(make(1))
