@@ -135,7 +135,7 @@ def estimate(
     masks = sum(part(entry) for entry in scored.values())
     options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
     activations, logits = (0, 0) if batch is None else _forward(_Run(module, options), batch, dtype)
-    gradient = logits + min(2 * logits, 2 * _LOGIT_BLOCK) if logits else 0
+    gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
     temporary = max(gradient, _contraction(scored, batch, size) if whole else 0)
     if parts > 1:
         temporary += _one_module(module, scored if whole else {}, size)

@@ -38,6 +38,8 @@ _INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
+_EVERYTHING_EVERY = 100  # steps
+_SAMPLE = 1024  # entries of a gradient
 _NOT_MOMENTS = frozenset({"step", "eta", "mu", "mu_product"})  # counters, which have the shape of a scalar parameter
 
 
@@ -53,7 +55,8 @@ class MaskKeeper:
       divides by, and optimizers that mix entries (Muon) change the kept weights by it.
     - **In each optimizer step**: nothing is left to do for the optimizers in :data:`KEEPS_ZEROS`. After a step of any
       other, weights and moments are zeroed again. Gradients that were assigned (``p.grad = ...``) or changed after the
-      backward pass (noise, a penalty, clipping) are zeroed before the step.
+      backward pass (by noise, say; clipping leaves zeros) are zeroed before the step. What a change of few entries of a
+      large gradient brings back is zeroed within a hundred steps.
     - **When an optimizer loads its state**: the loaded moments are zeroed.
 
     Second moments (averages of squared gradients) are the exception: of the optimizers in :data:`KEEPS_ZEROS` they stay
@@ -89,6 +92,7 @@ class MaskKeeper:
         self._parameters: dict[str, nn.Parameter] = {}
         self._kept: dict[str, Tensor] = {}
         self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
+        self._steps = 0
         self._optimizers: list[Optimizer] = []
         self._parameter_hooks: list[RemovableHandle] = []
         self._optimizer_hooks: list[RemovableHandle] = []
@@ -207,12 +211,30 @@ class MaskKeeper:
             if gradient is None:
                 continue
             known, version = self._zeroed.get(name, (None, -1))
-            # As it was left by the backward pass, or assigned or changed since.
-            if known is None or known() is not gradient or local_part(gradient)._version != version:
+            if known is None or known() is not gradient:
+                self._zero_gradient(name, parameter)  # it was assigned
+            elif local_part(gradient)._version != version and not self._seems_zero(name, local_part(gradient)):
                 self._zero_gradient(name, parameter)
 
+    def _seems_zero(self, name: str, gradient: Tensor) -> bool:
+        """Whether a gradient that was changed since it was zeroed is still zero where it has to be, by a sample of it.
+
+        Most changes are multiplications, as in clipping and unscaling, which leave zeros. Going through all of it again
+        would cost as much as all the rest, so it is done in some steps only, with the weights and moments.
+        """
+        kept = self._kept[name]
+        if gradient.device.type != "cpu" or gradient.numel() <= _SAMPLE or gradient.stride() != kept.stride():
+            return False
+        if not torch.ops.aten.is_non_overlapping_and_dense(gradient):
+            return False
+        # An odd distance meets all columns, since most layers are a multiple of two wide; from another place each time.
+        distance, first = gradient.numel() // _SAMPLE | 1, self._steps % _SAMPLE
+        sample = _flat(gradient)[first::distance][_flat(kept)[first::distance] == 0]
+        return not bool(sample.any())
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if keeps_zeros(optimizer):
+        self._steps += 1
+        if keeps_zeros(optimizer) and self._steps % _EVERYTHING_EVERY:
             self._keep_second_moments_positive(optimizer)
             return
         for name, parameter in self._of(optimizer):

@@ -77,6 +77,26 @@ def test_gradients_that_change_after_the_backward_pass_do_not_bring_weights_back
         assert not model.weight[~mask].any()
 
 
+def test_a_change_of_a_single_gradient_entry_is_undone_in_time() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    mask = torch.rand(64, 64) > 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    MaskKeeper(model, {"weight": mask}, [optimizer])
+    row, column = (~mask).nonzero()[7].tolist()
+    for step in range(110):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().sum().backward()
+        gradient = model.weight.grad
+        assert gradient is not None
+        if step < 3:
+            gradient[row, column] += 1.0
+        gradient.mul_(0.5)
+        optimizer.step()
+    assert not model.weight[~mask].any()
+    assert not optimizer.state[model.weight]["exp_avg"][~mask].any()
+
+
 def test_frozen_parameters_are_kept_when_unfrozen_later() -> None:
     model = make_model()
     model[0].requires_grad_(False)
