@@ -1,6 +1,6 @@
 """Collecting under DDP against processes that know nothing of each other, on the same samples: the ratio of their times.
 
-    python tests/benchmarks/ddp.py --processes 2 --rounds 20
+    python tests/benchmarks/ddp.py --processes 2 --rounds 12
 
 Both kinds run the same Lightning validation with a ``RelevanceCollector``, all processes at the same time; what DDP adds is the
 one reduction at the end. The kinds take turns, and the slowest process of each counts. Where other programs share the machine,
@@ -115,7 +115,7 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
 def main() -> None:
     """Measure in turns and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"processes": 2, "rounds": 20, "batches": 4, "batch_size": 4}.items():
+    for name, default in {"processes": 2, "rounds": 12, "batches": 16, "batch_size": 4}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     for name, default in {"tokens": 128, "hidden": 256, "layers": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
