@@ -49,8 +49,9 @@ class IdentityRule(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         with _bypass(), torch.autocast(x.device.type, enabled=False):
+            x = x.to(ctx.dtype)  # in which the function was computed, and its own parameters are
             ratio = (ctx.function(x) / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
-            return (ratio * gradient).to(ctx.dtype), None, None
+            return ratio.mul_(gradient).to(ctx.dtype), None, None
 
 
 class ConstantStatistic(Function):

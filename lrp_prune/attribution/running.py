@@ -82,8 +82,9 @@ def is_causal(model: nn.Module) -> bool:
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the labels are tokens of a decoder, beside those that an encoder is given."""
-    configuration = next((module.config for module in unwrap(model).modules() if hasattr(module, "config")), None)
-    return bool(getattr(configuration, "is_encoder_decoder", False))
+    # The outermost that says: a module around it may have a configuration of another kind, and its encoder says no.
+    said = (getattr(getattr(module, "config", None), "is_encoder_decoder", None) for module in unwrap(model).modules())
+    return bool(next((answer for answer in said if answer is not None), False))
 
 
 def attended_labels(model: nn.Module, batch: Any) -> Tensor | None:
@@ -162,14 +163,8 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Decoder inputs of encoder-decoders, made from the labels as the model itself does."""
-    config, labels = getattr(model, "config", None), labels_of(batch)
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if (
-        not getattr(config, "is_encoder_decoder", False)
-        or "decoder_input_ids" in arguments
-        or labels is None
-        or prepare is None
-    ):
+    labels, prepare = labels_of(batch), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if not is_encoder_decoder(model) or "decoder_input_ids" in arguments or labels is None or prepare is None:
         return {}
     return {"decoder_input_ids": prepare(labels=labels)}
 

@@ -143,9 +143,7 @@ class WeightStatistic:
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
         dtype = self.operand_dtype or d.dtype
-        if (
-            dtype == torch.float16
-        ):  # in which the squares of small gradients are zero and those of large activations infinite
+        if dtype == torch.float16:  # squares of small gradients would be zero, those of large activations infinite
             dtype = torch.float32
         if activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.counted_activation(activation)

@@ -1,6 +1,6 @@
 """Patches with patches: overlap, union, difference, further rounds; and the tensors that a patch is stored as."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,53 +22,22 @@ def overlap(first: "Patch", second: "Patch", model: nn.Module | None = None) -> 
         KeyError: the model has not all parameters.
         ValueError: one of its parameters cannot be patched.
     """
-    theirs: dict[Any, list[Tensor]] = {}
-    if model is None:
-        mine, other = aligned(first, second)
-        owners: dict[str, Any] = {name: name for name in mine}
-        for name, entry in other.items():
-            theirs.setdefault(name, []).append(entry.positions)
-    else:
-        mine = dict(first)
-        owners = {name: id(parameter) for name, parameter in resolve_entries(first, model).items()}
-        for name, parameter in resolve_entries(second, model).items():
-            theirs.setdefault(id(parameter), []).append(second[name].positions)
+
+    def owners(patch: "Patch") -> dict[str, Hashable]:
+        """What each name means."""
+        if model is None:
+            return {name: name for name in patch}
+        return {name: id(parameter) for name, parameter in resolve_entries(patch, model).items()}
+
+    theirs: dict[Hashable, list[Tensor]] = {}
+    for name, owner in owners(second).items():
+        theirs.setdefault(owner, []).append(second[name].positions)
     counts = {
-        name: int(torch.isin(entry.positions, torch.cat(theirs[owners[name]])).sum())
-        for name, entry in mine.items()
-        if owners[name] in theirs
+        name: int(torch.isin(first[name].positions, torch.cat(theirs[owner])).sum())
+        for name, owner in owners(first).items()
+        if owner in theirs
     }
     return {name: count for name, count in counts.items() if count}
-
-
-def aligned(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Entries]]:
-    """Both patches' entries under names of one depth, as far as the patches themselves tell.
-
-    A patch that was made on a model has shorter names than one that was made on a module around it. Where the models'
-    fingerprints are the same and no name is in both, the prefix that is missing is known from parameters that end alike
-    and have the same shape and checksum; a checksum alone says little, since many biases are zero.
-    """
-    here, there = dict(first), dict(second)
-    fingerprint = first.provenance.get("fingerprint")
-    if fingerprint is None or fingerprint != second.provenance.get("fingerprint") or here.keys() & there.keys():
-        return here, there
-    before_mine, before_theirs = _missing_prefixes(here, there), _missing_prefixes(there, here)
-    if len(before_mine) + len(before_theirs) != 1:
-        return here, there
-    mine, theirs = "".join(before_mine), "".join(before_theirs)
-    return {mine + name: here[name] for name in here}, {theirs + name: there[name] for name in there}
-
-
-def _missing_prefixes(short: Mapping[str, Entries], long: Mapping[str, Entries]) -> set[str]:
-    """What may be missing before the names of one patch to be those of another."""
-    return {
-        name.removesuffix(end)
-        for name, entry in long.items()
-        for end, other in short.items()
-        if name.endswith("." + end)
-        and entry.checksum
-        and (entry.checksum, entry.shape) == (other.checksum, other.shape)
-    }
 
 
 def equal(first: "Patch", second: "Patch") -> bool:
@@ -84,14 +53,13 @@ def equal(first: "Patch", second: "Patch") -> bool:
 
 def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
     """Entries and provenance of all that is in one of the two."""
-    ours, others = aligned(first, second)
-    _check_same_model(ours, others, "unite")
+    _check_same_model(first, second, "unite")
     entries: dict[str, Entries] = {}
-    for name in dict.fromkeys((*ours, *others)):
-        if name not in ours or name not in others:
-            entries[name] = (ours if name in ours else others)[name]
+    for name in dict.fromkeys((*first, *second)):
+        if name not in first or name not in second:
+            entries[name] = (first if name in first else second)[name]
             continue
-        mine, theirs = ours[name], others[name]
+        mine, theirs = first[name], second[name]
         new = ~torch.isin(theirs.positions, mine.positions)
         positions, order = torch.cat([mine.positions, theirs.positions[new]]).sort()
         originals = torch.cat([mine.originals, theirs.originals[new]])[order]
@@ -101,13 +69,12 @@ def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str
 
 def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
     """Entries and provenance of what is in the first and not in the second."""
-    ours, others = aligned(first, second)
-    _check_same_model(ours, others, "subtract")
+    _check_same_model(first, second, "subtract")
     entries: dict[str, Entries] = {}
-    for name, mine in ours.items():
+    for name, mine in first.items():
         left = (
-            ~torch.isin(mine.positions, others[name].positions)
-            if name in others
+            ~torch.isin(mine.positions, second[name].positions)
+            if name in second
             else torch.ones_like(mine.positions, dtype=torch.bool)
         )
         if bool(left.any()):

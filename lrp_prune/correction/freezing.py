@@ -48,7 +48,8 @@ class Frozen:
             # A parameter that takes no gradient takes no hook, but may do so later.
             requires_grad = parameter.requires_grad
             parameter.requires_grad_(True)
-            self._gradient_hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]  # torch's
+            registered = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+            self._gradient_hooks.append(registered)
             parameter.requires_grad_(requires_grad)
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:

@@ -1,5 +1,6 @@
 """Keeping pruned weights at exactly zero through any training, at one byte per weight."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ class MaskKeeper:
         self._parameters: dict[str, nn.Parameter] = {}
         self._kept: dict[str, Tensor] = {}
         self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
-        self._steps = 0
+        self._steps: Counter[int] = Counter()  # of each optimizer, by its id
         self._optimizers: list[Optimizer] = []
         self._parameter_hooks: list[RemovableHandle] = []
         self._optimizer_hooks: list[RemovableHandle] = []
@@ -213,10 +214,12 @@ class MaskKeeper:
             known, version = self._zeroed.get(name, (None, -1))
             if known is None or known() is not gradient:
                 self._zero_gradient(name, parameter)  # it was assigned
-            elif local_part(gradient)._version != version and not self._seems_zero(name, local_part(gradient)):
+            elif local_part(gradient)._version != version and not self._seems_zero(
+                name, local_part(gradient), self._steps[id(optimizer)]
+            ):
                 self._zero_gradient(name, parameter)
 
-    def _seems_zero(self, name: str, gradient: Tensor) -> bool:
+    def _seems_zero(self, name: str, gradient: Tensor, step: int) -> bool:
         """Whether a gradient that was changed since it was zeroed is still zero where it has to be, by a sample of it.
 
         Most changes are multiplications, as in clipping and unscaling, which leave zeros. Going through all of it again
@@ -228,15 +231,16 @@ class MaskKeeper:
         if not torch.ops.aten.is_non_overlapping_and_dense(gradient):
             return False
         # An odd distance meets all columns, since most layers are a multiple of two wide; from another place each time.
-        distance, first = gradient.numel() // _SAMPLE | 1, self._steps % _SAMPLE
+        distance, first = gradient.numel() // _SAMPLE | 1, step % _SAMPLE
         sample = _flat(gradient)[first::distance][_flat(kept)[first::distance] == 0]
         return not bool(sample.any())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps += 1
-        if keeps_zeros(optimizer) and self._steps % _EVERYTHING_EVERY:
+        self._steps[id(optimizer)] += 1
+        if keeps_zeros(optimizer):
             self._keep_second_moments_positive(optimizer)
-            return
+            if self._steps[id(optimizer)] % _EVERYTHING_EVERY:
+                return
         for name, parameter in self._of(optimizer):
             zero_pruned_(parameter, self._bits(name, parameter))
         self._zero_moments(optimizer)

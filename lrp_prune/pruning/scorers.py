@@ -114,10 +114,10 @@ class _DataFree:
 
 def _explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:
     """A target for statistics of the forward alone: the model is run as it would be explained, nothing is propagated."""
-    own = subject_of(model).own_target or (target if callable(target) else run)
+    explained = target if callable(target) else subject_of(model).own_target or run
 
     def explain_nothing(model: nn.Module, batch: Any) -> Tensor:
-        own(model, batch)
+        explained(model, batch)
         return torch.zeros(())
 
     explain_nothing.__qualname__ = "nothing"

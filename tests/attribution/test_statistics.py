@@ -1,7 +1,6 @@
 """Relevance of weights against independent computations by hooks and autograd."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import RelevanceAccumulator
-from lrp_prune.relevance import STATISTICS, Relevance
+from lrp_prune.relevance import STATISTICS
 
 
 def _tokens(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -236,51 +235,6 @@ def test_every_block_weight_of_every_architecture_is_scored(name: str) -> None:
     assert set(relevance) == expected and not relevance.unscored
 
 
-def test_relevance_is_saved_with_its_description(tmp_path: Path) -> None:
-    model, batch = build("llama"), batch_for("llama")
-    for granularity in ("weight", "neuron", "head"):
-        relevance = lrp_prune.attribute(model, [batch], granularity=granularity, statistic="squared_token").normalized()
-        relevance.save(tmp_path / "relevance.safetensors")
-        loaded = Relevance.load(tmp_path / "relevance.safetensors")
-        assert list(loaded) == list(relevance)
-        assert loaded._description() == relevance._description()
-        assert loaded.members == relevance.members
-        assert all(torch.equal(loaded[name], relevance[name]) for name in relevance)
-    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "relevance.safetensors").read_bytes()[:200])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        Relevance.load(tmp_path / "broken.safetensors")
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-
-
-def test_only_what_fits_together_is_merged() -> None:
-    model, batch = build("llama"), batch_for("llama")
-    signed = lrp_prune.attribute(model, [batch], statistic="signed")
-    absolute = lrp_prune.attribute(model, [batch], statistic="abs_token")
-    with pytest.raises(ValueError, match="statistic 'signed' and 'abs_token'"):
-        signed + absolute
-    with pytest.raises(ValueError, match="normalised"):
-        signed + signed.normalized()
-    with pytest.raises(ValueError, match="model"):
-        signed + lrp_prune.attribute(build("mistral"), [batch], statistic="signed", target="next_token")
-    with pytest.raises(ValueError, match="weights and of heads"):
-        signed - lrp_prune.attribute(model, [batch], statistic="signed", granularity="head")
-    difference = signed - 2.0 * signed
-    assert all(torch.allclose(difference[name], -signed[name]) for name in signed)
-
-
-@pytest.mark.parametrize("by", ["mean", "sum", "max", "total"])
-def test_normalisation_scales_tensors_not_orders(by: str) -> None:
-    relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")])
-    normalized = relevance.normalized(by)
-    measure = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}.get(by)
-    if measure is not None:
-        assert all(torch.isclose(measure(tensor.abs()), torch.tensor(1.0), rtol=1e-3) for tensor in normalized.values())
-    else:
-        assert sum(float(tensor.abs().sum()) for tensor in normalized.values()) == pytest.approx(1.0, rel=1e-3)
-    with pytest.raises(ValueError, match="normalize must be one of"):
-        relevance.normalized("median")
-
-
 def test_clear_errors_before_anything_is_scored() -> None:
     model, batch = build("llama"), batch_for("llama")
     with pytest.raises(ValueError, match=r"pattern '\*\.fc1' matches no parameter"):
@@ -337,12 +291,6 @@ def test_rows_are_those_of_the_layer_also_where_the_weight_is_transposed() -> No
     assert (kept.sum(0) == 16).all() and not (kept.sum(1) == 64).all()
 
 
-def test_values_are_read_in_pieces() -> None:
-    relevance = lrp_prune.attribute(build("llama"), [batch_for("llama")], statistic="squared_token").normalized()
-    for name, tensor in relevance.items():
-        assert torch.equal(relevance.read(name, slice(5, 40)), tensor.flatten()[5:40])
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_geometric_is_the_mean_of_relevance_and_contribution(name: str) -> None:
     model, batch = build(name).double(), batch_for(name)
@@ -378,35 +326,3 @@ def test_geometric_of_experts_and_convolutions() -> None:
         torch.testing.assert_close(
             results[0][name], results[1][name] ** (2 / 3) * share ** (1 / 3), rtol=1e-3, atol=1e-6
         )
-
-
-def test_geometric_relevance_adds_up_and_is_saved(tmp_path: Path) -> None:
-    model, ids = build("llama"), torch.randint(3, 50, (6, 7))
-    options: dict[str, Any] = {"statistic": "geometric", "composite": "epsilon", "matmul_dtype": None}
-    together = lrp_prune.attribute(model, [{"input_ids": ids}], **options)
-    parts = [lrp_prune.attribute(model, [{"input_ids": part}], **options) for part in ids.split(2)]
-    merged = parts[0] + parts[1] + parts[2]
-    reduced = parts[0].with_sums({name: sum(part.sums[name] for part in parts) for name in parts[0].sums}, 6)
-    merged.save(tmp_path / "relevance.safetensors")
-    loaded = Relevance.load(tmp_path / "relevance.safetensors")
-    for name in together:
-        torch.testing.assert_close(merged[name], together[name], rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(reduced[name], together[name], rtol=1e-4, atol=1e-8)
-        assert torch.equal(loaded[name], merged[name])
-    with pytest.raises(ValueError, match="about weights, not heads"):
-        lrp_prune.attribute(model, [{"input_ids": ids}], statistic="geometric", granularity="head")
-
-
-def test_a_tensor_that_one_set_does_not_reach_is_merged_as_zero() -> None:
-    one, two = torch.ones(2, 3), torch.full((2, 3), 2.0)
-    both = Relevance({"a": one, "b": two}, num_samples=1)
-    partial = Relevance({"a": one}, num_samples=1, unscored=("b",))
-    merged = both + partial
-    assert torch.equal(merged["a"], torch.ones(2, 3)) and torch.equal(merged["b"], torch.ones(2, 3))
-    assert merged.num_samples == 2 and merged.unscored == () and (partial + both).unscored == ()
-    other = Relevance({"a": one}, num_samples=1)  # the same tensors, another list of unscored ones
-    assert torch.equal((partial + other)["a"], torch.ones(2, 3))
-    with pytest.raises(ValueError, match="shapes"):
-        both + Relevance({"a": torch.ones(3, 2), "b": two})
-    with pytest.raises(ValueError, match="'b' is in one of them only"):
-        both + Relevance({"a": one, "c": two})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import ClassLogit, LastToken, LogitDifference, NextToken
-from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.running import is_encoder_decoder, subject_of
 from lrp_prune.attribution.targets import Inferred, describe, target_of
 
 
@@ -43,6 +43,9 @@ def test_an_encoders_padding_says_nothing_of_its_decoder() -> None:
     expected = -model(**batch).loss * 12
     for target in (NextToken(), LastToken()):
         torch.testing.assert_close(target(model, batch), target(model, longer))
+    around = nn.ModuleDict({"model": model})
+    around.config = {"learning_rate": 0.1}  # of another kind
+    assert is_encoder_decoder(around) and not is_encoder_decoder(build("llama"))
     torch.testing.assert_close(NextToken()(model, batch), expected)
     last = model(**batch).logits.amax(-1)
     torch.testing.assert_close(LastToken()(model, batch), last[0, 6] + last[1, 4])

@@ -10,30 +10,13 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from patches import LAST, POSITIONS, entries, patch_of, tensors, wrapped
 from small_models import batch_for, build
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lrp_prune.correction import Patch, load_patches
 from lrp_prune.module import CorrectedModule
-
-POSITIONS, LAST = torch.tensor([0, 5, 9]), "net.4.weight"
-
-
-def patch_of(module: nn.Module, positions: Tensor = POSITIONS) -> Patch:
-    return Patch.from_positions(module, {LAST: positions})
-
-
-def wrapped(module: nn.Module, **options) -> CorrectedModule:
-    return CorrectedModule(module, {"example": patch_of(module)}, **options)
-
-
-def entries(module: nn.Module, positions: Tensor = POSITIONS) -> Tensor:
-    return module.net[4].weight.detach().view(-1)[positions].clone()
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
@@ -225,89 +208,6 @@ def test_load_from_checkpoint(everything, trainer, tmp_path) -> None:
     assert not entries(again.module).any()
     for name, value in tensors(corrected).items():
         assert torch.equal(tensors(again)[name], value)
-
-
-def test_layers_made_in_configure_model_get_their_patches(everything, trainer) -> None:
-    patch = patch_of(everything())
-    module = everything(late=True)
-    corrected = CorrectedModule(module, {"example": patch})
-    assert (corrected.strengths, corrected.pending) == ({"example": 0.0}, {"example": 1.0})
-    trainer(max_epochs=1).fit(corrected)
-    assert (corrected.strengths, corrected.pending) == ({"example": 1.0}, {})
-    assert not entries(module).any()
-    other = nn.ModuleDict({"absent": nn.Linear(2, 2)})
-    with pytest.raises(KeyError, match="has no parameter"):
-        patches = {"x": Patch.from_positions(other, {"absent.weight": torch.tensor([0])})}
-        trainer(max_epochs=1).fit(CorrectedModule(everything(late=True), patches))
-
-
-def test_pending_patches_can_be_switched_and_removed(everything, loader, trainer) -> None:
-    made = everything()
-    names = ("half", "off", "gone", "later")
-    patches = {name: patch_of(made, torch.tensor([index])) for index, name in enumerate(names)}
-    originals = entries(made, torch.arange(4))
-    module = everything(late=True)
-    corrected = CorrectedModule(module, patches, {"later": 0})
-    corrected.enable("half", 0.5)
-    corrected.disable("off")
-    corrected.enable("later")
-    assert corrected.remove("gone") is patches["gone"]
-    with pytest.raises(ValueError, match="strength must be"):
-        corrected.enable("half", 2)
-    with pytest.raises(ValueError, match="there is a patch 'half' already"):
-        corrected.add("half", patches["half"])
-    with pytest.raises(KeyError, match="no patch 'gone'"):
-        corrected.disable("gone")
-    assert list(corrected.patches) == ["half", "off", "later"]
-    assert set(corrected.strengths.values()) == {0.0}
-    wanted = {"half": 0.5, "off": 0.0, "later": 1.0}
-    assert corrected.pending == corrected.state_dict()["_extra_state"]["strengths"] == wanted
-    trainer(max_epochs=1).validate(corrected, loader(seed=2), verbose=False)
-    assert (corrected.strengths, corrected.pending) == (wanted, {})
-    assert torch.equal(entries(module, torch.arange(4)), originals * torch.tensor([0.5, 1, 1, 0]))
-
-
-@pytest.mark.parametrize("hook", ["setup", "configure_model"])
-def test_a_patch_of_another_model_is_refused_at_once_also_where_layers_may_come_late(everything, hook) -> None:
-    def own(self: nn.Module, *_) -> None:
-        """Makes no layers."""
-
-    kept = {name: getattr(LightningModule, name) for name in ("setup", "configure_model")}
-    module = everything()
-    module.__class__ = type("Prepared", (everything,), {**kept, hook: own})
-    before = tensors(module)
-    other = everything()
-    other.net[4].weight.data.view(-1)[20] += 1
-    for patch, message in (
-        (patch_of(other), "differs elsewhere"),
-        (patch_of(other, torch.tensor([20, 21])), "other values than the patch was made for"),
-        (patch_of(everything(width=5)), "it was made for another model"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            CorrectedModule(module, {"fits": patch_of(module), "other": patch})
-        assert all(torch.equal(value, before[name]) for name, value in tensors(module).items())
-    corrected = CorrectedModule(module, {"example": patch_of(module)})
-    assert (corrected.strengths, corrected.pending) == ({"example": 1.0}, {})
-
-
-def test_layers_without_values_get_their_patches_when_they_have_them(everything, loader, trainer) -> None:
-    class Meta(everything):
-        def configure_model(self) -> None:
-            if self.net[4].weight.is_meta:
-                self._make()
-
-    made = everything()
-    first, last = Patch.from_positions(made, {"net.0.weight": POSITIONS}), patch_of(made)
-    module = Meta()
-    module.net[4].to("meta")
-    with pytest.raises(ValueError, match="it was made for another model"):
-        CorrectedModule(module, {"other": patch_of(everything(width=5))})
-    corrected = CorrectedModule(module, {"first": first, "last": last})
-    assert (corrected.strengths, corrected.pending) == ({"first": 1.0, "last": 0.0}, {"last": 1.0})
-    corrected.disable("first")
-    trainer(max_epochs=1).validate(corrected, loader(seed=2), verbose=False)
-    assert (corrected.strengths, corrected.pending) == ({"first": 0.0, "last": 1.0}, {})
-    assert not entries(module).any()
 
 
 def test_wrong_use_leaves_the_module_as_it_was(everything) -> None:

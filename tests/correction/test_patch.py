@@ -8,29 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from patches import DOWN, UP, some_patch, unchanged, weights
 from small_models import build
 from torch import Tensor, nn
 
 from lrp_prune.correction import Entries, Patch
-
-UP = "model.layers.0.mlp.up_proj.weight"
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def some_patch(model: nn.Module, seed: int = 0, **provenance) -> Patch:
-    generator = torch.Generator().manual_seed(seed)
-    positions = {
-        name: torch.randperm(model.get_parameter(name).numel(), generator=generator)[:9] for name in (UP, DOWN)
-    }
-    return Patch.from_positions(model, positions, **provenance)
 
 
 class Wrapped(LightningModule):
@@ -220,107 +202,6 @@ def test_a_failure_while_writing_leaves_nothing_half_applied(monkeypatch) -> Non
     with pytest.raises(RuntimeError, match="out of memory"):
         patch.apply_(model)
     assert unchanged(model, before)
-
-
-class Outer(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-
-def at_two_depths() -> tuple[nn.Sequential, Outer, Patch, Patch]:
-    """A model, a module around it, and a patch made on each; they share one entry."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    outer = Outer(net)
-    first = Patch.from_positions(outer, {"net.0.weight": torch.tensor([0, 1])})
-    second = Patch.from_positions(net, {"0.weight": torch.tensor([1, 2]), "2.bias": torch.tensor([3])})
-    return net, outer, first, second
-
-
-def test_patches_with_names_of_two_depths_are_combined() -> None:
-    net, outer, first, second = at_two_depths()
-    before = weights(net)
-    for one, other in ((first, second), (second, first)):
-        assert one.overlap(other) == {"net.0.weight": 1}
-        assert one.overlap(other, outer) == {"net.0.weight" if one is first else "0.weight": 1}
-        union = one | other
-        assert {name: union[name].positions.tolist() for name in union} == {
-            "net.0.weight": [0, 1, 2],
-            "net.2.bias": [3],
-        }
-        for model in (outer, net):
-            union.apply_(model)
-            assert int((net[0].weight == 0).sum()) == 3
-            union.revert_(model)
-            assert unchanged(net, before)
-    assert {name: entry.positions.tolist() for name, entry in (first - second).items()} == {"net.0.weight": [0]}
-    assert {name: entry.positions.tolist() for name, entry in (second - first).items()} == {
-        "net.0.weight": [2],
-        "net.2.bias": [3],
-    }
-
-
-def test_names_of_two_depths_that_nothing_relates_are_refused_when_applied() -> None:
-    net, outer, first, _ = at_two_depths()
-    apart = Patch.from_positions(net, {"2.weight": torch.tensor([1])})
-    assert first.overlap(apart) == {}
-    before = weights(net)
-    with pytest.raises(KeyError, match=r"several depths, 'net\.0\.weight' and '2\.weight'.* on the same module"):
-        (first | apart).apply_(outer)
-    with pytest.raises(KeyError, match=r"has no parameter 'absent"):
-        Patch({"net.0.weight": first["net.0.weight"], "absent.weight": first["net.0.weight"]}).apply_(outer)
-    assert unchanged(net, before)
-
-
-def test_equal_biases_of_two_models_are_not_taken_for_one() -> None:
-    pair = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("first", "second")})
-    for layer in pair.values():
-        nn.init.zeros_(layer.bias)
-    whole = Patch.from_positions(pair, {"first.bias": torch.tensor([0])})
-    part = Patch.from_positions(pair["second"], {"bias": torch.tensor([0])})
-    assert whole.overlap(part) == {}
-    assert list(whole | part) == ["first.bias", "bias"]
-
-
-def test_tied_parameters_overlap_under_any_of_their_names() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    first = Patch.from_positions(model, {"0.weight": torch.tensor([0, 1])})
-    second = Patch.from_positions(model, {"1.weight": torch.tensor([1, 2])})
-    assert first.overlap(second) == {}
-    assert first.overlap(second, model) == {"0.weight": 1}
-
-
-def test_union_and_difference() -> None:
-    model = build("llama")
-    before = weights(model)
-    first, second = some_patch(model, 0, behaviour="a"), some_patch(model, 1, behaviour="b")
-    shared = Patch.from_positions(model, {UP: torch.cat([first[UP].positions[:3], second[UP].positions[:2]])})
-    union, both = first | second, first | second | shared
-    assert both == union
-    assert union.num_entries == 36 - sum(first.overlap(second).values())
-    assert union.behaviour == "a | b"
-    union.apply_(model)
-    first.revert_(model)
-    for name in union:
-        zero = set((model.get_parameter(name).view(-1) == 0).nonzero().view(-1).tolist())
-        assert zero == set((union - first)[name].positions.tolist())
-    (union - first).revert_(model)
-    assert unchanged(model, before)
-    assert (union - first).overlap(first) == {}
-    assert shared.overlap(first) == {UP: 3}
-    with pytest.raises(ValueError, match="nothing is left"):
-        first - union
-
-
-def test_patches_of_different_models_are_not_combined() -> None:
-    model, other = build("llama"), build("llama")
-    other.get_parameter(UP).data.view(-1)[0] += 1
-    with pytest.raises(ValueError, match=f"unite patches of different models: the checksums of {UP}"):
-        some_patch(model) | some_patch(other, 1)
-    with pytest.raises(ValueError, match="different models"):
-        some_patch(model) - some_patch(build("llama", dtype=torch.bfloat16))
 
 
 def test_wrong_positions_are_refused() -> None:

@@ -78,23 +78,26 @@ def test_gradients_that_change_after_the_backward_pass_do_not_bring_weights_back
 
 
 def test_a_change_of_a_single_gradient_entry_is_undone_in_time() -> None:
+    """By each optimizer, also where several take turns."""
     torch.manual_seed(0)
-    model = nn.Linear(64, 64, bias=False)
+    layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2))
     mask = torch.rand(64, 64) > 0.5
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    MaskKeeper(model, {"weight": mask}, [optimizer])
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in layers]
+    MaskKeeper(layers, {f"{index}.weight": mask for index in range(2)}, optimizers)
     row, column = (~mask).nonzero()[7].tolist()
     for step in range(110):
-        optimizer.zero_grad()
-        model(torch.randn(8, 64)).square().sum().backward()
-        gradient = model.weight.grad
-        assert gradient is not None
-        if step < 3:
-            gradient[row, column] += 1.0
-        gradient.mul_(0.5)
-        optimizer.step()
-    assert not model.weight[~mask].any()
-    assert not optimizer.state[model.weight]["exp_avg"][~mask].any()
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            optimizer.zero_grad()
+            layer(torch.randn(8, 64)).square().sum().backward()
+            gradient = layer.weight.grad
+            assert gradient is not None
+            if step < 3:
+                gradient[row, column] += 1.0
+            gradient.mul_(0.5)
+            optimizer.step()
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        assert not layer.weight[~mask].any()
+        assert not optimizer.state[layer.weight]["exp_avg"][~mask].any()
 
 
 def test_frozen_parameters_are_kept_when_unfrozen_later() -> None:

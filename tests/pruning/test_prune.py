@@ -165,3 +165,7 @@ def test_a_module_is_run_by_its_own_target(method: str) -> None:
         masks = lrp_prune.prune(kind(), [batch], sparsity=0.5, method=method)
         assert masks.sparsity == 0.5
         assert set(masks) == {"encoder.weight", "head.weight"}
+    only_encoder = lrp_prune.prune(
+        kind(), [batch], method=method, target=lambda model, batch: model.encoder(batch[0]).sum()
+    )
+    assert set(only_encoder) == {"encoder.weight"}
