@@ -10,8 +10,9 @@ from lrp_prune.attribution.collect import attribute
 from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.attribution.running import subject_of
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
+from lrp_prune.circuits.explaining import COMPOSITES
 from lrp_prune.circuits.ranking import RANKINGS, Ranking
-from lrp_prune.circuits.scores import COMPOSITES, unit_scores
+from lrp_prune.circuits.scores import unit_scores
 from lrp_prune.circuits.sites import find_sites, kinds_of
 from lrp_prune.pruning import scorer
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, Relevance

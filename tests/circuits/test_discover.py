@@ -185,15 +185,16 @@ def test_a_round_is_one_shot_on_the_ablated_model(method: str, ablation: str) ->
     first = circuits.discover(model, task, "neuron", method, **options)
     assert rounds.at(48) == first.at(48)  # of 96 half are left after the first round
     assert rounds.rounds is not None and sum(int((values == 1).sum()) for values in rounds.rounds.values()) == 24
+    from lrp_prune.circuits.explaining import Explained
     from lrp_prune.circuits.references import reference_for
-    from lrp_prune.circuits.scores import UnitScores, _Explained
+    from lrp_prune.circuits.scores import UnitScores
 
     kept, batches = first.at(48).kept, task.batches(2)
     reference = reference_for(model, first.sites, batches, ablation)
     scores = UnitScores(first.sites, "abs_token")
     for batch in batches:
         composite = "attnlrp" if method in ("attnlrp", "relp") else "gradient"
-        explained = _Explained(model, first.sites, batch, task, None, composite, "warn", kept, reference(batch))
+        explained = Explained(model, first.sites, batch, task, None, composite, "warn", kept, reference(batch))
         scores.add(explained.contributions(method, 2), len(batch["input_ids"]))
     for name, expected in scores.compute().items():
         left = rounds.rounds[name] == 1  # dropped by the scores of the first round's model; the rest was scored again
