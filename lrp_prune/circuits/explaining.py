@@ -1,7 +1,8 @@
 """One batch explained: a forward and backward pass or several, and what each unit contributed in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,17 @@ COMPOSITES: dict[str, str] = {
     "gradient": "gradient",
     "attribution_patching": "gradient",
     "attribution_patching_ig": "gradient",
+    "gate_ig": "gradient",
     "relp": "attnlrp",
 }
 """The methods that propagate something, and by which composite."""
+DEPENDS_ON_ABLATION: frozenset[str] = frozenset({"gate_ig"})
+"""The methods whose scores are about one ablation."""
+STEPS: dict[str, int] = {"attribution_patching_ig": 5, "gate_ig": 1}
+"""How many points integrated gradients take where nothing else is asked for."""
 CONTRASTED: frozenset[str] = frozenset({"attribution_patching", "attribution_patching_ig", "relp"})
 """The methods that look at the difference from the counterfactual prompt."""
+_Tensors = dict[Place, list[Tensor]]
 
 
 class Explained:
@@ -45,63 +52,75 @@ class Explained:
         self._target, self._composite, self._unruled = task.target(metric), composite, unruled
         self._gates, self._replacement = gates or {}, replacement
 
-    def contributions(self, method: str, steps: int, interchange: bool = False) -> dict[Place, list[Tensor]]:
+    def contributions(
+        self, method: str, steps: int | None = None, interchange: bool = False
+    ) -> dict[Place, list[Tensor]]:
         """``[samples, tokens, channels]`` at each place; with ``interchange`` closed gates take the counterfactual's."""
-        embeddings: Reference | None = None
-        if method in CONTRASTED:
-            tables = [(name, True) for name, module in _embeddings(self._model)]
-            with passing(self._model), capturing(self._model, [*places(self._sites), *tables]) as other:
-                answer_logits(self._model, self._batch, counterfactual=True)
-            embeddings = {place: other[place] for place in tables if other[place]}
-            if interchange:
-                self._replacement = other
-        if method != "attribution_patching_ig":
-            clean, gradients = self._pass(None, 1.0)
+        steps = STEPS.get(method, 1) if steps is None else steps
+        if method in DEPENDS_ON_ABLATION:
+            return self._over_gates(steps)
+        if method not in CONTRASTED:
+            return _each(torch.mul, *self._pass())
+        tables = [
+            (name, True) for name, module in named_modules(self._model).items() if isinstance(module, nn.Embedding)
+        ]
+        with passing(self._model), capturing(self._model, [*places(self._sites), *tables]) as other:
+            answer_logits(self._model, self._batch, counterfactual=True)
+        if interchange:
+            self._replacement = other
+        if method == "attribution_patching_ig":
+            clean, gradients = self._over_inputs({place: other[place] for place in tables if other[place]}, steps)
         else:
-            if not embeddings:
-                raise ValueError(
-                    "integrated gradients interpolate between embeddings, and the model calls no nn.Embedding"
-                )
-            for step in range(1, steps + 1):
-                clean, found = self._pass(embeddings, step / steps)
-                gradients = found if step == 1 else _added(gradients, found)
-            gradients = {place: [tensor / steps for tensor in tensors] for place, tensors in gradients.items()}
-        if method in CONTRASTED:
-            clean = {
-                place: [a - b for a, b in zip(tensors, other[place], strict=True)] for place, tensors in clean.items()
-            }
-        return {
-            place: [a * g for a, g in zip(tensors, gradients[place], strict=True)] for place, tensors in clean.items()
-        }
+            clean, gradients = self._pass()
+        return _each(torch.mul, _each(torch.sub, clean, other), gradients)
+
+    def _over_inputs(self, embeddings: Reference, steps: int) -> tuple[_Tensors, _Tensors]:
+        """Clean activations, and the mean of gradients with the embeddings k / n of the way to the clean ones, k = 1 ... n."""
+        if not embeddings:
+            raise ValueError("integrated gradients interpolate between embeddings, and the model calls no nn.Embedding")
+        total: _Tensors = {}
+        for step in range(1, steps + 1):
+            clean, gradients = self._pass(embeddings, embeddings, step / steps)
+            total = _each(torch.add, total, gradients) if total else gradients
+        return clean, {place: [tensor / steps for tensor in tensors] for place, tensors in total.items()}
+
+    def _over_gates(self, steps: int) -> _Tensors:
+        """The mean of (a - r) g with all units at z a + (1 - z) r, z = (k - 1/2) / n, k = 1 ... n."""
+        total: _Tensors = {}
+        for step in range(steps):
+            share = (step + 0.5) / steps
+            state, gradients = self._pass(places(self._sites), self._replacement, share)
+            moved = _each(torch.sub, state, self._replacement) if self._replacement else state  # z (a - r)
+            added = partial(torch.addcmul, value=1 / (share * steps))
+            total = _each(added, total or _each(torch.zeros_like, state), moved, gradients)
+        return total
 
     def _pass(
-        self, embeddings: Reference | None, share: float
-    ) -> tuple[dict[Place, list[Tensor]], dict[Place, list[Tensor]]]:
-        """Activations and propagated gradients, with the embeddings this share of the way to the clean ones."""
+        self, moved: Iterable[Place] = (), toward: Reference | None = None, share: float = 1.0
+    ) -> tuple[_Tensors, _Tensors]:
+        """Activations and propagated gradients of the units, with ``moved`` places this share of the way from ``toward``."""
         model = self._model
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model))
             propagation = stack.enter_context(attributing(model, self._composite, unruled=self._unruled))
-            if embeddings:
-                gate = {place: torch.tensor(share) for place in embeddings}
-                stack.enter_context(replacing(model, gate, embeddings))
             stack.enter_context(gating(model, self._sites, self._gates, self._replacement))
+            stack.enter_context(replacing(model, {place: torch.tensor(share) for place in moved}, toward))
             # A copy, so that only what this layer does with it counts, and nothing is added to it in place.
             noted = stack.enter_context(capturing(model, places(self._sites), Tensor.clone))
             value = self._target(model, self._batch)
             order = [(place, tensor) for place, tensors in noted.items() for tensor in tensors]
             found = propagation.gradients(value, [tensor for _, tensor in order])
-        activations: dict[Place, list[Tensor]] = {place: [] for place in noted}
-        gradients: dict[Place, list[Tensor]] = {place: [] for place in noted}
+        activations: _Tensors = {place: [] for place in noted}
+        gradients: _Tensors = {place: [] for place in noted}
         for (place, tensor), gradient in zip(order, found, strict=True):
             activations[place].append(tensor.detach())
             gradients[place].append(torch.zeros_like(tensor) if gradient is None else gradient.detach())
         return activations, gradients
 
 
-def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in named_modules(model).items() if isinstance(module, nn.Embedding)]
-
-
-def _added(first: Mapping[Place, list[Tensor]], second: Mapping[Place, list[Tensor]]) -> dict[Place, list[Tensor]]:
-    return {place: [a + b for a, b in zip(tensors, second[place], strict=True)] for place, tensors in first.items()}
+def _each(function: Callable[..., Tensor], first: Reference, *others: Reference) -> _Tensors:
+    """The function of corresponding tensors."""
+    return {
+        place: [function(*aligned) for aligned in zip(tensors, *(other[place] for other in others), strict=True)]
+        for place, tensors in first.items()
+    }

@@ -9,6 +9,9 @@ gradient ``g`` that a composite propagates to it, the contribution of a unit at 
 ``attribution_patching``     :math:`(a - a') \cdot \partial m / \partial a` (Nanda 2023; Syed et al., arXiv 2310.10348)
 ``attribution_patching_ig``  the same with the gradient averaged over inputs :math:`x' + \frac{k}{n} (x - x')`, k = 1 ... n,
                              of the embeddings (Hanna et al., arXiv 2403.17806)
+``gate_ig``                  :math:`(a - r) \cdot \partial m / \partial a` averaged over the model with all units at once at
+                             :math:`z a + (1 - z) r`, :math:`z = (k - \frac12) / n`, k = 1 ... n: integrated gradients
+                             (arXiv 1703.01365) over the gates, from the ablation by ``r`` to the full model
 ``relp``                     :math:`(a - a') \cdot g` with AttnLRP's gradient at the clean prompt (after RelP, arXiv 2508.21258)
 ``activation``               :math:`\|a\|_2`
 ===========================  =====================================================================================
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.circuits.ablation import Place, capturing, gating, places
-from lrp_prune.circuits.explaining import COMPOSITES, CONTRASTED, Explained
+from lrp_prune.circuits.explaining import COMPOSITES, CONTRASTED, DEPENDS_ON_ABLATION, Explained
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import Site, passing
 from lrp_prune.pruning import scorer
@@ -77,7 +80,7 @@ def unit_scores(
     *,
     metric: str | None,
     batch_size: int,
-    steps: int,
+    steps: int | None,
     skip_first: int,
     unruled: str,
     seed: int,
@@ -98,7 +101,8 @@ def unit_scores(
     scores = UnitScores(sites, statistic, skip_first)
     # Methods that run the counterfactual prompt themselves need no second run of it.
     interchange = bool(gates) and ablation == "counterfactual" and method in CONTRASTED
-    reference = reference_for(model, sites, batches, ablation) if gates and not interchange else None
+    replaced = bool(gates) or method in DEPENDS_ON_ABLATION
+    reference = reference_for(model, sites, batches, ablation) if replaced and not interchange else None
     for batch in batches:
         replacement = reference(batch) if reference else None
         samples = len(batch["input_ids"])

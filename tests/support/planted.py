@@ -108,3 +108,25 @@ def planted_task(prompts: int = 2, metric: str = "logit_difference", length: int
     """Prompts of "x" words, counterfactual "y"; yes rather than no."""
     row = {"clean": "x " * length, "counterfactual": "y " * length, "answers": " yes", "distractors": " no"}
     return TableTask(word_tokenizer(WORDS), [row] * prompts, metric)
+
+
+class Redundant(nn.Module):
+    """yes = 1 - relu(1 - a - b - c) of neurons a, b, c: it is saturated, and the largest alone suffices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = (
+            nn.Embedding(6, 1),
+            nn.Linear(1, 3, bias=False),
+            nn.Linear(3, 6, bias=False),
+        )
+        with torch.no_grad():
+            self.embed.weight.zero_()
+            self.embed.weight[1] = 1.0
+            self.up.weight.copy_(torch.tensor([[1.0], [0.9], [0.1]]))
+            self.down.weight.zero_()
+            self.down.weight[3] = torch.tensor([1.0, 1.0, 1.0])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: object = None) -> torch.Tensor:
+        written = self.down(torch.relu(self.up(self.embed(input_ids))))
+        return 1 - torch.relu(1 - written)
