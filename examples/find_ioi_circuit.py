@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "relp": {"method": "relp"},
     "attribution patching": {"method": "attribution_patching"},
     "attribution patching, IG": {"method": "attribution_patching_ig"},
+    "gate IG": {"method": "gate_ig"},
     "activation": {"method": "activation"},
     "wanda": {"method": "wanda"},
     "random": {"method": "random"},
@@ -40,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
     add("--task", default="ioi", help="ioi, greater-than, pronoun, or a CSV or JSON file with a task of your own")
     add("--granularity", default="neuron", help="what a node is: neuron head attention_neuron block")
-    default = ["attnlrp", "gradient", "relp", "attribution patching", "attribution patching, IG", "random"]
+    default = ["attnlrp", "gradient", "relp", "attribution patching", "attribution patching, IG", "gate IG", "random"]
     add("--methods", nargs="+", choices=METHODS, default=default, help="what is compared in one shot")
     add("--rounds-of", choices=METHODS, default="attribution patching", help="the method that is also run in rounds")
     add("--rounds", type=int, default=4, help="rounds of it; 0 leaves it out")
@@ -90,30 +91,23 @@ def load_task(tokenizer: Any, options: argparse.Namespace) -> tuple[tasks.Task, 
     )
 
 
-def rank(model: nn.Module, task: tasks.Task, ablation: str, options: argparse.Namespace) -> dict[str, circuits.Ranking]:
-    """All nodes by importance, by each method in one shot; and in rounds, each of which ablates as is evaluated later."""
-    found = {}
-    for name in options.methods:
-        start = time.monotonic()
-        found[name] = circuits.discover(
-            model, task, options.granularity, **METHODS[name], batch_size=options.batch_size, seed=options.seed
-        )
-        print(f"  {name}: {time.monotonic() - start:.1f} s", flush=True)
-    return found
-
-
-def rank_in_rounds(model: nn.Module, task: tasks.Task, ablation: str, options: argparse.Namespace) -> circuits.Ranking:
-    """The nodes that are left when some are dropped and the rest is scored again, round by round."""
-    return circuits.discover(
+def rank(
+    model: nn.Module, task: tasks.Task, name: str, ablation: str, options: argparse.Namespace, **more: Any
+) -> circuits.Ranking:
+    """All nodes by importance, by one method."""
+    start = time.monotonic()
+    ranking = circuits.discover(
         model,
         task,
         options.granularity,
-        **METHODS[options.rounds_of],
-        rounds=options.rounds,
-        floor=0.4 * min(options.sizes),  # the last round scores what the smallest circuit is chosen from
+        **METHODS[name],
         ablation=ablation,
         batch_size=options.batch_size,
+        seed=options.seed,
+        **more,
     )
+    print(f"  {name}: {time.monotonic() - start:.1f} s", flush=True)
+    return ranking
 
 
 def learn(
@@ -143,6 +137,30 @@ def learn(
     )
     trainer.fit(gates)
     return gates
+
+
+def find(
+    model: nn.Module,
+    task: tasks.Task,
+    ablation: str,
+    options: argparse.Namespace,
+    earlier: Mapping[str, circuits.Ranking],
+) -> dict[str, circuits.Ranking]:
+    """Rankings by every method; of those for an earlier ablation, the ones that do not depend on it are taken."""
+    stage(f"ranking every {options.granularity}, for {ablation} ablation")
+    same = {name: ranking for name, ranking in earlier.items() if "ablation" not in ranking.description}
+    found = {name: same.get(name) or rank(model, task, name, ablation, options) for name in options.methods}
+    if options.rounds:
+        # The last round scores what the smallest circuit is chosen from.
+        rounds = {"rounds": options.rounds, "floor": 0.4 * min(options.sizes)}
+        stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
+        name = f"{options.rounds_of}, {options.rounds} rounds"
+        found[name] = rank(model, task, options.rounds_of, ablation, options, **rounds)
+    if options.gates:
+        stage(f"learning gates from {options.gates_from}, {ablation} ablation")
+        start = found.get(options.gates_from) or rank(model, task, options.gates_from, ablation, options)
+        found[f"gates from {options.gates_from}"] = learn(model, task, start, ablation, options).ranking()
+    return found
 
 
 def table(results: Results, sizes: list[float]) -> str:
@@ -208,22 +226,10 @@ def main() -> None:
     example = held_out.samples[0].prompt
     print(f"{len(train)} prompts to discover with, {options.seeds} x {len(held_out)} to measure on, for example")
     print(f"  {example.clean!r} -> {example.answers[0]!r}\n  {example.counterfactual!r} (counterfactual)")
-    stage(f"ranking every {options.granularity}")
-    one_shot = rank(model, train, options.ablations[0], options)
     options.output.mkdir(parents=True, exist_ok=True)
+    rankings: dict[str, circuits.Ranking] = {}
     for ablation in options.ablations:
-        rankings = dict(one_shot)
-        if options.rounds:
-            stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
-            start_of_rounds = time.monotonic()
-            rankings[f"{options.rounds_of}, {options.rounds} rounds"] = rank_in_rounds(model, train, ablation, options)
-            print(f"  {time.monotonic() - start_of_rounds:.1f} s", flush=True)
-        if options.gates:
-            stage(f"learning gates from {options.gates_from}, {ablation} ablation")
-            start = one_shot.get(options.gates_from) or circuits.discover(
-                model, train, options.granularity, **METHODS[options.gates_from], batch_size=options.batch_size
-            )
-            rankings[f"gates from {options.gates_from}"] = learn(model, train, start, ablation, options).ranking()
+        rankings = find(model, train, ablation, options, rankings)
         stage(f"measuring under {ablation} ablation")
         results = measure(model, rankings, held_out, ablation, options)
         text = table(results, options.sizes)

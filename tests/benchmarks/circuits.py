@@ -23,6 +23,7 @@ from torch import nn
 
 from lrp_prune import tasks
 from lrp_prune.circuits import METHODS, GateTraining, Ranking, discover, evaluate
+from lrp_prune.circuits.explaining import DEPENDS_ON_ABLATION
 from lrp_prune.circuits.result import half_interval
 
 path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -42,7 +43,7 @@ KINDS = {
     "block": ["attention_block", "mlp_block"],
     "weight": [],
 }
-_PATCHING = ("attribution_patching", "attribution_patching_ig", "relp")
+_PATCHING = ("attribution_patching", "attribution_patching_ig", "gate_ig", "relp")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Setting:
 
     @property
     def depends_on_ablation(self) -> bool:
-        return self.gates or self.options.get("rounds", 1) > 1
+        return self.gates or self.options.get("rounds", 1) > 1 or self.options.get("method") in DEPENDS_ON_ABLATION
 
 
 def settings() -> dict[str, Setting]:
@@ -67,11 +68,11 @@ def settings() -> dict[str, Setting]:
             rows[f"{method}, {statistic}"] = Setting({"method": method, "statistic": statistic})
         ranked = {"method": method, "statistic": "signed", "ranking": "signed"}
         rows[f"{method}, signed ranking"] = Setting(ranked)
-    for method in ("attnlrp", "cp_lrp", "gradient", "attribution_patching", "relp"):
+    for method in ("attnlrp", "cp_lrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         for rounds in (3, 6, 12):
             rows[f"{method}, {rounds} rounds"] = Setting({"method": method, "rounds": rounds, "floor": 0.02})
     rows["gates"] = Setting(gates=True)
-    for method in ("attnlrp", "gradient", "attribution_patching", "relp"):
+    for method in ("attnlrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         rows[f"gates from {method}"] = Setting(gates=True, start=method)
         rows[f"gates for answers from {method}"] = Setting(
             gates=True, objective={"answers": 1.0, "kl": 0.05}, start=method
@@ -95,7 +96,7 @@ def find(
         )
     start = None
     if setting.start is not None:
-        start = discover(model, task, granularity, setting.start, batch_size=options.batch_size)
+        start = discover(model, task, granularity, setting.start, ablation=ablation, batch_size=options.batch_size)
     gates = GateTraining(
         model,
         task,

@@ -53,6 +53,19 @@ def test_a_task_of_ones_own_comes_from_a_file(monkeypatch, tmp_path: Path) -> No
         assert (tmp_path / "out" / f"{ablation}.md").read_text() == (tmp_path / "csv" / f"{ablation}.md").read_text()
 
 
+def test_only_what_depends_on_the_ablation_is_ranked_again(capsys) -> None:
+    options = find_ioi_circuit.parse(["--samples", "8", "--held-out", "8", "--rounds", "0"])
+    options.methods = ["random", "gate IG"]
+    task, _ = find_ioi_circuit.load_task(TOKENIZER, options)
+    first = find_ioi_circuit.find(MODEL, task, "counterfactual", options, {})
+    second = find_ioi_circuit.find(MODEL, task, "zero", options, first)
+    assert second["random"] is first["random"]
+    by_ablation = [found["gate IG"] for found in (first, second)]
+    assert [ranking.description["ablation"] for ranking in by_ablation] == ["counterfactual", "zero"]
+    one, other = (torch.cat(list(ranking.scores.values())) for ranking in by_ablation)
+    assert not torch.allclose(one, other)
+
+
 def test_an_unknown_task_is_named(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"greater-than.*got 'docstring'"):
         run(monkeypatch, "--task", "docstring", "--output", str(tmp_path))
