@@ -54,7 +54,7 @@ class CircuitDiscovery(Callback):
         self,
         task: Task,
         granularity: str | list[str] = "neuron",
-        method: str = "attnlrp",
+        method: str | None = None,
         size: int | float = 0.05,
         sizes: Sequence[float] = MIB_SIZES,
         ablation: str = "counterfactual",
@@ -68,7 +68,7 @@ class CircuitDiscovery(Callback):
             check_ablation(ablation)
             if granularity != "weight":
                 kinds_of(granularity)
-            if method not in METHODS:
+            if method is not None and method not in METHODS:
                 raise ValueError(f"method must be one of {METHODS}, got {method!r}")
             self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
         except ValueError as error:

@@ -26,7 +26,7 @@ def discover(
     model: nn.Module,
     task: Task,
     granularity: str | Sequence[str] = "neuron",
-    method: str = "attnlrp",
+    method: str | None = None,
     *,
     statistic: str | None = None,
     ranking: str = "absolute",
@@ -57,7 +57,7 @@ def discover(
         method: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, ``"attribution_patching"``, ``"attribution_patching_ig"``,
             ``"gate_ig"``, ``"relp"``, ``"activation"``, ``"wanda"`` or ``"random"``, see
             :mod:`lrp_prune.circuits.scores`. Weights have no counterfactual: they are scored by the relevances, ``wanda``
-            and ``random``.
+            and ``random``. None: ``attnlrp`` for weights and ``gate_ig`` for all else.
         statistic: how tokens and samples are reduced: ``"signed"`` (mean), ``"abs_sample"``, ``"abs_token"`` or
             ``"squared_token"``; None: ``signed`` for heads and blocks, which then cancel over tokens, else ``abs_token``.
         ranking: ``"absolute"``, or ``"signed"`` (the most positive first; only of ``statistic="signed"``).
@@ -68,7 +68,7 @@ def discover(
         ablation: how nodes are ablated between rounds and on the way of ``gate_ig``: ``"counterfactual"``, ``"mean"`` or
             ``"zero"``; weights are always zeroed.
         steps: of integrated gradients; None: 5 for ``attribution_patching_ig``, and for ``gate_ig`` 1, the middle of the
-            way, which costs one pass and ranks no worse than more.
+            way, which costs one pass.
         normalize: divide each group's scores by their ``"mean"``, ``"sum"`` or ``"max"`` of absolute values.
         skip_first: tokens at the beginning of a prompt that do not count.
         include: patterns of module (or weight) names to rank instead of all.
@@ -95,10 +95,12 @@ def discover(
         >>> ranking.at(0.25)
         Circuit(4 of 16 mlp_neurons)
     """
+    weights = granularity == "weight"
+    if method is None:
+        method = "attnlrp" if weights else "gate_ig"
     _check(method, statistic, ranking, rounds, floor, steps, normalize)
     check_ablation(ablation)
     module = subject_of(model).module
-    weights = granularity == "weight"
     if weights and method not in _OF_WEIGHTS:
         raise ValueError(f"method {method!r} scores units, not weights: use one of {_OF_WEIGHTS}")
     kinds = () if weights else kinds_of(granularity)

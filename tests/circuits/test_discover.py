@@ -31,6 +31,14 @@ def test_a_signed_ranking_puts_what_hinders_last() -> None:
         circuits.discover(model, task, ranking="signed", statistic="abs_token")
 
 
+@pytest.mark.parametrize(("granularity", "method"), [("neuron", "gate_ig"), ("weight", "attnlrp")])
+def test_the_default_is_what_ranks_best(granularity: str, method: str) -> None:
+    found = circuits.discover(neurons(), planted_task(), granularity)
+    asked = circuits.discover(neurons(), planted_task(), granularity, method)
+    assert found.description == asked.description and found.description["method"] == method
+    assert all(torch.equal(values, asked.scores[name]) for name, values in found.scores.items())
+
+
 def test_rounds_score_what_is_left_on_the_ablated_model() -> None:
     model, task = Redundant(), planted_task()
     once = circuits.discover(model, task, method="attribution_patching")

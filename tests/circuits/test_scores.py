@@ -142,6 +142,7 @@ def slopes(model: nn.Module, task: Task, ranking: Ranking, ablation: str, gate: 
     return total
 
 
+@pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts it was found on")
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradients_over_gates_add_up_to_what_the_ablation_changes(name: str, ablation: str) -> None:
