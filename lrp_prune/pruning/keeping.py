@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,35 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from lrp_prune.names import resolve
+from lrp_prune.pruning.optimizers import keeps_zeros
+from lrp_prune.pruning.zeroing import as_bits, flat, is_dense, some_pruned, without_pruned, zero_pruned_
 from lrp_prune.sharding import is_sharded, local_part, sharding_of
 
-KEEPS_ZEROS: frozenset[type[Optimizer]] = frozenset(
-    {
-        torch.optim.ASGD,
-        torch.optim.Adadelta,
-        torch.optim.Adafactor,
-        torch.optim.Adagrad,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.Adamax,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.RMSprop,
-        torch.optim.Rprop,
-        torch.optim.SGD,
-        torch.optim.SparseAdam,
-    }
-)
-"""Elementwise optimizers whose update of a zero weight with zero gradient and zero moments is exactly zero, for all
-their options (weight decay, momentum, maximize, fused, ...) as long as ``eps`` is not 0. Each is tested. Subclasses may
-do anything and do not count."""
-
-_INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
 _EVERYTHING_EVERY = 100  # steps
-_SAMPLE = 1024  # entries of a gradient
 _NOT_MOMENTS = frozenset({"step", "eta", "mu", "mu_product"})  # counters, which have the shape of a scalar parameter
 
 
@@ -54,13 +32,15 @@ class MaskKeeper:
     - **In each backward**: the gradient of pruned weights is zeroed as soon as it is accumulated, hence before gradient
       clipping, before DDP reduces it, and in manual optimization as well. Left in, it inflates the norm that clipping
       divides by, and optimizers that mix entries (Muon) change the kept weights by it.
-    - **In each optimizer step**: nothing is left to do for the optimizers in :data:`KEEPS_ZEROS`. After a step of any
-      other, weights and moments are zeroed again. Gradients that were assigned (``p.grad = ...``) or changed after the
-      backward pass (by noise, say; clipping leaves zeros) are zeroed before the step. What a change of few entries of a
-      large gradient brings back is zeroed within a hundred steps.
+    - **In each optimizer step**: nothing is left to do for optimizers that keep zeros
+      (:func:`~lrp_prune.pruning.optimizers.keeps_zeros`). After a step of any other, weights and moments are zeroed again.
+      Gradients that were assigned (``p.grad = ...``) or changed after the backward pass (by noise, say; clipping leaves
+      zeros) are zeroed before the step, after its closure if it has one. On the CPU some entries tell whether they were
+      changed: what a change of few entries of a large gradient brings back is zeroed within a hundred steps. On other
+      devices changes through ``.data`` are zeroed in that time only.
     - **When an optimizer loads its state**: the loaded moments are zeroed.
 
-    Second moments (averages of squared gradients) are the exception: of the optimizers in :data:`KEEPS_ZEROS` they stay
+    Second moments (averages of squared gradients) are the exception: of optimizers that keep zeros they stay
     positive where the first moment is zero, which makes the same update, exactly zero. On the CPU they are even kept
     from reaching zero, since the square root of a tensor with zeros in it takes ten times as long there (MKL; it made a
     whole training step a fifth slower).
@@ -92,11 +72,14 @@ class MaskKeeper:
         self._model = model
         self._parameters: dict[str, nn.Parameter] = {}
         self._kept: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
         self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
         self._steps: Counter[int] = Counter()  # of each optimizer, by its id
         self._optimizers: list[Optimizer] = []
         self._parameter_hooks: list[RemovableHandle] = []
         self._optimizer_hooks: list[RemovableHandle] = []
+        optimizers = list(optimizers)
+        _check_optimizers(optimizers)
         self.update(masks)
         self.attach(optimizers)
 
@@ -118,8 +101,8 @@ class MaskKeeper:
                 )
             here = _part(name, mask, parameter)
             if not here.all():
-                kept[name] = _as_bits(here, local_part(parameter))
-        self._kept = kept
+                kept[name] = as_bits(here, local_part(parameter))
+        self._kept, self._samples = kept, {name: some_pruned(bits) for name, bits in kept.items()}
         self._parameters = {name: parameters[name] for name in kept}
         self._hook_parameters()
         self.enforce()
@@ -134,14 +117,10 @@ class MaskKeeper:
             TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
         """
         optimizers = list(optimizers)
-        for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_post_hook"):
-                raise TypeError(
-                    f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at "
-                    f"zero through its steps: derive it from torch.optim.Optimizer"
-                )
+        _check_optimizers(optimizers)
         current = resolve(self._kept, self._model) if self._kept else {}
-        if any(current[name] is not parameter for name, parameter in self._parameters.items()):
+        replaced = any(current[name] is not parameter for name, parameter in self._parameters.items())
+        if replaced or not self._parameter_hooks:
             self._parameters = current
             self._hook_parameters()
         _clear(self._optimizer_hooks)
@@ -182,6 +161,8 @@ class MaskKeeper:
             def zero_gradient(parameter: Tensor, name: str = name) -> None:
                 self._zero_gradient(name, parameter)
 
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue  # it can have no gradient
             # A frozen parameter takes no hook, but may be unfrozen later.
             requires_grad = parameter.requires_grad
             parameter.requires_grad_(True)
@@ -196,44 +177,46 @@ class MaskKeeper:
         gradient = local_part(whole) if is_sharded(whole) else whole
         kept = self._bits(name, parameter)
         if gradient.is_sparse:
-            gradient = gradient.coalesce()
-            values, indices = gradient.values(), gradient.indices()
-            zero_pruned_(values, kept[tuple(indices)])
-            parameter.grad = torch.sparse_coo_tensor(
-                indices, values, gradient.shape, is_coalesced=True, check_invariants=False
-            )
+            parameter.grad = without_pruned(gradient, kept)
             return
         zero_pruned_(gradient, kept)
         self._zeroed[name] = TensorWeakRef(whole), gradient._version
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Look at the gradients: where the step runs a closure, which makes and changes them, once that has run."""
+        # The first argument is the optimizer itself.
+        closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
+        if closure is None:
+            self._check_gradients(optimizer)
+            return args, kwargs
+
+        def checked() -> Any:
+            loss = closure()
+            self._check_gradients(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": checked}
+        return (args[0], checked, *args[2:]), kwargs
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
         for name, parameter in self._of(optimizer):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            known, version = self._zeroed.get(name, (None, -1))
-            if known is None or known() is not gradient:
-                self._zero_gradient(name, parameter)  # it was assigned
-            elif local_part(gradient)._version != version and not self._seems_zero(
-                name, local_part(gradient), self._steps[id(optimizer)]
-            ):
+            if parameter.grad is not None and not self._is_zeroed(name, parameter.grad):
                 self._zero_gradient(name, parameter)
 
-    def _seems_zero(self, name: str, gradient: Tensor, step: int) -> bool:
-        """Whether a gradient that was changed since it was zeroed is still zero where it has to be, by a sample of it.
+    def _is_zeroed(self, name: str, gradient: Tensor) -> bool:
+        """Whether a gradient is zero where it has to be, by a sample of it: going through all of it costs as much as all the
+        rest.
 
-        Most changes are multiplications, as in clipping and unscaling, which leave zeros. Going through all of it again
-        would cost as much as all the rest, so it is done in some steps only, with the weights and moments.
+        Most changes are multiplications, as in clipping and unscaling, which leave zeros.
         """
-        kept = self._kept[name]
-        if gradient.device.type != "cpu" or gradient.numel() <= _SAMPLE or gradient.stride() != kept.stride():
-            return False
-        if not torch.ops.aten.is_non_overlapping_and_dense(gradient):
-            return False
-        # An odd distance meets all columns, since most layers are a multiple of two wide; from another place each time.
-        distance, first = gradient.numel() // _SAMPLE | 1, step % _SAMPLE
-        sample = _flat(gradient)[first::distance][_flat(kept)[first::distance] == 0]
-        return not bool(sample.any())
+        known, version = self._zeroed.get(name, (None, -1))
+        if known is None or known() is not gradient:
+            return False  # it was assigned
+        here, kept = local_part(gradient), self._kept[name]
+        if here.device.type != "cpu" or here.stride() != kept.stride() or not is_dense(here):
+            return here._version == version
+        return not bool(flat(here)[self._samples[name]].any())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps[id(optimizer)] += 1
@@ -263,11 +246,16 @@ class MaskKeeper:
             return
         left = _NOT_MOMENTS | _SECOND_MOMENTS if keeps_zeros(optimizer) else _NOT_MOMENTS
         for name, parameter in self._of(optimizer):
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in list(optimizer.state.get(parameter, {}).items()):
                 moment = isinstance(value, Tensor) and value.shape == parameter.shape and key not in left
                 # Integer states are codes of a quantized optimizer, in which 0 need not mean zero.
-                if moment and (value.is_floating_point() or value.is_complex()):
-                    zero_pruned_(value, self._bits(name, parameter).to(value.device))
+                if not moment or not (value.is_floating_point() or value.is_complex()):
+                    continue
+                kept = self._bits(name, parameter).to(value.device)
+                if value.is_sparse:
+                    optimizer.state[parameter][key] = without_pruned(value, kept)
+                else:
+                    zero_pruned_(value, kept)
 
     def _zero_history(self, optimizer: torch.optim.LBFGS) -> None:
         """L-BFGS keeps past steps and gradients as vectors over all its parameters, in the state of the first."""
@@ -281,45 +269,6 @@ class MaskKeeper:
                 for parameter, part in zip(parameters, torch.split(vector, sizes), strict=True):
                     if id(parameter) in names:
                         zero_pruned_(part, self._bits(names[id(parameter)], parameter).reshape(-1).to(part.device))
-
-
-def keeps_zeros(optimizer: Optimizer) -> bool:
-    """Whether a zero weight with zero gradient and zero moments stays exactly zero in a step of this optimizer.
-
-    Example:
-        >>> weights = [torch.nn.Parameter(torch.ones(2, 2))]
-        >>> keeps_zeros(torch.optim.AdamW(weights)), keeps_zeros(torch.optim.AdamW(weights, eps=0.0))
-        (True, False)
-    """
-    return type(optimizer) in KEEPS_ZEROS and all(group.get("eps") != 0 for group in optimizer.param_groups)
-
-
-def zero_pruned_(tensor: Tensor, kept: Tensor) -> None:
-    """Set the entries of a tensor to zero, in place and outside of autograd, where ``kept`` is 0.
-
-    Args:
-        tensor: any dense tensor; of a ``DTensor`` the part in this process.
-        kept: int8 of the same shape, -1 (all bits set) where the entry is kept and 0 where it is pruned.
-
-    Example:
-        >>> tensor = torch.tensor([1.5, float("nan"), -2.0])
-        >>> zero_pruned_(tensor, torch.tensor([-1, 0, -1], dtype=torch.int8))
-        >>> tensor
-        tensor([ 1.5000,  0.0000, -2.0000])
-    """
-    tensor = local_part(tensor)
-    integer = _INTEGER_OF_BYTES.get(tensor.element_size())
-    if integer is None:
-        tensor.masked_fill_(kept == 0, 0)
-        return
-    bits = tensor.view(integer)
-    same_layout = bits.stride() == kept.stride() and torch.ops.aten.is_non_overlapping_and_dense(bits)
-    if bits.device.type == "cpu" and same_layout:
-        # numpy widens the mask in a buffer of a few kilobytes; torch would allocate it four bytes wide.
-        entries = _flat(bits).numpy()
-        np.bitwise_and(entries, _flat(kept).numpy(), out=entries)
-    else:
-        bits.bitwise_and_(kept)
 
 
 def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
@@ -337,15 +286,13 @@ def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
     return mask if of_parameter is None else local_part(mask) if of_mask is not None else of_parameter.part(mask)
 
 
-def _as_bits(mask: Tensor, parameter: Tensor) -> Tensor:
-    """0 where pruned and -1 where kept, laid out in memory as the parameter is."""
-    kept = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
-    kept.copy_(mask)
-    return kept.neg_()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.as_strided((tensor.numel(),), (1,))
+def _check_optimizers(optimizers: Iterable[Optimizer]) -> None:
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at "
+                f"zero through its steps: derive it from torch.optim.Optimizer"
+            )
 
 
 def _clear(hooks: list[RemovableHandle]) -> None:

@@ -31,6 +31,30 @@ def test_zeros_survive_every_step(make_module, make_loader, make_trainer, optimi
     assert module.zeros_after_step == [0] * 4 + [ENTRIES // 4] * 4 + [ENTRIES // 2] * 8
 
 
+class Noise(Callback):
+    """Changes gradients where Lightning lets callbacks do so: within the closure of the optimizer's step."""
+
+    def __init__(self, assign: bool) -> None:
+        self.assign = assign
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            noise = torch.randn_like(parameter)
+            if self.assign:
+                parameter.grad = parameter.grad + noise
+            else:
+                parameter.grad.add_(noise)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_zeros_survive_noise_on_gradients(make_module, make_loader, make_trainer, assign, order) -> None:
+    module = make_module(optimizer="adamw")
+    callbacks = [RelevancePruning(sparsity=0.5, scope="global"), Noise(assign)][::order]
+    make_trainer(callbacks=callbacks, max_epochs=3).fit(module, make_loader(), make_loader(seed=2))
+    assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
+
+
 def test_zeros_survive_manual_optimization(make_manual_module, make_loader, make_trainer) -> None:
     module = make_manual_module()
     pruning = RelevancePruning(sparsity=0.5, scope="global")

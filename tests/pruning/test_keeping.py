@@ -1,6 +1,7 @@
 """The keeper finds weights, gradients and moments wherever they come from, and leaves nothing behind."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,29 +53,52 @@ def test_assigned_gradients_are_zeroed_before_the_step() -> None:
     assert pruned_values(model, masks).count_nonzero() == 0
 
 
-@pytest.mark.parametrize("how", ["assigned", "changed in place", "scaled"])
-def test_gradients_that_change_after_the_backward_pass_do_not_bring_weights_back(how: str) -> None:
-    """Also where memory is used again for the next gradient."""
+def half() -> Tensor:
+    return torch.rand(64, 64) > 0.5
+
+
+def one() -> Tensor:
+    return torch.arange(4096).view(64, 64) != 1234
+
+
+def rows() -> Tensor:
+    return (torch.arange(64) > 9)[:, None].expand(64, 64)
+
+
+@pytest.mark.parametrize("closure", ["none", "positional", "keyword"])
+@pytest.mark.parametrize("pruned", [half, one, rows])
+@pytest.mark.parametrize("how", ["assigned", "changed in place", "changed by data", "scaled"])
+def test_gradients_that_change_after_the_backward_pass_do_not_bring_weights_back(
+    how: str, pruned: Callable[[], Tensor], closure: str
+) -> None:
+    """Also where memory is used again for the next gradient, and where a closure makes it."""
     torch.manual_seed(0)
-    model = nn.Linear(64, 64, bias=False)
-    mask = torch.rand(64, 64) > 0.5
+    model, mask = nn.Linear(64, 64, bias=False), pruned()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     MaskKeeper(model, {"weight": mask}, [optimizer])
-    for _ in range(6):
+
+    def gradient() -> Tensor:
         optimizer.zero_grad()
         loss = model(torch.randn(8, 64)).square().sum()
         if how == "assigned":
-            (gradient,) = torch.autograd.grad(loss, [model.weight])
-            model.weight.grad = gradient
-            del gradient
+            (model.weight.grad,) = torch.autograd.grad(loss, [model.weight])
+            return loss
+        loss.backward()
+        assert model.weight.grad is not None
+        if how == "scaled":
+            model.weight.grad.mul_(2.0)
         else:
-            loss.backward()
-            gradient = model.weight.grad
-            assert gradient is not None
-            gradient.add_(torch.randn(64, 64)) if how == "changed in place" else gradient.mul_(2.0)
-            del gradient
-        optimizer.step()
+            (model.weight.grad.data if how == "changed by data" else model.weight.grad).add_(torch.randn(64, 64))
+        return loss
+
+    for _ in range(6):
+        if closure == "none":
+            gradient()
+            optimizer.step()
+        else:
+            assert (optimizer.step(gradient) if closure == "positional" else optimizer.step(closure=gradient)) > 0
         assert not model.weight[~mask].any()
+        assert not optimizer.state[model.weight]["exp_avg"][~mask].any()
 
 
 def test_a_change_of_a_single_gradient_entry_is_undone_in_time() -> None:
@@ -182,10 +206,37 @@ def test_no_weight_changes_when_a_mask_does_not_fit(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_objects_without_step_hooks_are_refused() -> None:
+def test_objects_without_step_hooks_are_refused_before_anything_changes() -> None:
     model = make_model()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match="register_step_post_hook"):
         MaskKeeper(model, make_masks(model), [object()])  # type: ignore[list-item]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_after_being_removed_it_can_be_attached_again() -> None:
+    model = make_model()
+    masks = make_masks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    keeper = MaskKeeper(model, masks, [optimizer])
+    keeper.remove()
+    train(model, optimizer, range(2))
+    keeper.attach([optimizer])
+    loss_of(model, 2).backward()
+    for name, mask in masks.items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None and not gradient[~mask].any()
+    train(model, optimizer, range(2, 6))
+    assert pruned_values(model, masks).count_nonzero() == 0
+
+
+def test_weights_that_take_no_gradients_are_zeroed() -> None:
+    model = nn.Module()
+    model.register_parameter("codes", nn.Parameter(torch.arange(1, 7, dtype=torch.int8), requires_grad=False))
+    keeper = MaskKeeper(model, {"codes": torch.tensor([True, False] * 3)})
+    assert model.codes.tolist() == [1, 0, 3, 0, 5, 0]
+    keeper.remove()
 
 
 def test_one_byte_a_weight_and_state_dict_unchanged() -> None:
