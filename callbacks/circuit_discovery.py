@@ -1,6 +1,7 @@
 """The callback that finds the circuit of a task in a validation, and changes nothing."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 from lrp_prune.callbacks._checks import check_count, check_strategy
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import check_ablation
-from lrp_prune.circuits.discover import METHODS
+from lrp_prune.circuits.discover import method_for
 from lrp_prune.circuits.sites import kinds_of
 from lrp_prune.tasks import Task
 
@@ -39,8 +40,8 @@ class CircuitDiscovery(Callback):
         granularity: see :func:`lrp_prune.circuits.discover`.
         method: see :func:`lrp_prune.circuits.discover`.
         size: nodes of :attr:`circuit`: a number, or a fraction of all.
-        sizes: further sizes to evaluate, for the areas.
-        ablation: ``"counterfactual"``, ``"mean"`` or ``"zero"``.
+        sizes: further sizes to evaluate, for the areas ``cpr`` and ``cmd``.
+        ablation: ``"counterfactual"``, ``"mean"`` or ``"zero"``; of weights ``"zero"``.
         held_out: the prompts of the evaluation; None: ``task.split()`` gives one part to each.
         every_n_epochs: inside ``fit``, in the validations of every so many epochs; each result replaces the last.
         options: further arguments of :func:`lrp_prune.circuits.discover`.
@@ -68,8 +69,15 @@ class CircuitDiscovery(Callback):
             check_ablation(ablation)
             if granularity != "weight":
                 kinds_of(granularity)
-            if method is not None and method not in METHODS:
-                raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+            elif ablation != "zero":
+                raise ValueError(f"weights have no activations to replace: pass ablation='zero', got {ablation!r}")
+            method_for(granularity, method)
+            for given in (size, *sizes):
+                if isinstance(given, bool) or given < 0 or (isinstance(given, float) and given > 1):
+                    raise ValueError(f"sizes are numbers of nodes or fractions in [0, 1], got {given!r}")
+            for name in options or {}:
+                if name not in signature(discover).parameters:
+                    raise ValueError(f"options are arguments of lrp_prune.circuits.discover, which has no {name!r}")
             self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
@@ -124,6 +132,8 @@ class CircuitDiscovery(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._ranking, self._result = ranking, result
-        measured = {"faithfulness": float(result.faithfulness[-1]), "cpr": result.cpr, "cmd": result.cmd}
+        measured = {"faithfulness": float(result.faithfulness[-1])}
+        if len(set(result.sizes)) > 1:
+            measured |= {"cpr": result.cpr, "cmd": result.cmd}
         for name, value in measured.items():
             pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1)

@@ -152,7 +152,7 @@ def find(
     found = {name: same.get(name) or rank(model, task, name, ablation, options) for name in options.methods}
     if options.rounds:
         # The last round scores what the smallest circuit is chosen from.
-        rounds = {"rounds": options.rounds, "floor": 0.4 * min(options.sizes)}
+        rounds = {"rounds": options.rounds, "floor": min(2 * min(filter(None, options.sizes)), 0.9)}
         stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
         name = f"{options.rounds_of}, {options.rounds} rounds"
         found[name] = rank(model, task, options.rounds_of, ablation, options, **rounds)

@@ -17,6 +17,7 @@ from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.roots import Root, Roots
+from lrp_prune.attribution.running import eager
 from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.names import named_modules, named_parameters, unwrap
@@ -154,7 +155,7 @@ def propagating(
     """
     if unruled not in UNRULED:
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
-    compiled = _is_compiled(model)
+    running = eager(model)  # before it is unwrapped
     model, modules = unwrap(model), named_modules(model)
     wanted = [name for name in modules if name and _matching(name, latent)]
     for pattern in latent or ():
@@ -175,8 +176,7 @@ def propagating(
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(running)
         ruled = composite.rules.get("activation", "gradient") != "gradient"
         for module in modules.values() if ruled or tracing else ():
             if is_activation_module(module):
@@ -214,16 +214,6 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(value)
             module._buffers[name] = buffer
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Also where only a forward is, as Lightning leaves a module that was compiled before it was given to a trainer."""
-    return any(
-        hasattr(module, "_orig_mod")
-        or module._compiled_call_impl is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
 
 
 def _guard(

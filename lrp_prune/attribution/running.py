@@ -26,34 +26,66 @@ class Subject(NamedTuple):
 def subject_of(model: nn.Module) -> Subject:
     """Work out what of a module is run.
 
-    A ``LightningModule`` may define ``relevance_target(batch)``; else its overridden ``forward`` is run, else the only
-    ``PreTrainedModel`` (or only child with parameters) that it holds. ``validation_step`` is never run.
+    A ``LightningModule`` may define ``relevance_target(batch)``; else what is run is :func:`forwarded`.
+    ``validation_step`` is never run.
 
     Raises:
-        ValueError: if a LightningModule has none of these.
+        ValueError: if a LightningModule says nothing about it.
     """
     model = unwrap(model)
     own = getattr(model, "relevance_target", None)
-    if callable(own):
+    if not callable(own):
+        return Subject(forwarded(model), None)
 
-        def relevance_target(_: nn.Module, batch: Any) -> Any:
-            return own(batch)
+    def relevance_target(_: nn.Module, batch: Any) -> Any:
+        return own(batch)
 
-        return Subject(model, relevance_target)
+    return Subject(model, relevance_target)
+
+
+def forwarded(model: nn.Module) -> nn.Module:
+    """The module whose forward takes a batch: of a ``LightningModule`` without a ``forward`` the model that it holds.
+
+    Of several children that is the only ``PreTrainedModel``, or the only one with parameters.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    model = unwrap(model)
     if not any(base.__name__ == "LightningModule" for base in type(model).__mro__):
-        return Subject(model, None)
+        return model
     definer = next(base for base in type(model).__mro__ if "forward" in vars(base))
     if definer.__name__ != "LightningModule" and definer is not nn.Module:
-        return Subject(model, None)
+        return model
     children = [child for child in model.children() if next(child.parameters(), None) is not None]
     pretrained = [child for child in children if _is_pretrained(child)]
     for candidates in (pretrained, children):
         if len(candidates) == 1:
-            return Subject(unwrap(candidates[0]), None)
+            return unwrap(candidates[0])
     raise ValueError(
         f"{type(model).__name__} does not say what to run for relevance: define forward(), or relevance_target(batch) "
         "that runs the model and returns the scalar to explain"
     )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Also where only a forward is, as Lightning leaves a module that was compiled before it was given to a trainer."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Runs what is compiled as it is written: compiled calls pass by hooks that were registered later."""
+    if not is_compiled(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.circuits.sites import PARENTS, Site, passing
+from lrp_prune.circuits.sites import NOT_ALIGNED, PARENTS, Site, passing
 from lrp_prune.names import named_modules, named_parameters
 
 ABLATIONS: tuple[str, ...] = ("counterfactual", "mean", "zero")
@@ -43,6 +43,8 @@ def _hooked(
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         calls[0] += 1
+        if not args:
+            raise ValueError(f"{name} is called with its input by keyword: circuits know inputs given by position only")
         return (change(args[0], calls[0] - 1), *args[1:])
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -70,6 +72,9 @@ def capturing(
 ) -> Iterator[dict[Place, list[Tensor]]]:
     """Note the activations at some places during one forward.
 
+    A module's output may be added to in place by what comes after it (the residual stream of Falcon is): there a copy is
+    noted, or handed on.
+
     Args:
         model: the module whose modules the places name.
         where: the places.
@@ -81,9 +86,12 @@ def capturing(
         for place in noted:
 
             def change(tensor: Tensor, call: int, place: Place = place) -> Tensor:
-                kept = keep(tensor)
+                kept, at_output = keep(tensor), place[1]
+                if keep is Tensor.detach:
+                    noted[place].append(kept.clone() if at_output else kept)
+                    return tensor
                 noted[place].append(kept)
-                return tensor if keep is Tensor.detach else kept
+                return kept.clone() if at_output else kept
 
             stack.callback(_hooked(modules, place, change))
         yield noted
@@ -102,16 +110,26 @@ def replacing(model: nn.Module, gates: Mapping[Place, Tensor], reference: Refere
     with ExitStack() as stack:
         for place, gate in gates.items():
             replacements = None if reference is None else reference[place]
+            if replacements is not None and not replacements:
+                raise ValueError(NOT_ALIGNED.format(name=place[0]))
 
             def change(
-                tensor: Tensor, call: int, gate: Tensor = gate, replacements: Sequence[Tensor] | None = replacements
+                tensor: Tensor,
+                call: int,
+                place: Place = place,
+                gate: Tensor = gate,
+                replacements: Sequence[Tensor] | None = replacements,
             ) -> Tensor:
-                gate = gate.to(tensor.device, tensor.dtype)
-                kept = gate * tensor
+                # In half precision the two parts would add up to something else where the replacement is the same.
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                gate = gate.to(tensor.device, wide)
+                kept = gate * tensor.to(wide)
                 if replacements is None:
-                    return kept
-                replacement = replacements[call % len(replacements)].to(tensor.device, tensor.dtype)
-                return kept + (1 - gate) * replacement
+                    return kept.to(tensor.dtype)
+                replacement = replacements[call % len(replacements)].to(tensor.device, wide)
+                if replacement.dim() > 1 and replacement.shape != tensor.shape:
+                    raise ValueError(NOT_ALIGNED.format(name=place[0]))
+                return (kept + (1 - gate) * replacement).to(tensor.dtype)
 
             stack.callback(_hooked(modules, place, change))
         yield
@@ -162,17 +180,21 @@ def mean_reference(runs: Iterable[Callable[[], Any]], model: nn.Module, sites: S
         ValueError: if there is no forward.
     """
     sums: dict[Place, list[Tensor]] = {}
-    rows: dict[Place, int] = {}
+    rows: dict[Place, list[int]] = {}
     for run in runs:
         for place, tensors in counterfactual_reference(run, model, sites).items():
             flat = [tensor.reshape(-1, tensor.shape[-1]).double() for tensor in tensors]
-            totals = [tensor.sum(0) for tensor in flat]
-            known = sums.get(place)
-            sums[place] = totals if known is None else [a + b for a, b in zip(known, totals, strict=True)]
-            rows[place] = rows.get(place, 0) + flat[0].shape[0]
+            if len(sums.setdefault(place, [tensor.new_zeros(tensor.shape[1]) for tensor in flat])) != len(flat):
+                raise ValueError(NOT_ALIGNED.format(name=place[0]))
+            sums[place] = [total + tensor.sum(0) for total, tensor in zip(sums[place], flat, strict=True)]
+            counts = rows.setdefault(place, [0] * len(flat))
+            rows[place] = [count + len(tensor) for count, tensor in zip(counts, flat, strict=True)]
     if not sums:
         raise ValueError("mean ablation needs at least one batch of prompts")
-    return {place: [total / rows[place] for total in totals] for place, totals in sums.items()}
+    return {
+        place: [total / count for total, count in zip(totals, rows[place], strict=True)]
+        for place, totals in sums.items()
+    }
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.collect import attribute
 from lrp_prune.attribution.observers import fingerprint
-from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
 from lrp_prune.circuits.explaining import COMPOSITES, DEPENDS_ON_ABLATION, STEPS
 from lrp_prune.circuits.ranking import RANKINGS, Ranking
@@ -96,13 +96,10 @@ def discover(
         Circuit(4 of 16 mlp_neurons)
     """
     weights = granularity == "weight"
-    if method is None:
-        method = "attnlrp" if weights else "gate_ig"
-    _check(method, statistic, ranking, rounds, floor, steps, normalize)
+    method = method_for(granularity, method)
+    _check(statistic, ranking, rounds, floor, steps, normalize, skip_first)
     check_ablation(ablation)
-    module = subject_of(model).module
-    if weights and method not in _OF_WEIGHTS:
-        raise ValueError(f"method {method!r} scores units, not weights: use one of {_OF_WEIGHTS}")
+    module = forwarded(model)
     kinds = () if weights else kinds_of(granularity)
     if statistic is None:
         coarse = kinds and not any(kind.endswith("neuron") for kind in kinds)
@@ -206,21 +203,38 @@ def _normalized(scores: dict[str, Tensor], by: str | None, kept: Mapping[str, Te
     if by is None:
         return scores
     counted = {name: values * kept[name] if kept else values for name, values in scores.items()}
-    factors = Relevance(counted, granularity="weight", statistic="signed").normalized(by)
-    return {name: factors[name] for name in scores}
+    divided = Relevance(counted, granularity="weight", statistic="signed").normalized(by)
+    if by != "mean" or not kept:
+        return {name: divided[name] for name in scores}
+    return {name: divided[name] * kept[name].float().mean() for name in scores}  # the mean of what is kept only
+
+
+def method_for(granularity: str | Sequence[str], method: str | None) -> str:
+    """The method of :func:`discover`: the one that is given, or the default.
+
+    Raises:
+        ValueError: for an unknown method, or one that has no scores of such nodes.
+    """
+    weights = granularity == "weight"
+    if method is None:
+        return "attnlrp" if weights else "gate_ig"
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if weights and method not in _OF_WEIGHTS:
+        raise ValueError(f"method {method!r} scores units, not weights: use one of {_OF_WEIGHTS}")
+    return method
 
 
 def _check(
-    method: str,
     statistic: str | None,
     ranking: str,
     rounds: int,
     floor: float,
     steps: int | None,
     normalize: str | None,
+    skip_first: int,
 ) -> None:
     for what, value, choices in (
-        ("method", method, METHODS),
         ("statistic", statistic, (*STATISTICS, None)),
         ("ranking", ranking, RANKINGS),
         ("normalize", normalize, (*NORMALIZATIONS, None)),
@@ -232,3 +246,5 @@ def _check(
             raise ValueError(f"{what} must be at least 1, got {number}")
     if not 0 < floor < 1:
         raise ValueError(f"floor must be in (0, 1), got {floor}")
+    if skip_first < 0:
+        raise ValueError(f"skip_first must not be negative, got {skip_first}")

@@ -8,19 +8,26 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.observers import fingerprint
+from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Reference, gating, weights_zeroed
 from lrp_prune.circuits.circuit import Circuit, Node
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.result import EvaluationResult
 from lrp_prune.circuits.sites import passing
+from lrp_prune.names import named_parameters
 from lrp_prune.tasks.metrics import METRICS, batch_metric
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
 MIB_SIZES: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The fractions at which the MIB benchmark evaluates (arXiv 2504.13151)."""
 Scores = dict[str, Tensor]
+_SAME = 1e-12
+_UNDEFINED = (
+    "the full model and the empty circuit have the same {metric}: faithfulness is not defined, take another ablation, metric "
+    "or granularity"
+)
 
 
 def evaluate(
@@ -117,12 +124,14 @@ def compare(
     rows = [one for circuits, _ in named.values() for one in circuits]
     if any(other.kept.keys() != rows[0].kept.keys() for other in rows):
         raise ValueError("the circuits are of different nodes: evaluate them one after the other")
+    module = forwarded(model)
+    _check_model(module, rows)
     if seeds is None and any(one.description.get("prompts") == task.fingerprint for one in rows):
         warnings.warn(
             "the circuit is evaluated on the prompts it was found on: split the task (task.split()) and hold one part out",
             stacklevel=2,
         )
-    number, module = len(rows), subject_of(model).module
+    number = len(rows)
     if complements:
         rows += [~one for one in rows]
     by_seed = [
@@ -131,11 +140,8 @@ def compare(
     ]
     table = {name: torch.stack([scores[name] for scores in by_seed]) for name in METRICS}
     full, empty = ({name: values[:, row] for name, values in table.items()} for row in (0, 1))
-    if bool(((full[chosen] - empty[chosen]).abs() < 1e-12).any()):
-        raise ValueError(
-            f"the full model and the empty circuit have the same {chosen}: faithfulness is not defined, "
-            "take another ablation, metric or granularity"
-        )
+    if bool(((full[chosen] - empty[chosen]).abs() < _SAME).any()):
+        raise ValueError(_UNDEFINED.format(metric=chosen))
     results, start = {}, 2
     for name, (circuits, ranking) in named.items():
         stop = start + len(circuits)
@@ -189,15 +195,42 @@ def minimality(
         batch_size: prompts in a batch.
         nodes: how many, drawn by the seed; None for all.
         seed: of the draw.
+
+    Raises:
+        ValueError: for a circuit of another model, or where the full model and the empty circuit score the same.
     """
     chosen = task.metric if metric is None else metric
     tested = circuit.nodes()
     if nodes is not None and nodes < len(tested):
         tested = random.Random(seed).sample(tested, nodes)
     rows = [circuit, *(circuit.without(node) for node in tested)]
-    scores = _scores(subject_of(model).module, rows, task, ablation, batch_size)[chosen]
+    module = forwarded(model)
+    _check_model(module, rows)
+    scores = _scores(module, rows, task, ablation, batch_size)[chosen]
+    if abs(float(scores[0] - scores[1])) < _SAME:
+        raise ValueError(_UNDEFINED.format(metric=chosen))
     faithfulness = (scores[2:] - scores[1]) / (scores[0] - scores[1])
     return {node: float((faithfulness[0] - value).abs()) for node, value in zip(tested, faithfulness[1:], strict=True)}
+
+
+def _check_model(model: nn.Module, circuits: Sequence[Circuit]) -> None:
+    """Refuse circuits whose parameters the model does not have."""
+    parameters, own = named_parameters(model), fingerprint(model)
+    for circuit in circuits:
+        shapes = dict(shape for site in circuit.sites for shape in site.shapes)
+        if circuit.granularity == "weight":
+            shapes = {name: tuple(mask.shape) for name, mask in circuit.kept.items()}
+        for name, shape in shapes.items():
+            if name not in parameters or tuple(parameters[name].shape) != shape:
+                has = f"one of {tuple(parameters[name].shape)}" if name in parameters else "none of that name"
+                raise ValueError(
+                    f"the circuit is of another model: its {name} has shape {shape}, and {type(model).__name__} has {has}"
+                )
+    if any(circuit.model not in ("", own) for circuit in circuits):
+        warnings.warn(
+            f"the circuit was found in {circuits[0].model} and is evaluated in {own}: what it does not name is never ablated",
+            stacklevel=4,
+        )
 
 
 def _circuits(

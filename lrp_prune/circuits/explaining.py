@@ -89,10 +89,14 @@ class Explained:
         total: _Tensors = {}
         for step in range(steps):
             share = (step + 0.5) / steps
-            state, gradients = self._pass(places(self._sites), self._replacement, share)
-            moved = _each(torch.sub, state, self._replacement) if self._replacement else state  # z (a - r)
-            added = partial(torch.addcmul, value=1 / (share * steps))
-            total = _each(added, total or _each(torch.zeros_like, state), moved, gradients)
+            with ExitStack() as stack:
+                # The state itself, z a + (1 - z) r, is rounded where r is not: a difference of 0 must be 0.
+                activations = stack.enter_context(capturing(self._model, places(self._sites)))
+                _, gradients = self._pass(places(self._sites), self._replacement, share)
+            moved = _each(torch.sub, activations, self._replacement) if self._replacement else activations
+            total = _each(
+                partial(torch.addcmul, value=1 / steps), total or _each(torch.zeros_like, moved), moved, gradients
+            )
         return total
 
     def _pass(

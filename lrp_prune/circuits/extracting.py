@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Place, Reference
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.references import reference_for
@@ -67,7 +67,7 @@ def keep_only_(
             f"ablation must be 'zero' or 'mean' for a model of its own, got {ablation!r}: counterfactual activations are of "
             "another prompt"
         )
-    module, masks = subject_of(model).module, circuit.to_masks()
+    module, masks = forwarded(model), circuit.to_masks()
     if ablation == "mean":
         if task is None:
             raise ValueError("means are taken over a task's counterfactual prompts: give task=")

@@ -75,8 +75,13 @@ def warm_started(
         slope: :math:`k`.
 
     Raises:
-        ValueError: if a ranking is of other units.
+        ValueError: if a ranking is of other units, or a value cannot be.
     """
+    if not math.isfinite(initial):
+        raise ValueError(f"initial must be a number, got {initial}")
+    for kind, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"open_share must be in (0, 1], got {share} for {kind}")
     start = {site.name: torch.full((site.units,), float(initial)) for site in sites}
     units = {site.name: site.units for site in sites}
     for ranking in rankings:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lrp_prune.attribution.observers import fingerprint
-from lrp_prune.attribution.running import subject_of
+from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Reference, check_ablation, counterfactual_reference, gating
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.finalizing import finalized, most_open, warm_started
@@ -113,7 +113,7 @@ class GateTraining(LightningModule):
         super().__init__()
         check_ablation(ablation)
         kinds = kinds_of(granularities)
-        self._model: list[nn.Module] = [subject_of(model).module]  # in a list, so that it is no submodule
+        self._model: list[nn.Module] = [forwarded(model)]  # in a list, so that it is no submodule
         self.task, self.held_out, self.ablation = task, held_out, ablation
         self.objective = objective_weights(objective)
         target = task.target("logit_difference")
@@ -121,13 +121,13 @@ class GateTraining(LightningModule):
         self._learning_rate, self._batch_size, self._warmup = learning_rate, batch_size, warmup
         rankings = [warm_start] if isinstance(warm_start, Ranking) else list(warm_start or ())
         targets = by_kind(density, kinds, "density")
+        if penalties is None and density is None:
+            penalties = 1.0
+        self.pressure = Pressure(self.sites, by_kind(penalties, kinds, "penalties"), targets)
         shares = {kind: min(2.5 * targets[kind], 1.0) if kind in targets else 0.5 for kind in kinds}
         shares |= by_kind(open_share, kinds, "open_share")
         start = warm_started(self.sites, rankings, initial, shares, slope)
         self.log_alpha = nn.ParameterList([nn.Parameter(start[site.name]) for site in self.sites])
-        if penalties is None and density is None:
-            penalties = 1.0
-        self.pressure = Pressure(self.sites, by_kind(penalties, kinds, "penalties"), targets)
         self.pressure.begin(self.locations())
         self._means: Reference | None = None
         self._remembered: dict[bytes, tuple[Reference | None, Tensor]] | None = {} if remember else None

@@ -61,6 +61,9 @@ class Pressure(nn.Module):
         super().__init__()
         self._sites, self._penalties, self._densities = tuple(sites), dict(penalties), dict(densities)
         self._curvature, self._rate = curvature, rate
+        for kind, penalty in self._penalties.items():
+            if not penalty >= 0:
+                raise ValueError(f"penalties must be 0 or more, got {penalty} for {kind}")
         for kind, density in self._densities.items():
             if not 0 < density <= 1:
                 raise ValueError(f"density must be in (0, 1], got {density} for {kind}")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lrp_prune.circuits.ablation import Place, capturing, gating, places
 from lrp_prune.circuits.explaining import COMPOSITES, CONTRASTED, DEPENDS_ON_ABLATION, Explained
 from lrp_prune.circuits.references import reference_for
-from lrp_prune.circuits.sites import Site, passing
+from lrp_prune.circuits.sites import NOT_ALIGNED, Site, passing
 from lrp_prune.pruning import scorer
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
@@ -50,6 +50,8 @@ class UnitScores:
         """Add ``[samples, tokens, channels]`` contributions at each place; with ``norm`` the length over channels."""
         for site in self._sites:
             for tensor in contributions[site.module, site.at_output]:
+                if tensor[..., 0].numel() % samples:
+                    raise ValueError(NOT_ALIGNED.format(name=site.module))
                 by_token = tensor.detach().double().reshape(samples, -1, site.units, tensor.shape[-1] // site.units)
                 by_token = by_token[:, self._skip_first :]
                 values = by_token.square().sum(-1).sqrt() if norm else by_token.sum(-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.backends import traceable_attention
 from lrp_prune.attribution.collect import attribute
-from lrp_prune.attribution.running import subject_of, undisturbed
+from lrp_prune.attribution.running import eager, entry, forwarded, undisturbed
 from lrp_prune.names import matches, named_modules, named_parameters
 from lrp_prune.relevance import Member, Relevance
 
@@ -34,6 +34,11 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "mlp_neuron": ("mlp_block",),
 }
 """The kinds that contain a unit at the same layer: a unit acts only where all that contain it do."""
+NOT_ALIGNED = (
+    "{name} does not run on the same positions each time, as layers of routed experts do: what its units do in one prompt "
+    "cannot be compared with another. Leave it out by exclude=['{name}'], or take granularity 'weight'"
+)
+"""Said of modules whose units cannot be replaced or counted position by position."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,13 @@ class Site:
 @contextmanager
 def passing(model: nn.Module) -> Iterator[None]:
     """A forward that changes nothing: evaluation mode, no random numbers used up, no gradient unless enabled inside."""
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model), traceable_attention(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        undisturbed(model),
+        traceable_attention(model),
+        eager(model),
+    ):
         yield
 
 
@@ -121,7 +132,7 @@ def find_sites(
         >>> site.name, site.units, site.width
         ('mlp_neuron:2', 8, 1)
     """
-    module = subject_of(model).module
+    module = forwarded(model)
     kinds = kinds_of(granularities)
     found: list[Site] = []
     if {"attention_block", "head", "attention_neuron"} & set(kinds):
@@ -211,11 +222,17 @@ def _order_of_calls(
 ) -> list[str]:
     """The modules in the order of their first call, by one forward."""
     order: list[str] = []
+    tokens = entry(batch, "input_ids")
 
     def noted(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if isinstance(module, nn.modules.conv._ConvNd):
                 raise ValueError(f"{name} is a convolution: circuits know units whose channels are the last dimension")
+            if args and isinstance(args[0], Tensor) and tokens is not None:
+                rows = args[0].shape[:-1]
+                # Also flattened, or of one token of each sample.
+                if len(rows) == 1 and rows[0] not in (tokens.numel(), len(tokens)):
+                    raise ValueError(NOT_ALIGNED.format(name=name))
             if name not in order:
                 order.append(name)
 

@@ -1,7 +1,10 @@
 """Greater-than (Hanna et al., arXiv 2305.00586): the later year."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from lrp_prune.tasks.prompts import Encoded, Prompt, Tokenizer, continuation, encode
 from lrp_prune.tasks.task import Task, divided
@@ -17,6 +20,7 @@ NOUNS: tuple[str, ...] = tuple(
     "war campaign expedition project program reign journey dispute conflict trade study trial strike tour voyage".split()
 )
 CENTURIES: tuple[int, ...] = (14, 15, 16, 17, 18)
+_ATTEMPTS = 50
 
 
 class GreaterThan(Task):
@@ -66,14 +70,16 @@ class GreaterThan(Task):
 
     def _form(self) -> str:
         """``"digits"``, ``"digit"`` or ``"year"``: how the tokenizer writes what follows."""
-        stem, century = self.templates[0].removesuffix(" {C}").format(N=self.nouns[0], Y=1732), self.centuries[0]
+        stem = self.templates[0].removesuffix(" {C}").format(N=self.nouns[0], Y=1732)
         endings = [
-            len(continuation(self.tokenizer, f"{stem} {century}", f"{year:02d}")) for year in (2, 10, 32, 57, 99)
+            len(continuation(self.tokenizer, f"{stem} {century}", f"{year:02d}"))
+            for century in self.centuries
+            for year in (2, 10, 32, 57, 99)
         ]
-        if set(endings) == {1}:
-            return "digits"
-        if set(endings) == {2}:
-            return "digit"
+        # Most of them: GPT-2 has some whole years as tokens.
+        ((usual, _),) = Counter(endings).most_common(1)
+        if usual in (1, 2):
+            return "digits" if usual == 1 else "digit"
         if all(
             len(continuation(self.tokenizer, stem, f" {century}{year:02d}")) == 1
             for century in self.centuries
@@ -86,6 +92,22 @@ class GreaterThan(Task):
         )
 
     def _sample(self, choice: random.Random) -> Encoded:
+        """A prompt with all the answers and distractors that are one token; drawn again where there are none."""
+        for _ in range(_ATTEMPTS):
+            prompt = self._prompt(choice)
+            try:
+                return encode(self.tokenizer, prompt)
+            except ValueError as error:
+                reason = error
+            answers, distractors = (
+                tuple(text for text in texts if len(continuation(self.tokenizer, prompt.clean, text)) == 1)
+                for texts in (prompt.answers, prompt.distractors)
+            )
+            with suppress(ValueError):
+                return encode(self.tokenizer, replace(prompt, answers=answers, distractors=distractors))
+        raise ValueError(f"none of {_ATTEMPTS} prompts can be used with this tokenizer, of the last {reason}")
+
+    def _prompt(self, choice: random.Random) -> Prompt:
         template, noun, century = (
             choice.choice(self.templates),
             choice.choice(self.nouns),
@@ -107,7 +129,7 @@ class GreaterThan(Task):
             template = template.removesuffix(" {C}")
         clean = template.format(N=noun, Y=f"{century}{year:02d}", C=century)
         changed = template.format(N=noun, Y=f"{century}01", C=century)
-        return encode(self.tokenizer, Prompt(clean, changed, tuple(answers), tuple(distractors), template))
+        return Prompt(clean, changed, tuple(answers), tuple(distractors), template)
 
     def split(self, held_out: float = 0.5, seed: int = 0) -> tuple["GreaterThan", "GreaterThan"]:
         """Two tasks of as many samples as this one, with neither templates nor nouns in common."""

@@ -52,7 +52,7 @@ class TableTask(Task):
         cls, tokenizer: Tokenizer, path: str | os.PathLike[str], metric: str = "logit_difference", separator: str = "|"
     ) -> "TableTask":
         """Read a CSV file with a header line; several answers or distractors in a cell are divided by ``separator``."""
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(file)]
         for row in rows:
             for column in ("answers", "distractors"):
@@ -98,8 +98,12 @@ def _encoded(tokenizer: Tokenizer, row: Mapping[str, Any], number: int) -> Encod
     if missing:
         raise ValueError(f"row {number} has no {missing[0]!r}: each row needs {', '.join(COLUMNS)}")
     answers, distractors = (
-        (row[column],) if isinstance(row[column], str) else tuple(row[column]) for column in ("answers", "distractors")
+        tuple(row[column]) if isinstance(row[column], list | tuple) else (row[column],)
+        for column in ("answers", "distractors")
     )
+    for text in (row["clean"], row["counterfactual"], *answers, *distractors):
+        if not isinstance(text, str):
+            raise ValueError(f"row {number} holds {text!r} where text is expected: write {str(text)!r}")
     try:
         return encode(
             tokenizer,

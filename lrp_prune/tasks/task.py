@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.running import is_encoder_decoder
 from lrp_prune.attribution.targets import last_logits
 from lrp_prune.names import unwrap
 from lrp_prune.tasks.metrics import IGNORED, METRICS, batch_metric
@@ -109,7 +110,15 @@ class Task(ABC):
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual: bool = False) -> Tensor:
-    """Run the model on a task's batch; the logits ``[samples, vocabulary]`` at the position before the answer."""
+    """Run the model on a task's batch; the logits ``[samples, vocabulary]`` at the position before the answer.
+
+    Raises:
+        ValueError: the model has an encoder beside its decoder, or outputs that are no vocabulary.
+    """
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"tasks continue a prompt: {type(unwrap(model)).__name__} has an encoder, use a causal language model"
+        )
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else None
     ids = batch["counterfactual_ids" if counterfactual else "input_ids"].to(device)
@@ -118,7 +127,14 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
         # Nothing is padded, so that the last position is the answer's: the others need no vocabulary. An index, since it
         # copies, where the slice of an integer is multiplied sample by sample.
         inputs["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    return last_logits(model, inputs)
+    logits = last_logits(model, inputs)
+    largest = int(max(batch["answers"].max(), batch["distractors"].max()))
+    if logits.shape[-1] <= largest:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has {logits.shape[-1]} outputs, and answers are tokens up to {largest}: use a "
+            "causal language model with the tokenizer of the task"
+        )
+    return logits
 
 
 def _collate(samples: Sequence[Encoded]) -> Batch:

@@ -43,6 +43,8 @@ KINDS = {
     "block": ["attention_block", "mlp_block"],
     "weight": [],
 }
+MADE_WITH = ("model", "samples", "sizes", "batch_size", "steps", "density")
+"""The options beside what the table shows that results depend on."""
 _PATCHING = ("attribution_patching", "attribution_patching_ig", "gate_ig", "relp")
 
 
@@ -123,12 +125,12 @@ def find(
 
 
 class Results:
-    """A file of results, one JSON object a line."""
+    """A file of results, one JSON object a line, of which those that were made with the same options count."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, made_with: dict[str, Any]) -> None:
+        self.file, self.made_with = file, made_with
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        self.rows = {self.key(row): row for row in rows}
+        self.rows = {self.key(row): row for row in rows if row["made_with"] == made_with}
 
     @staticmethod
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -203,7 +205,8 @@ def measure(
 
 def run(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> Results:
     """Everything that is asked for and not yet in the file of results."""
-    results, rows = Results(options.results), settings()
+    results = Results(options.results, {name: getattr(options, name) for name in MADE_WITH})
+    rows = settings()
     for seed in options.seeds:
         parts = TASKS[options.task](tokenizer, samples=options.samples, seed=seed).split(seed=seed)
         for granularity in options.granularities:
@@ -211,7 +214,7 @@ def run(model: nn.Module, tokenizer: Any, options: argparse.Namespace) -> Result
             for name in options.methods:
                 if not fits(rows[name], granularity):
                     continue
-                fixed = {"task": options.task, "seed": seed, "samples": options.samples}
+                fixed = {"task": options.task, "seed": seed, "made_with": results.made_with}
                 keys = {a: (options.task, granularity, a, name, seed) for a in allowed}
                 missing = [ablation for ablation in allowed if keys[ablation] not in results.rows]
                 torch.manual_seed(seed)

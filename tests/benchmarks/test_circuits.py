@@ -40,6 +40,9 @@ def test_every_row_is_measured_and_a_run_is_continued(model: LlamaForCausalLM, t
     more.ablations = ["zero"]
     benchmark.run(model, TOKENIZER, more)
     assert len(given.results.read_text().splitlines()) == len(lines) + 1
+    # Results of other options are not taken for these.
+    more.samples = 5
+    assert len(benchmark.run(model, TOKENIZER, more).rows) == len(more.methods)
 
 
 def test_weights_have_rows_of_their_own(model: LlamaForCausalLM, tmp_path: Path) -> None:

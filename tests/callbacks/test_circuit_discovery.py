@@ -71,6 +71,16 @@ def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_weights_and_a_single_size(tmp_path: Path) -> None:
+    callback = CircuitDiscovery(
+        small_task(), "weight", size=0.5, sizes=(), ablation="zero", held_out=held_out(), options={"batch_size": 1}
+    )
+    run = trainer(tmp_path, callbacks=[callback])
+    run.validate(Module(), loader(), verbose=False)
+    assert callback.circuit.granularity == "weight"
+    assert "circuit/faithfulness" in run.callback_metrics and "circuit/cpr" not in run.callback_metrics
+
+
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     callback = CircuitDiscovery(small_task(), "head", size=3, held_out=held_out())
@@ -86,7 +96,18 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ablation": "noise"}, {"method": "magic"}, {"granularity": "x"}, {"every_n_epochs": 0}]
+    "options",
+    [
+        {"ablation": "noise"},
+        {"method": "magic"},
+        {"granularity": "x"},
+        {"granularity": "weight"},  # by counterfactuals, which weights do not have
+        {"granularity": "weight", "ablation": "zero", "method": "gate_ig"},
+        {"every_n_epochs": 0},
+        {"size": 2.0},
+        {"sizes": (0.5, 3.0)},
+        {"options": {"step": 3}},
+    ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException):

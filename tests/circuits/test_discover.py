@@ -11,6 +11,7 @@ from small_models import build
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, Ranking
 from lrp_prune.circuits.ablation import ABLATIONS
+from lrp_prune.circuits.discover import _normalized
 from lrp_prune.circuits.explaining import Explained
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.scores import UnitScores
@@ -73,6 +74,16 @@ def test_a_round_is_one_shot_on_the_ablated_model(method: str, ablation: str) ->
     for name, expected in scores.compute().items():
         left = rounds.rounds[name] == 1  # dropped by the scores of the first round's model; the rest was scored again
         torch.testing.assert_close(rounds.scores[name][left], expected[left], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("by", ["mean", "sum", "max"])
+def test_only_what_is_left_normalizes_later_rounds(by: str) -> None:
+    """Of two groups of equal scores none is preferred because less of it is left."""
+    scores = {"a": torch.ones(100), "b": torch.ones(100)}
+    kept = {"a": torch.arange(100) < 50, "b": torch.arange(100) < 2}
+    found = _normalized(scores, by, kept)
+    expected = {"mean": (1, 1), "sum": (1 / 50, 1 / 2), "max": (1, 1)}[by]
+    assert [float(found[name][0]) for name in "ab"] == pytest.approx(expected)
 
 
 def test_circuits_of_a_ranking_are_nested_and_exact() -> None:
@@ -170,6 +181,7 @@ def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"floor": 1.0}, "floor must be in"),
+        ({"skip_first": -1}, "skip_first must not be negative"),
         ({"ablation": "noise"}, "ablation must be"),
         ({"normalize": "median"}, "normalize must be"),
         ({"exclude": ["*"]}, "has no mlp_neuron"),

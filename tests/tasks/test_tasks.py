@@ -110,6 +110,27 @@ def pairs(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
     return {"input_ids": [sum(ord(letter) * 257**i for i, letter in enumerate(piece)) for piece in pieces]}
 
 
+def some_whole(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    """Pairs of digits but for some years that are tokens of their own, as in GPT-2's vocabulary."""
+    words = [[word] if word in {"1440", "1500", "1510", "1830", "1861"} else None for word in text.split()]
+    pieces: list[int] = []
+    for whole, word in zip(words, text.split(), strict=True):
+        pieces += [int(word)] if whole else pairs(word)["input_ids"]
+    return {"input_ids": pieces}
+
+
+def test_years_that_are_whole_tokens_are_neither_asked_for_nor_prompts() -> None:
+    task = tasks.GreaterThan(some_whole, samples=200, centuries=(14, 15, 18))
+    assert task.form == "digits" and len({len(sample.clean) for sample in task.samples}) <= 4
+    for sample in task.samples:
+        years = [word.strip(",") for word in sample.prompt.clean.split() if word.strip(",").isdigit()]
+        assert years[0] not in {"1440", "1500", "1510", "1830", "1861"}
+        offered = {years[-1] + ending for ending in (*sample.prompt.answers, *sample.prompt.distractors)}
+        assert not offered & {"1440", "1500", "1510", "1830", "1861"} and len(offered) > 90
+    for century in (14, 15, 18):
+        assert len(tasks.GreaterThan(some_whole, samples=20, centuries=(century,))) == 20
+
+
 @pytest.mark.parametrize(("tokenizer", "form"), [(letters, "digit"), (pairs, "digits"), (TOKENIZER, "year")])
 def test_years_are_asked_for_as_the_tokenizer_writes_them(tokenizer, form: str) -> None:
     task = tasks.GreaterThan(tokenizer, samples=20)
@@ -159,6 +180,13 @@ def test_a_table_comes_from_rows_csv_or_json(tmp_path: Path) -> None:
     task = tasks.TableTask(tokenizer, [ROW, ROW])
     assert tasks.TableTask.from_json(tokenizer, tmp_path / "task.json").fingerprint == task.fingerprint
     assert tasks.TableTask.from_csv(tokenizer, tmp_path / "task.csv").fingerprint == task.fingerprint
+    (tmp_path / "marked.csv").write_text(
+        (tmp_path / "task.csv").read_text(), encoding="utf-8-sig"
+    )  # as Excel writes it
+    assert tasks.TableTask.from_csv(tokenizer, tmp_path / "marked.csv").fingerprint == task.fingerprint
+    for answers in (8, [8]):
+        with pytest.raises(ValueError, match="row 2 holds 8 where text is expected"):
+            tasks.TableTask(tokenizer, [ROW, {**ROW, "answers": answers}])
     several = "clean,counterfactual,answers,distractors\nx,y, yes| x, no\n"
     (tmp_path / "several.csv").write_text(several)
     assert tasks.TableTask.from_csv(tokenizer, tmp_path / "several.csv").samples[0].answers == (3, 1)
