@@ -1,6 +1,7 @@
 """Applying masks to a model in training, and telling about it."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import check_equal
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import group_sparsities
+from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.keeping import MaskKeeper
@@ -53,11 +55,12 @@ class Pruner:
         self._divide(pl_module)
         if self.state.masks is None:
             return
-        if self._keeper is None:
-            self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
-            self._mask_averages(trainer)
-        else:
-            self._keeper.attach(trainer.optimizers)
+        with _uncorrected(pl_module):
+            if self._keeper is None:
+                self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
+                self._mask_averages(trainer)
+            else:
+                self._keeper.attach(trainer.optimizers)
 
     def _divide(self, pl_module: LightningModule) -> None:
         """Of masks from a checkpoint, which are whole, keep only this process's part where the weights are sharded."""
@@ -75,10 +78,11 @@ class Pruner:
             RuntimeError: the processes of the run have different masks; no weight has changed.
         """
         check_equal(trainer, masks)
-        if self._keeper is None:
-            self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
-        else:
-            self._keeper.update(masks)
+        with _uncorrected(pl_module):
+            if self._keeper is None:
+                self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
+            else:
+                self._keeper.update(masks)
         self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
         self._mask_averages(trainer)
 
@@ -115,3 +119,8 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+
+
+def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:
+    """Patches are taken off while weights are pruned, so that what disabling them puts back is pruned as well."""
+    return pl_module.uncorrected() if isinstance(pl_module, CorrectedModule) else nullcontext()

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
@@ -18,9 +18,11 @@ from lrp_prune.callbacks._checks import check_choice, check_count, check_strateg
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
-from lrp_prune.correction.combining import renewed
+from lrp_prune.correction.combining import merged, renewed
 from lrp_prune.correction.search import AMOUNTS
+from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.module import CorrectedModule
+from lrp_prune.names import named_parameters
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
 
 
@@ -252,8 +254,15 @@ class ContrastiveCorrection(CollectingCallback):
         assert self.undesired is not None
         general, undesired = self.general, self.undesired
 
+        spared = _enabled(pl_module) if general.granularity == "weight" else {}
+
         def make(amount: float | int) -> Patch:
-            options: dict[str, Any] = {**self._contrast, "guard_by": guard_by, "behaviour": self._behaviour}
+            options: dict[str, Any] = {
+                **self._contrast,
+                "guard_by": guard_by,
+                "behaviour": self._behaviour,
+                "spared": spared,
+            }
             return Patch.from_contrast(model, general, undesired, amount, **options)
 
         try:
@@ -285,8 +294,12 @@ class ContrastiveCorrection(CollectingCallback):
         # Validations within an epoch are followed by further steps of it.
         with pl_module.uncorrected():
             self._patch = renewed(self._patch, pl_module.module)
-        # The checksums are those of a moment ago.
-        pl_module.add(self._behaviour, self._patch, self._strength, strict=False)
+        try:
+            # The checksums are those of a moment ago.
+            pl_module.add(self._behaviour, self._patch, self._strength, strict=False)
+        except ValueError as error:
+            rank_zero_warn(f"the patch of {self._behaviour!r} was found and is in .patch, but is not applied: {error}")
+            return
         if log:
             self._measure(pl_module, "")
 
@@ -309,3 +322,16 @@ class ContrastiveCorrection(CollectingCallback):
                 continue
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
+
+
+def _enabled(pl_module: LightningModule) -> dict[str, Tensor]:
+    """The entries of patches that are enabled, flat positions by parameter name: a second patch beside them must have others."""
+    if not isinstance(pl_module, CorrectedModule):
+        return {}
+    model = pl_module.module
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    positions = []
+    for patch in (pl_module.patches[name] for name, strength in pl_module.strengths.items() if strength):
+        parameters = resolve_entries(patch, model)
+        positions.append({names[id(parameter)]: patch[entry].positions for entry, parameter in parameters.items()})
+    return merged(*positions)

@@ -52,12 +52,15 @@ def without_corrections(module: Any, state: dict[str, Any], prefix: str, metadat
     at_rest(module)
     keys: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        keys.setdefault(id(parameter), []).append(prefix + name)
+        # Activation checkpointing takes its own segment out of the keys, by a hook that has run by now.
+        for key in {name, name.replace("_checkpoint_wrapped_module.", "")}:
+            keys.setdefault(id(parameter), []).append(prefix + key)
     module._corrections.without(state, keys)
 
 
 def before_load(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Weights are loaded into an uncorrected model."""
+    module.check_version(state.get(f"{prefix}_extra_state"))
     # What is not loaded must be uncorrected too when everything is corrected again.
     module._corrections.suspend()
     state.setdefault(f"{prefix}_extra_state", module.get_extra_state())

@@ -240,9 +240,14 @@ class CorrectedModule(LightningModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Have these patches once the weights are loaded."""
-        if state.get("version") != 1:
-            raise ValueError(f"the patches' state has version {state.get('version')!r}, this lrp-prune reads 1")
+        self.check_version(state)
         self._loaded = unpacked(state)
+
+    @staticmethod
+    def check_version(state: Mapping[str, Any] | None) -> None:
+        """Refuse a state of :meth:`get_extra_state` that another version wrote, before anything is changed."""
+        if state is not None and state.get("version") != 1:
+            raise ValueError(f"the patches' state has version {state.get('version')!r}, this lrp-prune reads 1")
 
     def follow(self, state: dict[str, Any] | None) -> None:
         """Have the patches of :meth:`get_extra_state` on weights that a strategy has loaded, or keep those there are."""

@@ -84,7 +84,8 @@ def resolve(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
         ``{recorded name: parameter}`` in the order of ``names``.
 
     Raises:
-        KeyError: if no single prefix makes all names parameters of the model; the message names the first that is missing.
+        KeyError: if no single prefix makes all names parameters of the model, and the message names the first that is missing;
+            or if several do, of different parameters.
     """
     wanted = list(names)
     parameters = named_parameters(model)
@@ -93,11 +94,17 @@ def resolve(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
     }
     if all(name in aliases for name in wanted):
         return {name: aliases[name] for name in wanted}
-    for prefix in sorted(
-        {name[: -len(wanted[0])] for name in aliases if wanted and name.endswith("." + wanted[0])}, key=len
-    ):
-        if all(prefix + name in aliases for name in wanted):
-            return {name: aliases[prefix + name] for name in wanted}
+    prefixes = [name[: -len(wanted[0])] for name in aliases if wanted and name.endswith("." + wanted[0])]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in aliases for name in wanted)]
+    found = [{name: aliases[prefix + name] for name in wanted} for prefix in fitting]
+    for prefix, other in zip(fitting, found, strict=True):
+        if any(other[name] is not parameter for name, parameter in found[0].items()):
+            raise KeyError(
+                f"{wanted[0]!r} may mean {fitting[0] + wanted[0]!r} or {prefix + wanted[0]!r} of "
+                f"{type(unwrap(model)).__name__}: give the module that it was made for"
+            )
+    if found:
+        return found[0]
     segments = wanted[0].split(".") if wanted else []
     for depth in range(1, len(segments)):
         prefix = ".".join(segments[:depth]) + "."

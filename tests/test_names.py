@@ -50,6 +50,15 @@ def test_patterns_match_names_and_the_modules_around_them(name: str, pattern: st
     assert not matches(name, None) and not matches(name, [])
 
 
+def test_names_that_fit_several_modules_are_refused() -> None:
+    parts = nn.ModuleDict({"encoder": _model(), "decoder": _model()})
+    with pytest.raises(KeyError, match=r"may mean 'encoder\.0\.weight' or 'decoder\.0\.weight' of ModuleDict"):
+        resolve(["0.weight", "2.weight"], parts)
+    assert resolve(["encoder.0.weight"], Holder(parts))["encoder.0.weight"] is parts["encoder"][0].weight
+    with pytest.raises(KeyError, match="has no parameter"):
+        resolve(["0.weight", "7.weight"], parts)
+
+
 def test_recorded_names_are_found_deeper_and_less_deep() -> None:
     model = _model()
     held = Holder(Holder(model))

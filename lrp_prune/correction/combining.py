@@ -84,6 +84,15 @@ def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dic
     return entries, _combined_provenance(first, second, "-")
 
 
+def merged(*positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All flat positions of each name."""
+    together: dict[str, list[Tensor]] = {}
+    for some in positions:
+        for name, flat in some.items():
+            together.setdefault(name, []).append(flat)
+    return {name: torch.unique(torch.cat(parts)) for name, parts in together.items()}
+
+
 def extended(
     patch: "Patch", model: nn.Module, positions: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> "Patch":

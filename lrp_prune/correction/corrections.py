@@ -115,7 +115,7 @@ class Corrections:
                 )
         parameters = resolve_entries(patch, self._model)
         if name not in self._stored:
-            self._stored[name] = {entry: read(parameters[entry], patch[entry].positions) for entry in patch}
+            self._stored[name] = self._read(name, parameters)
         self._strengths[name] = strength
         if not self._suspended:
             self._write(name, parameters, strength)
@@ -135,7 +135,10 @@ class Corrections:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The model as it is without corrections, inside the context; what is enabled comes back after the outermost."""
+        """The model as it is without corrections, inside the context; what is enabled comes back after the outermost.
+
+        What happened to the weights meanwhile (pruning, say) stays: it is what disabling puts back.
+        """
         if not self._suspended:
             self.suspend()
         self._suspended += 1
@@ -143,9 +146,12 @@ class Corrections:
             yield
         finally:
             self._suspended -= 1
-            if not self._suspended:
+            if not self._suspended and self._strengths:
                 for name, strength in self._strengths.items():
-                    self._write(name, resolve_entries(self._patches[name], self._model), strength)
+                    parameters = resolve_entries(self._patches[name], self._model)
+                    self._stored[name] = self._read(name, parameters)
+                    self._write(name, parameters, strength)
+                self._freeze()
 
     def suspend(self, untouched: bool = False) -> None:
         """Put back what the entries held, with all patches still listed as enabled: :meth:`renew` enables them again.
@@ -201,6 +207,7 @@ class Corrections:
         enabled, self._strengths, self._stored = self._strengths, {}, {}
         for name, strength in enabled.items():
             self.enable(name, strength)
+        self._freeze()
 
     def replace(self, patches: Mapping[str, Patch], strengths: Mapping[str, float]) -> None:
         """Have these patches and no others, on parameters that hold uncorrected values."""
@@ -233,6 +240,9 @@ class Corrections:
     def _holds(self, parameter: Tensor, name: str, entry: str, strength: float) -> bool:
         written = scaled(self._stored[name][entry].to(parameter.dtype), strength)
         return bool(same_bits(read(parameter, self._patches[name][entry].positions), written).all())
+
+    def _read(self, name: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        return {entry: read(parameter, self._patches[name][entry].positions) for entry, parameter in parameters.items()}
 
     def _write(self, name: str, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
         patch = self._patches[name]

@@ -102,7 +102,7 @@ def write_together(writes: Iterable[tuple[Located, Tensor]]) -> None:
             done.append((located, located.read()))
             located.write_(values)
     except BaseException:
-        for located, before in done:
+        for located, before in reversed(done):  # they may overlap
             located.tensor[located.coordinates] = before.to(located.tensor.device)
         raise
     finally:

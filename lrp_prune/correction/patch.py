@@ -126,6 +126,7 @@ class Patch(Mapping[str, Entries]):
         behaviour: str = "",
         references: Mapping[str, Any] | None = None,
         extends: "Patch | None" = None,
+        spared: "Mapping[str, Tensor] | None" = None,
     ) -> "Patch":
         """What serves an undesired behaviour and not the general one (see :class:`~lrp_prune.correction.Contrast`).
 
@@ -142,6 +143,8 @@ class Patch(Mapping[str, Entries]):
             extends: a patch that was applied when both were collected, and still is: the next round of a correction. Its
                 weights are not chosen again, ``amount`` is what comes to them, and the result is both, of the model as it
                 was before; revert ``extends`` to apply it.
+            spared: weights that are not chosen, flat positions by parameter name: those of other patches, say, that are
+                to be enabled beside this one.
 
         Raises:
             KeyError: if the relevance is of another model.
@@ -155,6 +158,7 @@ class Patch(Mapping[str, Entries]):
             >>> Patch.from_contrast(model, general, undesired, amount=1)["weight"].positions
             tensor([1])
         """
+        extended = {} if extends is None else {name: extends[name].positions for name in extends}
         contrast = Contrast(
             general,
             undesired,
@@ -162,7 +166,7 @@ class Patch(Mapping[str, Entries]):
             guard=guard,
             guard_by=guard_by,
             guard_scope=guard_scope,
-            spared=None if extends is None else {name: extends[name].positions for name in extends},
+            spared=combining.merged(spared or {}, extended),
             reverse=reverse,
             include=include,
             exclude=exclude,

@@ -66,6 +66,20 @@ def test_a_corrected_module_gets_it_and_other_options_reach_the_contrast(
     assert wanted.strength_in(module) == 0.5
 
 
+@pytest.mark.parametrize("fitting", [False, True])
+def test_a_second_patch_has_other_weights(make_module, make_loader, make_trainer, fitting) -> None:
+    corrected, loaders = CorrectedModule(make_module()), [make_loader(seed=1), make_loader(seed=2)]
+    for behaviour in ("first", "second"):
+        correction = ContrastiveCorrection(**OPTIONS, behaviour=behaviour, strength=0.5)
+        if fitting:
+            make_trainer(callbacks=[correction], max_epochs=1).fit(corrected, make_loader(), loaders)
+        else:
+            make_trainer(callbacks=[correction]).validate(corrected, loaders, verbose=False)
+    assert corrected.strengths == {"first": 0.5, "second": 0.5}
+    assert not corrected.patches["first"].overlap(corrected.patches["second"])
+    assert corrected.patches["second"].num_entries == 20
+
+
 def test_reference_data_stand_in_for_loaders(make_module, make_loader, make_trainer) -> None:
     module, general, undesired = make_module(), make_loader(seed=1), make_loader(seed=2)
     wanted = expected(module, [general, undesired])

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
+from lrp_prune import CorrectedModule, Patch
 from lrp_prune.callbacks import RelevancePruning
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
@@ -53,6 +54,28 @@ def test_zeros_survive_noise_on_gradients(make_module, make_loader, make_trainer
     callbacks = [RelevancePruning(sparsity=0.5, scope="global"), Noise(assign)][::order]
     make_trainer(callbacks=callbacks, max_epochs=3).fit(module, make_loader(), make_loader(seed=2))
     assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 8
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_zeros_survive_patches_and_their_removal(make_module, make_loader, make_trainer, tmp_path, strength) -> None:
+    """Patched weights are small, so that they are pruned first: what they were before must not come back."""
+    module = make_module(optimizer="adamw")
+    corrected = CorrectedModule(module)
+    name = next(name for name, parameter in module.named_parameters() if parameter.dim() == 2)
+    corrected.add("a", Patch.from_positions(module, {name: torch.arange(40)}), strength)
+    pruning = RelevancePruning(sparsity=0.5, rounds=2, scope="global", method="magnitude")
+    trainer = make_trainer(callbacks=[pruning], max_epochs=4)
+    trainer.fit(corrected, make_loader(), make_loader(seed=2))
+
+    parameters = dict(module.named_parameters())
+    masks = {key.removeprefix("module."): mask for key, mask in pruning.masks.items()}
+    assert (~masks[name].reshape(-1)[:40]).sum() > 10
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    for state in (parameters, {key.removeprefix("module."): value for key, value in saved.items()}):
+        assert not any(state[key][~mask].count_nonzero() for key, mask in masks.items())
+    corrected.disable("a")
+    assert not any(parameters[key][~mask].count_nonzero() for key, mask in masks.items())
 
 
 def test_zeros_survive_manual_optimization(make_manual_module, make_loader, make_trainer) -> None:

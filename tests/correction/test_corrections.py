@@ -74,6 +74,35 @@ def test_suspending_shows_the_model_as_it_is_also_after_an_error() -> None:
     assert same(model, patched)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_what_is_changed_while_suspended_is_what_disabling_puts_back(strength: float) -> None:
+    model, corrections = corrected()
+    corrections.enable("first", strength)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    corrections.attach([optimizer])
+    with corrections.suspended(), torch.no_grad():
+        model[0].weight.view(-1)[FIRST[:3]] = 0.0
+    kept = model[0].weight.detach().view(-1)[FIRST].clone()
+    assert not kept[:3].any() and kept[3:].any() == (strength < 1)
+    train(model, optimizer)
+    assert torch.equal(model[0].weight.view(-1)[FIRST], kept)
+    corrections.disable("first")
+    back = model[0].weight.view(-1)[FIRST]
+    assert not back[:3].any() and torch.equal(back[3:], values(network())["0.weight"].view(-1)[FIRST[3:]])
+
+
+def test_nothing_stays_frozen_once_other_patches_have_come() -> None:
+    model, corrections = corrected()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    corrections.enable("first")
+    corrections.attach([optimizer])
+    corrections.suspend()
+    corrections.replace({}, {})
+    before = values(model)
+    train(model, optimizer, 1)
+    assert (model[0].weight.view(-1)[FIRST] != before["0.weight"].view(-1)[FIRST]).any()
+
+
 def test_suspending_may_be_nested_and_ends_with_the_outermost() -> None:
     model, corrections = corrected()
     before = values(model)
@@ -165,9 +194,14 @@ def test_wrong_use_changes_nothing() -> None:
         (lambda: corrections.add("", corrections.patches["second"]), ValueError, "needs a name"),
         (lambda: corrections.add("x", "file"), ValueError, "must be a Patch"),
         (
-            lambda: corrections.add("x", Patch.from_positions(nn.Linear(4, 8), {"weight": FIRST})),
+            lambda: corrections.add("x", Patch.from_positions(nn.Sequential(nn.Linear(5, 8)), {"0.weight": FIRST})),
             ValueError,
             "it was made for another model",
+        ),
+        (
+            lambda: corrections.add("x", Patch.from_positions(nn.Linear(4, 8), {"weight": FIRST})),
+            KeyError,
+            "'weight' may mean '0.weight' or '2.weight'",
         ),
         (lambda: corrections.attach([object()]), TypeError, "register_step_post_hook"),
     ):

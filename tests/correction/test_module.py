@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from patches import LAST, POSITIONS, entries, patch_of, tensors, wrapped
 from small_models import batch_for, build
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
 
 from lrp_prune.correction import Patch, load_patches
@@ -167,6 +168,34 @@ def test_loading_a_state_dict_brings_its_patches(everything, tmp_path: Path) -> 
     corrected.disable("example")
     again.disable("example")
     assert torch.equal(fresh.net[4].weight, module.net[4].weight)
+
+
+def test_uncorrected_weights_are_stored_of_checkpointed_layers_too() -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4, bias=False)), nn.ReLU())
+
+    module = made()
+    weight = next(module.parameters())
+    original = weight.detach().clone()
+    corrected = CorrectedModule(module, {"example": Patch.from_positions(module, {"0.weight": torch.tensor([0, 5])})})
+    state = corrected.state_dict()
+    assert not weight.view(-1)[[0, 5]].any() and torch.equal(state["module.0.weight"], original)
+    again = CorrectedModule(made())
+    again.load_state_dict(state)
+    again.disable("example")
+    assert torch.equal(next(again.parameters()), original)
+
+
+def test_a_state_of_another_version_changes_nothing(everything) -> None:
+    module = everything()
+    corrected = wrapped(module)
+    before, state = tensors(module), corrected.state_dict()
+    state["_extra_state"] = {**state["_extra_state"], "version": 2}
+    with pytest.raises(ValueError, match="version 2"):
+        corrected.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(module).items())
+    assert corrected.strengths == {"example": 1.0}
 
 
 def test_loading_weights_without_patches_keeps_those_there_are(everything) -> None:
