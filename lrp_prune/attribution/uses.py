@@ -61,7 +61,10 @@ class _Observed(Function):
     ) -> Tensor:
         ctx.save_for_backward(kept, weight)
         ctx.use, ctx.observers, ctx.dtype = use, observers, activation.dtype
-        return use.form.forward(activation, weight)
+        result = use.form.forward(activation, weight)
+        # Of a linear layer with a bias it is a view of what was multiplied, which autograd lets nobody change in place; a
+        # residual stream may be added to it. The same memory, as a tensor of its own.
+        return result.new_empty(0).set_(result) if result._is_view() else result
 
     @staticmethod
     @once_differentiable

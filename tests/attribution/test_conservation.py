@@ -124,3 +124,19 @@ def test_models_that_add_to_an_activation_in_place(activation: Callable[[Tensor]
             found.append(propagation.relevance(value))
         assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "attnlrp", "gradient"])
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_models_that_add_to_the_output_of_an_observed_layer_in_place(composite: str, granularity: str) -> None:
+    inputs, found = torch.randn(2, 5, 8), []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), _Residual(nn.Identity(), in_place))
+        relevance = lrp_prune.attribute(
+            model, [inputs], lambda model, batch: model(batch)[..., 0].sum(), composite, granularity=granularity
+        )
+        found.append(dict(relevance.items()))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 0
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, found[1][name])
