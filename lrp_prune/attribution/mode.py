@@ -176,7 +176,9 @@ class PropagationMode(TorchFunctionMode):
         if not any(map(is_activation, call.operands())):
             return call.run()
         twin = OPERATIONS[functional]
-        args = tuple(target.clone() if arg is target else arg for arg in call.args)
+        before = target.clone()
+        tags.set_tag(before, tags.tag_of(target))
+        args = tuple(before if arg is target else arg for arg in call.args)
         result = self._apply(Call(functional, twin, args, call.kwargs, call.kept))
         return target.copy_(result)
 
@@ -219,7 +221,10 @@ class PropagationMode(TorchFunctionMode):
         if self._tracing:
             active = [is_activation(operand) for operand in operands]
             if any(active):
-                tags.set_tag(result, tags.after(getattr(func, "__name__", ""), kind, operands, active, result))
+                found = tags.after(getattr(func, "__name__", ""), kind, operands, active, result)
+                if kind != "plain" and any(result is operand for operand in operands):
+                    tags.clear_tag(result)  # changed in place, it is not what it was
+                tags.set_tag(result, found)
         if self.audit is not None:
             self.audit.visit(func, result, ruled)
 

@@ -67,6 +67,12 @@ def set_tag(value: Any, tag: Tag | None) -> None:
             set_tag(entry, tag)
 
 
+def clear_tag(value: Any) -> None:
+    """Take a tensor's tag off."""
+    if tag_of(value) is not None:
+        delattr(value, _MARK)
+
+
 def is_gate(value: Any) -> bool:
     """Whether the tensor came out of an activation function."""
     tag = tag_of(value)

@@ -64,7 +64,10 @@ class _Observed(Function):
         result = use.form.forward(activation, weight)
         # Of a linear layer with a bias it is a view of what was multiplied, which autograd lets nobody change in place; a
         # residual stream may be added to it. The same memory, as a tensor of its own.
-        return result.new_empty(0).set_(result) if result._is_view() else result
+        if not result._is_view():
+            return result
+        storage = result.untyped_storage()
+        return result.new_empty(0).set_(storage, result.storage_offset(), result.shape, result.stride())
 
     @staticmethod
     @once_differentiable

@@ -16,8 +16,14 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        existing = (found for found in gc.get_objects() if issubclass(type(found), Tensor))
-        self._seen = {tensor.untyped_storage()._cdata for tensor in existing if tensor.layout == torch.strided}
+        gc.collect()
+        self._seen: set[int] = set()
+        for tensor in [found for found in gc.get_objects() if issubclass(type(found), Tensor)]:
+            if tensor.layout == torch.strided:
+                # Its address may be another tensor's once it is gone.
+                storage = tensor.untyped_storage()
+                self._seen.add(storage._cdata)
+                weakref.finalize(storage, self._seen.discard, storage._cdata)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
