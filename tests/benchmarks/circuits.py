@@ -73,6 +73,12 @@ def settings() -> dict[str, Setting]:
     for method in ("attnlrp", "cp_lrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         for rounds in (3, 6, 12):
             rows[f"{method}, {rounds} rounds"] = Setting({"method": method, "rounds": rounds, "floor": 0.02})
+    for steps in (2, 5):
+        points = {"method": "gate_ig", "steps": steps}
+        rows[f"gate_ig, {steps} steps"] = Setting(points)
+        rows[f"gate_ig, {steps} steps, signed ranking"] = Setting(
+            {**points, "statistic": "signed", "ranking": "signed"}
+        )
     rows["gates"] = Setting(gates=True)
     for method in ("attnlrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         rows[f"gates from {method}"] = Setting(gates=True, start=method)
