@@ -57,7 +57,8 @@ def discover(
         method: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, ``"attribution_patching"``, ``"attribution_patching_ig"``,
             ``"gate_ig"``, ``"relp"``, ``"activation"``, ``"wanda"`` or ``"random"``, see
             :mod:`lrp_prune.circuits.scores`. Weights have no counterfactual: they are scored by the relevances, ``wanda``
-            and ``random``. None: ``attnlrp`` for weights and ``gate_ig`` for all else.
+            and ``random``; those that no relevance reaches (queries, keys and gates under ``cp_lrp``) are not ranked, and
+            never ablated. None: ``attnlrp`` for weights and ``gate_ig`` for all else.
         statistic: how tokens and samples are reduced: ``"signed"`` (mean), ``"abs_sample"``, ``"abs_token"`` or
             ``"squared_token"``; None: ``signed`` for heads and blocks, which then cancel over tokens, else ``abs_token``.
         ranking: ``"absolute"``, or ``"signed"`` (the most positive first; only of ``statistic="signed"``).
