@@ -60,13 +60,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 def some_pruned(kept: Tensor) -> Tensor:
     """Positions in memory of some pruned entries, from everywhere; of all where they are few."""
-    pruned = flat(kept) == 0
+    entries = flat(kept)
     # Looking at part of the entries finds enough, unless very few are pruned. An odd distance meets all columns.
-    distance = pruned.numel() // (64 * _SAMPLE) | 1
-    found = pruned[::distance].nonzero()[:, 0] * distance
-    if found.numel() < _SAMPLE:
-        found = pruned.nonzero()[:, 0]
-    return found[:: max(math.ceil(found.numel() / _SAMPLE), 1)].cpu()
+    distance = entries.numel() // (16 * _SAMPLE) | 1
+    found = (entries[::distance] == 0).nonzero()[:, 0].mul_(distance)
+    if found.numel() < _SAMPLE and distance > 1:
+        found = (entries == 0).nonzero()[:, 0]
+    return found[:: max(math.ceil(found.numel() / _SAMPLE), 1)].clone().cpu()
 
 
 def without_pruned(sparse: Tensor, kept: Tensor) -> Tensor:

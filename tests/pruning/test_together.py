@@ -190,9 +190,9 @@ def test_no_process_holds_more_than_its_part_and_one_layer(tmp_path: Path, proce
         relevance = everything()
         assert sum(tensor.nbytes for tensor in relevance.sums.values()) <= part + small
         # With everything scored, against a pass that scores almost nothing. gloo's threads let go of what they have sent
-        # a little later at some times than at others: the least of two.
+        # a little later at some times than at others: the least of five.
         one = partial(everything, include=["0.*"])
-        without, most = (min(allocated(each)[2] for _ in range(2)) for each in (one, everything))
+        without, most = (min(allocated(each)[2] for _ in range(5)) for each in (one, everything))
         assert most - without <= part + layer + small
         for scope in ("global", "row"):
             masks, _, most = allocated(partial(lrp_prune.select, relevance, 0.5, scope=scope))
@@ -200,15 +200,16 @@ def test_no_process_holds_more_than_its_part_and_one_layer(tmp_path: Path, proce
             assert most <= part + layer + small, scope
         keeper, _, most = allocated(lambda: MaskKeeper(model, masks))
         assert keeper.nbytes <= part / 4 and most <= part / 4 + layer + small
-        saves = [allocated(lambda: relevance.save(tmp_path / "relevance.safetensors"))[1:] for _ in range(3)]
+        saves = [allocated(lambda: relevance.save(tmp_path / "relevance.safetensors"))[1:] for _ in range(6)]
         kept, most = map(min, zip(*saves, strict=True))  # the least, for the same reason
         assert most <= 3 * layer and kept < small
         state, kept, most = allocated(masks.state_dict)
         assert most <= weights / 8 + 2 * layer
         if mesh.get_local_rank():
-            assert not state["bits"] and min(kept, *(allocated(masks.state_dict)[1] for _ in range(2))) < small
+            assert not state["bits"] and min(kept, *(allocated(masks.state_dict)[1] for _ in range(5))) < small
         else:  # all take part in what is brought together
-            masks.state_dict(), masks.state_dict()
+            for _ in range(5):
+                masks.state_dict()
 
     if torch.cuda.device_count() >= processes:
         pytest.skip("counts the CPU's allocations")
