@@ -12,7 +12,7 @@ from typing_extensions import override
 from lrp_prune.callbacks._checks import check_count, check_strategy
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import check_ablation
-from lrp_prune.circuits.discover import method_for
+from lrp_prune.circuits.discover import check_options, method_for
 from lrp_prune.circuits.sites import kinds_of
 from lrp_prune.tasks import Task
 
@@ -75,9 +75,11 @@ class CircuitDiscovery(Callback):
             for given in (size, *sizes):
                 if isinstance(given, bool) or given < 0 or (isinstance(given, float) and given > 1):
                     raise ValueError(f"sizes are numbers of nodes or fractions in [0, 1], got {given!r}")
+            known = [name for name, one in signature(discover).parameters.items() if one.kind is one.KEYWORD_ONLY]
             for name in options or {}:
-                if name not in signature(discover).parameters:
-                    raise ValueError(f"options are arguments of lrp_prune.circuits.discover, which has no {name!r}")
+                if name not in known:
+                    raise ValueError(f"options must be of {known}, as lrp_prune.circuits.discover takes, got {name!r}")
+            check_options(**(options or {}))
             self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error

@@ -185,7 +185,8 @@ class CorrectedModule(LightningModule):
         """A context in which the weights are as they are without any patch; not for training steps.
 
         Contexts may be nested. What is enabled within one is applied when the outermost is left; a copy that is made
-        within one has all patches disabled.
+        within one has all patches disabled. What is done to the weights within one stays: prune a corrected model by
+        ``with corrected.uncorrected(): masks.apply_(corrected)``, and no patch brings back what was pruned.
         """
         return self._corrections.suspended()
 

@@ -134,13 +134,13 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
                 raise ValueError(
                     f"{path} holds {metadata.get('format', 'unmarked tensors')!r}, expected 'lrp_prune.{kind}'"
                 )
-            if int(metadata.get("version", 0)) > FORMAT_VERSION:
+            lacking = [key for key in ("version", "order", "description") if key not in metadata]
+            if lacking:
+                raise ValueError(f"{path} is damaged: it has no {lacking[0]!r}")
+            if int(metadata["version"]) > FORMAT_VERSION:
                 raise ValueError(
                     f"{path} has format version {metadata['version']}, this lrp-prune reads up to {FORMAT_VERSION}: upgrade it"
                 )
-            lacking = [key for key in ("order", "description") if key not in metadata]
-            if lacking:
-                raise ValueError(f"{path} is damaged: it has no {lacking[0]!r}")
             tensors = {name: file.get_tensor(name) for name in json.loads(metadata["order"])}
             return tensors, json.loads(metadata["description"])
     except SafetensorError as error:

@@ -98,8 +98,9 @@ def discover(
     """
     weights = granularity == "weight"
     method = method_for(granularity, method)
-    _check(statistic, ranking, rounds, floor, steps, normalize, skip_first)
+    check_options(statistic, ranking, rounds, floor, steps, normalize, skip_first)
     check_ablation(ablation)
+    steps = STEPS.get(method, 1) if steps is None else steps
     module = forwarded(model)
     kinds = () if weights else kinds_of(granularity)
     if statistic is None:
@@ -137,7 +138,7 @@ def discover(
         "seed": seed,
     }
     if method in STEPS:
-        description["steps"] = steps or STEPS[method]
+        description["steps"] = steps
     if rounds > 1 or method in DEPENDS_ON_ABLATION:
         description["ablation"] = "zero" if weights else ablation
     if rounds > 1:
@@ -226,15 +227,17 @@ def method_for(granularity: str | Sequence[str], method: str | None) -> str:
     return method
 
 
-def _check(
-    statistic: str | None,
-    ranking: str,
-    rounds: int,
-    floor: float,
-    steps: int | None,
-    normalize: str | None,
-    skip_first: int,
+def check_options(
+    statistic: str | None = None,
+    ranking: str = "absolute",
+    rounds: int = 1,
+    floor: float = 0.01,
+    steps: int | None = None,
+    normalize: str | None = None,
+    skip_first: int = 0,
+    **_: Any,
 ) -> None:
+    """Refuse values of :func:`discover`'s options that can be known to be wrong without a model."""
     for what, value, choices in (
         ("statistic", statistic, (*STATISTICS, None)),
         ("ranking", ranking, RANKINGS),

@@ -62,7 +62,8 @@ def evaluate(
             reported. 0: none.
 
     Raises:
-        ValueError: for wrong arguments, or where the full model and the empty circuit score the same.
+        ValueError: for wrong arguments, circuits of another model, or where the full model and the empty circuit score the
+            same.
 
     Example:
         >>> from lrp_prune.circuits import discover
@@ -112,8 +113,8 @@ def compare(
         name -> result.
 
     Raises:
-        ValueError: for wrong arguments, circuits of different nodes, or where the full model and the empty circuit score the
-            same.
+        ValueError: for wrong arguments, circuits of different nodes or of another model, or where the full model and the empty
+            circuit score the same.
     """
     chosen = task.metric if metric is None else metric
     if chosen not in METRICS:
@@ -226,9 +227,10 @@ def _check_model(model: nn.Module, circuits: Sequence[Circuit]) -> None:
                 raise ValueError(
                     f"the circuit is of another model: its {name} has shape {shape}, and {type(model).__name__} has {has}"
                 )
-    if any(circuit.model not in ("", own) for circuit in circuits):
+    foreign = next((circuit.model for circuit in circuits if circuit.model not in ("", own)), None)
+    if foreign is not None:
         warnings.warn(
-            f"the circuit was found in {circuits[0].model} and is evaluated in {own}: what it does not name is never ablated",
+            f"the circuit was found in {foreign} and is evaluated in {own}: what it does not name is never ablated",
             stacklevel=4,
         )
 

@@ -52,11 +52,8 @@ class Explained:
         self._target, self._composite, self._unruled = task.target(metric), composite, unruled
         self._gates, self._replacement = gates or {}, replacement
 
-    def contributions(
-        self, method: str, steps: int | None = None, interchange: bool = False
-    ) -> dict[Place, list[Tensor]]:
+    def contributions(self, method: str, steps: int, interchange: bool = False) -> _Tensors:
         """``[samples, tokens, channels]`` at each place; with ``interchange`` closed gates take the counterfactual's."""
-        steps = STEPS.get(method, 1) if steps is None else steps
         if method in DEPENDS_ON_ABLATION:
             return self._over_gates(steps)
         if method not in CONTRASTED:
@@ -89,9 +86,8 @@ class Explained:
         total: _Tensors = {}
         for step in range(steps):
             share = (step + 0.5) / steps
-            with ExitStack() as stack:
-                # The state itself, z a + (1 - z) r, is rounded where r is not: a difference of 0 must be 0.
-                activations = stack.enter_context(capturing(self._model, places(self._sites)))
+            # Before it is moved: z a + (1 - z) r is rounded where r is not, and a difference of 0 must be 0.
+            with capturing(self._model, places(self._sites)) as activations:
                 _, gradients = self._pass(places(self._sites), self._replacement, share)
             moved = _each(torch.sub, activations, self._replacement) if self._replacement else activations
             total = _each(

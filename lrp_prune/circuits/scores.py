@@ -82,7 +82,7 @@ def unit_scores(
     *,
     metric: str | None,
     batch_size: int,
-    steps: int | None,
+    steps: int,
     skip_first: int,
     unruled: str,
     seed: int,

@@ -11,15 +11,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from lrp_prune.names import resolve
-from lrp_prune.pruning.optimizers import keeps_zeros
+from lrp_prune.pruning.optimizers import COUNTERS, SECOND_MOMENTS, keeps_zeros
 from lrp_prune.pruning.zeroing import as_bits, flat, is_dense, some_pruned, without_pruned, zero_pruned_
 from lrp_prune.sharding import is_sharded, local_part, sharding_of
 
-_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
 _EVERYTHING_EVERY = 100  # steps
-_NOT_MOMENTS = frozenset({"step", "eta", "mu", "mu_product"})  # counters, which have the shape of a scalar parameter
 
 
 class MaskKeeper:
@@ -37,7 +35,7 @@ class MaskKeeper:
       Gradients that were assigned (``p.grad = ...``) or changed after the backward pass (by noise, say; clipping leaves
       zeros) are zeroed before the step, after its closure if it has one. On the CPU some entries tell whether they were
       changed: what a change of few entries of a large gradient brings back is zeroed within a hundred steps. On other
-      devices changes through ``.data`` are zeroed in that time only.
+      devices, and in gradients that are laid out otherwise, so are changes through ``.data``.
     - **When an optimizer loads its state**: the loaded moments are zeroed.
 
     Second moments (averages of squared gradients) are the exception: of optimizers that keep zeros they stay
@@ -233,7 +231,7 @@ class MaskKeeper:
         for name, parameter in self._of(optimizer):
             state = optimizer.state.get(parameter, {})
             if parameter.device.type == "cpu" and "step" in state and int(state["step"]) % _SECOND_MOMENT_EVERY == 1:
-                for key in _SECOND_MOMENTS & state.keys():
+                for key in SECOND_MOMENTS & state.keys():
                     local_part(state[key]).masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
 
     def _of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
@@ -244,7 +242,7 @@ class MaskKeeper:
         if isinstance(optimizer, torch.optim.LBFGS):
             self._zero_history(optimizer)
             return
-        left = _NOT_MOMENTS | _SECOND_MOMENTS if keeps_zeros(optimizer) else _NOT_MOMENTS
+        left = COUNTERS | SECOND_MOMENTS if keeps_zeros(optimizer) else COUNTERS
         for name, parameter in self._of(optimizer):
             for key, value in list(optimizer.state.get(parameter, {}).items()):
                 moment = isinstance(value, Tensor) and value.shape == parameter.shape and key not in left

@@ -349,7 +349,7 @@ class Masks(Mapping[str, Tensor]):
             ValueError: if the file is damaged, of another kind, or of a newer version.
         """
         tensors, description = load_tensors(path, "masks")
-        if set(tensors) != set(description["shapes"]):
+        if set(tensors) != set(description.get("shapes", ())):
             raise ValueError(f"{path} is damaged: its masks and their shapes have different names")
         ordered = {name: tensors[name] for name in description["shapes"]}
         return cls.from_bits(ordered, description["shapes"], granularity=description["granularity"])

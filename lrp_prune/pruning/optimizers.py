@@ -27,6 +27,11 @@ KEEPS_ZEROS: frozenset[type[Optimizer]] = frozenset(
 their options (weight decay, momentum, maximize, fused, ...) as long as ``eps`` is not 0, nor rounded to it.
 Each is tested. Subclasses may do anything and do not count."""
 
+SECOND_MOMENTS: frozenset[str] = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+"""States that are averages or sums of squared gradients."""
+COUNTERS: frozenset[str] = frozenset({"step", "eta", "mu", "mu_product"})
+"""States that are no moments, but have the shape of a scalar parameter."""
+
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Whether a zero weight with zero gradient and zero moments stays exactly zero in a step of this optimizer.

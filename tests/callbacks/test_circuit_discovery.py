@@ -107,6 +107,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         {"size": 2.0},
         {"sizes": (0.5, 3.0)},
         {"options": {"step": 3}},
+        {"options": {"method": "gradient"}},  # an argument of the callback itself
+        {"options": {"rounds": 0}},
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def test_each_call_of_a_module_has_its_own_mean() -> None:
 class Routed(nn.Module):
     """Each token goes through one of two experts, which are modules of their own."""
 
-    def __init__(self, by_keyword: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrp_prune import CorrectedModule, Masks
 from lrp_prune.correction import Corrections, Patch
 
 FIRST, SECOND = torch.arange(0, 6), torch.arange(6, 20, 2)
@@ -89,6 +90,16 @@ def test_what_is_changed_while_suspended_is_what_disabling_puts_back(strength: f
     corrections.disable("first")
     back = model[0].weight.view(-1)[FIRST]
     assert not back[:3].any() and torch.equal(back[3:], values(network())["0.weight"].view(-1)[FIRST[3:]])
+
+
+def test_a_corrected_model_is_pruned_for_good_where_it_is_uncorrected() -> None:
+    model = network()
+    module = CorrectedModule(model, {"first": Patch.from_positions(model, {"0.weight": FIRST})}, {"first": 0.5})
+    kept = torch.arange(32).view(8, 4) % 2 == 0
+    with module.uncorrected():
+        Masks({"0.weight": kept}).apply_(module)
+    module.disable("first")
+    assert torch.equal(model[0].weight, values(network())["0.weight"] * kept)
 
 
 def test_nothing_stays_frozen_once_other_patches_have_come() -> None:

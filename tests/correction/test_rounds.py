@@ -52,6 +52,22 @@ def test_the_second_round_chooses_the_best_of_the_rest(model: nn.Module) -> None
     assert both == everything
 
 
+def test_spared_weights_are_not_chosen(model: nn.Module) -> None:
+    general, undesired = sets(model, 2)
+    everything = Patch.from_contrast(model, general, undesired, amount=12, guard=None)
+    first, rest = (
+        {name: everything[name].positions[part] for name in everything} for part in (slice(0, 2), slice(2, None))
+    )
+    other = Patch.from_contrast(model, general, undesired, sum(map(len, rest.values())), guard=None, spared=first)
+    assert all(torch.equal(other[name].positions, positions) for name, positions in rest.items() if len(positions))
+    # Beside what a further round extends.
+    extended = Patch.from_positions(model, rest)
+    extended.apply_(model)
+    more = Patch.from_contrast(model, general, undesired, 4, guard=None, extends=extended, spared=first)
+    assert more.num_entries == extended.num_entries + 4
+    assert not more.overlap(Patch.from_positions(model, first))
+
+
 def test_what_a_patch_has_is_no_candidate(model: nn.Module) -> None:
     first = Patch.from_contrast(model, *sets(model, 3), amount=30, guard=None)
     first.apply_(model)

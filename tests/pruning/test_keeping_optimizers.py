@@ -10,9 +10,8 @@ from masked_training import Drifting, Weights, loss_of, make_masks, make_model, 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrp_prune.pruning import keeping
 from lrp_prune.pruning.keeping import MaskKeeper
-from lrp_prune.pruning.optimizers import KEEPS_ZEROS, keeps_zeros
+from lrp_prune.pruning.optimizers import KEEPS_ZEROS, SECOND_MOMENTS, keeps_zeros
 
 ALLOWED: dict[str, Callable[[Weights], Optimizer]] = {
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.1, t0=1, weight_decay=0.1),
@@ -63,7 +62,7 @@ def test_no_square_root_of_zero(name: str) -> None:
         train(model, optimizer, range(6))
         for parameter_name, mask in masks.items():
             state = optimizer.state[model.get_parameter(parameter_name)]
-            second = [value for key, value in state.items() if key in keeping._SECOND_MOMENTS]
+            second = [value for key, value in state.items() if key in SECOND_MOMENTS]
             assert second
             assert not keep_positive or all((value[~mask] > 0).all() for value in second)
         models.append(model)

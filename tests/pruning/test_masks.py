@@ -162,7 +162,8 @@ def rewritten(path, tensors=None, metadata=None):
     with safe_open(path, framework="pt") as file:
         old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         described = dict(file.metadata())
-    save_file({**old, **(tensors or {})}, path, {**described, **(metadata or {})})
+    described |= metadata or {}
+    save_file({**old, **(tensors or {})}, path, {key: value for key, value in described.items() if value is not None})
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
@@ -184,9 +185,27 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     rewritten(path, metadata={"version": "999"})
     with pytest.raises(ValueError, match="version 999"):
         Masks.load(path)
+    for lost in ("order", "description", "version"):
+        fresh()
+        rewritten(path, metadata={lost: None})
+        with pytest.raises(ValueError, match=f"is damaged: it has no '{lost}'"):
+            Masks.load(path)
+    fresh()
+    rewritten(path, metadata={"description": "{}"})
+    with pytest.raises(ValueError, match="is damaged: its masks and their shapes"):
+        Masks.load(path)
     fresh()
     rewritten(path, tensors={"layer.0": torch.zeros(5, dtype=torch.uint8)})
     with pytest.raises(ValueError, match=r"mask of layer.0 has \(5,\)"):
+        Masks.load(path)
+    for lost in ("order", "description", "version"):
+        fresh()
+        rewritten(path, metadata={lost: None})
+        with pytest.raises(ValueError, match=f"is damaged: it has no '{lost}'"):
+            Masks.load(path)
+    fresh()
+    rewritten(path, metadata={"description": "{}"})
+    with pytest.raises(ValueError, match="is damaged: its masks and their shapes"):
         Masks.load(path)
     fresh()
     rewritten(path, tensors={"layer.0": torch.full((2,), 255, dtype=torch.uint8)})
