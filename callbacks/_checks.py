@@ -22,10 +22,9 @@ from lrp_prune.pruning import sparsity_schedule
 from lrp_prune.pruning.keys import RANKINGS
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
 from lrp_prune.pruning.scopes import Structure, parse_scope
-from lrp_prune.pruning.scorers import METHODS
-from lrp_prune.relevance import GRANULARITIES, NORMALIZATIONS, STATISTICS
+from lrp_prune.pruning.scorers import METHODS, PROPAGATING
+from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, granularities_of
 
-PROPAGATING = ("lrp", "gradient")
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 
@@ -70,12 +69,14 @@ def check_collection(
     if not isinstance(composite, Composite):
         check_choice("composite", composite, COMPOSITES)
     check_choice("statistic", statistic, STATISTICS)
-    check_choice("granularity", granularity, GRANULARITIES, optional=False)
-    if method not in PROPAGATING and (composite is not None or statistic is not None or granularity != "weight"):
+    try:
+        granularities_of(granularity)
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(str(error)) from error
+    if method not in PROPAGATING and (composite is not None or statistic is not None):
         raise MisconfigurationException(
-            f"method={method!r} scores single weights and has neither composite nor statistic, got "
-            f"composite={composite!r}, statistic={statistic!r}, granularity={granularity!r}: leave them out, or use "
-            "method='lrp'"
+            f"method={method!r} has neither composite nor statistic, got composite={composite!r}, statistic={statistic!r}: "
+            "leave them out, or use method='lrp'"
         )
     if method == "gradient" and composite not in (None, "gradient"):
         raise MisconfigurationException(f"method='gradient' has no composite, got {composite!r}: use method='lrp'")

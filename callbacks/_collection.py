@@ -66,7 +66,7 @@ class Collection:
     @property
     def needs_data(self) -> bool:
         """Whether the method looks at data at all."""
-        return scorers.METHODS[self.method].needs_data
+        return scorers.defaults_of(self.method, self.options.get("granularity") or "weight").needs_data
 
     @property
     def uses_validation(self) -> bool:

@@ -44,7 +44,8 @@ class RelevanceCollector(CollectingCallback):
             rule}``; ``None`` for the method's own.
         statistic: how tokens and samples are reduced: ``"signed"``, ``"abs_sample"``, ``"abs_token"`` or
             ``"squared_token"``; ``None`` for the method's own.
-        granularity: what is scored: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``.
+        granularity: what is scored: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``, or a list of
+            several kinds of units.
         target: what is explained: ``"next_token"``, ``"last_token"``, ``"class"``, a callable ``(model, batch) ->
             scalar``, or ``None`` to infer it from the batch.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
@@ -69,7 +70,7 @@ class RelevanceCollector(CollectingCallback):
         self,
         composite: str | Composite | dict[str, str] | None = None,
         statistic: str | None = None,
-        granularity: str = "weight",
+        granularity: str | list[str] = "weight",
         target: Any = None,
         method: str = "lrp",
         include: list[str] | None = None,

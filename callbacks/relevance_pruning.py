@@ -18,7 +18,7 @@ from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import round_table, show
 from lrp_prune.pruning import Masks, Schedule
 from lrp_prune.pruning.scorers import selection_options
-from lrp_prune.relevance import Relevance
+from lrp_prune.relevance import Relevance, granularities_of
 
 
 class RelevancePruning(CollectingCallback):
@@ -98,7 +98,7 @@ class RelevancePruning(CollectingCallback):
         scope: str | None = None,
         ranking: str = "absolute",
         normalize: str | None = "auto",
-        granularity: str = "weight",
+        granularity: str | list[str] = "weight",
         target: Any = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -138,7 +138,8 @@ class RelevancePruning(CollectingCallback):
         self._guard, self._guard_mode = guard, guard_mode
         self._summary = summary
         self._allow_untested = allow_untested
-        self._identity = {"granularity": granularity, "include": include, "exclude": exclude}
+        kinds = ",".join(granularities_of(granularity))
+        self._identity = {"granularity": kinds, "include": include, "exclude": exclude}
         self._fingerprint = {
             "total sparsities": str(targets),
             "rounds": str(self._rounds),

@@ -8,9 +8,10 @@ Lightning callbacks are in ``lrp_prune.callbacks``.
 
 from lrp_prune.attribution import Composite, Propagation, attribute, attributing, register_rule
 from lrp_prune.correction import Patch
+from lrp_prune.members import Member
 from lrp_prune.planning import Estimate, estimate
 from lrp_prune.pruning import Masks, prune, select
-from lrp_prune.relevance import Member, Relevance
+from lrp_prune.relevance import Relevance
 
 __all__ = [
     "Composite",

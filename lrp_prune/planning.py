@@ -269,9 +269,9 @@ class _Run(nn.Module):
         best = defaults_of("lrp", self.options["granularity"])
         options = {"statistic": best.statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
         table = ObserverTable(self.module, **options)
-        uses = WeightUses(table.observers)
+        uses = WeightUses(table.observers, table.tracer)
         composite = composite_of(best.composite or "gradient")
-        with propagating(self.module, composite, None, "ignore", uses, tracing=table.tracing, kept=table.kept):
+        with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
             return run(self.module, batch)
 
 

@@ -2,14 +2,15 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lrp_prune.contributions import INPUTS, Contributions
+from lrp_prune.members import Member
 from lrp_prune.sharding import Sharding
 from lrp_prune.storage import Together, load_tensors, save_tensors
 
@@ -22,15 +23,27 @@ _MEAN_WEIGHTS = "::mean_weights"
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
 
-class Member(NamedTuple):
-    """Entries of one parameter that belong to the units of a group.
+def granularities_of(granularity: str | Sequence[str]) -> tuple[str, ...]:
+    """One granularity, or several kinds of units, given one by one or joined by commas.
 
-    Unit ``u`` owns the indices ``[u * width, (u + 1) * width)`` along dimension ``dim`` of ``parameter``.
+    Raises:
+        ValueError: if one is unknown, or several are not all of units.
+
+    Example:
+        >>> granularities_of("head,neuron"), granularities_of(["weight"])
+        (('head', 'neuron'), ('weight',))
     """
-
-    parameter: str
-    dim: int
-    width: int
+    kinds = tuple(granularity.split(",")) if isinstance(granularity, str) else tuple(granularity)
+    unknown = [kind for kind in kinds if kind not in GRANULARITIES]
+    if unknown or not kinds:
+        wrong = repr(granularity if len(kinds) != 1 or not unknown else unknown[0])
+        raise ValueError(f"granularity must be one of {GRANULARITIES}, or a list of kinds of units, got {wrong}")
+    if len(kinds) > 1 and (len(set(kinds)) < len(kinds) or {"weight", "embedding"} & set(kinds)):
+        raise ValueError(
+            f"several granularities are different kinds of units ('block', 'head', 'neuron'), got {list(kinds)}: collect "
+            "weights and embeddings by themselves"
+        )
+    return kinds
 
 
 class Relevance(Mapping[str, Tensor]):
@@ -100,8 +113,7 @@ class Relevance(Mapping[str, Tensor]):
         scales: Mapping[str, float] | None = None,
         shardings: Mapping[str, Sharding] | None = None,
     ) -> None:
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
+        granularity = ",".join(granularities_of(granularity))
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         self._sums = dict(sums)
@@ -112,7 +124,7 @@ class Relevance(Mapping[str, Tensor]):
         self.num_samples = num_samples
         self.target = target
         self.model = model
-        self.members = {name: tuple(Member(*member) for member in entries) for name, entries in (members or {}).items()}
+        self.members = {name: tuple(entries) for name, entries in (members or {}).items()}
         self.parameter_shapes = {name: tuple(shape) for name, shape in (parameter_shapes or {}).items()}
         if granularity == "weight" and not self.parameter_shapes:
             self.parameter_shapes = {name: tuple(tensor.shape) for name, tensor in self._sums.items()}
@@ -124,6 +136,13 @@ class Relevance(Mapping[str, Tensor]):
         if statistic == "geometric" and not derived and set(inputs or ()) != set(self._sums):
             raise ValueError("relevance of statistic 'geometric' needs inputs and mean_weights for every tensor")
         self._contributions = Contributions(inputs or {}, mean_weights or {}, num_samples, self.shardings)
+
+    def kinds(self) -> dict[str, list[str]]:
+        """The names by granularity, where units of several kinds are never compared with each other."""
+        several = granularities_of(self.granularity)
+        if len(several) == 1:
+            return {self.granularity: list(self)}
+        return {kind: [name for name in self if name.startswith(f"{kind}:")] for kind in several}
 
     def sharding(self, name: str) -> Sharding | None:
         """How the tensor of this name is divided among processes; None if all of it is here."""
@@ -152,6 +171,10 @@ class Relevance(Mapping[str, Tensor]):
         own = {name: tensor for name, tensor in sums.items() if not name.endswith(INPUTS)}
         unscored = tuple(name for name in self.unscored if name not in own)
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
+
+    def with_values(self, values: Mapping[str, Tensor], statistic: str) -> "Relevance":
+        """Other scores of the same tensors or units, that were found in another way."""
+        return self._replace(values, num_samples=1, statistic=statistic, composite="", target="")
 
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
@@ -188,7 +211,7 @@ class Relevance(Mapping[str, Tensor]):
             "num_samples": self.num_samples,
             "target": self.target,
             "model": self.model,
-            "members": {name: [list(member) for member in entries] for name, entries in self.members.items()},
+            "members": {name: [member.to_list() for member in entries] for name, entries in self.members.items()},
             "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
             "unscored": list(self.unscored),
             "layouts": self.layouts,
@@ -347,7 +370,7 @@ class Relevance(Mapping[str, Tensor]):
             kind = next((suffix for suffix in (INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
             parts[kind][key.removesuffix(kind)] = tensor
         description["members"] = {
-            name: tuple(Member(*member) for member in entries) for name, entries in description["members"].items()
+            name: tuple(map(Member.from_list, entries)) for name, entries in description["members"].items()
         }
         return cls(parts[""], inputs=parts[INPUTS], mean_weights=parts[_MEAN_WEIGHTS], **description)
 

@@ -1,8 +1,8 @@
 """Collecting some weights at a time: several passes over the batches, for models whose relevance does not fit at once."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from lrp_prune.attribution.collect import RelevanceAccumulator
 
 
-def check_chunks(chunks: int, batches: Iterable[Any], granularity: str) -> None:
+class Collecting(Protocol):
+    """What takes batches one by one."""
+
+    def update(self, batch: Any) -> None:
+        """Add one batch."""
+
+
+def check_chunks(chunks: int, batches: Iterable[Any], granularity: str | Sequence[str]) -> None:
     """Raise what is wrong with a number of passes, before anything is run."""
     if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
         raise ValueError(f"chunks must be a whole number of at least 1, got {chunks!r}")
@@ -39,16 +46,17 @@ def divided(parameters: Mapping[str, Tensor], chunks: int) -> list[set[str]]:
     return list(parts.values())
 
 
-def collect(accumulator: "RelevanceAccumulator", batches: Iterable[Any], model: nn.Module, chunks: int = 1) -> None:
-    """Add all batches, once for each chunk of the weights.
+def collect(collecting: Collecting, batches: Iterable[Any], model: nn.Module, chunks: int = 1) -> None:
+    """Add all batches, once for each chunk of the weights (which only relevance of weights has).
 
     Raises:
         ValueError: if a later pass has another number of samples than the first.
     """
     if chunks == 1:
         for batch in in_step(batches, model):
-            accumulator.update(batch)
+            collecting.update(batch)
         return
+    accumulator = cast("RelevanceAccumulator", collecting)
     for names in divided(accumulator.parameters, chunks):
         with _only(accumulator, names):
             for batch in in_step(batches, model):

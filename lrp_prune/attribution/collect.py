@@ -53,7 +53,7 @@ class RelevanceAccumulator:
         target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
         composite: str | Composite = "attnlrp",
         statistic: str = "abs_token",
-        granularity: str = "weight",
+        granularity: str | Sequence[str] = "weight",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         trainable_only: bool = False,
@@ -84,6 +84,11 @@ class RelevanceAccumulator:
         self.num_samples = 0
 
     @property
+    def needs_data(self) -> bool:
+        """Always: it collects from batches."""
+        return True
+
+    @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The weights that are scored, by canonical name."""
         return self.table.parameters
@@ -102,11 +107,11 @@ class RelevanceAccumulator:
             batch = to_device(batch, device)
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)
-            uses = WeightUses(table.observers)
+            uses = WeightUses(table.observers, table.tracer)
             unruled = self._unruled if self.num_samples == 0 else "ignore"
             with (
                 propagating(
-                    module, self._composite, None, unruled, uses, tracing=table.tracing, kept=table.kept
+                    module, self._composite, None, unruled, uses, tracer=table.tracer, kept=table.kept
                 ) as propagation,
                 nullcontext() if sharded is None else sharded.passing(),
             ):
@@ -114,9 +119,11 @@ class RelevanceAccumulator:
                     value = self._target(module, batch)
                     if sharded is not None:
                         propagation.check_target(value)
-                roots = propagation.roots() if table.backward_needed else []
+                roots = propagation.roots()
                 table.make_room()
-                gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
+                gradients: Sequence[Tensor | None] = [None] * len(roots)
+                if roots and table.backward_needed:
+                    gradients = propagation.gradients(value, [root.leaf for root in roots])
             with _agreed(sharded):
                 self._add_roots(roots, gradients)
             if sharded is not None:
@@ -126,6 +133,8 @@ class RelevanceAccumulator:
     def _add_roots(self, roots: Sequence[Root], gradients: Sequence[Tensor | None]) -> None:
         for root, gradient in zip(roots, gradients, strict=True):
             if gradient is None:
+                if not self.table.backward_needed:
+                    self.table.add_lookup(root)
                 continue
             if not bool(torch.isfinite(gradient).all()):
                 raise FloatingPointError(
@@ -154,7 +163,7 @@ def attribute(
     target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
     composite: str | Composite = "attnlrp",
     statistic: str = "abs_token",
-    granularity: str = "weight",
+    granularity: str | Sequence[str] = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     chunks: int = 1,
@@ -175,8 +184,10 @@ def attribute(
             scalar; None: inferred.
         composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a :class:`~lrp_prune.attribution.Composite`.
         statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights).
-        granularity: ``"weight"``; ``"neuron"`` (hidden units between two layers), ``"head"`` (before the output
-            projection), ``"block"`` (what a head or neuron layer writes), ``"embedding"`` (rows of embeddings).
+        granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes
+            them: hidden units, filters), ``"head"`` (what a head writes to the output projection), ``"block"`` (what a layer
+            writes onto a residual stream), ``"embedding"`` (rows of embeddings); or several kinds of units, whose groups
+            are then called ``head:...``, ``neuron:...``.
         include: patterns of parameter names to score; by default all weights of two and more dimensions except
             embeddings and the output embedding.
         exclude: patterns of parameter names to leave out.

@@ -92,13 +92,25 @@ class Convolution(Form):
     channel_dim = 1
     out_axis, in_axis = 0, 1
 
+    @property
+    def groups(self) -> int:
+        """In how many groups of channels that know nothing of each other it works."""
+        args, kwargs = self.call.args, self.call.kwargs
+        return int(args[6] if len(args) > 6 else kwargs.get("groups", 1))
+
+
+class TransposedConvolution(Convolution):
+    """Transposed convolutions, weight ``[in, out / groups, ...]``; a token is a position."""
+
+    out_axis, in_axis = 1, 0
+
 
 def form_of(call: Call, activation: int, weight: int) -> Form:
     """The form of a call of kind ``matmul`` with one activation and one weight."""
     name = call.function.__name__
     if name.startswith("conv") and (activation, weight) == (0, 1):
-        transposed = name.startswith("conv_transpose")
-        return (Form if transposed else Convolution)(call, activation, weight)
+        kind = TransposedConvolution if name.startswith("conv_transpose") else Convolution
+        return kind(call, activation, weight)
     if (activation, weight) == (0, 1) and call.operand(1).dim() == 2:
         if name == "linear":
             return Linear(call, activation, weight)

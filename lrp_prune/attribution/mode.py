@@ -21,6 +21,8 @@ from lrp_prune.attribution.origins import Origin, derive, mark, marked, origin_o
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.roots import Roots
 from lrp_prune.attribution.rules import Call, Rule, identity, identity_of_power, is_activation
+from lrp_prune.attribution.shadows import Call as Finished
+from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.uses import WeightUses
 
 _PLAIN = Operation("plain", ())
@@ -53,6 +55,7 @@ class PropagationMode(TorchFunctionMode):
         roots: where relevance ends; embedding outputs and parameters that enter as data are added to it.
         uses: what is to be observed where weights are used.
         tracing: whether activations are tagged (only rules and units that need it).
+        tracer: follows units, or None.
         audit: finds operations without a rule, or None.
         kept: the precision in which rules may keep activations for the backward pass; None for their own.
     """
@@ -64,6 +67,7 @@ class PropagationMode(TorchFunctionMode):
         roots: Roots,
         uses: WeightUses,
         tracing: bool,
+        tracer: UnitTracer | None,
         audit: Audit | None,
         kept: torch.dtype | None = None,
     ) -> None:
@@ -73,7 +77,7 @@ class PropagationMode(TorchFunctionMode):
         self._parameters = parameters
         self._roots = roots
         self._uses = uses
-        self._tracing = tracing
+        self._tracing, self._tracer = tracing, tracer
         self.audit = audit
         self.kept = kept
         self._acting = 0
@@ -96,9 +100,15 @@ class PropagationMode(TorchFunctionMode):
         """Whether rules act now."""
         return self._acting > 0
 
-    def rule_applied(self, function: Any, operand: Tensor, result: Tensor) -> None:
-        """Account for an activation module that was ruled as a whole."""
-        self._finish(function, "activation", [operand], result, ruled=True)
+    def rule_applied(self, function: Callable[..., Any], operand: Tensor, result: Tensor) -> None:
+        """Account for an activation module that was ruled as a whole; ``function`` is its forward."""
+        self._finish(function, "activation", [operand], (operand,), {}, result, ruled=True)
+
+    def carry(self, source: Any, copy: Any) -> None:
+        """A copy that was made out of sight is what it is a copy of."""
+        tags.set_tag(copy, tags.tag_of(source))
+        if self._tracer is not None:
+            self._tracer.carry(source, copy)
 
     def backward(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off."""
@@ -121,10 +131,11 @@ class PropagationMode(TorchFunctionMode):
         if registered is not None:
             result = registered(call)
         elif operation.functional is not None:
-            result = self._in_place(call)
+            result, args = self._in_place(call)
         else:
             result = self._apply(call)
-        self._finish(func, operation.kind, call.operands() if registered is None else [], result, ruled=True)
+        operands = call.operands() if registered is None else []
+        self._finish(func, operation.kind, operands, args, kwargs, result, ruled=True)
         return result
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,20 +178,24 @@ class PropagationMode(TorchFunctionMode):
             rule = self._rules[kind] = self._composite.rule(kind)
         return rule
 
-    def _in_place(self, call: Call) -> Any:
-        """An in-place operation as its out-of-place twin on a copy, written back: nothing that backward needs is overwritten."""
+    def _in_place(self, call: Call) -> tuple[Any, tuple[Any, ...]]:
+        """An in-place operation as its out-of-place twin on a copy, written back: nothing that backward needs is overwritten.
+
+        Returns:
+            The result, and the arguments as they were before.
+        """
         target, functional = call.operand(0), call.operation.functional
         assert functional is not None
         if call.operation.kind == "dropout":
-            return target
+            return target, call.args
         if not any(map(is_activation, call.operands())):
-            return call.run()
+            return call.run(), call.args
         twin = OPERATIONS[functional]
         before = target.clone()
-        tags.set_tag(before, tags.tag_of(target))
+        self.carry(target, before)
         args = tuple(before if arg is target else arg for arg in call.args)
         result = self._apply(Call(functional, twin, args, call.kwargs, call.kept))
-        return target.copy_(result)
+        return target.copy_(result), args
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
@@ -191,9 +206,10 @@ class PropagationMode(TorchFunctionMode):
             if not isinstance(result, Tensor) or not isinstance(args[0], Tensor):
                 return result
             if is_activation(args[0]):
-                tag = tags.tag_of(args[0]) if self._tracing else None
-                if tag is not None and not tag.units:
-                    tags.set_tag(result, tag)
+                if self._tracing:
+                    tags.set_tag(result, tags.tag_of(args[0]))
+                if self._tracer is not None:
+                    self._tracer.after(Finished(name, "plain", func, args, kwargs, result))
                 return result
             origin, source = self._origin(args[0]), args[0]
             if origin is not None and isinstance(args[0], nn.Parameter):
@@ -214,17 +230,28 @@ class PropagationMode(TorchFunctionMode):
                     and not entry.requires_grad
                 ):
                     mark(entry, derive(origin, constant, entry, elementwise))
-        self._finish(func, "plain", [args[0]] if args else [], result, ruled=False)
+        self._finish(func, "plain", [args[0]] if args else [], args, kwargs, result, ruled=False)
         return result
 
-    def _finish(self, func: Any, kind: str, operands: list[Any], result: Any, ruled: bool) -> None:
+    def _finish(
+        self,
+        func: Any,
+        kind: str,
+        operands: list[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        ruled: bool,
+    ) -> None:
         if self._tracing:
             active = [is_activation(operand) for operand in operands]
             if any(active):
-                found = tags.after(getattr(func, "__name__", ""), kind, operands, active, result)
+                found = tags.after(tags.stem(func), kind, operands, active)
                 if kind != "plain" and any(result is operand for operand in operands):
                     tags.clear_tag(result)  # changed in place, it is not what it was
                 tags.set_tag(result, found)
+        if self._tracer is not None:
+            self._tracer.after(Finished(tags.stem(func), kind, func, args, kwargs, result))
         if self.audit is not None:
             self.audit.visit(func, result, ruled)
 

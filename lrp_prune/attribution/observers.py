@@ -1,6 +1,6 @@
 """The observers of one collection: which weights and units are scored, and what comes of their sums."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from lrp_prune.attribution.statistics import (
     BatchLayout,
     InputNorm,
     RowStatistic,
-    UnitStatistic,
     WeightStatistic,
 )
+from lrp_prune.attribution.tracing import UnitTracer
+from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units
+from lrp_prune.attribution.unit_table import layer_of
 from lrp_prune.attribution.uses import Observer, Use
+from lrp_prune.members import Member
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
-from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
+from lrp_prune.relevance import STATISTICS, Relevance, granularities_of
 
 
 def scored_parameters(
@@ -86,6 +89,10 @@ def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if parameter.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
 
 
+class NothingScoredError(ValueError):
+    """There is nothing of the kind that was asked for, or no relevance reaches it."""
+
+
 class ObserverTable:
     """Makes an observer for each scored weight or unit group at its first use, and the relevance in the end."""
 
@@ -94,17 +101,17 @@ class ObserverTable:
         model: nn.Module,
         *,
         statistic: str,
-        granularity: str,
+        granularity: str | Sequence[str],
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
         trainable_only: bool,
         accumulate_on: str | torch.device | None,
         matmul_dtype: str | torch.dtype | None,
     ) -> None:
-        if statistic not in (*STATISTICS, "input_norm"):
+        if statistic not in (*STATISTICS, "input_norm", "structure"):
             raise ValueError(f"statistic must be one of {STATISTICS}, got {statistic!r}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {GRANULARITIES}, got {granularity!r}")
+        kinds = granularities_of(granularity)
+        granularity = ",".join(kinds)
         if statistic == "geometric" and granularity != "weight":
             raise ValueError(f"statistic 'geometric' is about weights, not {granularity}s: use 'squared_token'")
         if isinstance(matmul_dtype, str) and matmul_dtype != "auto":
@@ -116,19 +123,23 @@ class ObserverTable:
         self._all = named_parameters(self._model)
         self.active: set[str] | None = None
         """The weights that are collected in this pass; None for all."""
-        self._statistics: dict[str, WeightStatistic | UnitStatistic | RowStatistic] = {}
+        self._statistics: dict[str, WeightStatistic | RowStatistic] = {}
         self._members: dict[str, tuple[Member, ...]] = {}
         self._layouts: dict[str, str] = {}
+        self._units: UnitObservers | None = None
+        if set(kinds) <= set(UNIT_KINDS):
+            choice = Choice(self.parameters, include, exclude, trainable_only)
+            self._units = UnitObservers(kinds, statistic, self.batch, self._all, choice)
 
     @property
-    def tracing(self) -> bool:
-        """Whether activations must be tagged."""
-        return self._granularity in ("neuron", "head", "block")
+    def tracer(self) -> UnitTracer | None:
+        """Follows units, if it is about any."""
+        return None if self._units is None else self._units.tracer
 
     @property
     def backward_needed(self) -> bool:
         """Whether anything is propagated, or the forward tells all."""
-        return self._statistic != "input_norm"
+        return self._statistic not in ("input_norm", "structure")
 
     @property
     def kept(self) -> torch.dtype | None:
@@ -142,9 +153,7 @@ class ObserverTable:
         """What observes a use."""
         if self._granularity == "weight":
             return self._weight_used(use) if self._collects(use.origin.name) else []
-        if not self.tracing or use.form.channel_dim is None or use.tag is None:
-            return []
-        return self._units(use)
+        return [] if self._units is None else self._units.observers(use)
 
     def _collects(self, name: str) -> bool:
         return name in self.parameters and (self.active is None or name in self.active)
@@ -191,44 +200,6 @@ class ObserverTable:
         assert not isinstance(dtype, str)
         return dtype
 
-    def _units(self, use: Use) -> list[Observer]:
-        name, dim = use.origin.name, use.origin.dim(use.form.in_axis)
-        tag = use.tag
-        assert tag is not None
-        channels = int(use.weight.shape[use.form.in_axis])
-        heads = tag.head_width is not None and channels % tag.head_width == 0
-        wanted = {"head": heads, "neuron": bool(tag.units), "block": heads or bool(tag.units)}[self._granularity]
-        if (
-            not wanted
-            or dim is None
-            or not (name in self.parameters or any(entry[0] in self.parameters for entry in tag.producers))
-        ):
-            return []
-        group = name.removesuffix(".weight")
-        known = self._statistics.get(group)
-        if isinstance(known, UnitStatistic):
-            return [known]
-        members: list[Member] = []
-        if self._granularity == "block":
-            units = 1
-            members.append(Member(name, 0, self._all[name].shape[0]))
-            bias = f"{group}.bias"
-            if bias in self._all:
-                members.append(Member(bias, 0, self._all[bias].shape[0]))
-        elif heads:
-            assert tag.head_width is not None
-            units = channels // tag.head_width
-            members.append(Member(name, dim, tag.head_width))
-        else:
-            units = tag.units if channels % tag.units == 0 else channels
-            members.append(Member(name, dim, channels // units))
-            if units == tag.units:
-                members += [Member(entry, axis, 1) for entry, axis, _ in sorted(tag.producers)]
-                members += [Member(bias, 0, 1) for _, _, bias in sorted(tag.producers) if bias]
-        self._members[group] = tuple(members)
-        found = self._statistics[group] = UnitStatistic(group, units, self._statistic, self.batch)
-        return [found]
-
     def add_root(self, root: Root, gradient: Tensor) -> None:
         """Add what arrived at an embedding's output, if the embedding is scored."""
         name = root.parameter
@@ -237,18 +208,28 @@ class ObserverTable:
         if self._granularity == "weight":
             self._weight(name).add_rows(root.ids, gradient)
         elif self._granularity == "embedding":
-            found = self._statistics.get(name)
-            if found is None:
-                found = self._statistics[name] = RowStatistic(name, self._all[name].shape[0], self._statistic)
-                self._members[name] = (Member(name, 0, 1),)
-            assert isinstance(found, RowStatistic)
-            found.add_rows(root.ids, root.leaf.detach() * gradient)
+            self._rows(name).add_rows(root.ids, root.leaf.detach() * gradient)
+
+    def add_lookup(self, root: Root) -> None:
+        """Add what the forward alone tells of an embedding's rows, if the embedding is scored."""
+        name = root.parameter
+        if self._granularity == "embedding" and root.ids is not None and name is not None and self._collects(name):
+            self._rows(name).add_rows(root.ids, root.leaf.detach())
+
+    def _rows(self, name: str) -> RowStatistic:
+        found = self._statistics.get(name)
+        if found is None:
+            shape = self._all[name].shape
+            found = self._statistics[name] = RowStatistic(name, int(shape[0]), self._statistic)
+            self._members[name] = (Member.of_slices(name, shape, 0, int(shape[0])),)
+        assert isinstance(found, RowStatistic)
+        return found
 
     def finish(self, **description: Any) -> Relevance:
         """The relevance of everything scored, in the model's order.
 
         Raises:
-            ValueError: if nothing was scored.
+            NothingScoredError: if nothing was scored.
             FloatingPointError: if a sum is not finite.
         """
         order = [name for name in self.parameters if name in self._statistics] if self._granularity == "weight" else []
@@ -271,11 +252,13 @@ class ObserverTable:
                 assert weights is not None
                 # Where the values are: they are read together.
                 inputs[name], mean_weights[name] = statistic.inputs.to(values.device), weights.to(values.device)
+        left: dict[str, str] = {}
+        if self._units is not None:
+            units = self._finished_units()
+            sums, left = units.sums, units.left
+            self._members = units.members
         if not sums:
-            raise ValueError(
-                f"no {self._granularity} received relevance in {type(self._model).__name__}: its weights are used in no "
-                "operation that is observed, or the rules stop before them"
-            )
+            raise NothingScoredError(self._nothing(left))
         touched = {member.parameter for members in self._members.values() for member in members} or set(sums)
         unscored = tuple(name for name in self.parameters if name not in sums) if self._granularity == "weight" else ()
         self._statistics = {}
@@ -292,6 +275,26 @@ class ObserverTable:
             layouts={name: layout for name, layout in self._layouts.items() if name in sums},
             **description,
         )
+
+    def _finished_units(self) -> Units:
+        assert self._units is not None
+        return self._units.finish()
+
+    def _nothing(self, left: Mapping[str, str]) -> str:
+        """Why there is nothing to read."""
+        model, what = type(self._model).__name__, self._granularity
+        if self._units is None:
+            return (
+                f"no {what} received relevance in {model}: its weights are used in no operation that is observed, or the rules "
+                "stop before them"
+            )
+        if what == "block":
+            return f"{model} has no block: none of its layers writes onto a residual stream (x + f(x))"
+        if what == "head":
+            return f"{model} has no head: no layer reads what an attention writes"
+        asked = [f"{layer_of(name)}: {why}" for name, why in left.items() if name in self.parameters]
+        reasons = "; ".join(asked[:3])
+        return f"{model} has no {what} that could be removed" + (f" ({reasons})" if reasons else "")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.backends import traceable_attention
@@ -18,6 +19,7 @@ from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.roots import Root, Roots
 from lrp_prune.attribution.running import eager
+from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.names import named_modules, named_parameters, unwrap
@@ -142,7 +144,7 @@ def propagating(
     unruled: str,
     uses: WeightUses,
     entries: Sequence[nn.Module] | None = None,
-    tracing: bool = False,
+    tracer: UnitTracer | None = None,
     kept: torch.dtype | None = None,
 ) -> Iterator[Propagation]:
     """:func:`attributing` with observers of weights.
@@ -150,7 +152,7 @@ def propagating(
     Args:
         entries: the modules whose calls are "the model's forward"; by default the model itself, or where it is never called
             (a ``LightningModule`` that calls its children) its direct children.
-        tracing: whether activations are tagged.
+        tracer: follows units.
         kept: the precision in which rules may keep activations for the backward pass; None for their own.
     """
     if unruled not in UNRULED:
@@ -167,7 +169,8 @@ def propagating(
     lrp = any(composite.rules.values())
     audit = Audit() if lrp and unruled != "ignore" else None
     gated = composite.rules.get("product") == "stop_gate"
-    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing or gated, audit, kept)
+    tracing = gated or tracer is not None
+    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing, tracer, audit, kept)
     propagation = Propagation(mode, roots)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
@@ -178,7 +181,7 @@ def propagating(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(running)
         ruled = composite.rules.get("activation", "gradient") != "gradient"
-        for module in modules.values() if ruled or tracing else ():
+        for module in modules.values() if ruled or tracer is not None else ():
             if is_activation_module(module):
                 stack.enter_context(_whole(module, mode, ruled))
         if audit is not None:
@@ -188,7 +191,7 @@ def propagating(
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
             stack.callback(handle.remove)
-        _guard(stack, model, entries or [model, *model.children()], mode, roots, unruled)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, unruled, tracer)
         stack.enter_context(mode)
         yield propagation
 
@@ -217,7 +220,13 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _guard(
-    stack: ExitStack, model: nn.Module, entries: Sequence[nn.Module], mode: PropagationMode, roots: Roots, unruled: str
+    stack: ExitStack,
+    model: nn.Module,
+    entries: Sequence[nn.Module],
+    mode: PropagationMode,
+    roots: Roots,
+    unruled: str,
+    tracer: UnitTracer | None,
 ) -> None:
     """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
     calls: list[ExitStack] = []
@@ -242,6 +251,8 @@ def _guard(
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if calls:
             calls.pop().close()
+        if not calls and tracer is not None and module is model:
+            tracer.outputs(tree_flatten(output)[0])
         if not calls and mode.audit is not None and output is not None:
             audit, mode.audit = mode.audit, None
             audit.report(unruled)
@@ -311,7 +322,7 @@ def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[No
                 result = identity_rule(args[0], original, mode.kept)
         else:
             result = original(args[0])
-        mode.rule_applied(module, args[0], result)
+        mode.rule_applied(original, args[0], result)
         return result
 
     module.forward = forward

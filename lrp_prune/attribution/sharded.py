@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lrp_prune.attribution.divided import DividedInputNorm, DividedStatistic
 from lrp_prune.attribution.observers import ObserverTable
-from lrp_prune.attribution.statistics import InputNorm, RowStatistic, UnitStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import InputNorm, RowStatistic, WeightStatistic
 from lrp_prune.attribution.tags import set_tag, tag_of
+from lrp_prune.attribution.unit_observers import Units
 from lrp_prune.attribution.unsharding import own_modules
 from lrp_prune.contributions import INPUTS
 from lrp_prune.names import named_parameters, unwrap
@@ -97,6 +98,8 @@ class ShardedTable(ObserverTable):
                 copies = _leaving(lambda: self.sum_up(names), *(leaves[i] for i in active))
                 for i, copy in zip(active, copies, strict=True):
                     set_tag(copy, tag_of(leaves[i]))
+                    if self.tracer is not None:
+                        self.tracer.carry(leaves[i], copy)
                     leaves[i] = copy
             return tree_unflatten(leaves, structure)
 
@@ -146,6 +149,14 @@ class ShardedTable(ObserverTable):
         }
         return super().finish(**description, num_samples=samples, shardings={**self.shardings, **divided})
 
+    def _finished_units(self) -> Units:
+        """Sums of the units of all processes, which are the same in each."""
+        units = super()._finished_units()
+        found = {name: len(sums) for name, sums in units.sums.items()}
+        if any(theirs != found for theirs in all_gathered(found, self.mesh)):
+            raise ValueError("the processes found different units: give all of them batches that use the same layers")
+        return units._replace(sums={name: all_reduced(sums, self.mesh) for name, sums in units.sums.items()})
+
     def _same_everywhere(self) -> None:
         """Give each process the statistics that one of them has, and sum those that are whole everywhere."""
         mine = {name: _described(statistic) for name, statistic in self._statistics.items()}
@@ -173,22 +184,18 @@ class ShardedTable(ObserverTable):
                 own = statistic.inputs if statistic.inputs is not None else torch.zeros(inputs, device=sums.device)
                 statistic.inputs = all_reduced(own, self.mesh)
 
-    def _made(self, name: str, units: int) -> WeightStatistic | UnitStatistic | RowStatistic:
+    def _made(self, name: str, rows: int) -> WeightStatistic | RowStatistic:
         """A statistic that nothing was added to in this process."""
-        if self._granularity == "weight":
-            return self._weight(name)
-        if self._granularity == "embedding":
-            return RowStatistic(name, units, self._statistic)
-        return UnitStatistic(name, units, self._statistic, self.batch)
+        return self._weight(name) if self._granularity == "weight" else RowStatistic(name, rows, self._statistic)
 
 
-def _described(statistic: WeightStatistic | UnitStatistic | RowStatistic) -> tuple[int, tuple[int, ...] | None]:
+def _described(statistic: WeightStatistic | RowStatistic) -> tuple[int, tuple[int, ...] | None]:
     if isinstance(statistic, WeightStatistic):
         return 0, None if statistic.inputs is None else tuple(statistic.inputs.shape)
-    return (statistic.units if isinstance(statistic, UnitStatistic) else statistic.sums.numel()), None
+    return statistic.sums.numel(), None
 
 
-def _finite(statistic: WeightStatistic | UnitStatistic | RowStatistic) -> bool:
+def _finite(statistic: WeightStatistic | RowStatistic) -> bool:
     sums = statistic._part if isinstance(statistic, DividedStatistic) else statistic.sums
     return sums is None or bool(torch.isfinite(sums).all())
 

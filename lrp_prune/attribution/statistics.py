@@ -264,51 +264,6 @@ def input_energy(use: Use, activation: Tensor) -> Tensor:
     return use.form.contract(activation.square(), ones, use.weight)
 
 
-class UnitStatistic:
-    """Sums of the units of one group: what arrives at their channels in the layer that reads them.
-
-    Args:
-        name: canonical name of the reading layer.
-        units: number of units; each has the same number of neighbouring channels.
-        statistic: reduction over tokens and samples; ``a d`` is summed over a unit's channels before.
-        batch: tells samples and tokens apart.
-    """
-
-    backward_needed = True
-    operand_dtype: torch.dtype | None = None
-    propagated_dtype: torch.dtype | None = None
-
-    def __init__(self, name: str, units: int, statistic: str, batch: BatchLayout) -> None:
-        self.name, self.units, self.statistic, self._batch = name, units, statistic, batch
-        self.sums: Tensor | None = None
-
-    def forward(self, use: Use, activation: Tensor) -> None:
-        """Nothing is known yet."""
-
-    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
-        """Add one use of one batch."""
-        wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
-        relevance = self._batch.only_counted(activation.to(wide) * input_gradient.to(wide))
-        if use.form.channel_dim == 1:
-            relevance = relevance.movedim(1, -1)
-        relevance = relevance.reshape(*relevance.shape[:-1], self.units, -1).sum(-1)
-        if self.statistic == "signed":
-            reduced = relevance.reshape(-1, self.units).sum(0)
-        elif self.statistic == "abs_token":
-            reduced = relevance.reshape(-1, self.units).abs().sum(0)
-        elif self.statistic == "squared_token":
-            reduced = relevance.reshape(-1, self.units).square().sum(0)
-        else:
-            samples = self._batch.by_sample(relevance, self.name)
-            reduced = samples.reshape(samples.shape[0], -1, self.units).sum(1).abs().sum(0)
-        self.sums = reduced if self.sums is None else self.sums + reduced
-
-    def finish(self) -> Tensor | None:
-        """The sums, handed over; None if no relevance arrived."""
-        sums, self.sums = self.sums, None
-        return sums
-
-
 class RowStatistic:
     """Sums of the rows of an embedding: the relevance of each entry of a vocabulary."""
 
@@ -317,7 +272,11 @@ class RowStatistic:
         self.sums = torch.zeros(rows, dtype=torch.float32)
 
     def add_rows(self, ids: Tensor, relevance: Tensor) -> None:
-        """Add the relevance ``[..., features]`` of the rows that were looked up."""
+        """Add the relevance ``[..., features]`` of the rows that were looked up; of ``input_norm`` the rows themselves."""
+        if self.statistic == "structure":
+            return
+        if self.statistic == "input_norm":
+            relevance = relevance.to(torch.float32).square()
         values = relevance.to(torch.float32).sum(-1)
         if self.statistic == "abs_sample":
             samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(
@@ -325,7 +284,8 @@ class RowStatistic:
             )
             self.sums += samples.abs().sum(0)
             return
-        values = power_of(values, _POWERS[self.statistic][1], torch.float32)
+        power = 0 if self.statistic == "input_norm" else _POWERS[self.statistic][1]
+        values = power_of(values, power, torch.float32)
         self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
 
     def finish(self) -> Tensor | None:

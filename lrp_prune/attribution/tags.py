@@ -1,15 +1,12 @@
-"""Tags on intermediate tensors: what an activation is, for the rules and units that need to know.
+"""Tags on intermediate tensors: what an activation is, for the rules that need to know.
 
 * *gate*: it came out of an activation function (CP-LRP stops it where it multiplies something).
 * *pattern*: it came out of a softmax; a product with it is the output of attention heads.
-* *heads*: it is the output of attention heads of some width, so the linear layer that reads it is an output projection.
-* *hidden*: each of its channels depends on one output channel of some layers only, so the layer that reads it has them
-  as hidden units (neurons).
 
-A tag survives views, casts and dropout; ``hidden`` survives elementwise functions and products as well.
+A tag survives views, casts, dropout and what works within a channel.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +22,6 @@ KEEPING = frozenset(
 )
 """Functions that keep a tag: they move or cast entries, or replace some by constants."""
 
-_MOVING = frozenset("transpose swapaxes permute movedim".split())
-
 CHANNELWISE = frozenset(
     """
     batch_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -34,10 +29,14 @@ CHANNELWISE = frozenset(
     max_pool2d_with_indices mul multiply div divide abs clamp clamp_min clamp_max square pow
     """.split()
 )
-"""Functions besides activations that keep channels apart, so that ``hidden`` survives them."""
+"""Functions besides activations that work within a channel: what comes out is no gate any more, but may be a pattern."""
 
 ELEMENTWISE_COPIES = frozenset("to float half bfloat16 double type type_as contiguous clone detach alias".split())
 """Functions that keep shape and meaning of each entry."""
+
+
+_CARRYING = frozenset("plain dropout product division normalization power".split())
+"""Kinds of operation that a tag may survive."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,6 @@ class Tag:
 
     gate: bool = False
     pattern: bool = False
-    head_width: int | None = None
-    producers: frozenset[tuple[str, int, str]] = frozenset()
-    units: int = 0
 
 
 def tag_of(value: Any) -> Tag | None:
@@ -79,48 +75,31 @@ def is_gate(value: Any) -> bool:
     return tag is not None and tag.gate
 
 
-def _product(operands: list[Tag | None]) -> Tag | None:
-    """The tag of a product of activations: if both sides have as many hidden units, these are one."""
-    hidden = [tag for tag in operands if tag is not None and tag.units]
-    if len(hidden) != len(operands) or len({tag.units for tag in hidden}) != 1:
-        return None
-    return Tag(producers=frozenset().union(*(tag.producers for tag in hidden)), units=hidden[0].units)
+def stem(function: Any) -> str:
+    """A function's name, that of its twin if it works in place: ``silu_`` is ``silu``, ``__getitem__`` stays."""
+    name: str = getattr(function, "__name__", "")
+    return name if name.endswith("__") else name.rstrip("_") or name
 
 
-def after(name: str, kind: str, operands: list[Any], active: list[bool], result: Any) -> Tag | None:
+def after(name: str, kind: str, operands: list[Any], active: list[bool]) -> Tag | None:
     """The tag of a function's result.
 
     Args:
-        name: the function's name.
+        name: the function's :func:`stem`.
         kind: its kind of operation, ``"plain"`` where it has none.
         operands: its operands; for plain functions the first argument.
         active: which of them are activations.
-        result: what it returned.
     """
     tags = [tag_of(operand) for operand, is_active in zip(operands, active, strict=True) if is_active]
     first = tags[0] if tags else None
     if kind == "activation":
-        return replace(first or Tag(), gate=True, pattern=False, head_width=None)
+        return Tag(gate=True)
     if kind == "softmax":
         return Tag(pattern=True)
-    if kind == "attention":
-        return Tag(head_width=int(result.shape[-1])) if isinstance(result, Tensor) else None
-    if kind in ("matmul", "einsum") and len(tags) == 2 and isinstance(result, Tensor):
-        if first is not None and first.pattern:
-            return Tag(head_width=int(result.shape[-1]))
+    if first is None or len(tags) != 1 or kind not in _CARRYING:
         return None
-    if kind == "product" and len(tags) == 2:
-        return _product(tags)
-    if (
-        kind in ("plain", "dropout", "product", "division", "normalization", "power")
-        and len(tags) == 1
-        and first is not None
-    ):
-        stem = name.rstrip("_") or name
-        if stem in KEEPING or kind == "dropout":
-            return replace(first, producers=frozenset(), units=0) if stem in _MOVING and first.units else first
-        if stem in CHANNELWISE:
-            return replace(
-                first, gate=False, pattern=first.pattern and kind in ("product", "division"), head_width=None
-            )
+    if name in KEEPING or kind == "dropout":
+        return first
+    if name in CHANNELWISE:
+        return Tag(pattern=first.pattern and kind in ("product", "division"))
     return None

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten
 
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.origins import origin_of_parameter
-from lrp_prune.attribution.tags import set_tag, tag_of
 from lrp_prune.names import named_parameters
 from lrp_prune.sharding import at_rest, fsdp_modules, is_sharded
 
@@ -91,12 +90,12 @@ def _hooks(module: nn.Module, places: list[tuple[nn.Module, str, str]], mode: Pr
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         suspend()
-        inputs.append([tag_of(value) for value in tree_flatten((args, kwargs))[0]])
+        inputs.append(tree_flatten((args, kwargs))[0])
 
     def after(module: nn.Module, args: Any, kwargs: Any) -> None:
         resume()
-        for value, tag in zip(tree_flatten((args, kwargs))[0], inputs.pop(), strict=False):
-            set_tag(value, tag)
+        for value, source in zip(tree_flatten((args, kwargs))[0], inputs.pop(), strict=False):
+            mode.carry(source, value)
         with torch._C.DisableTorchFunction():
             for owner, attribute, name in places:
                 parameter = owner._parameters[attribute]

@@ -16,14 +16,14 @@ from lrp_prune.attribution.forms import Convolution, Form, form_of
 from lrp_prune.attribution.operands import Latest
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules import Call, is_activation
-from lrp_prune.attribution.tags import Tag, set_tag, tag_of
+from lrp_prune.attribution.tracing import Reading, UnitTracer
 
 
 class Use:
     """One use of a weight in a forward."""
 
-    def __init__(self, form: Form, weight: Tensor, origin: Origin, tag: Tag | None) -> None:
-        self.form, self.weight, self.origin, self.tag = form, weight, origin, tag
+    def __init__(self, form: Form, weight: Tensor, origin: Origin, reading: Reading | None = None) -> None:
+        self.form, self.weight, self.origin, self.reading = form, weight, origin, reading
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -78,7 +78,7 @@ class _Observed(Function):
             if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
                 d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
-            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag)
+            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.reading)
             for observer in ctx.observers:
                 observer.backward(use, activation, d, gradient)
         return gradient, None, None, None, None
@@ -97,11 +97,14 @@ class WeightUses:
     """Finds uses of weights among the calls, and connects observers to them.
 
     Args:
-        observers: for the canonical name of a weight and the use's tag, what observes it.
+        observers: for a use, what observes it.
+        tracer: follows units, or None.
     """
 
-    def __init__(self, observers: Callable[[Use], list[Observer]] | None = None) -> None:
-        self._observers = observers
+    def __init__(
+        self, observers: Callable[[Use], list[Observer]] | None = None, tracer: UnitTracer | None = None
+    ) -> None:
+        self._observers, self._tracer = observers, tracer
         self._latest = Latest()
         self.showing = True
 
@@ -127,15 +130,16 @@ class WeightUses:
             active[0],
             weights[0],
         )
-        use = Use(form, weight, origin, tag_of(activation))
+        reading = None if self._tracer is None else self._tracer.reads(form, weight, origin, activation)
+        use = Use(form, weight, origin, reading)
         observers = self._observers(use)
         if self.showing:
             for observer in observers:
                 observer.forward(use, activation)
         late = [observer for observer in observers if observer.backward_needed]
         result = _observed(activation, self._kept(activation, use, late), weight, use, late) if late else call.run()
-        if type(form) is not Form:
-            set_tag(result, _producer(use, call, result))
+        if self._tracer is not None and reading is not None:
+            self._tracer.writes(form, weight, origin, reading, _bias_of(call), result)
         return result
 
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
@@ -146,12 +150,7 @@ class WeightUses:
         return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))
 
 
-def _producer(use: Use, call: Call, result: Tensor) -> Tag:
-    """The tag of a layer's output: each channel is one of its hidden units."""
-    bias = next(
-        (marked(arg) for arg in (*call.args, *call.kwargs.values()) if isinstance(arg, Tensor) and arg.dim() == 1), None
-    )
-    channels, dim = int(use.weight.shape[use.form.out_axis]), use.origin.dim(use.form.out_axis)
-    if dim is None:
-        return Tag(units=channels)
-    return Tag(producers=frozenset({(use.origin.name, dim, bias.name if bias else "")}), units=channels)
+def _bias_of(call: Call) -> Tensor | None:
+    """What a layer adds to each of its channels."""
+    entries = (*call.args, *call.kwargs.values())
+    return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)

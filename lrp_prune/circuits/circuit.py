@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lrp_prune.circuits.ablation import effective
 from lrp_prune.circuits.sites import Site
+from lrp_prune.members import Member
 from lrp_prune.pruning import Masks, bits
-from lrp_prune.relevance import Member
 from lrp_prune.storage import load_tensors, save_tensors
 
 
@@ -48,7 +48,7 @@ class Circuit:
         ValueError: if groups and sites do not fit together.
 
     Example:
-        >>> site = Site("mlp_neuron", "2", 3, 1, (Member("2.weight", 1, 1),), (("2.weight", (2, 3)),))
+        >>> site = Site("mlp_neuron", "2", 3, 1, (Member("2.weight", torch.tensor([[0, 1, 2]])),), (("2.weight", (2, 3)),))
         >>> circuit = Circuit({"mlp_neuron:2": torch.tensor([True, False, True])}, [site], "mlp_neuron")
         >>> circuit.size, circuit.total, (~circuit).size
         (2, 3, 1)
@@ -160,11 +160,9 @@ class Circuit:
         masks: dict[str, Tensor] = {}
         for site in self.sites:
             shapes = dict(site.shapes)
-            pruned = ~self.kept[site.name]
             for member in site.members:
                 mask = masks.setdefault(member.parameter, torch.ones(shapes[member.parameter], dtype=torch.bool))
-                indices = pruned.repeat_interleave(member.width).nonzero().reshape(-1)
-                mask.index_fill_(member.dim, indices, False)
+                mask &= member.kept(self.kept[site.name])
         kinds = {site.kind for site in self.sites}
         words = {"head": "head", "mlp_neuron": "neuron", "attention_block": "block", "mlp_block": "block"}
         named = {words.get(kind, "weight") for kind in kinds}
@@ -203,7 +201,7 @@ class Circuit:
 
 def site_to_list(site: Site) -> list[Any]:
     """The site in plain values."""
-    members = [list(member) for member in site.members]
+    members = [member.to_list() for member in site.members]
     return [
         site.kind,
         site.module,
@@ -222,6 +220,6 @@ def site_from_list(values: Sequence[Any]) -> Site:
         module,
         units,
         width,
-        tuple(Member(*member) for member in members),
+        tuple(map(Member.from_list, members)),
         tuple((name, tuple(shape)) for name, shape in shapes),
     )

@@ -105,7 +105,9 @@ def _bake(model: nn.Module, circuit: Circuit, means: Reference, add_biases: bool
             continue
         inner = [site for site in sites if not site.at_output]
         reader = inner[0].members[0]
-        weight = parameters[reader.parameter].detach().movedim(reader.dim, 1)  # [written, read]
+        weight = (
+            parameters[reader.parameter].detach().movedim(1 if reader.dim is None else reader.dim, 1)
+        )  # [written, read]
         removed = torch.zeros(weight.shape[1], dtype=torch.bool)
         for site in inner:
             removed |= ~kept[site.name].repeat_interleave(site.width)

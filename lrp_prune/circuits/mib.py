@@ -51,7 +51,9 @@ def save_mib_graph(
     for site in sites.get("head", ()):
         heads = site.units if heads is None else heads
         reader = site.members[0]
-        width = dict(site.shapes)[reader.parameter][1 - reader.dim] if width is None else width
+        width = (
+            dict(site.shapes)[reader.parameter][0 if reader.dim is None else 1 - reader.dim] if width is None else width
+        )
         if site.units != heads:
             raise ValueError(f"MIB graphs have equally many heads in each layer, got {heads} and {site.units}")
     if heads is None or width is None:

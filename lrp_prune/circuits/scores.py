@@ -140,6 +140,7 @@ def _wanda(
     relevance = collected.compute()
     scores = {}
     for site in sites:
-        weights = relevance[readers[site.name].parameter].movedim(readers[site.name].dim, 0)
+        reader = readers[site.name]
+        weights = relevance[reader.parameter].movedim(1 if reader.dim is None else reader.dim, 0)
         scores[site.name] = weights.reshape(site.units, -1).sum(1).cpu()
     return scores

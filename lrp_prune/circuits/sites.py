@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.backends import traceable_attention
 from lrp_prune.attribution.collect import attribute
+from lrp_prune.attribution.observers import NothingScoredError
 from lrp_prune.attribution.running import eager, entry, forwarded, undisturbed
+from lrp_prune.members import Member
 from lrp_prune.names import matches, named_modules, named_parameters
-from lrp_prune.relevance import Member, Relevance
+from lrp_prune.relevance import Relevance
 
 KINDS: tuple[str, ...] = ("attention_block", "mlp_block", "head", "attention_neuron", "mlp_neuron")
 """The kinds of units, from coarse to fine."""
@@ -186,10 +188,8 @@ def _traced(
         return attribute(
             model, [batch], target, "attnlrp", granularity=granularity, statistic="signed", unruled="ignore"
         )
-    except ValueError as error:
-        if "received relevance" in str(error):
-            return None
-        raise
+    except NothingScoredError:
+        return None
 
 
 def _sites(model: nn.Module, relevance: Relevance | None, part: str) -> list[Site]:
@@ -198,10 +198,17 @@ def _sites(model: nn.Module, relevance: Relevance | None, part: str) -> list[Sit
     sites, parameters = [], named_parameters(model)
     for group, values in relevance.items():
         reader, *producers = relevance.members[group]
-        whole = [Member(reader.parameter, 0, parameters[reader.parameter].shape[0])]
+        if reader.width is None or sum(member.parameter == reader.parameter for member in producers) or "(" in group:
+            raise ValueError(
+                f"the units that {group.partition('(')[0]} reads are not its input's channels in their order, or made by "
+                f"several layers apart: leave it out by exclude=[{group.partition('(')[0]!r}]"
+            )
+        weight = parameters[reader.parameter]
+        dim = weight.dim() - 1 if reader.dim is None else reader.dim
+        whole = [Member(reader.parameter, torch.zeros((1,) * weight.dim()))]
         bias = f"{group}.bias"
         if bias in parameters:
-            whole.append(Member(bias, 0, parameters[bias].shape[0]))
+            whole.append(Member(bias, torch.zeros(1)))
         shapes = tuple(
             (name, tuple(parameters[name].shape))
             for name in dict.fromkeys(member.parameter for member in (*whole, reader, *producers))
@@ -212,7 +219,7 @@ def _sites(model: nn.Module, relevance: Relevance | None, part: str) -> list[Sit
             sites.append(Site("mlp_neuron", group, units, reader.width, (reader, *producers), shapes))
         else:
             sites.append(Site("head", group, units, reader.width, (reader,), shapes))
-            single = Member(reader.parameter, reader.dim, 1)
+            single = Member.of_slices(reader.parameter, weight.shape, dim, units * reader.width, reads=True)
             sites.append(Site("attention_neuron", group, units * reader.width, 1, (single,), shapes))
     return sites
 

@@ -203,7 +203,9 @@ class Contrast:
         units = self.general
         if removal == "contribution" and units.granularity in ("neuron", "head"):
             units = units._replace(units._sums)
-            units.members = {name: members[:1] for name, members in units.members.items()}
+            units.members = {
+                name: tuple(member for member in members if member.reads) for name, members in units.members.items()
+            }
         shapes, packed = expand_units(units, kept, None)
         return Masks.from_bits(packed, shapes, granularity=units.granularity, shardings=units.shardings)
 
@@ -255,6 +257,10 @@ def _check_pair(general: Relevance, undesired: Relevance) -> None:
             raise ValueError(f"the {role} relevance must be a Relevance, got {type(relevance).__name__}")
         if not len(relevance):
             raise ValueError(f"the {role} relevance holds no tensor: was its reference set empty?")
+    if len(general.kinds()) > 1:
+        raise ValueError(
+            f"units of several kinds ({general.granularity}) are not compared with each other: make a contrast of each kind"
+        )
     for what in ("statistic", "composite", "model"):
         mine, theirs = getattr(general, what), getattr(undesired, what)
         if mine != theirs:

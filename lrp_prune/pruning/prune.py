@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
-from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
@@ -72,7 +71,7 @@ def prune(
     with _undone_on_error(model) as zero:
         for target in targets:
             scores = scorer(method, model, **options)
-            if isinstance(scores, RelevanceAccumulator):  # the others look at no data
+            if scores.needs_data:
                 collect(scores, reference, model, chunks)
             masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
             zero(masks)

@@ -13,7 +13,9 @@ from lrp_prune.attribution.observers import fingerprint, scored_parameters
 from lrp_prune.attribution.running import run, subject_of
 from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.attribution.targets import Target
-from lrp_prune.relevance import Relevance
+from lrp_prune.members import Member
+from lrp_prune.pruning.units import weight_norms
+from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import local_part, sharding_of
 
 
@@ -35,24 +37,30 @@ METHODS: dict[str, Defaults] = {
     "random": Defaults(None, "random", "layer", None, False),
 }
 """Methods and their defaults for weights."""
+PROPAGATING: tuple[str, ...] = ("lrp", "gradient")
+"""The methods that have a composite and a statistic."""
 
 
-def defaults_of(method: str, granularity: str = "weight") -> Defaults:
+def defaults_of(method: str, granularity: str | Sequence[str] = "weight") -> Defaults:
     """The defaults of a method.
 
     Raises:
-        ValueError: if there is no such method.
+        ValueError: if there is no such method, or granularity.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    if granularity == "weight":
-        return METHODS[method]
-    composite = "attnlrp" if method == "lrp" else METHODS[method].composite
-    return Defaults(composite, "abs_token", "global", None, METHODS[method].needs_data)
+    kinds, best = granularities_of(granularity), METHODS[method]
+    if kinds == ("weight",):
+        return best
+    # Which units there are is seen in a forward only; rows of embeddings are known without.
+    needs_data = best.needs_data or kinds != ("embedding",)
+    if method not in PROPAGATING:
+        return best._replace(scope="layer", needs_data=needs_data)
+    return Defaults("attnlrp" if method == "lrp" else best.composite, "abs_token", "global", None, needs_data)
 
 
 def selection_options(
-    method: str, granularity: str, scope: str | None, ranking: str, normalize: str | None
+    method: str, granularity: str | Sequence[str], scope: str | None, ranking: str, normalize: str | None
 ) -> dict[str, Any]:
     """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
     best = defaults_of(method, granularity)
@@ -66,7 +74,13 @@ def selection_options(
 class Scorer(Protocol):
     """Scores weights or units: fed with batches, read once."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """Samples that it was fed with."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it has to be fed at all."""
 
     def update(self, batch: Any) -> None:
         """Add one batch."""
@@ -76,13 +90,23 @@ class Scorer(Protocol):
 
 
 class _DataFree:
-    """Magnitude :math:`|W|`, or uniform random numbers that depend on the seed and the weight's name only."""
+    """Magnitude of weights or rows of embeddings, or uniform random numbers that depend on the seed and the name only."""
+
+    needs_data = False
 
     def __init__(
-        self, model: nn.Module, method: str, seed: int, include: Any, exclude: Any, trainable_only: bool
+        self,
+        model: nn.Module,
+        method: str,
+        granularity: str,
+        seed: int,
+        include: Any,
+        exclude: Any,
+        trainable_only: bool,
     ) -> None:
         self._model, self._method, self._seed = subject_of(model).module, method, seed
-        self._parameters = scored_parameters(self._model, include, exclude, trainable_only)
+        self._rows = granularity == "embedding"
+        self._parameters = scored_parameters(self._model, include, exclude, trainable_only, self._rows)
         self.num_samples = 0
 
     def update(self, batch: Any) -> None:
@@ -90,14 +114,18 @@ class _DataFree:
 
     def compute(self) -> Relevance:
         """The scores."""
-        values = {name: self._score(name, parameter) for name, parameter in self._parameters.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        rows = {name: (Member.of_slices(name, shape, 0, shape[0]),) for name, shape in shapes.items()}
+        score = self._row_scores if self._rows else self._score
         return Relevance(
-            values,
+            {name: score(name, parameter) for name, parameter in self._parameters.items()},
+            granularity="embedding" if self._rows else "weight",
             statistic=self._method,
             composite="",
             target="",
             model=fingerprint(self._model),
-            parameter_shapes={name: tuple(parameter.shape) for name, parameter in self._parameters.items()},
+            parameter_shapes=shapes,
+            members=rows if self._rows else None,
             shardings=shardings_of(self._model),
         )
 
@@ -105,11 +133,49 @@ class _DataFree:
         weight = local_part(parameter)
         if self._method == "magnitude":
             return weight.abs()
-        generator = torch.Generator().manual_seed(
-            self._seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name))
-        )
-        whole, sharding = torch.rand(parameter.shape, generator=generator), sharding_of(parameter, name)
+        whole, sharding = random_values(name, parameter.shape, self._seed), sharding_of(parameter, name)
         return (whole if sharding is None else sharding.part(whole).clone()).to(weight.device)
+
+    def _row_scores(self, name: str, parameter: Tensor) -> Tensor:
+        if self._method == "random":
+            return random_values(name, parameter.shape[:1], self._seed)
+        rows = int(parameter.shape[0])
+        return weight_norms(self._model, [Member.of_slices(name, parameter.shape, 0, rows)], rows)
+
+
+def random_values(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Uniform in [0, 1), by seed and name only."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name)))
+    return torch.rand(tuple(shape), generator=generator)
+
+
+class _OfUnits:
+    """Units by the root mean square of all weights that they own, or at random; a batch shows which units there are."""
+
+    needs_data = True
+
+    def __init__(self, structure: RelevanceAccumulator, model: nn.Module, method: str, seed: int) -> None:
+        self._structure, self._method, self._seed = structure, method, seed
+        self._model = subject_of(model).module
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were seen."""
+        return self._structure.num_samples
+
+    def update(self, batch: Any) -> None:
+        """See which units there are; the first batch tells."""
+        if self.num_samples == 0:
+            self._structure.update(batch)
+
+    def compute(self) -> Relevance:
+        """The scores."""
+        units = self._structure.compute()
+        if self._method == "random":
+            values = {name: random_values(name, units[name].shape, self._seed) for name in units}
+        else:
+            values = {name: weight_norms(self._model, units.members[name], len(units[name])) for name in units}
+        return units.with_values(values, self._method)
 
 
 def _explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:
@@ -131,7 +197,7 @@ def scorer(
     target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
     composite: str | Composite | None = None,
     statistic: str | None = None,
-    granularity: str = "weight",
+    granularity: str | Sequence[str] = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 0,
@@ -142,7 +208,7 @@ def scorer(
     unruled: str = "warn",
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Scorer:
-    """The scorer of a method, with the method's defaults where None is given.
+    r"""The scorer of a method, with the method's defaults where None is given.
 
     Args:
         method: ``"lrp"``; ``"gradient"`` (gradient x weight); ``"wanda"`` (arXiv 2306.11695); ``"magnitude"``; ``"random"``.
@@ -150,7 +216,9 @@ def scorer(
         target: see :func:`lrp_prune.attribute`.
         composite: rules, for ``lrp``.
         statistic: see :func:`lrp_prune.attribute`, for ``lrp`` and ``gradient``.
-        granularity: units, for ``lrp`` and ``gradient``.
+        granularity: weights, or kinds of units. Of units, ``wanda`` is the norm of what a unit contributes to the layers that
+            read it, :math:`(\sum_{c \in u} \|w_c\|^2 \|a_c\|^2)^{1/2}`, and ``magnitude`` the root mean square of all
+            weights that it owns.
         include: patterns of parameters to score.
         exclude: patterns of parameters to leave out.
         seed: of ``random``.
@@ -165,22 +233,22 @@ def scorer(
         ValueError: for an unknown method, or an argument that the method does not have.
     """
     defaults = defaults_of(method, granularity)
-    if method not in ("lrp", "gradient"):
+    if method not in PROPAGATING:
         given = {"composite": composite, "statistic": statistic}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"method {method!r} has no {name}, got {value!r}")
-        if granularity != "weight":
-            raise ValueError(f"method {method!r} scores weights, not {granularity}s: use 'lrp' or 'gradient'")
     if method == "gradient" and composite not in (None, "gradient"):
         raise ValueError(f"method 'gradient' has no composite, got {composite!r}: use method='lrp'")
-    if method in ("magnitude", "random"):
-        return _DataFree(model, method, seed, include, exclude, trainable_only)
-    return RelevanceAccumulator(
+    kinds = granularities_of(granularity)
+    data_free = method in ("magnitude", "random")
+    if data_free and kinds in (("weight",), ("embedding",)):
+        return _DataFree(model, method, kinds[0], seed, include, exclude, trainable_only)
+    accumulator = RelevanceAccumulator(
         model,
-        target=_explaining_nothing(model, target) if method == "wanda" else target,
+        target=target if method in PROPAGATING else _explaining_nothing(model, target),
         composite=composite or defaults.composite or "gradient",
-        statistic=statistic or defaults.statistic,
+        statistic="structure" if data_free else statistic or defaults.statistic,
         granularity=granularity,
         include=include,
         exclude=exclude,
@@ -191,3 +259,4 @@ def scorer(
         unruled=unruled,
         forward_context=forward_context,
     )
+    return _OfUnits(accumulator, model, method, seed) if data_free else accumulator

@@ -49,6 +49,9 @@ def select(
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over.
 
+    Units of several kinds (``granularity=["head", "neuron"]``) are selected kind by kind, each to the sparsity asked for:
+    ``{"head:*": 0.2, "neuron:*": 0.4}`` gives each its own.
+
     Relevance of a sharded model is selected from by all its processes together, and the masks are divided as it is: the
     same as in one process, whatever the number of processes, up to scores that tie within rounding.
 
@@ -76,7 +79,12 @@ def select(
         raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
     if not len(relevance):
         raise ValueError("the relevance holds no tensor: was everything excluded?")
-    groups = groups_by_pattern(list(relevance), sparsity)
+    groups = [
+        (among, rate)
+        for names, rate in groups_by_pattern(list(relevance), sparsity)
+        for kind in relevance.kinds().values()  # what is a head is not compared with what is a neuron
+        if (among := [name for name in names if name in kind])
+    ]
     for _, rate in groups:
         _check_reachable(parsed, rate)
     if normalize is not None:

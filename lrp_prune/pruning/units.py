@@ -1,16 +1,20 @@
 """Units and the parameter entries they own: neurons, heads and blocks, as masks of parameters."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrp_prune.members import Member
+from lrp_prune.names import named_parameters
 from lrp_prune.pruning import bits
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.sharding import local_part, sharding_of
 
 if TYPE_CHECKING:
-    from lrp_prune.relevance import Member, Relevance
+    from lrp_prune.relevance import Relevance
 
 
 def existing_units(
@@ -22,18 +26,16 @@ def existing_units(
     result = {}
     for name, (number,) in units.items():
         alive = torch.zeros(number, dtype=torch.bool)
-        for member, size in _members(relevance, name, number):
+        for member in _members(relevance, name):
             if member.parameter not in existing:
                 alive.fill_(True)
                 continue
-            mask = existing.local(member.parameter).movedim(member.dim, 0)
-            indices = torch.zeros(size, dtype=torch.bool)
-            here, owned = _indices_here(relevance, member, size)
-            indices[owned] = mask[here].unsqueeze(-1).flatten(1).any(dim=1)
-            sharding = relevance.shardings.get(member.parameter)
-            if sharding is not None:
-                indices = sharding.all_reduced(indices.to(torch.uint8), "MAX").to(torch.bool)
-            alive |= indices.reshape(number, -1).any(dim=1)
+            mask, sharding = existing.local(member.parameter), relevance.shardings.get(member.parameter)
+            if sharding is None:
+                alive |= member.any_kept(mask, number)
+            else:
+                here = Member(member.parameter, sharding.part(member.owners)).any_kept(mask, number)
+                alive |= sharding.all_reduced(here.to(torch.uint8), "MAX").to(torch.bool)
         result[name] = bits.pack(alive)
     return result
 
@@ -42,12 +44,11 @@ def expand_units(
     relevance: "Relevance", chosen: Mapping[str, Tensor], existing: Masks | None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
     """Shapes and packed masks of all parameters that the groups' units own entries of; ``existing`` joins in."""
-    parameters: dict[str, list[tuple[Member, int, Tensor]]] = {}
+    parameters: dict[str, list[tuple[Member, Tensor]]] = {}
     for name, packed in chosen.items():
-        number = relevance[name].numel()
-        alive = bits.unpack(packed, (number,))
-        for member, size in _members(relevance, name, number):
-            parameters.setdefault(member.parameter, []).append((member, size, alive))
+        alive = bits.unpack(packed, (relevance[name].numel(),))
+        for member in _members(relevance, name):
+            parameters.setdefault(member.parameter, []).append((member, alive))
     shapes = {name: tuple(relevance.parameter_shapes[name]) for name in parameters}
     masks = {}
     for name, owned in parameters.items():
@@ -56,25 +57,33 @@ def expand_units(
         mask = (
             existing.local(name) if existing is not None and name in existing else torch.ones(shape, dtype=torch.bool)
         )
-        for member, size, alive in owned:
-            here, there = _indices_here(relevance, member, size)
-            pruned = (~alive).repeat_interleave(member.width)[there].nonzero().view(-1)
-            mask.narrow(member.dim, here.start, here.stop - here.start).index_fill_(member.dim, pruned, False)
+        for member, alive in owned:
+            kept = member.kept(alive)
+            mask &= kept if sharding is None else sharding.part(kept)
         masks[name] = bits.pack(mask)
     return shapes, masks
 
 
-def _indices_here(relevance: "Relevance", member: "Member", size: int) -> tuple[slice, slice]:
-    """Of a member's first ``size`` indices those that this process has: where they are here, and which they are."""
-    sharding = relevance.shardings.get(member.parameter)
-    if sharding is None or sharding.dim != member.dim:
-        return slice(0, size), slice(0, size)
-    start, stop = (min(bound, size) for bound in sharding.bounds)
-    return slice(0, stop - start), slice(start, stop)
+def weight_norms(model: nn.Module, members: Iterable[Member], units: int) -> Tensor:
+    """The root mean square of all weights that each unit owns: float32 ``[units]``."""
+    parameters = named_parameters(model)
+    squares, counts = torch.zeros(units + 1, dtype=torch.float64), torch.zeros(units + 1, dtype=torch.float64)
+    for member in members:
+        parameter = parameters[member.parameter]
+        sharding, here = sharding_of(parameter, member.parameter), local_part(parameter)
+        owners = member.owners if sharding is None else sharding.part(member.owners)
+        shared = [axis for axis, size in enumerate(owners.shape) if size == 1]
+        own = here.to(torch.float32).square().sum(shared, keepdim=True) if shared else here.to(torch.float32).square()
+        found = torch.zeros(units + 1, dtype=torch.float64)
+        found.index_add_(0, owners.reshape(-1).long(), own.cpu().double().reshape(-1))  # those of nobody are the last
+        squares += found if sharding is None else sharding.all_reduced(found)
+        repeats = math.prod(size for axis, size in enumerate(parameter.shape) if member.owners.shape[axis] == 1)
+        counts.index_add_(0, member.owners.reshape(-1).long(), torch.full((member.owners.numel(),), repeats).double())
+    return (squares[:units] / counts[:units].clamp(min=1)).sqrt().float()
 
 
-def _members(relevance: "Relevance", name: str, number: int) -> Iterator[tuple["Member", int]]:
-    """A group's members with the indices that its units own along their dimension."""
+def _members(relevance: "Relevance", name: str) -> Iterator[Member]:
+    """A group's members, each of which fits the shape of its parameter."""
     if not relevance.members.get(name):
         raise ValueError(
             f"the relevance does not say which parameters the {relevance.granularity}s of {name} own (members)"
@@ -85,10 +94,14 @@ def _members(relevance: "Relevance", name: str, number: int) -> Iterator[tuple["
             raise ValueError(
                 f"the relevance does not give the shape of {member.parameter}, which {name} owns entries of"
             )
-        size = number * member.width
-        if size > shape[member.dim]:
+        owners = tuple(member.owners.shape)
+        if len(owners) != len(shape) or any(mine not in (1, size) for mine, size in zip(owners, shape, strict=True)):
             raise ValueError(
-                f"{number} {relevance.granularity}s of {member.width} in {name} need {size} indices along dimension "
-                f"{member.dim} of {member.parameter}, which has shape {tuple(shape)}"
+                f"the owners of {member.parameter} in {name} have shape {owners}, which does not fit its shape {tuple(shape)}"
             )
-        yield member, size
+        if int(member.owners.max()) >= relevance[name].numel():
+            raise ValueError(
+                f"{member.parameter} has entries of unit {int(member.owners.max())} of {name}, which has "
+                f"{relevance[name].numel()} {relevance.granularity}s"
+            )
+        yield member

@@ -1,11 +1,13 @@
 """Neurons, heads, blocks and embedding rows: what they are, what their relevance is, and that masks remove just them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from small_models import CAUSAL, batch_for, build, forward
 from torch import Tensor, nn
+from units import without
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
@@ -192,7 +194,7 @@ def test_units_are_chosen_by_patterns_of_their_layers() -> None:
     model, batch = build("llama"), batch_for("llama")
     neurons = lrp_prune.attribute(model, [batch], granularity="neuron", include=["model.layers.1.*"])
     assert list(neurons) == ["model.layers.1.mlp.down_proj"]
-    with pytest.raises(ValueError, match="no head received relevance"):
+    with pytest.raises(ValueError, match="Sequential has no head"):
         lrp_prune.attribute(
             nn.Sequential(nn.Linear(3, 3)), [(torch.randn(2, 3), torch.tensor([0, 1]))], granularity="head"
         )
@@ -221,4 +223,209 @@ def test_units_are_found_under_every_composite(name: str, composite: str) -> Non
 def test_a_weight_of_one_row_has_its_dimensions_told_apart() -> None:
     model = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 2))
     relevance = lrp_prune.attribute(model, [(torch.rand(8, 1), torch.randint(2, (8,)))], granularity="neuron")
-    assert {(member.parameter, member.dim) for member in relevance.members["4"]} >= {("4.weight", 1), ("2.weight", 0)}
+    owned = {member.parameter: tuple(member.owners.shape) for member in relevance.members["4"]}
+    assert owned == {"4.weight": (1, 1), "2.weight": (1, 1), "2.bias": (1,)}
+    owned = {member.parameter: tuple(member.owners.shape) for member in relevance.members["2"]}
+    assert owned == {"2.weight": (1, 6), "0.weight": (6, 1), "0.bias": (6,)}
+
+
+def test_slices_and_gates_keep_heads_apart() -> None:
+    """Sinks that are cut off the pattern by a slice, and outputs that are gated before they are projected."""
+
+    class Attention(nn.Module):
+        def __init__(self, gated: bool) -> None:
+            super().__init__()
+            self.gated = gated
+            self.qkv, self.gate, self.out = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+            scores = torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1]
+            y = (scores @ v).transpose(1, 2).reshape(x.shape)
+            y = y * self.gate(x).sigmoid() if self.gated else y
+            return self.out(y).mean(1)
+
+    for gated in (False, True):
+        relevance = lrp_prune.attribute(
+            Attention(gated).eval(), [(torch.randn(2, 5, 8), torch.tensor([0, 1]))], granularity="head"
+        )
+        (member,) = relevance.members["out"]
+        assert (member.parameter, member.dim, member.width) == ("out.weight", 1, 4) and len(relevance["out"]) == 2
+
+
+def test_heads_that_are_interleaved_are_told_apart() -> None:
+    class Interleaved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 3).permute(2, 0, 3, 1, 4)
+            y = (q @ k.mT).softmax(-1) @ v  # [samples, heads, tokens, width]
+            return self.out(y.permute(0, 2, 3, 1).reshape(x.shape)).mean(1)
+
+    relevance = lrp_prune.attribute(
+        Interleaved().eval(), [(torch.randn(2, 5, 6), torch.tensor([0, 1]))], granularity="head"
+    )
+    assert relevance.members["out"][0].owners.tolist() == [[0, 1, 0, 1, 0, 1]]
+
+
+class Residual(nn.Module):
+    """Two blocks, normed before or after, in sequence or side by side, and a head."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.one = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+        self.two = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6), nn.LayerNorm(6))
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.form == "in sequence":
+            x = x + self.scale * self.one(x)
+            x = self.two(x) + x
+        elif self.form == "side by side":
+            x = x + (self.one(x) + self.two(x))
+        elif self.form == "in place":
+            x += self.one(x)
+            x += self.two(x)
+        else:
+            x = nn.functional.layer_norm(x + self.one(x), (6,)) + self.two(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("form", ["in sequence", "side by side", "in place"])
+def test_blocks_are_what_layers_write_onto_a_stream(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(form).eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        model.two[4].bias.fill_(0.5)
+    blocks = lrp_prune.attribute(model, [(x, torch.zeros(5, dtype=torch.int64))], granularity="block")
+    assert list(blocks) == ["one.3", "two.3"]
+    assert [member.parameter for member in blocks.members["two.3"]] == [
+        "two.3.weight",
+        "two.3.bias",
+        "two.4.weight",
+        "two.4.bias",
+    ]
+    for branch, group in ((model.one, "one.3"), (model.two, "two.3")):
+        handle = branch.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+        expected = model(x)
+        handle.remove()
+        with without(blocks, group, 0, model):
+            torch.testing.assert_close(model(x), expected)
+        assert not torch.allclose(model(x), expected)
+
+
+KINDS = ("neuron", "head", "block", "embedding")
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradient", "wanda", "magnitude", "random"])
+@pytest.mark.parametrize("granularity", KINDS)
+def test_every_method_prunes_the_same_units(granularity: str, method: str) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    reference = lrp_prune.attribute(model, [batch], granularity=granularity)
+    masks = lrp_prune.prune(model, [batch], 0.5, method=method, granularity=granularity, scope="layer")
+    assert masks.granularity == granularity
+    assert set(masks) == {member.parameter for members in reference.members.values() for member in members}
+    for group, members in reference.members.items():
+        units = len(reference[group])
+        kept = sum(int(member.any_kept(masks[member.parameter], units).sum()) for member in members[:1])
+        assert kept == units - round(units / 2)
+
+
+def test_units_by_magnitude_have_the_mean_square_of_what_they_own() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    scorer = lrp_prune.pruning.scorer("magnitude", model, granularity="neuron")
+    scorer.update(batch)
+    layer = model.model.layers[0].mlp
+    owned = torch.cat([layer.down_proj.weight.T, layer.gate_proj.weight, layer.up_proj.weight], 1)
+    torch.testing.assert_close(scorer.compute()["model.layers.0.mlp.down_proj"], owned.detach().square().mean(1).sqrt())
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "head", "block"])
+def test_units_by_wanda_have_the_norm_of_what_they_contribute(granularity: str) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    scorer = lrp_prune.pruning.scorer("wanda", model, granularity=granularity)
+    scorer.update(batch)
+    group = f"model.layers.0.{'self_attn.o_proj' if granularity == 'head' else 'mlp.down_proj'}"
+    read: list[Tensor] = []
+    handle = model.get_submodule(group).register_forward_pre_hook(lambda _, args: read.append(args[0].reshape(14, -1)))
+    forward(model, batch)
+    handle.remove()
+    contributed = model.get_submodule(group).weight.detach().square().sum(0) * read[0].square().sum(0) / 2
+    width = {"neuron": 1, "head": 8, "block": 48}[granularity]
+    torch.testing.assert_close(scorer.compute()[group], contributed.view(-1, width).sum(1).sqrt())
+
+
+def test_units_of_convolutions_by_wanda_in_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1, groups=2), nn.Flatten(), nn.Linear(6 * 9, 3)
+    )
+    x = torch.randn(2, 4, 3, 3)
+    scorer = lrp_prune.pruning.scorer("wanda", model, granularity="neuron")
+    scorer.update((x, torch.tensor([0, 1])))
+    energy = model[:2](x).square().sum((0, 2, 3))
+    weights = model[2].weight.detach().square().sum((2, 3)).view(2, 3, 4).sum(1).view(-1)
+    torch.testing.assert_close(scorer.compute()["2"], (energy * weights / 2).sqrt())
+
+
+def test_rows_of_an_embedding_by_wanda_count_how_often_they_are_looked_up() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    scorer = lrp_prune.pruning.scorer("wanda", model, granularity="embedding")
+    scorer.update(batch)
+    counts = torch.bincount(batch["input_ids"].view(-1), minlength=50)
+    table = model.model.embed_tokens.weight.detach()
+    torch.testing.assert_close(
+        scorer.compute()["model.embed_tokens.weight"], (counts * table.square().sum(1) / 2).sqrt()
+    )
+
+
+def test_units_of_several_kinds_are_pruned_kind_by_kind() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    both = lrp_prune.attribute(model, [batch], granularity=["head", "neuron"])
+    assert both.granularity == "head,neuron"
+    apart = {kind: lrp_prune.attribute(model, [batch], granularity=kind) for kind in ("head", "neuron")}
+    for kind, alone in apart.items():
+        for group, values in alone.items():
+            torch.testing.assert_close(both[f"{kind}:{group}"], values)
+    masks = lrp_prune.select(both, {"head:*": 0.25, "neuron:*": 0.5}, scope="global")
+    for kind, sparsity in (("head", 0.25), ("neuron", 0.5)):
+        alone = lrp_prune.select(apart[kind], sparsity, scope="global")
+        assert all(torch.equal(masks[name], alone[name]) for name in alone)
+    halves = lrp_prune.select(both, 0.5, scope="global")
+    heads = lrp_prune.select(apart["head"], 0.5, scope="global")
+    assert all(torch.equal(halves[name], heads[name]) for name in heads)
+    more = lrp_prune.select(both, 0.75, scope="global", existing=halves)
+    assert all(not (more[name] & ~halves[name]).any() for name in halves)
+
+
+def test_units_of_several_kinds_are_saved(tmp_path: Path) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    both = lrp_prune.attribute(model, [batch], granularity=["block", "neuron"])
+    both.save(tmp_path / "units.safetensors")
+    again = Relevance.load(tmp_path / "units.safetensors")
+    assert again.members == both.members and again.kinds() == both.kinds()
+    (both + again).normalized("mean")
+
+
+@pytest.mark.parametrize("given", [["weight", "head"], ["head", "head"], [], ["heads"]])
+def test_impossible_lists_of_granularities_are_refused(given: list[str]) -> None:
+    with pytest.raises(ValueError, match="granularit"):
+        lrp_prune.attribute(build("llama"), [batch_for("llama")], granularity=given)
+
+
+def test_units_of_excluded_or_frozen_layers_are_left_alone() -> None:
+    def three() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    batch = (torch.randn(8, 4), torch.randint(2, (8,)))
+    model = three()
+    assert list(lrp_prune.attribute(model, [batch], granularity="neuron", exclude=["0"])) == ["4"]
+    assert list(lrp_prune.attribute(model, [batch], granularity="neuron", include=["0"])) == ["2"]
+    model[2].requires_grad_(False)
+    frozen = lrp_prune.attribute(model, [batch], granularity="neuron", trainable_only=True)
+    assert list(frozen) == ["2"]

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from lrp_prune.members import Member
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.scopes import number_to_prune, parse_scope
-from lrp_prune.relevance import Member, Relevance
+from lrp_prune.relevance import Relevance
 
 SHAPES = {
     "layers.0.attention.weight": (6, 8),
@@ -189,14 +190,12 @@ def test_what_is_not_finite_is_refused_by_name(scope):
 
 
 def neurons(**values):
-    members = {
-        name: (Member(f"{name}.up", 0, 1), Member(f"{name}.up_bias", 0, 1), Member(f"{name}.down", 1, 1))
-        for name in values
-    }
-    shapes = {}
+    members, shapes = {}, {}
     for name, value in values.items():
         n = value.numel()
         shapes |= {f"{name}.up": (n, 5), f"{name}.up_bias": (n,), f"{name}.down": (5, n), f"{name}.other": (3,)}
+        owned = ((f"{name}.up", 0), (f"{name}.up_bias", 0), (f"{name}.down", 1))
+        members[name] = tuple(Member.of_slices(each, shapes[each], dim, n) for each, dim in owned)
     return Relevance(values, granularity="neuron", statistic="signed", members=members, parameter_shapes=shapes)
 
 
@@ -216,8 +215,8 @@ def test_neurons_lose_all_that_belongs_to_them():
 
 
 def test_heads_own_blocks_of_indices():
-    members = {"attention": (Member("q", 0, 4), Member("o", 1, 4))}
     shapes = {"q": (12, 6), "o": (6, 12)}
+    members = {"attention": (Member.of_slices("q", (12, 6), 0, 3), Member.of_slices("o", (6, 12), 1, 3))}
     values = {"attention": torch.tensor([3.0, 1.0, 2.0])}
     relevance = Relevance(values, granularity="head", members=members, parameter_shapes=shapes)
     masks = select(relevance, 0.34, scope="layer")
@@ -251,11 +250,17 @@ def test_members_that_do_not_fit_are_refused():
     values = {"attention": torch.ones(4)}
     with pytest.raises(ValueError, match="which parameters the heads of attention own"):
         select(Relevance(values, granularity="head"), 0.5, scope="layer")
-    members = {"attention": (Member("q", 0, 4),)}
+    members = {"attention": (Member.of_slices("q", (16, 6), 0, 4),)}
     with pytest.raises(ValueError, match="shape of q, which attention owns"):
         select(Relevance(values, granularity="head", members=members), 0.5, scope="layer")
     relevance = Relevance(values, granularity="head", members=members, parameter_shapes={"q": (12, 6)})
-    with pytest.raises(ValueError, match=r"4 heads of 4 in attention need 16 indices along dimension 0 of q"):
+    with pytest.raises(
+        ValueError, match=r"owners of q in attention have shape \(16, 1\), which does not fit .*\(12, 6\)"
+    ):
+        select(relevance, 0.5, scope="layer")
+    members = {"attention": (Member.of_slices("q", (12, 6), 0, 6),)}
+    relevance = Relevance(values, granularity="head", members=members, parameter_shapes={"q": (12, 6)})
+    with pytest.raises(ValueError, match=r"q has entries of unit 5 of attention, which has 4 heads"):
         select(relevance, 0.5, scope="layer")
 
 

@@ -1,0 +1,183 @@
+"""The observers of units: which are scored, what they own, and what comes of their sums."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.shadows import NOTHING
+from lrp_prune.attribution.statistics import BatchLayout
+from lrp_prune.attribution.tracing import UnitTracer
+from lrp_prune.attribution.unit_statistics import ReadStatistic
+from lrp_prune.attribution.unit_table import Group, layer_of
+from lrp_prune.attribution.uses import Observer, Use
+from lrp_prune.members import Member
+from lrp_prune.names import matches
+
+UNIT_KINDS: tuple[str, ...] = ("block", "head", "neuron")
+"""The granularities that are found by tracing, from coarse to fine."""
+
+
+class Choice(NamedTuple):
+    """Which units are wanted: those that a ``chosen`` weight makes, and none that is excluded or has to be left alone."""
+
+    chosen: Mapping[str, Tensor]
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    trainable_only: bool
+
+
+class Units(NamedTuple):
+    """What is known of all units: sums and members by group, and the layers without units, with the reason."""
+
+    sums: dict[str, Tensor]
+    members: dict[str, tuple[Member, ...]]
+    left: dict[str, str]
+
+
+class UnitObservers:
+    """Makes a statistic for each layer that reads units, and groups of units in the end.
+
+    Args:
+        kinds: of units, some of :data:`UNIT_KINDS`.
+        statistic: see :mod:`~lrp_prune.attribution.unit_statistics`; ``"structure"`` finds units and sums nothing.
+        batch: tells samples and tokens apart.
+        parameters: all of the model, by canonical name.
+        choice: which units are wanted.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        statistic: str,
+        batch: BatchLayout,
+        parameters: Mapping[str, nn.Parameter],
+        choice: Choice,
+    ) -> None:
+        self._kinds = [kind for kind in UNIT_KINDS if kind in kinds]
+        self._statistic, self._batch, self._parameters, self._choice = statistic, batch, parameters, choice
+        self.tracer = UnitTracer({name: tuple(entry.shape) for name, entry in parameters.items()}, kinds)
+        self._reads: dict[tuple[str, str], ReadStatistic] = {}
+        self._finished: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._heads: dict[str, tuple[int, Tensor]] = {}
+
+    def observers(self, use: Use) -> list[Observer]:
+        """What observes a use: one statistic for each kind of units that the layer reads."""
+        reading, name = use.reading, use.origin.name
+        if reading is None or use.form.channel_dim is None:
+            return []
+        found: list[Observer] = []
+        for kind in self._kinds:
+            if kind == "neuron" and (reading.neurons is None or reading.passes):
+                continue
+            if kind == "head":
+                dim = use.origin.dim(use.form.in_axis)
+                if reading.heads is None or dim is None:
+                    continue
+                self._heads[name] = dim, reading.heads
+            found.append(self._statistic_of(kind, name))
+        return found
+
+    def _statistic_of(self, kind: str, name: str) -> ReadStatistic:
+        if (kind, name) not in self._reads:
+            units = partial(self._units, kind)
+            self._reads[kind, name] = ReadStatistic(layer_of(name), self._statistic, self._batch, units)
+        return self._reads[kind, name]
+
+    def _units(self, kind: str, use: Use) -> Tensor:
+        assert use.reading is not None
+        if kind == "neuron":
+            assert use.reading.neurons is not None
+            numbers = self.tracer.table.roots(use.reading.neurons)
+            return torch.where(numbers > NOTHING, numbers, -1)
+        if kind == "head":
+            assert use.reading.heads is not None
+            return use.reading.heads
+        return torch.zeros(use.reading.channels, dtype=torch.int32)
+
+    def finish(self) -> Units:
+        """All groups of wanted units, in the order of the model's layers."""
+        self._finished = {key: statistic.finish() for key, statistic in self._reads.items()}
+        units = Units({}, {}, {})
+        for kind in self._kinds:
+            prefix = f"{kind}:" if len(self._kinds) > 1 else ""
+            for name, sums, members in getattr(self, f"_finish_{kind}s")(units.left):
+                units.sums[prefix + name], units.members[prefix + name] = sums, members
+        self._reads, self._finished = {}, {}
+        return units
+
+    def _finish_neurons(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+        groups, unread = self.tracer.table.groups()
+        left.update(unread)
+        self._tell_left(unread)
+        for group in groups:
+            if self._wanted(group.producers, group.readers):
+                yield group.name, self._neuron_sums(group), group.members
+
+    def _neuron_sums(self, group: Group) -> Tensor:
+        sums = torch.zeros(len(group.units))
+        index = {number: place for place, number in enumerate(group.units.tolist())}
+        for reader in group.readers:
+            if ("neuron", reader) in self._finished:
+                numbers, values = self._finished["neuron", reader]
+                roots = self.tracer.table.roots(numbers.to(torch.int32)).tolist()
+                here = [place for place, root in enumerate(roots) if root in index]
+                sums = sums.to(torch.promote_types(sums.dtype, values.dtype))
+                sums.index_add_(
+                    0, torch.tensor([index[roots[place]] for place in here], dtype=torch.int64), values[here]
+                )
+        return sums
+
+    def _finish_heads(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+        for name, (dim, heads) in self._heads.items():
+            if self._wanted((name,), ()):
+                number = int(heads.max()) + 1
+                shape = [len(heads) if axis == dim else 1 for axis in range(self._parameters[name].dim())]
+                yield (
+                    layer_of(name),
+                    self._placed("head", name, number),
+                    (Member(name, heads.reshape(shape), reads=True),),
+                )
+
+    def _finish_blocks(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+        assert self.tracer.blocks is not None
+        for _, name in [key for key in self._finished if key[0] == "block"]:
+            others = self.tracer.blocks.found.get(name)
+            if others is None or not self._wanted((name,), ()):
+                continue
+            owned = [name, *(other for other in self._parameters if other in others)]
+            members = [Member(each, torch.zeros((1,) * self._parameters[each].dim())) for each in owned]
+            yield layer_of(name), self._placed("block", name, 1), tuple(members)
+
+    def _placed(self, kind: str, name: str, number: int) -> Tensor:
+        """Sums of the units 0, 1, ... of a layer."""
+        numbers, values = self._finished[kind, name]
+        return values.new_zeros(number).index_add_(0, numbers, values)
+
+    def _wanted(self, makers: Sequence[str], readers: Sequence[str]) -> bool:
+        chosen, include, exclude, trainable_only = self._choice
+        if any(matches(name, exclude) for name in makers):
+            return False
+        if include is not None:
+            return any(name in chosen for name in (*makers, *readers))
+        if trainable_only and not all(self._parameters[name].requires_grad for name in makers):
+            return False
+        return any(name in chosen for name in makers)
+
+    def _tell_left(self, left: Mapping[str, str]) -> None:
+        """Say once which convolutions have no units: of other layers most have none, and are meant to."""
+        named = [
+            f"{layer_of(name)} ({why})"
+            for name, why in left.items()
+            if self._parameters[name].dim() > 2 and self._wanted((name,), ())
+        ]
+        if named:
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            warnings.warn(
+                f"{len(named)} convolution{'s have' if len(named) > 1 else ' has'} no units that could be removed and "
+                f"{'are' if len(named) > 1 else 'is'} left alone: {'; '.join(named[:3])}{more}",
+                stacklevel=2,
+            )

@@ -1,0 +1,103 @@
+r"""Statistics of units: what arrives at their channels in the layers that read them, reduced over tokens and samples.
+
+With the activation ``a`` of a layer's input channels and the propagated gradient ``d`` of the same channels, the relevance of a
+unit ``u`` at a token is :math:`R_u = \sum_{c \in u} a_c d_c`. Reduced over tokens and samples as weights are
+(:mod:`lrp_prune.attribution.statistics`), and summed over the layers that read the unit. ``input_norm`` is
+:math:`\sum_{c \in u} \|w_c\|^2 \|a_c\|^2` with the weights :math:`w_c` by which the channel is read: Wanda's
+(arXiv 2306.11695) squared contributions, summed over a unit's.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrp_prune.attribution.operands import power_of
+from lrp_prune.attribution.shadows import distinct
+from lrp_prune.attribution.statistics import BatchLayout
+from lrp_prune.attribution.tracing import by_weight, channel_axis
+from lrp_prune.attribution.uses import Use
+
+
+class ReadStatistic:
+    """Sums of the units that one layer reads.
+
+    Args:
+        name: the layer's, in messages.
+        statistic: see the module's docstring.
+        batch: tells samples and tokens apart.
+        units: for a use, the number of the unit of each input channel; below 0 where there is none.
+    """
+
+    operand_dtype: torch.dtype | None = None
+    propagated_dtype: torch.dtype | None = None
+
+    def __init__(self, name: str, statistic: str, batch: BatchLayout, units: Callable[[Use], Tensor]) -> None:
+        self.name, self.statistic, self._batch, self._units = name, statistic, batch, units
+        self.backward_needed = statistic not in ("input_norm", "structure")
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        """Add what the forward alone tells."""
+        if self.statistic != "input_norm":
+            return
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            axis = _axis(use, activation)
+            counted = self._batch.only_counted(activation.detach())
+            energy = _wide(counted).movedim(axis, -1).reshape(-1, activation.shape[axis]).square().sum(0)
+            weights = _wide(use.weight.detach()).square()
+            read = weights * by_weight(use.form, use.weight, energy, reading=True)
+            units = by_weight(use.form, use.weight, self._units(use).to(energy.device), reading=True)
+            self._add(units.expand(read.shape).reshape(-1), read.reshape(-1))
+
+    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
+        """Add one use of one batch."""
+        axis = _axis(use, activation)
+        relevance = self._batch.only_counted(_wide(activation) * _wide(input_gradient)).movedim(axis, -1)
+        units = self._units(use).to(relevance.device)
+        relevance, numbers = _by_unit(relevance, units)
+        if self.statistic == "abs_sample":
+            samples = self._batch.by_sample(relevance, self.name)
+            reduced = samples.reshape(samples.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
+        else:
+            power = {"signed": 0, "abs_token": 1, "squared_token": 2}[self.statistic]
+            reduced = power_of(relevance.reshape(-1, len(numbers)), power, relevance.dtype).sum(0)
+        self._add(numbers, reduced)
+
+    def _add(self, numbers: Tensor, values: Tensor) -> None:
+        if self._parts and torch.equal(self._parts[-1][0], numbers):
+            self._parts[-1] = numbers, self._parts[-1][1] + values
+        else:
+            self._parts.append((numbers, values))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The numbers of the units, and their sums; handed over."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        numbers, values = (torch.cat([part[index].cpu() for part in parts]) for index in (0, 1))
+        units, places = distinct(numbers[numbers >= 0])
+        return units.long(), values.new_zeros(len(units)).index_add_(0, places, values[numbers >= 0])
+
+
+def _by_unit(relevance: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance ``[..., channels]`` summed to ``[..., units]``, and the units' numbers."""
+    numbers, places = distinct(units)
+    if len(numbers) == len(units):
+        return relevance, units
+    width = len(units) // len(numbers)
+    regular = torch.arange(len(numbers), device=units.device).repeat_interleave(width)
+    if width * len(numbers) == len(units) and torch.equal(places, regular):
+        return relevance.reshape(*relevance.shape[:-1], len(numbers), width).sum(-1), numbers
+    summed = relevance.new_zeros(*relevance.shape[:-1], len(numbers))
+    return summed.index_add_(-1, places, relevance), numbers
+
+
+def _axis(use: Use, activation: Tensor) -> int:
+    axis = channel_axis(use.form, use.weight, activation)
+    assert axis is not None
+    return axis
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
