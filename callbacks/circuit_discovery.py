@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lrp_prune.callbacks._averages import trained_weights
 from lrp_prune.callbacks._checks import check_count, check_strategy
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import check_ablation
@@ -22,7 +23,8 @@ class CircuitDiscovery(Callback):
 
     In ``on_validation_epoch_end`` the module's model is run on the task's own prompts (the validation's data are not needed):
     :func:`lrp_prune.circuits.discover` on one part, :func:`lrp_prune.circuits.evaluate` on the other. The sanity check is
-    left out. Weights, gradients, modes and the random state stay as they are. ``circuit/faithfulness`` of the circuit,
+    left out. Weights, gradients, modes and the random state stay as they are. Where ``WeightAveraging`` validates its
+    average, the circuit is that of the trained weights, wherever this callback stands. ``circuit/faithfulness`` of the circuit,
     ``circuit/cpr`` and ``circuit/cmd`` are logged. Under DDP every process does the same, and has the same result.
 
     Example::
@@ -126,7 +128,11 @@ class CircuitDiscovery(Callback):
         ):
             return
         try:
-            with torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+            with (
+                trained_weights(trainer, pl_module, self),
+                torch.inference_mode(False),
+                trainer.precision_plugin.val_step_context(),
+            ):
                 options = {"ablation": self._ablation, **self._options}
                 ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
                 sizes = [*self._sizes, self._size]

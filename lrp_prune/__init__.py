@@ -6,6 +6,8 @@ relevances into a reversible :class:`Patch`, ``lrp_prune.circuits`` finds and ev
 Lightning callbacks are in ``lrp_prune.callbacks``.
 """
 
+from importlib import import_module
+
 from lrp_prune.attribution import Composite, Propagation, attribute, attributing, register_rule
 from lrp_prune.correction import Patch
 from lrp_prune.members import Member
@@ -31,9 +33,19 @@ __all__ = [
 ]
 
 
+# What needs Lightning, or is not always wanted, is imported when it is asked for.
+_MODULES = ("attribution", "callbacks", "circuits", "correction", "metrics", "pruning", "tasks")
+
+
 def __getattr__(name: str) -> object:
-    if name == "CorrectedModule":  # the only public name here that needs Lightning
+    if name == "CorrectedModule":
         from lrp_prune.module import CorrectedModule
 
         return CorrectedModule
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

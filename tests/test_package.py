@@ -31,3 +31,12 @@ def test_every_public_name_exists() -> None:
 def test_the_package_is_typed() -> None:
     assert lrp_prune.__file__ is not None
     assert (Path(lrp_prune.__file__).parent / "py.typed").exists()
+
+
+def test_parts_of_the_package_are_there_without_being_imported(tmp_path: Path) -> None:
+    names = ("attribution", "callbacks", "circuits", "correction", "metrics", "pruning", "tasks")
+    for name in names:
+        code = f"import lrp_prune; print(lrp_prune.{name}.__name__, {name!r} in dir(lrp_prune))"
+        assert _python(code, tmp_path) == f"lrp_prune.{name} True"
+    code = "import lrp_prune; print({'CorrectedModule', 'prune'} <= set(dir(lrp_prune)), hasattr(lrp_prune, 'nothing'))"
+    assert _python(code, tmp_path) == "True False"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.composites import Composite, composite_of
+from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.roots import Root
@@ -29,8 +30,8 @@ class RelevanceAccumulator:
     Args:
         model: any module; of a ``LightningModule`` what :func:`~lrp_prune.attribution.running.subject_of` names is run.
         target: what is explained, see :func:`attribute`.
-        composite: rules.
-        statistic: reduction over tokens and samples.
+        composite: rules; None for the best measured, see :func:`~lrp_prune.attribution.defaults.best_for`.
+        statistic: reduction over tokens and samples; None for the best measured.
         granularity: what relevance is about.
         include: patterns of names to score instead of the default.
         exclude: patterns of names to leave out.
@@ -51,8 +52,8 @@ class RelevanceAccumulator:
         model: nn.Module,
         *,
         target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
-        composite: str | Composite = "attnlrp",
-        statistic: str = "abs_token",
+        composite: str | Composite | None = None,
+        statistic: str | None = None,
         granularity: str | Sequence[str] = "weight",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -64,7 +65,8 @@ class RelevanceAccumulator:
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._subject: Subject = subject_of(model)
-        self._composite = composite_of(composite)
+        best = best_for(granularity)
+        self._composite = composite_of(composite or best.composite)
         self._target = self._subject.own_target if target is None and self._subject.own_target else target_of(target)
         if skip_first < 0:
             raise ValueError(f"skip_first must be 0 or more, got {skip_first}")
@@ -73,7 +75,7 @@ class RelevanceAccumulator:
         sharded = bool(shardings_of(self._subject.module))
         self.table = (ShardedTable if sharded else ObserverTable)(
             self._subject.module,
-            statistic=statistic,
+            statistic=statistic or best.statistic,
             granularity=granularity,
             include=include,
             exclude=exclude,
@@ -161,8 +163,8 @@ def attribute(
     model: nn.Module,
     batches: Iterable[Any],
     target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
-    composite: str | Composite = "attnlrp",
-    statistic: str = "abs_token",
+    composite: str | Composite | None = None,
+    statistic: str | None = None,
     granularity: str | Sequence[str] = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -182,8 +184,11 @@ def attribute(
             logit at the last attended token), ``"class"`` (logit of the true class), a
             :class:`~lrp_prune.attribution.Target` such as ``LogitDifference``, a function of model and batch that returns a
             scalar; None: inferred.
-        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a :class:`~lrp_prune.attribution.Composite`.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights).
+        composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
+            :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights); None:
+            ``"geometric"`` for weights, ``"abs_token"`` for units. So :func:`attribute` and then :func:`lrp_prune.select` do by
+            default what :func:`lrp_prune.prune` does.
         granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes
             them: hidden units, filters), ``"head"`` (what a head writes to the output projection), ``"block"`` (what a layer
             writes onto a residual stream), ``"embedding"`` (rows of embeddings); or several kinds of units, whose groups

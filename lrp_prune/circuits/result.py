@@ -29,7 +29,7 @@ def half_interval(values: Tensor) -> Tensor:
     return half
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationResult:
     r"""What circuits score on a task, over seeds.
 
@@ -61,6 +61,29 @@ class EvaluationResult:
     complements: dict[str, Tensor]
     minimality: Tensor
     description: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """A table: a line for each size."""
+        full, empty = (float(values[self.metric].mean()) for values in (self.full, self.empty))
+        seeds = len(self.full[self.metric])
+        lines = [
+            f"EvaluationResult: {self.ablation} ablation, {self.metric} {full:.3f} of the full model and {empty:.3f} of the "
+            f"empty circuit, {seeds} seed{'s' if seeds > 1 else ''}"
+        ]
+        others = [name for name in self.circuits if name != self.metric]
+        titles = ["nodes", "share", "faithfulness", *(["completeness"] if self.complements else []), *others]
+        rows = [titles]
+        for index, (size, share) in enumerate(zip(self.sizes, self.fractions, strict=True)):
+            half = float(self.faithfulness_interval[index])
+            row = [f"{size:,}", f"{share:.2%}", f"{float(self.faithfulness[index]):.3f}"]
+            row[-1] += "" if math.isnan(half) else f" ± {half:.3f}"
+            row += [f"{float(self.completeness[index]):.3f}"] if self.complements else []
+            rows.append(row + [f"{float(self.mean(name)[index]):.3f}" for name in others])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+        lines += ["  ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+        if len(set(self.sizes)) > 1:
+            lines.append(f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f}")
+        return "\n".join(lines)
 
     @property
     def fractions(self) -> tuple[float, ...]:

@@ -11,17 +11,17 @@ SCHEDULES: tuple[str, ...] = ("one_shot", "linear", "cubic", "exponential")
 
 
 @overload
-def sparsity_schedule(schedule: Schedule, final: float, rounds: int, initial: float = 0.0) -> list[float]: ...
+def sparsity_schedule(schedule: Schedule, sparsity: float, rounds: int, initial: float = 0.0) -> list[float]: ...
 @overload
 def sparsity_schedule(
-    schedule: Schedule, final: Mapping[str, float], rounds: int, initial: float = 0.0
+    schedule: Schedule, sparsity: Mapping[str, float], rounds: int, initial: float = 0.0
 ) -> list[dict[str, float]]: ...
 def sparsity_schedule(
-    schedule: Schedule, final: float | Mapping[str, float], rounds: int, initial: float = 0.0
+    schedule: Schedule, sparsity: float | Mapping[str, float], rounds: int, initial: float = 0.0
 ) -> list[float] | list[dict[str, float]]:
     r"""The total sparsity after each round.
 
-    With the share :math:`x = t / T` of rounds done, from :math:`s_0` (``initial``) to :math:`s_T` (``final``):
+    With the share :math:`x = t / T` of rounds done, from :math:`s_0` (``initial``) to :math:`s_T` (``sparsity``):
 
     * ``"one_shot"``: :math:`s_T` from the first round on;
     * ``"linear"``: :math:`s_0 + (s_T - s_0) x`;
@@ -33,7 +33,7 @@ def sparsity_schedule(
 
     Args:
         schedule: the form, see above.
-        final: total sparsity after the last round; or one for each pattern, each of which follows the schedule on its
+        sparsity: total sparsity after the last round; or one for each pattern, each of which follows the schedule on its
             own. A list or callable then gives the share of each pattern's final sparsity, in [0, 1].
         rounds: number of rounds.
         initial: total sparsity before the first round (named schedules only).
@@ -53,17 +53,17 @@ def sparsity_schedule(
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be a positive integer, got {rounds!r}")
     check_sparsity(initial, "initial")
-    if not isinstance(final, Mapping):
-        return _totals(schedule, check_sparsity(final, "final"), rounds, initial)
-    if not final:
-        raise ValueError("final has no pattern: give a number in [0, 1) or {pattern: number}")
-    for pattern, rate in final.items():
-        check_sparsity(rate, f"final[{pattern!r}]")
+    if not isinstance(sparsity, Mapping):
+        return _totals(schedule, check_sparsity(sparsity), rounds, initial)
+    if not sparsity:
+        raise ValueError("sparsity has no pattern: give a number in [0, 1) or {pattern: number}")
+    for pattern, rate in sparsity.items():
+        check_sparsity(rate, f"sparsity[{pattern!r}]")
     if isinstance(schedule, str):
-        curves = {pattern: _totals(schedule, rate, rounds, initial) for pattern, rate in final.items()}
+        curves = {pattern: _totals(schedule, rate, rounds, initial) for pattern, rate in sparsity.items()}
         return [{pattern: curve[number] for pattern, curve in curves.items()} for number in range(rounds)]
     shares = _given(schedule, rounds, allow_one=True)
-    return [{pattern: share * rate for pattern, rate in final.items()} for share in shares]
+    return [{pattern: share * rate for pattern, rate in sparsity.items()} for share in shares]
 
 
 def _totals(schedule: Schedule, final: float, rounds: int, initial: float) -> list[float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import fingerprint, scored_parameters
 from lrp_prune.attribution.running import run, subject_of
 from lrp_prune.attribution.sharded import shardings_of
@@ -30,7 +31,7 @@ class Defaults(NamedTuple):
 
 
 METHODS: dict[str, Defaults] = {
-    "lrp": Defaults("epsilon", "geometric", "global", None, True),
+    "lrp": Defaults(*best_for("weight"), "global", None, True),
     "gradient": Defaults("gradient", "geometric", "global", None, True),
     "wanda": Defaults(None, "input_norm", "row", None, True),
     "magnitude": Defaults(None, "magnitude", "layer", None, False),
@@ -56,7 +57,8 @@ def defaults_of(method: str, granularity: str | Sequence[str] = "weight") -> Def
     needs_data = best.needs_data or kinds != ("embedding",)
     if method not in PROPAGATING:
         return best._replace(scope="layer", needs_data=needs_data)
-    return Defaults("attnlrp" if method == "lrp" else best.composite, "abs_token", "global", None, needs_data)
+    composite, statistic = best_for(granularity)
+    return Defaults(composite if method == "lrp" else best.composite, statistic, "global", None, needs_data)
 
 
 def selection_options(

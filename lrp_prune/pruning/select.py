@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def select(
     relevance: "Relevance",
     sparsity: float | Mapping[str, float] = 0.5,
-    scope: str = "row",
+    scope: str = "global",
     ranking: str = "absolute",
     normalize: str | None = None,
     existing: Masks | None = None,
@@ -68,11 +68,11 @@ def select(
         >>> values = torch.tensor([[1.0, -3.0, 2.0, 0.0], [7.0, 8.0, -5.0, 6.0]])
         >>> relevance = Relevance({"weight": values}, statistic="signed")
         >>> select(relevance, sparsity=0.5)["weight"]
-        tensor([[False,  True,  True, False],
-                [ True,  True, False, False]])
-        >>> select(relevance, sparsity=0.5, scope="global")["weight"]
         tensor([[False, False, False, False],
                 [ True,  True,  True,  True]])
+        >>> select(relevance, sparsity=0.5, scope="row")["weight"]
+        tensor([[False,  True,  True, False],
+                [ True,  True, False, False]])
     """
     parsed = parse_scope(scope)
     if ranking not in RANKINGS:

@@ -85,7 +85,9 @@ def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
 def test_weight_relevance_is_weight_times_the_gradient_of_the_same_graph() -> None:
     """Signed AttnLRP relevance summed over a layer's weights is what arrives at its input, for a layer without bias."""
     model, batch = build("llama", biases=False).double(), batch_for("llama")
-    relevance = lrp_prune.attribute(model, [batch], target="last_token", statistic="signed", matmul_dtype=None)
+    relevance = lrp_prune.attribute(
+        model, [batch], target="last_token", composite="attnlrp", statistic="signed", matmul_dtype=None
+    )
     with lrp_prune.attributing(model, latent=["model.layers.0.mlp.down_proj"]) as propagation:
         value = model(**batch, use_cache=False).logits[:, -1].amax(-1).sum()
         latent = propagation.relevance(value)["model.layers.0.mlp.down_proj"]
@@ -153,8 +155,9 @@ def test_positions_labelled_minus_100_are_not_explained() -> None:
     model, ids = build("llama"), batch_for("llama", 1, 8)["input_ids"]
     labels = ids.clone()
     labels[:, 5:] = -100
-    cut = lrp_prune.attribute(model, [{"input_ids": ids[:, :5]}], matmul_dtype=None)
-    masked = lrp_prune.attribute(model, [{"input_ids": ids, "labels": labels}], matmul_dtype=None)
+    options: dict[str, Any] = {"statistic": "abs_token", "matmul_dtype": None}
+    cut = lrp_prune.attribute(model, [{"input_ids": ids[:, :5]}], **options)
+    masked = lrp_prune.attribute(model, [{"input_ids": ids, "labels": labels}], **options)
     for name in cut:
         torch.testing.assert_close(cut[name], masked[name], rtol=1e-4, atol=1e-8)
 
@@ -166,8 +169,9 @@ def test_tied_weights_are_one_parameter_with_the_relevance_of_all_uses() -> None
     for layer in (apart[0], apart[2]):
         layer.weight.data.copy_(shared.weight.data)
     x, target = torch.randn(3, 4), lambda model, batch: model(batch).sum()
-    one = lrp_prune.attribute(tied, [x], target=target, matmul_dtype=None)
-    two = lrp_prune.attribute(apart, [x], target=target, matmul_dtype=None)
+    options: dict[str, Any] = {"target": target, "statistic": "abs_token", "matmul_dtype": None}
+    one = lrp_prune.attribute(tied, [x], **options)
+    two = lrp_prune.attribute(apart, [x], **options)
     assert list(one) == ["0.weight"]
     torch.testing.assert_close(one["0.weight"], two["0.weight"] + two["2.weight"])
 

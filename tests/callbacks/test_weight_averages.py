@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from circuit_tasks import small_task
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from small_models import build
 
 import lrp_prune.pruning.scorers as scorers
-from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from lrp_prune import circuits
+from lrp_prune.callbacks import CircuitDiscovery, RelevanceCollector, RelevancePruning
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
@@ -102,3 +105,36 @@ def test_resume_beside_an_average_equals_the_uninterrupted_run(
             module, make_loader(), make_loader(seed=2), ckpt_path=path
         )
         assert same_weights(whole, module), path
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the average", "after the average"])
+def test_circuits_are_those_of_the_trained_weights(make_trainer, first) -> None:
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build("llama")
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            pass
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    trained: list[Any] = []
+
+    class Before(Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            trained.append(copy.deepcopy(pl_module.model))
+
+    tokens = torch.randint(3, 50, (8, 6), generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(tokens, batch_size=2)
+    discovery = CircuitDiscovery(small_task(), "head", "attribution_patching", size=2, held_out=small_task())
+    callbacks = [discovery, ema()] if first else [ema(), discovery]
+    trainer = make_trainer(callbacks=[Before(), *callbacks], max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(Module(), loader, loader)
+    expected = circuits.discover(trained[-1], small_task(), "head", "attribution_patching")
+    for name, scores in expected.scores.items():
+        torch.testing.assert_close(discovery.ranking.scores[name], scores)

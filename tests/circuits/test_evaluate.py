@@ -271,3 +271,16 @@ def test_weights_are_zeroed_under_autocast_too() -> None:
         found.append(result.faithfulness)
     assert found[0].abs().max() > 0
     torch.testing.assert_close(*found)
+
+
+def test_a_result_prints_as_a_table() -> None:
+    result = evaluate("zero", [1, 4])
+    lines = repr(result).splitlines()
+    assert "tensor" not in repr(result) and len(lines) == 5
+    assert lines[0] == (
+        "EvaluationResult: zero ablation, logit_difference 9.500 of the full model and 0.000 of the empty circuit, 1 seed"
+    )
+    assert lines[1].split()[:4] == ["nodes", "share", "faithfulness", "completeness"]
+    assert lines[2].split()[:4] == ["1", "25.00%", "0.421", f"{float(result.completeness[0]):.3f}"]
+    assert lines[3].split()[:3] == ["4", "100.00%", "1.000"]
+    assert lines[4] == f"CPR {result.cpr:.3f}, CMD {result.cmd:.3f}"

@@ -170,3 +170,10 @@ def test_a_module_is_run_by_its_own_target(method: str) -> None:
         kind(), [batch], method=method, target=lambda model, batch: model.encoder(batch[0]).sum()
     )
     assert set(only_encoder) == {"encoder.weight"}
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_step_by_step_is_by_default_what_pruning_is(granularity: str) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    by_steps = lrp_prune.select(lrp_prune.attribute(model, [batch], granularity=granularity), 0.5)
+    assert by_steps == lrp_prune.prune(copy.deepcopy(model), [batch], 0.5, granularity=granularity)

@@ -48,10 +48,10 @@ def test_each_pattern_reaches_its_own_final_sparsity():
     ("arguments", "message"),
     [
         (("quadratic", 0.5, 3), "schedule must be one of"),
-        (("linear", 1.0, 3), r"final must be a number in \[0, 1\), got 1.0"),
+        (("linear", 1.0, 3), r"sparsity must be a number in \[0, 1\), got 1.0"),
         (("linear", -0.1, 3), "got -0.1"),
         (("linear", math.nan, 3), "got nan"),
-        (("linear", {"*": 1.5}, 3), r"final\['\*'\] must be"),
+        (("linear", {"*": 1.5}, 3), r"sparsity\['\*'\] must be"),
         (("linear", {}, 3), "no pattern"),
         (("linear", 0.5, 0), "rounds must be a positive integer, got 0"),
         (("linear", 0.5, 2.0), "rounds must be a positive integer"),
