@@ -76,7 +76,7 @@ def test_scopes_hold_for_lrp(scope: str, sparsity: float) -> None:
         ({"method": "wanda", "statistic": "signed"}, "has no statistic"),
         ({"method": "magnitude", "granularity": "head"}, "scores weights, not heads"),
         ({"method": "gradient", "composite": "attnlrp"}, "has no composite"),
-        ({"target": "class"}, "needs logits"),
+        ({"target": "class"}, "LlamaForCausalLM is a language model: pass target='next_token'"),
     ],
 )
 def test_nothing_changes_where_an_argument_is_wrong(options: dict[str, Any], message: str) -> None:
