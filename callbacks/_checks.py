@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lrp_prune.attribution.composites import COMPOSITES, Composite
+from lrp_prune.models import check_batches
 from lrp_prune.pruning import sparsity_schedule
 from lrp_prune.pruning.keys import RANKINGS
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
@@ -99,6 +100,11 @@ def check_collection(
             f"reference must be batches that can be iterated over again (a list, a DataLoader) or a "
             f"LightningDataModule, got {type(reference).__name__}"
         )
+    if reference is not None and not isinstance(reference, LightningDataModule):
+        try:
+            check_batches(reference, "reference")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
     if reference is not None and iter_once(reference):
         raise MisconfigurationException(
             f"reference is a {type(reference).__name__}, which can be iterated over only once, but each round needs "

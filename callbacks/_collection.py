@@ -16,6 +16,7 @@ from lrp_prune.callbacks._checks import check_collection
 from lrp_prune.callbacks._distributed import agree, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
+from lrp_prune.targets import Inferred
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -57,6 +58,7 @@ class Collection:
         self.dataloader = dataloader
         self.reference = reference
         self.options = options
+        self._inferred = Inferred()  # once for all rounds
         self._scorer: Any = None
         self._progress: CollectionProgress | None = None
         self._taken = 0
@@ -189,7 +191,7 @@ class Collection:
             self._progress.advance()
 
     def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        given = {name: value for name, value in self.options.items() if value is not None}
+        given = {"target": self._inferred, **{name: value for name, value in self.options.items() if value is not None}}
         with torch.inference_mode(False), _misconfiguration():
             return scorers.scorer(
                 self.method, pl_module, forward_context=trainer.precision_plugin.val_step_context, **given

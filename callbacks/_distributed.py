@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from lrp_prune.pruning import Masks
 from lrp_prune.relevance import Relevance
+from lrp_prune.targets import in_words
 
 
 def gathered(trainer: Trainer, value: Any) -> list[Any]:
@@ -52,23 +53,25 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
     Raises:
         Exception: this process's error.
         RuntimeError: another process has an error; see :func:`agree`.
-        MisconfigurationException: no process had a batch.
+        MisconfigurationException: no process had a batch, or they explained different things.
     """
     agree(trainer, error)
     if relevance is not None and (trainer.world_size == 1 or relevance.shardings):
         return relevance  # of a sharded model it is that of all processes already
     names = {name: tuple(tensor.shape) for name, tensor in relevance.sums.items()} if relevance is not None else {}
-    everyone = gathered(trainer, (names, relevance.num_samples if relevance is not None else 0))
-    samples = sum(count for _, count in everyone)
+    samples_here, target = (relevance.num_samples, relevance.target) if relevance is not None else (0, None)
+    everyone = gathered(trainer, (names, samples_here, target))
+    samples = sum(count for _, count, _ in everyone)
     if samples == 0:
         raise MisconfigurationException(
             "no batch reached the collection on any rank: use a larger validation set, another dataloader=, or reference="
         )
+    _check_targets([target for _, _, target in everyone])
     shapes: dict[str, tuple[int, ...]] = {}
-    for theirs, _ in everyone:
+    for theirs, _, _ in everyone:
         shapes.update(theirs)
     described = relevance
-    if described is None or any(set(theirs) != set(shapes) for theirs, _ in everyone):
+    if described is None or any(set(theirs) != set(shapes) for theirs, _, _ in everyone):
         described = _described(trainer, relevance)
     sums = {}
     for name, shape in shapes.items():
@@ -78,6 +81,17 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
         torch.distributed.all_reduce(total)
         sums[name] = total if mine is None else total.to(mine.device)
     return described.with_sums(sums, samples)
+
+
+def _check_targets(targets: list[str | None]) -> None:
+    """Refuse to sum relevance of different things: each process infers the target from its own first batch."""
+    first = next((target for target in targets if target is not None), None)
+    for rank, target in enumerate(targets):
+        if target not in (None, first):
+            raise MisconfigurationException(
+                f"rank {targets.index(first)} explained {in_words(first or '')} ({first!r}), and rank {rank} "
+                f"{in_words(target)} ({target!r}), each as it took its own first batch: pass target= with the one that is meant"
+            )
 
 
 def _described(trainer: Trainer, relevance: Relevance | None) -> Relevance:

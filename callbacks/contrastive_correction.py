@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
-from lrp_prune.attribution.running import undisturbed
 from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
 from lrp_prune.callbacks._collecting import CollectingCallback
@@ -21,6 +20,7 @@ from lrp_prune.correction import Patch, Search, search_amount
 from lrp_prune.correction.combining import merged, renewed
 from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.correction.verifying import resolve_entries
+from lrp_prune.models.states import undisturbed
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import named_parameters
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
@@ -63,7 +63,7 @@ class ContrastiveCorrection(CollectingCallback):
         target: what is explained, see :func:`lrp_prune.attribute`; a logit difference at the tokens that show the
             behaviour serves best.
         undesired_target: what is explained on the undesired set, if it is something else:
-            :class:`~lrp_prune.attribution.RepetitionMargin` or :class:`~lrp_prune.attribution.TokenMargin` say.
+            :class:`~lrp_prune.targets.RepetitionMargin` or :class:`~lrp_prune.targets.TokenMargin` say.
         composite, statistic, granularity, include, exclude, skip_first, accumulate_on: see
             :class:`lrp_prune.attribution.RelevanceAccumulator`.
         normalize, guard, guard_scope, reverse: see :class:`lrp_prune.correction.Contrast`.

@@ -36,8 +36,8 @@ from language_model import (
 )
 from transformers import PreTrainedModel
 
-from lrp_prune.attribution import RepetitionMargin
 from lrp_prune.metrics import response_uniqueness_ratio
+from lrp_prune.targets import RepetitionMargin
 
 Tokens = list[list[int]]
 

@@ -33,8 +33,8 @@ from language_model import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrp_prune.attribution import TokenMargin
 from lrp_prune.metrics import toxicity
+from lrp_prune.targets import TokenMargin
 
 Tokens = list[list[int]]
 PROFANE = 0.5

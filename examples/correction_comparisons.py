@@ -7,7 +7,7 @@ from correction_study import IGNORED, Batch, Result, Study
 from torch import Tensor, nn
 
 from lrp_prune import Patch
-from lrp_prune.attribution.running import run, subject_of
+from lrp_prune.models import run, subject_of
 from lrp_prune.names import named_parameters
 
 

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lrp_prune.attribution.running import is_causal, logits_of, run
+from lrp_prune.models.outputs import answer_of, logits_for
+from lrp_prune.models.profile import profile_of
+from lrp_prune.targets.classes import are_shares
+from lrp_prune.targets.layout import classes_last
 
 Extension = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
 
@@ -92,11 +95,11 @@ class MetricNames(dict[int, str]):
 class PlainSteps(LightningModule):
     """Training, validation, test and prediction of a plain model, such as a Hugging Face one.
 
-    The loss is the model's own (``output.loss``, with ``labels`` in the batch), else the cross-entropy of its logits. A
-    causal language model's batch without labels is trained on its ``input_ids``.
+    The loss is the model's own (``output.loss``, with ``labels`` in the batch), else the cross-entropy of its logits and integer
+    labels, one for each sample, token or pixel. A causal language model's batch without labels is trained on its ``input_ids``.
 
     Args:
-        model: called with a mapping's entries as keywords, with the first of a tuple, or with the batch.
+        model: called with a mapping's entries as keywords; with other batches as :func:`lrp_prune.models.call_of` says.
         make_optimizer: from parameters to an optimizer; AdamW with a learning rate of 1e-5 by default.
     """
 
@@ -115,7 +118,7 @@ class PlainSteps(LightningModule):
     def _loss(self, batch: Any) -> Tensor:
         if isinstance(batch, Mapping):
             labels = batch.get("labels")
-            if labels is None and is_causal(self.model) and "input_ids" in batch:
+            if labels is None and profile_of(self.model).causal and "input_ids" in batch:
                 labels = batch["input_ids"]
                 if batch.get("attention_mask") is not None:
                     labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
@@ -124,7 +127,14 @@ class PlainSteps(LightningModule):
             if isinstance(loss, Tensor):
                 return loss
         elif isinstance(batch, tuple | list) and len(batch) == 2:
-            return nn.functional.cross_entropy(logits_of(self.model(batch[0])), batch[1])
+            logits, labels = answer_of(self.model, batch)
+            if labels is not None and labels.shape == logits.shape and labels.dim() == 2 and are_shares(labels):
+                return nn.functional.cross_entropy(logits, labels.to(logits.dtype))
+            if labels is not None and not labels.is_floating_point():
+                profile = profile_of(self.model)
+                fitting = logits if labels.dim() == 1 else classes_last(logits, labels, profile)
+                if fitting is not None and fitting.dim() == labels.dim() + 1:
+                    return nn.functional.cross_entropy(fitting.flatten(0, -2), labels.flatten().long())
         raise ValueError(
             f"{type(self.model).__name__} gives no loss for this batch: add labels, or wrap the model in a "
             "LightningModule with a training_step"
@@ -146,7 +156,7 @@ class PlainSteps(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The logits."""
-        return logits_of(run(self.model, batch))
+        return logits_for(self.model, batch)
 
     def configure_optimizers(self) -> Optimizer:
         """The optimizer of the parameters that require gradients."""

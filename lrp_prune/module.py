@@ -10,7 +10,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
-from lrp_prune.attribution.running import subject_of
 from lrp_prune.checkpointing import after_load, before_load, loading, packed, saving, unpacked, without_corrections
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import check_strength
@@ -18,6 +17,7 @@ from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import awaited
 from lrp_prune.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
+from lrp_prune.models.subject import subject_of
 from lrp_prune.names import unwrap
 from lrp_prune.sharding import is_first, mesh_of
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.observers import ObserverTable, scored_parameters
 from lrp_prune.attribution.propagation import propagating
-from lrp_prune.attribution.running import logits_of, run, subject_of, undisturbed
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.calling import run
+from lrp_prune.models.outputs import logits_of
+from lrp_prune.models.states import undisturbed
+from lrp_prune.models.subject import subject_of
 from lrp_prune.names import class_name, named_parameters
 from lrp_prune.pruning.scorers import defaults_of
 

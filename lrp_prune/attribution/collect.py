@@ -14,12 +14,16 @@ from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.roots import Root
-from lrp_prune.attribution.running import Subject, counted_tokens, samples_in, subject_of, to_device, undisturbed
 from lrp_prune.attribution.sharded import ShardedTable, shardings_of
-from lrp_prune.attribution.targets import Target, describe, target_of
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.batches import check_batches, samples_in, to_device
+from lrp_prune.models.padding import counted_tokens
+from lrp_prune.models.profile import profile_of
+from lrp_prune.models.states import unchanged_configuration, undisturbed
+from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import device_of
+from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 
 class RelevanceAccumulator:
@@ -28,7 +32,7 @@ class RelevanceAccumulator:
     The model's parameters, gradients, modes, buffers and random numbers are untouched by :meth:`update`.
 
     Args:
-        model: any module; of a ``LightningModule`` what :func:`~lrp_prune.attribution.running.subject_of` names is run.
+        model: any module; of a ``LightningModule`` what :func:`~lrp_prune.models.subject_of` names is run.
         target: what is explained, see :func:`attribute`.
         composite: rules; None for the best measured, see :func:`~lrp_prune.attribution.defaults.best_for`.
         statistic: reduction over tokens and samples; None for the best measured.
@@ -51,7 +55,7 @@ class RelevanceAccumulator:
         self,
         model: nn.Module,
         *,
-        target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
+        target: str | Target | Callable[[nn.Module, Any], Tensor] | Inferred | None = None,
         composite: str | Composite | None = None,
         statistic: str | None = None,
         granularity: str | Sequence[str] = "weight",
@@ -67,7 +71,13 @@ class RelevanceAccumulator:
         self._subject: Subject = subject_of(model)
         best = best_for(granularity)
         self._composite = composite_of(composite or best.composite)
-        self._target = self._subject.own_target if target is None and self._subject.own_target else target_of(target)
+        self._target: Target | None = None
+        self._inferred = target if isinstance(target, Inferred) else Inferred()
+        if target is not None and target is not self._inferred:
+            self._target = checked(target)
+            check_suits(self._target, self._subject.module)
+        elif self._subject.own_target is not None:
+            self._target = self._subject.own_target
         if skip_first < 0:
             raise ValueError(f"skip_first must be 0 or more, got {skip_first}")
         self._skip_first = skip_first
@@ -105,10 +115,19 @@ class RelevanceAccumulator:
         module, table = self._subject.module, self.table
         sharded = table if isinstance(table, ShardedTable) else None
         device = next(module.parameters()).device if sharded is None else device_of(sharded.mesh)
-        with torch.inference_mode(False), undisturbed(module), recomputed_in_evaluation(module):
+        with (
+            torch.inference_mode(False),
+            undisturbed(module),
+            unchanged_configuration(profile_of(module).config),
+            recomputed_in_evaluation(module),
+        ):
             batch = to_device(batch, device)
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)
+            if self._target is None:  # before the rules act, and the same number of forwards in each process
+                with self._forward_context():
+                    mesh = None if sharded is None else sharded.mesh
+                    self._target = self._inferred.decide(module, batch, mesh)
             uses = WeightUses(table.observers, table.tracer)
             unruled = self._unruled if self.num_samples == 0 else "ignore"
             with (
@@ -179,11 +198,13 @@ def attribute(
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
         batches: batches as the model takes them: mappings (``input_ids``, ``attention_mask``, ``labels``, ...), pairs of
-            inputs and labels, or tensors.
-        target: what is explained: ``"next_token"`` (log-probabilities of the labelled tokens), ``"last_token"`` (largest
-            logit at the last attended token), ``"class"`` (logit of the true class), a
-            :class:`~lrp_prune.attribution.Target` such as ``LogitDifference``, a function of model and batch that returns a
-            scalar; None: inferred.
+            inputs and labels, objects with attributes, or tensors; see :func:`lrp_prune.models.call_of`.
+        target: what is explained: ``"next_token"`` (log-probabilities of tokens given those before), ``"token"`` (of labels
+            at their own token or pixel), ``"last_token"`` (largest logit at the last attended token), ``"class"`` (logit of
+            the true class), ``"multi_label"`` (logits of set labels minus those of others), ``"regression"`` (size of the
+            predicted values), ``"span"`` (logits of an answer's first and last token); a
+            :class:`~lrp_prune.targets.Target` such as ``LogitDifference``, a function of model and batch that returns a
+            scalar; None: the model's own ``relevance_target(batch)``, else :class:`~lrp_prune.targets.Inferred`.
         composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
         statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights); None:
@@ -204,7 +225,8 @@ def attribute(
         The :class:`~lrp_prune.relevance.Relevance`. Weights that no relevance reaches are listed as ``unscored``.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a target that cannot be inferred, no batches, quantized weights.
+        ValueError: for a pattern that matches nothing, a target that cannot be inferred or is for another kind of model, a
+            batch that does not fit the model, no batches or a single one, quantized weights.
         FloatingPointError: if the explained value or a relevance is not finite.
 
     Example:
@@ -215,6 +237,7 @@ def attribute(
         >>> {name: tuple(tensor.shape) for name, tensor in relevance.items()}
         {'0.weight': (8, 4), '2.weight': (2, 8)}
     """
+    check_batches(batches)
     check_chunks(chunks, batches, granularity)
     accumulator = RelevanceAccumulator(
         model,

@@ -18,10 +18,10 @@ from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.roots import Root, Roots
-from lrp_prune.attribution.running import eager
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.names import named_modules, named_parameters, unwrap
 
 UNRULED = ("warn", "error", "ignore")
@@ -174,7 +174,7 @@ def propagating(
     propagation = Propagation(mode, roots)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
-        stack.enter_context(_unchanged_buffers(model))
+        stack.enter_context(unchanged_buffers(model))
         stack.enter_context(traceable_attention(model))
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
@@ -198,25 +198,6 @@ def propagating(
 
 def _matching(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns or ())
-
-
-@contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Running statistics, counters and caches come out as they went in, also where a forward replaces a buffer."""
-    buffers = [
-        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, version, value in buffers:
-            if version is not None and buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-            module._buffers[name] = buffer
 
 
 def _guard(

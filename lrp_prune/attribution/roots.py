@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules import Call, is_activation
+from lrp_prune.models.batches import fields, with_fields
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Roots:
         """The argument of a model with each float tensor as a root.
 
         Args:
-            value: a tensor, or any nesting of mappings, lists and tuples of them.
+            value: a tensor, or any nesting of mappings, lists, tuples and objects with tensors as attributes.
             name: what the roots are called.
             adopt: also take over tensors that already require grad (they are activations otherwise).
         """
@@ -85,6 +86,9 @@ class Roots:
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             entries = [self.inputs(entry, f"{name}.{index}", adopt) for index, entry in enumerate(value)]
             return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        named = None if type(value).__module__ == "transformers.cache_utils" else fields(value)
+        if named:
+            return with_fields(value, {key: self.inputs(entry, f"{name}.{key}", adopt) for key, entry in named.items()})
         return value
 
     def take(self) -> list[Root]:

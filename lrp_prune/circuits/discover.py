@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.collect import attribute
 from lrp_prune.attribution.observers import fingerprint
-from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
 from lrp_prune.circuits.explaining import COMPOSITES, DEPENDS_ON_ABLATION, STEPS
 from lrp_prune.circuits.ranking import RANKINGS, Ranking
 from lrp_prune.circuits.scores import unit_scores
 from lrp_prune.circuits.sites import find_sites, kinds_of
+from lrp_prune.models.subject import forwarded
 from lrp_prune.pruning import scorer
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, Relevance
 from lrp_prune.tasks.task import Task

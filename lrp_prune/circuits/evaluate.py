@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.observers import fingerprint
-from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Reference, gating, weights_zeroed
 from lrp_prune.circuits.circuit import Circuit, Node
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.result import EvaluationResult
 from lrp_prune.circuits.sites import passing
+from lrp_prune.models.subject import forwarded
 from lrp_prune.names import named_parameters
 from lrp_prune.tasks.metrics import METRICS, batch_metric
 from lrp_prune.tasks.task import Batch, Task, answer_logits

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.propagation import attributing
-from lrp_prune.attribution.running import undisturbed
 from lrp_prune.circuits.ablation import Place, Reference, capturing, gating, places, replacing
 from lrp_prune.circuits.sites import Site, passing
+from lrp_prune.models.states import undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Place, Reference
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.references import reference_for
+from lrp_prune.models.subject import forwarded
 from lrp_prune.names import named_modules, named_parameters
 from lrp_prune.pruning import Masks
 from lrp_prune.tasks.task import Task

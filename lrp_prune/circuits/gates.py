@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lrp_prune.attribution.observers import fingerprint
-from lrp_prune.attribution.running import forwarded
 from lrp_prune.circuits.ablation import Reference, check_ablation, counterfactual_reference, gating
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.finalizing import finalized, most_open, warm_started
@@ -22,6 +21,7 @@ from lrp_prune.circuits.pressure import Pressure, by_kind
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import KINDS, find_sites, kinds_of, passing
+from lrp_prune.models.subject import forwarded
 from lrp_prune.tasks.metrics import batch_metric
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.models.batches import check_batches
 from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
 from lrp_prune.sharding import local_part
+from lrp_prune.targets import Inferred
 
 
 def prune(
@@ -65,8 +67,11 @@ def prune(
     """
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
+    check_batches(batches)
     reference = batches if rounds == 1 else list(batches)
     check_chunks(chunks, reference, options.get("granularity", "weight"))
+    if options.get("target") is None:
+        options["target"] = Inferred()  # once for all rounds
     masks: Masks | None = None
     with _undone_on_error(model) as zero:
         for target in targets:

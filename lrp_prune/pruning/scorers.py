@@ -11,13 +11,14 @@ from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import fingerprint, scored_parameters
-from lrp_prune.attribution.running import run, subject_of
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.attribution.targets import Target
 from lrp_prune.members import Member
+from lrp_prune.models.calling import run
+from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.units import weight_norms
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import local_part, sharding_of
+from lrp_prune.targets import Inferred, Target
 
 
 class Defaults(NamedTuple):
@@ -196,7 +197,7 @@ def scorer(
     method: str,
     model: nn.Module,
     *,
-    target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
+    target: str | Target | Callable[[nn.Module, Any], Tensor] | Inferred | None = None,
     composite: str | Composite | None = None,
     statistic: str | None = None,
     granularity: str | Sequence[str] = "weight",

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.running import is_encoder_decoder
-from lrp_prune.attribution.targets import last_logits
+from lrp_prune.models.profile import profile_of
 from lrp_prune.names import unwrap
+from lrp_prune.targets.tokens import last_logits
 from lrp_prune.tasks.metrics import IGNORED, METRICS, batch_metric
 from lrp_prune.tasks.prompts import Encoded
 
@@ -115,7 +115,7 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
     Raises:
         ValueError: the model has an encoder beside its decoder, or outputs that are no vocabulary.
     """
-    if is_encoder_decoder(model):
+    if profile_of(model).encoder_decoder:
         raise ValueError(
             f"tasks continue a prompt: {type(unwrap(model)).__name__} has an encoder, use a causal language model"
         )

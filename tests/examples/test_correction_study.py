@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrp_prune import Patch
-from lrp_prune.attribution import RepetitionMargin
+from lrp_prune.targets import RepetitionMargin
 
 
 @pytest.fixture

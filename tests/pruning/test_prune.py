@@ -77,7 +77,7 @@ def test_scopes_hold_for_lrp(scope: str, sparsity: float) -> None:
         ({"granularity": "channel"}, "granularity must be one of"),
         ({"granularity": ["weight", "head"]}, "several granularities are different kinds of units"),
         ({"method": "gradient", "composite": "attnlrp"}, "has no composite"),
-        ({"target": "class"}, "needs logits"),
+        ({"target": "class"}, "LlamaForCausalLM is a language model: pass target='next_token'"),
     ],
 )
 def test_nothing_changes_where_an_argument_is_wrong(options: dict[str, Any], message: str) -> None:

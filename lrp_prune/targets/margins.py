@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.running import entry, labels_of, logits_of, run
-
-IGNORED = -100
+from lrp_prune.models.batches import IGNORED, entry
+from lrp_prune.models.calling import labels_of
+from lrp_prune.models.outputs import logits_for
 
 
 class RepetitionMargin:
@@ -111,7 +111,7 @@ def _used_before(said: Tensor, vocabulary: int) -> Tensor:
 
 def _predictions(model: nn.Module, batch: Any, target: str) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens from the second on, the logits that predicted them, and which of them are labelled."""
-    ids, labels, mask = entry(batch, "input_ids"), labels_of(batch), entry(batch, "attention_mask")
+    ids, labels, mask = entry(batch, "input_ids"), labels_of(model, batch), entry(batch, "attention_mask")
     if ids is None or labels is None or labels.shape != ids.shape or ids.dim() != 2:
         raise ValueError(
             f"{target} needs input_ids and labels of one shape [batch, tokens]; labels are -100 for all that is not meant"
@@ -121,7 +121,7 @@ def _predictions(model: nn.Module, batch: Any, target: str) -> tuple[Tensor, Ten
         labelled = labelled & (mask != 0)
     if not bool(labelled[:, 1:].any()):
         raise ValueError(f"{target} has nothing to explain: no token but the first is labelled and attended to")
-    logits = logits_of(run(model, batch))
+    logits = logits_for(model, batch)
     # Differences of large logits need more than half precision.
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     return ids[:, 1:], logits, labelled[:, 1:].to(logits.device)

@@ -6,7 +6,7 @@ from small_models import build
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.attribution import RepetitionMargin, TokenMargin
+from lrp_prune.targets import RepetitionMargin, TokenMargin
 
 PROMPT = 2
 RESPONSES = [[5, 6, 5, 5, 7, 6], [1, 2, 3, 4, 8, 9]]

@@ -9,9 +9,8 @@ from small_models import batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.attribution import ClassLogit, LastToken, LogitDifference, NextToken
-from lrp_prune.attribution.running import is_encoder_decoder, subject_of
-from lrp_prune.attribution.targets import Inferred, describe, target_of
+from lrp_prune.models import profile_of, subject_of
+from lrp_prune.targets import ClassLogit, LastToken, LogitDifference, NextToken, checked, describe
 
 
 def test_next_token_is_the_log_probability_of_the_text() -> None:
@@ -45,7 +44,7 @@ def test_an_encoders_padding_says_nothing_of_its_decoder() -> None:
         torch.testing.assert_close(target(model, batch), target(model, longer))
     around = nn.ModuleDict({"model": model})
     around.config = {"learning_rate": 0.1}  # of another kind
-    assert is_encoder_decoder(around) and not is_encoder_decoder(build("llama"))
+    assert profile_of(around).encoder_decoder and not profile_of(build("llama")).encoder_decoder
     torch.testing.assert_close(NextToken()(model, batch), expected)
     last = model(**batch).logits.amax(-1)
     torch.testing.assert_close(LastToken()(model, batch), last[0, 6] + last[1, 4])
@@ -102,12 +101,12 @@ def test_a_target_that_cannot_be_inferred_says_what_to_pass() -> None:
     with pytest.raises(ValueError, match=r"cannot be inferred for BertForSequenceClassification.*pass target="):
         lrp_prune.attribute(build("bert"), [batch_for("bert")])
     with pytest.raises(ValueError, match="target must be one of"):
-        target_of("logit")
+        checked("logit")
     with pytest.raises(ValueError, match="no labelled, unpadded token"):
         NextToken()(
             build("llama"), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
         )
-    assert isinstance(target_of(None), Inferred) and describe(LastToken()) == "last_token"
+    assert describe(LastToken()) == "last_token"
 
 
 class _Base(pl.LightningModule):

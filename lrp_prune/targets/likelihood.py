@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lrp_prune.attribution.running import IGNORED
+from lrp_prune.models.batches import IGNORED
 
 _BLOCK = 2**20
 """Entries that are worked on at a time: 4 MB in float32."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrp_prune.attribution import likelihood
-from lrp_prune.attribution.likelihood import IGNORED, log_likelihood
+from lrp_prune.models import IGNORED
+from lrp_prune.targets import likelihood, log_likelihood
 
 
 def _case(dtype):

@@ -1,0 +1,137 @@
+"""Targets with one label for each token or pixel, or for the one that follows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.models.batches import IGNORED, entry
+from lrp_prune.models.outputs import answer_of, logits_for
+from lrp_prune.models.padding import attended_labels
+from lrp_prune.models.profile import profile_of
+from lrp_prune.targets.layout import check_range, classes_last, shape_of, without_ignored
+from lrp_prune.targets.likelihood import log_likelihood
+
+
+class NextToken:
+    r"""Sum of the log-probabilities of the labelled tokens, each given those before it: :math:`\sum_t \log p(x_t | x_{<t})`.
+
+    Labels are the batch's ``labels``, else its ``input_ids``. Positions labelled -100 and padded positions are left out. Labels
+    are shifted by one, since the logits at a token are about the next one; of an encoder-decoder they are those of its decoder,
+    which are not shifted.
+
+    Raises:
+        ValueError: on a call, for logits that are not ``[samples, tokens, vocabulary]``, labels that are not ``[samples,
+            tokens]``, or none that counts.
+
+    Example:
+        >>> ids = torch.tensor([[0, 2, 1]])
+        >>> NextToken()(nn.Embedding.from_pretrained(torch.zeros(3, 4)), {"input": ids, "labels": ids})  # 2 log(1/4)
+        tensor(-2.7726)
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits, labels = answer_of(model, batch)
+        labels = entry(batch, "input_ids") if labels is None else labels
+        if labels is None or labels.is_floating_point() or logits.shape[:-1] != labels.shape or labels.dim() != 2:
+            raise ValueError(
+                "target 'next_token' needs logits [samples, tokens, vocabulary] and labels or input_ids [samples, tokens], got "
+                f"logits {shape_of(logits)} and labels {shape_of(labels)}"
+            )
+        labels = labels.long().to(logits.device)
+        attended, shifted = attended_labels(model, batch), not profile_of(model).encoder_decoder
+        if attended is not None and labels.shape == attended.shape:
+            attended = attended.to(labels.device)
+            before = torch.cat([attended[:, :1], attended[:, :-1]], 1) if shifted else attended
+            labels = labels.masked_fill(~(attended & before), IGNORED)
+        if shifted:  # the labels move, not the logits: a slice of them is one more copy in backward
+            labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
+        _check_labels(labels, logits.shape[-1], "next_token")
+        return log_likelihood(logits, labels)
+
+
+class TokenLabel:
+    r"""Sum of the log-probabilities of labels at their own position: :math:`\sum_t \log \mathrm{softmax}(z_t)_{y_t}`.
+
+    For masked language models, token classification, and segmentation, with a label for each pixel. Positions labelled -100
+    and padded ones are left out. Where the classes are the last dimension, no copy of the logits is made.
+
+    Args:
+        class_dim: where the classes are, -1 for ``[samples, *positions, classes]`` or 1 for ``[samples, classes,
+            *positions]``; None for what fits the labels ``[samples, *positions]``.
+        ignored: a further label that is left out; by default that of the model's own loss (255 for most segmentations).
+
+    Raises:
+        ValueError: on a call, if labels and logits do not fit, or fit in both ways; for labels that are no classes, or none
+            that counts.
+
+    Example:
+        >>> images, labels = torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 3], [255, 1]]])
+        >>> TokenLabel(ignored=255)(nn.Identity(), (images, labels))  # 3 log(1/4)
+        tensor(-4.1589)
+    """
+
+    def __init__(self, class_dim: int | None = None, ignored: int | None = None) -> None:
+        if class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim!r}")
+        self.class_dim, self.ignored = class_dim, ignored
+
+    def __repr__(self) -> str:
+        given = {"class_dim": self.class_dim, "ignored": self.ignored}
+        return f"TokenLabel({', '.join(f'{name}={value}' for name, value in given.items() if value is not None)})"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits, labels = answer_of(model, batch)
+        profile = profile_of(model)
+        fitting = None
+        if labels is not None and not labels.is_floating_point():
+            fitting = classes_last(logits, labels, profile, self.class_dim)
+        if labels is None or fitting is None:
+            raise ValueError(
+                "target 'token' needs integer labels [samples, *positions] and logits [samples, *positions, classes] or "
+                f"[samples, classes, *positions], got labels {shape_of(labels)} and logits {shape_of(logits)}"
+            )
+        if fitting.shape[-1] == 1:
+            raise ValueError(
+                "target 'token' compares classes, and the model has one output for each label: use target='multi_label'"
+            )
+        labels, attended = without_ignored(labels.long(), profile, self.ignored), attended_labels(model, batch)
+        if attended is not None and labels.shape == attended.shape:
+            labels = labels.masked_fill(~attended.to(labels.device), IGNORED)
+        _check_labels(labels, fitting.shape[-1], "token")
+        return log_likelihood(fitting, labels)
+
+
+class LastToken:
+    r"""The largest logit at each sample's last attended token :math:`T`, summed: :math:`\sum \max_v z_T(v)`.
+
+    Of a classifier, whose logits are ``[samples, classes]``, the largest of each sample.
+
+    Example:
+        >>> LastToken()(nn.Identity(), torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
+        tensor(5.)
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return last_logits(model, batch).amax(-1).sum()
+
+
+def last_logits(model: nn.Module, batch: Any) -> Tensor:
+    """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are."""
+    logits = logits_for(model, batch)
+    if logits.dim() == 2:
+        return logits
+    attended = attended_labels(model, batch)
+    if attended is None or attended.shape != logits.shape[:2]:
+        return logits[:, -1]
+    positions = torch.arange(attended.shape[1], device=attended.device)
+    last = (positions * attended).amax(-1)
+    return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
+
+
+def _check_labels(labels: Tensor, classes: int, target: str) -> None:
+    check_range(labels, classes, target)
+    if not bool((labels != IGNORED).any()):
+        raise ValueError(
+            f"the batch has no labelled, unpadded token: nothing can be explained by {target!r}, leave such batches out"
+        )
