@@ -25,6 +25,7 @@ from lrp_prune.pruning.schedules import SCHEDULES, Schedule
 from lrp_prune.pruning.scopes import Structure, parse_scope
 from lrp_prune.pruning.scorers import METHODS, PROPAGATING
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, granularities_of
+from lrp_prune.targets import checked
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
@@ -81,6 +82,11 @@ def check_collection(
         )
     if method == "gradient" and composite not in (None, "gradient"):
         raise MisconfigurationException(f"method='gradient' has no composite, got {composite!r}: use method='lrp'")
+    if target is not None:
+        try:
+            checked(target)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
     check_patterns("include", include)
     check_patterns("exclude", exclude)
     check_count("max_batches", max_batches, 1, optional=True)

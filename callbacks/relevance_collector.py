@@ -37,7 +37,7 @@ class RelevanceCollector(CollectingCallback):
         collector.relevance.save("heads.safetensors")
 
     What is run is ``relevance_target(batch)`` of the module if it defines that, else its overridden ``forward``, else
-    the only ``PreTrainedModel`` it holds.
+    the only model that it holds. The steps are never run.
 
     Args:
         composite: the propagation rules, by name (``"attnlrp"``, ``"cp_lrp"``, ...) or as ``{kind of operation:
@@ -46,8 +46,9 @@ class RelevanceCollector(CollectingCallback):
             ``"squared_token"``; ``None`` for the method's own.
         granularity: what is scored: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``, or a list of
             several kinds of units.
-        target: what is explained: ``"next_token"``, ``"last_token"``, ``"class"``, a callable ``(model, batch) ->
-            scalar``, or ``None`` to infer it from the batch.
+        target: what is explained: ``"next_token"``, ``"token"``, ``"last_token"``, ``"class"``, ``"multi_label"``,
+            ``"regression"``, ``"span"``, a callable ``(model, batch) -> scalar``, or ``None`` to infer it from the model and
+            its first batch (:class:`~lrp_prune.targets.Inferred`); it is in ``relevance.target``.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
         include: patterns of the parameters or modules to score; ``None`` for all but embeddings, head and norms.
         exclude: patterns of names to leave out.

@@ -17,7 +17,8 @@ from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import awaited
 from lrp_prune.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
-from lrp_prune.models.subject import subject_of
+from lrp_prune.models.profile import profile_of
+from lrp_prune.models.subject import forwarded
 from lrp_prune.names import unwrap
 from lrp_prune.sharding import is_first, mesh_of
 
@@ -218,7 +219,7 @@ class CorrectedModule(LightningModule):
         Raises:
             ValueError: there is no Hugging Face model inside.
         """
-        model: Any = subject_of(self.module).module
+        model: Any = self._pretrained()
         if not hasattr(model, "save_pretrained"):
             raise ValueError(
                 f"{type(model).__name__} has no save_pretrained: save state_dict() or a checkpoint instead"
@@ -232,6 +233,15 @@ class CorrectedModule(LightningModule):
         mesh = mesh_of(model)
         if mesh is None or is_first(mesh):
             save_patches(path, current, self.strengths)
+
+    def _pretrained(self) -> nn.Module:
+        """What is saved: the model that is run, or where that is a module around it, the Hugging Face model inside."""
+        try:
+            model = forwarded(self.module)
+        except ValueError:  # several models, of which it need not be said which is run
+            model = unwrap(self.module)
+        inner = profile_of(model).inner
+        return model if inner is None or hasattr(model, "save_pretrained") else inner
 
     def get_extra_state(self) -> dict[str, Any]:
         """All patches and strengths, as tensors and plain values; packed into one value if the model is sharded."""

@@ -90,7 +90,8 @@ def reads_left_to_right(model: nn.Module, seen: Seen, ids: Tensor | None) -> boo
         seen: what it returned.
         ids: the tokens of ``seen.batch``.
     """
-    if ids is None or seen.logits is None or ids.dim() != 2 or seen.logits.shape[:2] != ids.shape:
+    scores = _by_token(seen.logits, ids)
+    if ids is None or scores is None:
         changed, places = seen.batch, None
     else:
         counted = attended_labels(model, seen.batch)
@@ -104,14 +105,20 @@ def reads_left_to_right(model: nn.Module, seen: Seen, ids: Tensor | None) -> boo
     after = logits_in(output)
     if after is None and len(inside.outputs) == 1:
         after = logits_in(inside.outputs[0])
-    if places is None or seen.logits is None or after is None or after.shape != seen.logits.shape:
+    after = _by_token(after, ids)
+    if places is None or scores is None or after is None or not bool((places > 0).any()):
         return None
-    if not bool((places > 0).any()):
-        return None
-    moved = (after - seen.logits).abs().flatten(2).amax(-1).double()
+    moved = (after - scores).abs().amax(-1).double()
     before = torch.arange(moved.shape[1], device=moved.device) < places.to(moved.device)[:, None]
     at_place = moved.gather(1, places.to(moved.device)[:, None])
     return bool((moved * before).max() <= 1e-4 * at_place.max()) if bool(at_place.any()) else None
+
+
+def _by_token(logits: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """Scores as ``[samples, tokens, classes]``, whichever of the last two comes first; None if they are not about tokens."""
+    if logits is None or ids is None or logits.dim() != 3:
+        return None
+    return next((each for each in (logits, logits.transpose(1, 2)) if each.shape[:2] == ids.shape), None)
 
 
 def token_ids(call: Call, labels: Tensor | None) -> Tensor | None:

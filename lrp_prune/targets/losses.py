@@ -81,7 +81,7 @@ def _of_tokens(
                 yield from _if_classes(fitting, each, NextToken)
                 continue
             yield from ((target, value) for _, value in _if_classes(fitting, each, TokenLabel))
-            if fitting.dim() == 3 and fitting.shape[:-1] == logits.shape[:-1]:
+            if fitting.dim() == 3:
                 yield from _if_classes(fitting[:, :-1], each[:, 1:], NextToken)
 
 

@@ -74,7 +74,7 @@ def by_structure(profile: Profile, logits: Any, labels: Tensor, ids: Tensor | No
         raise Unclear(f"labels {shape_of(labels)} fit no target for outputs {per_sample(logits)}")
     if fitting.shape[-1] == 1:
         raise Unclear(f"one output is no choice: give labels of 0 and 1 the shape of the outputs, {per_sample(logits)}")
-    if fitting.dim() != 3 or fitting.shape[:-1] != logits[:rows].shape[:-1] or ids is None:
+    if ids is None:
         return Reading(TokenLabel(), "the shapes of outputs and labels")
     return _by_order(ids, labels)
 
@@ -82,7 +82,7 @@ def by_structure(profile: Profile, logits: Any, labels: Tensor, ids: Tensor | No
 def _by_classes(logits: Tensor, labels: Tensor) -> Reading:
     classes = logits.shape[1] if logits.dim() == 2 else 1
     if classes == 1:
-        return _of_one_output(labels)
+        return _by_range(labels)
     if int(labels.max()) >= classes or int(labels.masked_fill(labels == IGNORED, 0).min()) < 0:
         raise Unclear(f"labels between {int(labels.min())} and {int(labels.max())} are no classes of {classes} outputs")
     return Reading(ClassLogit(), "one integer label a sample")
@@ -99,17 +99,13 @@ def _by_values(profile: Profile, logits: Tensor, labels: Tensor) -> Reading:
     if labels.dim() == 2 and labels.shape[1] > 1 and are_shares(labels):
         other = "multi_label" if binary else "regression"
         raise Unclear("each row of the labels sums to one", "class", other)
-    if labels[:1].numel() == 1:
-        return _of_one_output(labels)
-    if binary:
-        return Reading(MultiLabel(), "labels of the outputs' shape that are 0 or 1")
-    return Reading(PredictedValues(), "labels of the outputs' shape")
+    return _by_range(labels)
 
 
-def _of_one_output(labels: Tensor) -> Reading:
+def _by_range(labels: Tensor) -> Reading:
     if are_binary(labels):
-        return Reading(MultiLabel(), "labels that are 0 or 1, for one output")
-    return Reading(PredictedValues(), "one number a sample, for one output")
+        return Reading(MultiLabel(), "labels that are 0 or 1, one for each output")
+    return Reading(PredictedValues(), "labels that are numbers, one for each output")
 
 
 def are_binary(labels: Tensor) -> bool:

@@ -21,8 +21,8 @@ class NextToken:
     which are not shifted.
 
     Raises:
-        ValueError: on a call, for logits that are not ``[samples, tokens, vocabulary]``, labels that are not ``[samples,
-            tokens]``, or none that counts.
+        ValueError: on a call, for logits that are not ``[samples, tokens, vocabulary]`` (or ``[samples, vocabulary,
+            tokens]``), labels that are not ``[samples, tokens]``, or none that counts.
 
     Example:
         >>> ids = torch.tensor([[0, 2, 1]])
@@ -32,22 +32,26 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = answer_of(model, batch)
-        labels = entry(batch, "input_ids") if labels is None else labels
-        if labels is None or labels.is_floating_point() or logits.shape[:-1] != labels.shape or labels.dim() != 2:
+        labels, profile = entry(batch, "input_ids") if labels is None else labels, profile_of(model)
+        fitting = None
+        if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+            fitting = classes_last(logits, labels, profile, -1)
+            fitting = classes_last(logits, labels, profile, 1) if fitting is None else fitting
+        if labels is None or fitting is None:
             raise ValueError(
                 "target 'next_token' needs logits [samples, tokens, vocabulary] and labels or input_ids [samples, tokens], got "
                 f"logits {shape_of(logits)} and labels {shape_of(labels)}"
             )
         labels = labels.long().to(logits.device)
-        attended, shifted = attended_labels(model, batch), not profile_of(model).encoder_decoder
+        attended, shifted = attended_labels(model, batch), not profile.encoder_decoder
         if attended is not None and labels.shape == attended.shape:
             attended = attended.to(labels.device)
             before = torch.cat([attended[:, :1], attended[:, :-1]], 1) if shifted else attended
             labels = labels.masked_fill(~(attended & before), IGNORED)
         if shifted:  # the labels move, not the logits: a slice of them is one more copy in backward
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
-        _check_labels(labels, logits.shape[-1], "next_token")
-        return log_likelihood(logits, labels)
+        _check_labels(labels, fitting.shape[-1], "next_token")
+        return log_likelihood(fitting, labels)
 
 
 class TokenLabel:

@@ -346,6 +346,25 @@ def test_save_pretrained_needs_a_hugging_face_model(everything, tmp_path) -> Non
         wrapped(everything()).save_pretrained(tmp_path)
 
 
+def test_the_hugging_face_model_is_saved_from_beside_a_head_and_behind_a_forward(tmp_path) -> None:
+    class Headed(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = build("llama"), torch.nn.Linear(2, 2)
+
+    class Behind(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build("llama")
+
+        def forward(self, batch):
+            return self.model(**batch)
+
+    for number, module in enumerate((Headed(), Behind())):
+        CorrectedModule(module).save_pretrained(tmp_path / str(number))
+        assert (tmp_path / str(number) / "model.safetensors").exists()
+
+
 def test_a_plain_model_without_a_loss_says_what_to_do(trainer) -> None:
     with pytest.raises(ValueError, match="gives no loss for this batch"):
         trainer(max_epochs=1).fit(CorrectedModule(build("vit")), [batch_for("vit")])

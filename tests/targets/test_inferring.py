@@ -181,6 +181,15 @@ def test_half_precision_is_read_alike(name: str, dtype: torch.dtype) -> None:
     assert lrp_prune.attribute(model.to(dtype), [batch], unruled="ignore").target == CASES[name].target
 
 
+@pytest.mark.parametrize("name", ["bert token classification", "gpt2", "t5", "bert several labels"])
+def test_autocast_is_read_alike(name: str) -> None:
+    model, batch = CASES[name].made()
+    relevance = lrp_prune.attribute(
+        model, [batch], unruled="ignore", forward_context=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
+    assert relevance.target == CASES[name].target
+
+
 def detector() -> nn.Module:
     return tf.YolosForObjectDetection(
         tf.YolosConfig(

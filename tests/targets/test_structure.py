@@ -81,6 +81,23 @@ def test_labels_that_are_input_ids_are_predicted_from_where_the_model_can(
         torch.testing.assert_close(value, shifted if expected == "next_token" else token_value(logits, labels))
 
 
+class Channels(Tagger):
+    """The same scores with their classes before the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("bidirectional", "expected"), [(False, "next_token"), (True, "token")])
+def test_classes_before_tokens_are_read_alike(bidirectional: bool, expected: str) -> None:
+    model = seeded(lambda: Channels(20, bidirectional))
+    target, value = inferred(model, (IDS, IDS))
+    assert target == expected
+    logits = model(IDS).transpose(1, 2)
+    shifted = token_value(logits[:, :-1], IDS[:, 1:])
+    torch.testing.assert_close(value, shifted if expected == "next_token" else token_value(logits, IDS))
+
+
 def test_text_alone_is_explained_by_what_follows_if_the_model_reads_it_so() -> None:
     class Named(Tagger):
         def forward(self, input_ids: Tensor) -> Tensor:
@@ -143,6 +160,7 @@ def test_classes_that_may_lie_along_two_dimensions_are_refused_unless_told() -> 
         (1, torch.tensor([31, 22, 5, 64, 18, 40]), "regression"),
         (1, torch.tensor([0.0, 1, 1, 0, 0, 1]), "multi_label"),
         (1, torch.tensor([0, 1, 1, 0, 0, 1]), "multi_label"),
+        (1, torch.ones(6, 1), "multi_label"),
         (3, torch.tensor([[0.0, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]]), "multi_label"),
         (3, torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]]), "multi_label"),
         (3, torch.tensor([0, 1, 2, 1, 0, 2]), "class"),
@@ -180,6 +198,7 @@ def test_outputs_without_a_dimension_of_their_own() -> None:
         (torch.eye(3, dtype=torch.long)[[0, 1, 2, 1, 0, 2]], "both target='class' .* and target='multi_label'"),
         (torch.softmax(torch.randn(6, 3), 1), "both target='class' .* and target='regression'"),
         (torch.tensor([0, 1, 2, 3, 0, 1]), "between 0 and 3 are no classes of 3 outputs"),
+        (torch.tensor([0, 1, 2, -1, 0, 1]), "between -1 and 2 are no classes of 3 outputs"),
         (torch.randn(6, 2), r"neither of the shape of the outputs \[samples, 3\]"),
         (torch.randn(6), "neither of the shape of the outputs"),
         (torch.randint(0, 3, (6, 2)), "fit no target"),
