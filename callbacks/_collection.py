@@ -12,10 +12,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.observers import check_included
 from lrp_prune.callbacks._checks import check_collection
 from lrp_prune.callbacks._distributed import agree, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
+from lrp_prune.pruning.checking import check_prunable
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -82,6 +84,13 @@ class Collection:
         """Raise now what can be known without data: patterns that match nothing, a module that cannot be run."""
         self._make_scorer(trainer, pl_module)
 
+    def check_prunable(self, pl_module: LightningModule) -> None:
+        """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
+        given = {name: self.options[name] for name in ("include", "exclude", "trainable_only")}
+        if self.options["granularity"] == "weight":
+            with _misconfiguration():
+                check_prunable(pl_module, **given)
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
         self._begin(trainer, pl_module)
@@ -118,7 +127,7 @@ class Collection:
             self.abandon()
         if not self._alone:
             if not self._same_everywhere:
-                return merged(trainer, relevance, failure)
+                return self._checked(merged(trainer, relevance, failure))
             agree(trainer, failure)
             if relevance is not None and relevance.shardings and self.needs_data:
                 # Sharded models are scored by all processes together, here each on the same data.
@@ -127,6 +136,11 @@ class Collection:
                 relevance = relevance.with_sums(sums, relevance.num_samples // times)
         if failure is not None or relevance is None:
             raise failure or MisconfigurationException(f"reference= gave method={self.method!r} no batch")
+        return self._checked(relevance)
+
+    def _checked(self, relevance: "Relevance") -> "Relevance":
+        with _misconfiguration():
+            check_included(self.options["include"], relevance, relevance.unscored)
         return relevance
 
     @property

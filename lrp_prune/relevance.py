@@ -12,6 +12,7 @@ from torch import Tensor
 from lrp_prune.contributions import INPUTS, Contributions
 from lrp_prune.sharding import Sharding
 from lrp_prune.storage import Together, load_tensors, save_tensors
+from lrp_prune.unscored import together
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
 Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric"]
@@ -58,9 +59,11 @@ class Relevance(Mapping[str, Tensor]):
         target: what was explained, in words.
         model: the model's description; only relevance of the same model is merged.
         members: the entries of each group's units.
-        parameter_shapes: shapes of all parameters that a mask made from this may touch.
-        unscored: parameters that were asked for, but that no relevance reached (queries and keys under CP-LRP,
-            say): unknown, not irrelevant, and never pruned.
+        parameter_shapes: shapes of all parameters that a mask made from this may touch, and of those that were asked for and
+            have no relevance.
+        unscored: weights that were asked for and have no relevance, each with the reason (see
+            :mod:`lrp_prune.unscored`): queries and keys under CP-LRP, experts that no token went to. What they
+            matter is unknown, so that they are never pruned; but a sparsity is the share of everything that was asked for.
         layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
             ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
         inputs: for ``geometric``, sums over samples and tokens of the squares of what each weight multiplies, in shapes
@@ -92,7 +95,7 @@ class Relevance(Mapping[str, Tensor]):
         model: str = "",
         members: Mapping[str, tuple[Member, ...]] | None = None,
         parameter_shapes: Mapping[str, tuple[int, ...]] | None = None,
-        unscored: tuple[str, ...] = (),
+        unscored: Mapping[str, str] | None = None,
         layouts: Mapping[str, str] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         mean_weights: Mapping[str, Tensor] | None = None,
@@ -116,7 +119,10 @@ class Relevance(Mapping[str, Tensor]):
         self.parameter_shapes = {name: tuple(shape) for name, shape in (parameter_shapes or {}).items()}
         if granularity == "weight" and not self.parameter_shapes:
             self.parameter_shapes = {name: tuple(tensor.shape) for name, tensor in self._sums.items()}
-        self.unscored = tuple(unscored)
+        self.unscored = dict(unscored or {})
+        lacking = [name for name in self.unscored if name not in self.parameter_shapes]
+        if lacking:
+            raise ValueError(f"{lacking[0]!r} is unscored and has no shape: name it in parameter_shapes")
         self.layouts = dict(layouts or {})
         self.derived = derived
         known = {*self.parameter_shapes, *(name + INPUTS for name in inputs or ())}
@@ -150,7 +156,7 @@ class Relevance(Mapping[str, Tensor]):
         """The same kind of relevance from other :attr:`sums`: those of all processes, say."""
         inputs = {name.removesuffix(INPUTS): tensor for name, tensor in sums.items() if name.endswith(INPUTS)}
         own = {name: tensor for name, tensor in sums.items() if not name.endswith(INPUTS)}
-        unscored = tuple(name for name in self.unscored if name not in own)
+        unscored = {name: reason for name, reason in self.unscored.items() if name not in own}
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
@@ -177,7 +183,8 @@ class Relevance(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return (
             f"Relevance({len(self)} tensors of {sum(tensor.numel() for tensor in self._sums.values()):,} {self.granularity} "
-            f"values, {self.composite} {self.statistic}, {self.num_samples} samples)"
+            f"values, {self.composite} {self.statistic}, {self.num_samples} samples"
+            f"{f', {len(self.unscored)} tensors unscored' if self.unscored else ''})"
         )
 
     def _description(self) -> dict[str, Any]:
@@ -190,7 +197,7 @@ class Relevance(Mapping[str, Tensor]):
             "model": self.model,
             "members": {name: [list(member) for member in entries] for name, entries in self.members.items()},
             "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
-            "unscored": list(self.unscored),
+            "unscored": self.unscored,
             "layouts": self.layouts,
             "inputs": self._contributions.inputs,
             "mean_weights": self._contributions.mean_weights,
@@ -202,7 +209,6 @@ class Relevance(Mapping[str, Tensor]):
     def _replace(self, sums: Mapping[str, Tensor], **changes: Any) -> "Relevance":
         description = {**self._description(), **changes}
         description["members"] = self.members
-        description["unscored"] = tuple(description["unscored"])
         return Relevance(sums, **description)
 
     def _check_same_entries(self, other: "Relevance", action: str) -> None:
@@ -250,10 +256,12 @@ class Relevance(Mapping[str, Tensor]):
         sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in names}
         mine, theirs = self._contributions, other._contributions
         inputs = {name: _summed(mine.inputs.get(name), theirs.inputs.get(name)) for name in names if mine.inputs}
-        unscored = tuple(name for name in self.unscored if name not in sums)
+        reasons = together(self.unscored, other.unscored)
+        unscored = {name: reason for name, reason in reasons.items() if name not in sums}
         return self._replace(
             sums,
             num_samples=self.num_samples + other.num_samples,
+            parameter_shapes={**self.parameter_shapes, **other.parameter_shapes},
             unscored=unscored,
             inputs=inputs,
             mean_weights={**theirs.mean_weights, **mine.mean_weights},
@@ -346,6 +354,11 @@ class Relevance(Mapping[str, Tensor]):
         for key, tensor in tensors.items():
             kind = next((suffix for suffix in (INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
             parts[kind][key.removesuffix(kind)] = tensor
+        if description["unscored"] and isinstance(description["unscored"], list):
+            raise ValueError(
+                f"{path} was written by an earlier lrp-prune, which did not say how large unscored weights are: collect the "
+                "relevance again"
+            )
         description["members"] = {
             name: tuple(Member(*member) for member in entries) for name, entries in description["members"].items()
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.composites import Composite, composite_of
-from lrp_prune.attribution.observers import ObserverTable
+from lrp_prune.attribution.observers import ObserverTable, check_included
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.running import Subject, counted_tokens, samples_in, subject_of, to_device, undisturbed
@@ -114,7 +114,9 @@ class RelevanceAccumulator:
                     value = self._target(module, batch)
                     if sharded is not None:
                         propagation.check_target(value)
-                roots = propagation.roots() if table.backward_needed else []
+                roots = propagation.roots()
+                table.touched(uses.touched, roots)
+                roots = roots if table.backward_needed else []
                 table.make_room()
                 gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
             with _agreed(sharded):
@@ -211,7 +213,9 @@ def attribute(
         **options,
     )
     collect(accumulator, batches, model, chunks)
-    return accumulator.compute()
+    relevance = accumulator.compute()
+    check_included(include, relevance, relevance.unscored)
+    return relevance
 
 
 @contextmanager

@@ -104,6 +104,8 @@ class WeightUses:
         self._observers = observers
         self._latest = Latest()
         self.showing = True
+        self.touched: set[str] = set()
+        """Parameters that any function was called with."""
 
     def observed(self, call: Call) -> Any:
         """The result of a product of one activation and one weight, observed; None for other calls."""

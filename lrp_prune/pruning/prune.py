@@ -1,5 +1,6 @@
 """One shot or several rounds without training: batches in, pruned model out."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,17 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.collect import RelevanceAccumulator
+from lrp_prune.attribution.observers import check_included
 from lrp_prune.names import resolve
+from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
+from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
 from lrp_prune.sharding import local_part
+from lrp_prune.unscored import UnscoredWeightsWarning
 
 
 def prune(
@@ -68,16 +74,33 @@ def prune(
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     reference = batches if rounds == 1 else list(batches)
     check_chunks(chunks, reference, options.get("granularity", "weight"))
+    which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     masks: Masks | None = None
     with _undone_on_error(model) as zero:
-        for target in targets:
+        for index, target in enumerate(targets):
             scores = scorer(method, model, **options)
+            looks = isinstance(scores, RelevanceAccumulator)
+            if index == 0 and options.get("granularity", "weight") == "weight":
+                check_prunable(model, None if looks else next(iter(reference), None), **which)
             if isinstance(scores, RelevanceAccumulator):  # the others look at no data
                 collect(scores, reference, model, chunks)
-            masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
+            relevance = scores.compute()
+            check_included(which.get("include"), relevance, relevance.unscored)
+            groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first weight is zero
+            with _once(told=index > 0):
+                masks = select(relevance, sparsity=target, existing=masks, **selection)
             zero(masks)
     assert masks is not None
     return masks
+
+
+@contextmanager
+def _once(told: bool) -> Iterator[None]:
+    """What is said of unscored weights is said in the first round."""
+    with warnings.catch_warnings():
+        if told:
+            warnings.simplefilter("ignore", UnscoredWeightsWarning)
+        yield
 
 
 @contextmanager

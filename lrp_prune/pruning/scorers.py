@@ -7,12 +7,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.composites import Composite
-from lrp_prune.attribution.observers import fingerprint, scored_parameters
-from lrp_prune.attribution.running import run, subject_of
+from lrp_prune.attribution.observers import fingerprint
+from lrp_prune.attribution.parametrized import parametrized
+from lrp_prune.attribution.running import subject_of
 from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.attribution.targets import Target
+from lrp_prune.pruning.checking import explaining_nothing
 from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import local_part, sharding_of
 
@@ -76,13 +79,14 @@ class Scorer(Protocol):
 
 
 class _DataFree:
-    """Magnitude :math:`|W|`, or uniform random numbers that depend on the seed and the weight's name only."""
+    """Magnitude :math:`|W|` of the weights as they are used, or uniform random numbers by the seed and the weight's name."""
 
     def __init__(
         self, model: nn.Module, method: str, seed: int, include: Any, exclude: Any, trainable_only: bool
     ) -> None:
         self._model, self._method, self._seed = subject_of(model).module, method, seed
-        self._parameters = scored_parameters(self._model, include, exclude, trainable_only)
+        self._parameters = candidates(self._model, include, exclude, trainable_only)
+        self._used, self._refused = parametrized(self._model)
         self.num_samples = 0
 
     def update(self, batch: Any) -> None:
@@ -90,7 +94,8 @@ class _DataFree:
 
     def compute(self) -> Relevance:
         """The scores."""
-        values = {name: self._score(name, parameter) for name, parameter in self._parameters.items()}
+        scored = {name: entry for name, entry in self._parameters.items() if name not in self._refused}
+        values = {name: self._score(name, parameter) for name, parameter in scored.items()}
         return Relevance(
             values,
             statistic=self._method,
@@ -98,30 +103,19 @@ class _DataFree:
             target="",
             model=fingerprint(self._model),
             parameter_shapes={name: tuple(parameter.shape) for name, parameter in self._parameters.items()},
+            unscored={name: self._refused[name] for name in self._parameters if name in self._refused},
             shardings=shardings_of(self._model),
         )
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
-        weight = local_part(parameter)
         if self._method == "magnitude":
-            return weight.abs()
+            used = self._used.get(name)
+            return (local_part(parameter) if used is None else used()).abs()
         generator = torch.Generator().manual_seed(
             self._seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name))
         )
         whole, sharding = torch.rand(parameter.shape, generator=generator), sharding_of(parameter, name)
-        return (whole if sharding is None else sharding.part(whole).clone()).to(weight.device)
-
-
-def _explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:
-    """A target for statistics of the forward alone: the model is run as it would be explained, nothing is propagated."""
-    explained = target if callable(target) else subject_of(model).own_target or run
-
-    def explain_nothing(model: nn.Module, batch: Any) -> Tensor:
-        explained(model, batch)
-        return torch.zeros(())
-
-    explain_nothing.__qualname__ = "nothing"
-    return explain_nothing
+        return (whole if sharding is None else sharding.part(whole).clone()).to(local_part(parameter).device)
 
 
 def scorer(
@@ -178,7 +172,7 @@ def scorer(
         return _DataFree(model, method, seed, include, exclude, trainable_only)
     return RelevanceAccumulator(
         model,
-        target=_explaining_nothing(model, target) if method == "wanda" else target,
+        target=explaining_nothing(model, target) if method == "wanda" else target,
         composite=composite or defaults.composite or "gradient",
         statistic=statistic or defaults.statistic,
         granularity=granularity,
