@@ -115,7 +115,7 @@ class RelevanceAccumulator:
                     if sharded is not None:
                         propagation.check_target(value)
                 roots = propagation.roots()
-                table.touched(uses.touched, roots)
+                table.touched(uses, roots)
                 roots = roots if table.backward_needed else []
                 table.make_room()
                 gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()

@@ -18,6 +18,7 @@ from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.operations import OPERATIONS, Operation
 from lrp_prune.attribution.origins import Origin, derive, mark, marked, of_operation, origin_of_parameter
+from lrp_prune.attribution.recurrent import recurrent
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.roots import Roots
 from lrp_prune.attribution.rules import Call, Rule, identity, identity_of_power, is_activation
@@ -101,8 +102,11 @@ class PropagationMode(TorchFunctionMode):
         self._finish(function, "activation", [operand], result, ruled=True)
 
     def backward(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off."""
-        return tuple(self._look_inside(torch.autograd.grad, (target, list(tensors)), {"allow_unused": True}))
+        """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off.
+
+        To be called where the mode is entered. Entered once more, it would be on within its own rules in recomputed layers.
+        """
+        return tuple(self._unchecked(torch.autograd.grad)(target, list(tensors), allow_unused=True))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,10 +120,13 @@ class PropagationMode(TorchFunctionMode):
             if isinstance(func, FunctionType) and func not in self._inside:
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
+        given = Call(func, operation, args, kwargs)
         args, kwargs, constant = self._without_parameters(args, kwargs)
         call = Call(func, operation, args, kwargs, self.kept)
         if registered is not None:
             result = registered(call)
+        elif operation.kind == "recurrent":
+            result = recurrent(call, given, self._rule, self._uses)
         elif operation.functional is not None:
             result = self._in_place(call)
         else:
@@ -130,16 +137,20 @@ class PropagationMode(TorchFunctionMode):
         return result
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        copy = self._copies.get(func)
-        if copy is None:
-            assert isinstance(func, FunctionType)
-            copy = self._copies[func] = _unchecked(func, self._namespaces)
+        copy = self._unchecked(func)
         self._inside.append(func)
         try:
             with self:
                 return copy(*args, **kwargs)
         finally:
             self._inside.pop()
+
+    def _unchecked(self, func: Callable[..., Any]) -> FunctionType:
+        copy = self._copies.get(func)
+        if copy is None:
+            assert isinstance(func, FunctionType)
+            copy = self._copies[func] = _unchecked(func, self._namespaces)
+        return copy
 
     def _apply(self, call: Call) -> Any:
         kind = call.operation.kind

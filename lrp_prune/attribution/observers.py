@@ -17,7 +17,7 @@ from lrp_prune.attribution.statistics import (
     UnitStatistic,
     WeightStatistic,
 )
-from lrp_prune.attribution.uses import Observer, Use
+from lrp_prune.attribution.uses import Observer, Use, WeightUses
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
 from lrp_prune.unscored import DATA, NO_PRODUCT, UNREACHED, UNUSED, described
@@ -120,9 +120,10 @@ class ObserverTable:
             if isinstance(statistic, WeightStatistic):
                 statistic.park(device)
 
-    def touched(self, names: Iterable[str], roots: Iterable[Root]) -> None:
+    def touched(self, uses: WeightUses, roots: Iterable[Root]) -> None:
         """Take note of parameters that a forward did anything with, and of those that are data."""
-        self._touched.update(names)
+        self._touched.update(uses.touched)
+        self.refused.update(uses.left_out)
         self._data.update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
 
     def _weight_used(self, use: Use) -> list[Observer]:

@@ -152,7 +152,9 @@ class WeightStatistic:
         dtype = self.operand_dtype or d.dtype
         if dtype == torch.float16:  # squares of small gradients would be zero, those of large activations infinite
             dtype = torch.float32
-        if activation.numel() <= d.numel() or self.statistic == "geometric":
+        if use.all_tokens:
+            pass
+        elif activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.counted_activation(activation)
         else:
             d = self._batch.only_counted(d)
@@ -264,7 +266,8 @@ class InputNorm(WeightStatistic):
     def forward(self, use: Use, activation: Tensor) -> None:
         """Add the squares of one use's activations."""
         with torch.no_grad():
-            self.add(input_energy(use, self._batch.only_counted(activation.detach())), use)
+            activation = activation.detach()
+            self.add(input_energy(use, activation if use.all_tokens else self._batch.only_counted(activation)), use)
 
 
 def input_energy(use: Use, activation: Tensor) -> Tensor:

@@ -4,26 +4,38 @@ The gradient that reaches a use is the propagated one, so ``(a, d)`` there is al
 gradient is made, and nothing is kept per batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.forms import Convolution, Form, form_of
 from lrp_prune.attribution.operands import Latest
+from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules import Call, is_activation
 from lrp_prune.attribution.tags import Tag, set_tag, tag_of
 
 
 class Use:
-    """One use of a weight in a forward."""
+    """One use of a weight in a forward.
 
-    def __init__(self, form: Form, weight: Tensor, origin: Origin, tag: Tag | None) -> None:
+    Args:
+        form: how it meets the activation.
+        weight: its values there.
+        origin: which parameter's these are.
+        tag: what is known of the activation.
+        all_tokens: whether padding is none of the activation's, so that all of its tokens count.
+    """
+
+    def __init__(self, form: Form, weight: Tensor, origin: Origin, tag: Tag | None, all_tokens: bool = False) -> None:
         self.form, self.weight, self.origin, self.tag = form, weight, origin, tag
+        self.all_tokens = all_tokens
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -78,7 +90,7 @@ class _Observed(Function):
             if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
                 d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
-            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag)
+            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.tag, ctx.use.all_tokens)
             for observer in ctx.observers:
                 observer.backward(use, activation, d, gradient)
         return gradient, None, None, None, None
@@ -106,6 +118,33 @@ class WeightUses:
         self.showing = True
         self.touched: set[str] = set()
         """Parameters that any function was called with."""
+        self.left_out: dict[str, str] = {}
+        """Weights that are not shown to anyone, each with the reason."""
+        self._all_tokens = False
+
+    @contextmanager
+    def counting(self, all_tokens: bool) -> Iterator[None]:
+        """While it lasts, activations have no padding, whatever the batch says of its tokens."""
+        before, self._all_tokens = self._all_tokens, all_tokens
+        try:
+            yield
+        finally:
+            self._all_tokens = before
+
+    def leave_out(self, weight: Tensor, reason: str) -> None:
+        """Show no use of a weight."""
+        origin = marked(weight)
+        if origin is not None:
+            self.left_out[origin.name] = reason
+
+    def of_linear(self, weight: Tensor, all_tokens: bool) -> tuple[Use | None, list[Observer]]:
+        """The use of a weight ``[out, in]`` in products that somebody else makes, and what observes it."""
+        origin = marked(weight)
+        if self._observers is None or origin is None:
+            return None, []
+        call = Call(F.linear, OPERATIONS[F.linear], (None, weight), {})
+        use = Use(form_of(call, 0, 1), weight, origin, None, all_tokens)
+        return use, [] if origin.name in self.left_out else self._observers(use)
 
     def observed(self, call: Call) -> Any:
         """The result of a product of one activation and one weight, observed; None for other calls."""
@@ -129,8 +168,8 @@ class WeightUses:
             active[0],
             weights[0],
         )
-        use = Use(form, weight, origin, tag_of(activation))
-        observers = self._observers(use)
+        use = Use(form, weight, origin, tag_of(activation), self._all_tokens)
+        observers = [] if origin.name in self.left_out else self._observers(use)
         if self.showing:
             for observer in observers:
                 observer.forward(use, activation)
