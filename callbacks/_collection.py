@@ -1,11 +1,13 @@
 """Collecting relevance inside a Lightning run: from the batches of a validation, or from reference data."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer import call
@@ -88,7 +90,9 @@ class Collection:
         """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
         given = {name: self.options[name] for name in ("include", "exclude", "trainable_only")}
         if self.options["granularity"] == "weight":
-            with _misconfiguration():
+            with _misconfiguration(), warnings.catch_warnings():
+                if getattr(rank_zero_only, "rank", 0) != 0:
+                    warnings.simplefilter("ignore")
                 check_prunable(pl_module, **given)
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

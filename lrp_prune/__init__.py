@@ -9,7 +9,7 @@ Lightning callbacks are in ``lrp_prune.callbacks``.
 from lrp_prune.attribution import Composite, Propagation, attribute, attributing, register_rule
 from lrp_prune.correction import Patch
 from lrp_prune.planning import Estimate, estimate
-from lrp_prune.pruning import Masks, prune, select
+from lrp_prune.pruning import Masks, merge_adapters, prune, select
 from lrp_prune.relevance import Member, Relevance
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "attribute",
     "attributing",
     "estimate",
+    "merge_adapters",
     "prune",
     "register_rule",
     "select",

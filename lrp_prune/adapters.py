@@ -40,10 +40,9 @@ def inserted_paths(model: nn.Module) -> frozenset[str]:
         elif kind == "BaseTunerLayer":
             found.add(f"{prefix}base_layer")
         else:
-            found.add(f"{prefix}modules_to_save")
             used = _copy_in_use(module)
-            if used:
-                found.add(f"{prefix}modules_to_save.{used}")
+            found.update({f"{prefix}modules_to_save", f"{prefix}modules_to_save.{used}"} if used else ())
+            found.update(() if used else {f"{prefix}original_module"})
     return frozenset(found)
 
 
@@ -56,20 +55,30 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def adapter_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that adapters added: their own, and copies of the model's that are not in use."""
-    found: set[int] = set()
-    for _, module in _adapting(model):
-        kind = _kind(module)
+def adapting_models(model: nn.Module) -> dict[str, nn.Module]:
+    """Each ``PeftModel`` in a model, itself included, by its name."""
+    return {name: module for name, module in _adapting(model) if _kind(module) == "PeftModel"}
+
+
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """Names, in the model as it is, of what adapters added: their parameters, and copies of the model's that are not in use.
+
+    By name, since PEFT makes new parameters of some layers (``nn.MultiheadAttention``) whenever a model is gone through.
+    """
+    added: list[
+        tuple[str, str]
+    ] = []  # what lies below the one belongs to the adapter, but for what lies below the other
+    for name, module in _adapting(model):
+        prefix, kind = f"{name}." if name else "", _kind(module)
         if kind == "BaseTunerLayer":
-            inner = getattr(module, "base_layer", None)
-            own = {id(entry) for entry in inner.parameters()} if isinstance(inner, nn.Module) else set()
-            found |= {id(entry) for entry in module.parameters()} - own
+            added.append((prefix, f"{prefix}base_layer."))
         elif kind == "ModulesToSaveWrapper":
             used = _copy_in_use(module)
-            kept = module.get_submodule(f"modules_to_save.{used}" if used else "original_module")
-            found |= {id(entry) for entry in module.parameters()} - {id(entry) for entry in kept.parameters()}
-    return found
+            added.append((prefix, f"{prefix}modules_to_save.{used}." if used else f"{prefix}original_module."))
+    if not added:
+        return set()
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name for name in names for above, own in added if name.startswith(above) and not name.startswith(own)}
 
 
 def _adapting(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

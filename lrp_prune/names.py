@@ -58,13 +58,13 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Of a model that is sharded by FSDP2 the sharded ones; so not to be called within its forward.
     """
     at_rest(model)
-    canonical = _naming(model)
+    canonical = naming(model)
     return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
 
 
 def aliases(model: nn.Module) -> dict[str, nn.Parameter]:
     """As :func:`named_parameters`, with tied parameters under each of their names."""
-    canonical = _naming(model)
+    canonical = naming(model)
     named = unwrap(model).named_parameters(remove_duplicate=False)
     return {canonical(name): parameter for name, parameter in named}
 
@@ -74,14 +74,14 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     The outermost of several with one canonical name (an adapter's layer and the one inside it) has it; the others keep theirs.
     """
-    canonical, found = _naming(model), dict[str, nn.Module]()
+    canonical, found = naming(model), dict[str, nn.Module]()
     for name, module in unwrap(model).named_modules():
         short = canonical(name)
         found[name if short in found else short] = module
     return found
 
 
-def _naming(model: nn.Module) -> Callable[[str], str]:
+def naming(model: nn.Module) -> Callable[[str], str]:
     """From a name in the unwrapped model to the canonical one."""
     inserted = inserted_paths(unwrap(model))
     if not inserted:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lrp_prune.adapters import adapted_layers
-from lrp_prune.names import named_parameters
+from lrp_prune.names import naming, unwrap
 from lrp_prune.sharding import is_sharded
 from lrp_prune.unscored import DIVIDED
 
@@ -24,21 +24,22 @@ def adapted_weights(model: nn.Module) -> tuple[dict[str, Callable[[], Tensor]], 
     """
     used: dict[str, Callable[[], Tensor]] = {}
     refused: dict[str, str] = {}
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
-    for layer in adapted_layers(model).values():
+    model, canonical = unwrap(model), naming(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, layer in adapted_layers(model).items():
         base = getattr(layer, "base_layer", None)
         bases = {entry.__name__ for entry in type(layer).__mro__}
         if not isinstance(base, nn.Module) or _SCALING in bases or _is_off(layer):
             continue
-        weights = [entry for entry in base.parameters() if entry.dim() >= 2]
-        own = {names[id(entry)]: entry for entry in weights if id(entry) in names}
+        below = f"{path}.base_layer." if path else "base_layer."
+        weights = [name for name, entry in parameters.items() if name.startswith(below) and entry.dim() >= 2]
         reason = None if "LoraLayer" in bases else f"has an adapter of another kind than LoRA ({type(layer).__name__})"
-        reason = reason or _unknown(layer, base, weights)
+        reason = reason or _unknown(layer, base, [parameters[name] for name in weights])
         if reason is not None:
-            refused.update(dict.fromkeys(own, reason))
+            refused.update(dict.fromkeys(map(canonical, weights), reason))
             continue
-        for name, weight in own.items():
-            used[name] = _merged(layer, weight)
+        for name in weights:
+            used[canonical(name)] = _merged(layer, parameters[name])
     return used, refused
 
 

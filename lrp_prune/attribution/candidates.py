@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrp_prune.adapters import adapted_layers, adapter_parameters
 from lrp_prune.attribution.quantized import quantized_modules
-from lrp_prune.names import aliases, matches, named_parameters, unwrap
+from lrp_prune.names import aliases, matches, named_parameters, naming, unwrap
 
 _DATA_WORDS = frozenset(
     """
@@ -68,10 +68,10 @@ def candidates(
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    added = adapter_parameters(model)
+    added = set(map(naming(model), adapter_parameters(unwrap(model))))
     owners = _owners(model)
-    data = {name for name, entry in possible.items() if _is_data(entry, *owners[id(entry)])}
-    beside = data | {name for name, entry in possible.items() if id(entry) in added}
+    data = {name for name, entry in possible.items() if _is_data(entry, *owners[name])}
+    beside = data | (added & set(possible))
     if include is not None:
         wanted = _included(include, parameters, possible, beside)
     elif embeddings:
@@ -156,7 +156,7 @@ def _normalizations(model: nn.Module) -> set[int]:
 
 
 def _adapters_only(model: nn.Module) -> str:
-    layers = sorted({f"*.{name.rpartition('.')[2]}" for name in adapted_layers(model)}) or ["..."]
+    layers = sorted({f"*.{name.rpartition('.')[2]}" for name in adapted_layers(unwrap(model))}) or ["..."]
     return (
         f"{type(unwrap(model)).__name__} has adapters: its own weights are frozen, and zeros in an adapter are none in the sum "
         f"that it becomes a part of. Say what is meant: include={layers!r} for the weights that adapters are added to (and "
@@ -164,15 +164,16 @@ def _adapters_only(model: nn.Module) -> str:
     )
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Of each parameter the module that holds it, and what it is called there."""
-    found: dict[int, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        for own, parameter in module._parameters.items():
-            # In a list "0" says nothing, and the list's name does.
-            listed = isinstance(module, nn.ParameterList | nn.ParameterDict)
-            if parameter is not None:
-                found.setdefault(id(parameter), (module, path.rpartition(".")[2] if listed else own))
+    found: dict[str, tuple[nn.Module, str]] = {}
+    model, canonical = unwrap(model), naming(model)
+    for name, _ in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        owner = model.get_submodule(path)
+        # In a list "0" says nothing, and the list's name does.
+        listed = isinstance(owner, nn.ParameterList | nn.ParameterDict)
+        found[canonical(name)] = owner, path.rpartition(".")[2] if listed else own
     return found
 
 

@@ -1,16 +1,19 @@
 """What can be known before anything is scored: whether zeros in the weights that are to be pruned would be any use."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.adapted import adapted_weights
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.running import run, subject_of
 from lrp_prune.pruning.coverage import refuse_unusable
+from lrp_prune.unscored import patterns_of
 
 
 def check_uses(
@@ -62,13 +65,23 @@ def check_uses(
     return {name: refused[name] for name in accumulator.parameters if name in refused}
 
 
-def check_prunable(model: nn.Module, batch: Any = None, **candidates: Any) -> None:
-    """Refuse what :func:`check_uses` finds.
+def check_prunable(model: nn.Module, batch: Any = None, **which: Any) -> None:
+    """Refuse what :func:`check_uses` finds, and tell what has to be done with adapters afterwards.
 
     Raises:
         ValueError: if it finds anything, and what it raises.
     """
-    refuse_unusable(check_uses(model, batch, **candidates))
+    refuse_unusable(check_uses(model, batch, **which))
+    module = subject_of(model).module
+    adapted = adapted_weights(module)[0]
+    beside = [name for name in candidates(module, **which) if name in adapted]
+    if beside:
+        warnings.warn(
+            f"{', '.join(patterns_of(beside))} have adapters, which are added to them also where they are pruned: use "
+            "lrp_prune.merge_adapters(model, masks) in place of merge_and_unload(), which would write over the zeros",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:

@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from lrp_prune.pruning import METHODS
 from lrp_prune.unscored import UNUSED, UnscoredWeightsWarning
@@ -202,3 +204,43 @@ def test_a_collector_collects_what_cannot_be_pruned(make_trainer: Any) -> None:
     collector = RelevanceCollector()
     make_trainer(callbacks=[collector]).validate(Module(model), _loader(), verbose=False)
     assert set(collector.relevance.unscored) == {"model.body.parametrizations.weight.original", "model.other.weight"}
+
+
+def _adapted() -> Module:
+    torch.manual_seed(0)
+    return Module(peft.get_peft_model(Halves(1), peft.LoraConfig(r=2, target_modules=["body", "o"])))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_alone_are_not_pruned_by_default(method: str, make_trainer: Any) -> None:
+    module = _adapted()
+    with pytest.raises(
+        MisconfigurationException, match=r"has adapters.*include=\['\*\.body', '\*\.o'\].*\['\*\.lora_\*'\]"
+    ):
+        _fit(make_trainer, module, RelevancePruning(method=method))
+    assert not module.before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_beside_adapters_stay_zero_until_they_are_merged(method: str, make_trainer: Any) -> None:
+    module, pruning = _adapted(), RelevancePruning(method=method, include=["*.body", "*.o"], scope="global")
+    with pytest.warns(UserWarning, match="merge_adapters"):
+        _fit(make_trainer, module, pruning)
+    assert set(pruning.masks) == {"model.body.weight", "model.o.weight"} and pruning.masks.sparsity == 0.5
+    trained = [name for name, value in module.named_parameters() if not torch.equal(value, module.before[name])]
+    assert any("lora_B" in name for name in trained)
+    merged = lrp_prune.merge_adapters(module.model, pruning.masks)
+    assert isinstance(merged, Halves)
+    assert int((merged.body.weight == 0).sum() + (merged.o.weight == 0).sum()) == 56
+    kept = pruning.masks["model.body.weight"]
+    assert not torch.equal(
+        merged.body.weight[kept], module.before["model.base_model.model.body.base_layer.weight"][kept]
+    )
+
+
+def test_adapters_are_pruned_where_they_are_named(make_trainer: Any) -> None:
+    module, pruning = _adapted(), RelevancePruning(include=["*.lora_*"], scope="layer")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*merge_adapters.*")
+        _fit(make_trainer, module, pruning)
+    assert len(pruning.masks) == 4 and pruning.masks.sparsity == 0.5
