@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 UNUSED = "was used in no forward of the reference samples (an expert without tokens, a part that does not run)"
 NO_PRODUCT = "is used, but in no product with activations that is observed"
+CONSTANTS = "multiplies constants only, such as embeddings of positions, and no relevance goes through these"
 DATA = "enters as data: it is added to activations, or put beside them"
 GATES = "belongs to gates in part, and the rules stop relevance before them: most of its rows would count as irrelevant"
 UNREACHED = "no relevance reaches it: what is explained does not depend on it, or the rules stop before it"
@@ -15,7 +16,7 @@ RESCALED = (
 DIVIDED = "it is divided among processes, and computed with before it is used"
 SEVERAL = "it is used with several values, scaled differently"
 
-TOLERABLE = frozenset({UNUSED, NO_PRODUCT, DATA, GATES, UNREACHED})
+TOLERABLE = frozenset({UNUSED, NO_PRODUCT, CONSTANTS, DATA, GATES, UNREACHED})
 """Reasons that lie in the samples, the target and the rules: other weights can be pruned in these weights' place.
 
 Any other says that zeros in the parameter would be none in what is used. To prune these was asked for by mistake, and is refused.

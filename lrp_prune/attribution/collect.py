@@ -15,6 +15,7 @@ from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.running import Subject, counted_tokens, samples_in, subject_of, to_device, undisturbed
 from lrp_prune.attribution.sharded import ShardedTable, shardings_of
+from lrp_prune.attribution.silent import tell_silent
 from lrp_prune.attribution.targets import Target, describe, target_of
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.relevance import Relevance
@@ -147,7 +148,11 @@ class RelevanceAccumulator:
         if self.num_samples == 0:
             raise ValueError("no batch was seen: relevance needs at least one reference sample")
         samples, self.num_samples = self.num_samples, 0
-        return self.table.finish(composite=self._composite.name, num_samples=samples, target=describe(self._target))
+        relevance = self.table.finish(
+            composite=self._composite.name, num_samples=samples, target=describe(self._target)
+        )
+        tell_silent(relevance, self._composite)
+        return relevance
 
 
 def attribute(

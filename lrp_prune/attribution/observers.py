@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.candidates import candidates
+from lrp_prune.attribution.forms import Form
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.statistics import (
@@ -20,7 +21,7 @@ from lrp_prune.attribution.statistics import (
 from lrp_prune.attribution.uses import Observer, Use, WeightUses
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import GRANULARITIES, STATISTICS, Member, Relevance
-from lrp_prune.unscored import DATA, NO_PRODUCT, UNREACHED, UNUSED, described
+from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -67,6 +68,7 @@ class ObserverTable:
         self._layouts: dict[str, str] = {}
         self._touched: set[str] = set()
         self._data: set[str] = set()
+        self._constants: set[str] = set()
         self._used, self.refused = parametrized(self._model) if granularity == "weight" else ({}, {})
         """Of weights that are not used as they are: how, or why they cannot be scored."""
 
@@ -123,15 +125,19 @@ class ObserverTable:
     def touched(self, uses: WeightUses, roots: Iterable[Root]) -> None:
         """Take note of parameters that a forward did anything with, and of those that are data."""
         self._touched.update(uses.touched)
+        self._constants.update(uses.on_constants)
         self.refused.update(uses.left_out)
         self._data.update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
 
     def _weight_used(self, use: Use) -> list[Observer]:
         reason = use.origin.reason
-        if reason is not None:
+        if reason is not None and use.origin.product and type(use.form) is Form:
+            # Scores of queries with positions that a layer has gone over, say: it is what was computed that is no weight.
+            self._constants.update(use.origin.names)
+        elif reason is not None:
             for name in use.origin.names:
                 self.refused.setdefault(name, reason)
-        if reason is not None or not self._collects(use.origin.name):
+        if reason is not None or not self._collects(use.origin.name) or (use.constant and self.backward_needed):
             return []
         name, layout = use.origin.name, use.layout()
         if layout is not None:
@@ -216,6 +222,8 @@ class ObserverTable:
             return statistic.unscored or UNREACHED
         if name in self._data:
             return DATA
+        if name in self._constants:
+            return CONSTANTS
         return NO_PRODUCT if name in self._touched else UNUSED
 
     def finish(self, **description: Any) -> Relevance:

@@ -63,6 +63,7 @@ class Origin(NamedTuple):
         rescaled: whether these are a division by a norm of the parameter itself.
         others: further parameters that went into it.
         arithmetic: whether more than views, copies and picking of entries did, if ``layout`` is None.
+        product: whether a product of matrices did.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Origin(NamedTuple):
     rescaled: bool = False
     others: tuple[str, ...] = ()
     arithmetic: bool = False
+    product: bool = False
 
     def dim(self, axis: int) -> int | None:
         """The parameter's dimension that an axis of the tensor is, where the tensor is the parameter up to a transposition."""
@@ -145,15 +147,18 @@ def derive(
     return lost(name, [origin])
 
 
-def lost(name: str, origins: Sequence[Origin], rescaled: bool = False, arithmetic: bool = False) -> Origin:
+def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bool = False) -> Origin:
     """The origin of what a function made of tensors, whose entries are none of a parameter's."""
     names = dict.fromkeys(entry for origin in origins for entry in origin.names)
     steps = dict.fromkeys((*(step for origin in origins for step in origin.steps), name))
     others = tuple(entry for entry in names if entry != origins[0].name)
     rescaled = rescaled or any(origin.rescaled for origin in origins)
-    arithmetic = arithmetic or any(origin.scaled or origin.arithmetic for origin in origins)
     made = origins[0]._replace(layout=None, scaled=False, steps=tuple(steps), others=others)
-    return made._replace(rescaled=rescaled, arithmetic=arithmetic)
+    return made._replace(
+        rescaled=rescaled,
+        arithmetic=kind != "plain" or any(origin.scaled or origin.arithmetic for origin in origins),
+        product=kind in ("matmul", "einsum") or any(origin.product for origin in origins),
+    )
 
 
 def of_operation(
@@ -180,22 +185,22 @@ def of_operation(
     if kind == "division":
         carriers = [entry for entry in carriers if entry[0] is operands[0]]
     if name in _OWN_NORM or not carriers:
-        return lost(name, origins, rescaled=name in _OWN_NORM, arithmetic=kind != "plain")
+        return lost(name, origins, kind, rescaled=name in _OWN_NORM)
     carrier, origin = carriers[0]
     if kind in ("product", "division"):
         rest = [(tensor, other) for tensor, other in found if tensor is not carrier]
         if any(origin.name in other.names and tensor.numel() > 1 for tensor, other in rest):
-            return lost(name, origins, rescaled=True, arithmetic=True)
+            return lost(name, origins, kind, rescaled=True)
         return origin._replace(scaled=True)
     if stem in _CHOOSING:
         fillers = [operand for operand in operands if operand is not carrier and not _is_mask(operand)]
         kept = len(found) == 1 and all(not bool(torch.as_tensor(filler).any()) for filler in fillers)
-        return origin._replace(scaled=True) if kept else lost(name, origins, arithmetic=True)
+        return origin._replace(scaled=True) if kept else lost(name, origins, kind)
     if (kind in ("activation", "power") or stem in _ELEMENTWISE) and len(found) == 1:
         zeros = again(carrier, torch.zeros_like(carrier))
         if isinstance(zeros, Tensor) and not bool(zeros.any()):
             return origin._replace(scaled=True)
-    return lost(name, origins, arithmetic=kind != "plain")
+    return lost(name, origins, kind)
 
 
 def _is_mask(value: Any) -> bool:

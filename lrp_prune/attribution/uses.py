@@ -31,11 +31,20 @@ class Use:
         origin: which parameter's these are.
         tag: what is known of the activation.
         all_tokens: whether padding is none of the activation's, so that all of its tokens count.
+        constant: whether it is no activation, but a constant, which nothing is propagated to.
     """
 
-    def __init__(self, form: Form, weight: Tensor, origin: Origin, tag: Tag | None, all_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        form: Form,
+        weight: Tensor,
+        origin: Origin,
+        tag: Tag | None,
+        all_tokens: bool = False,
+        constant: bool = False,
+    ) -> None:
         self.form, self.weight, self.origin, self.tag = form, weight, origin, tag
-        self.all_tokens = all_tokens
+        self.all_tokens, self.constant = all_tokens, constant
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -118,6 +127,8 @@ class WeightUses:
         self.showing = True
         self.touched: set[str] = set()
         """Parameters that any function was called with."""
+        self.on_constants: set[str] = set()
+        """Weights of layers that were applied to constants."""
         self.left_out: dict[str, str] = {}
         """Weights that are not shown to anyone, each with the reason."""
         self._all_tokens = False
@@ -130,6 +141,14 @@ class WeightUses:
             yield
         finally:
             self._all_tokens = before
+
+    def _applied_to_constants(self, call: Call, origin: Origin) -> None:
+        """A layer goes over embeddings of positions, say: nothing is propagated, but it has an input."""
+        self.on_constants.add(origin.name)
+        constant, weight = call.operands()
+        use = Use(form_of(call.with_operands([None, weight]), 0, 1), weight, origin, None, True, constant=True)
+        for observer in self._observers(use) if self._observers is not None and self.showing else ():
+            observer.forward(use, constant)
 
     def leave_out(self, weight: Tensor, reason: str) -> None:
         """Show no use of a weight."""
@@ -155,6 +174,8 @@ class WeightUses:
             marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
         ]
         active = [index for index, value in enumerate(operands) if is_activation(value)]
+        if not active and _is_layer(call) and origins[1] is not None and origins[1].layout is not None:
+            self._applied_to_constants(call, origins[1])
         weights = [index for index, origin in enumerate(origins) if origin is not None]
         if len(operands) != 2 or len(active) != 1 or len(weights) != 1:
             return None
@@ -185,6 +206,12 @@ class WeightUses:
         if dtype is None or dtype.itemsize >= activation.itemsize:
             return activation
         return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))
+
+
+def _is_layer(call: Call) -> bool:
+    """Whether the second operand is a weight by the function's own account."""
+    name = call.function.__name__
+    return len(call.operation.operands) == 2 and (name == "linear" or name.startswith("conv"))
 
 
 def _producer(use: Use, call: Call, result: Tensor) -> Tag:
