@@ -184,18 +184,21 @@ def attribute(
         statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights).
         granularity: ``"weight"``; ``"neuron"`` (hidden units between two layers), ``"head"`` (before the output
             projection), ``"block"`` (what a head or neuron layer writes), ``"embedding"`` (rows of embeddings).
-        include: patterns of parameter names to score; by default all weights of two and more dimensions except
-            embeddings and the output embedding.
+        include: patterns of parameter names to score; by default all weights of two and more dimensions except embeddings,
+            the output embedding, and what is data rather than a weight
+            (see :func:`~lrp_prune.attribution.candidates.candidates`).
         exclude: patterns of parameter names to leave out.
         chunks: in how many passes over the batches the weights are collected, each about as many of them. The sums of
             the others are in the host's memory, so that the device holds a part of the relevance at a time.
         **options: further arguments of :class:`RelevanceAccumulator`.
 
     Returns:
-        The :class:`~lrp_prune.relevance.Relevance`. Weights that no relevance reaches are listed as ``unscored``.
+        The :class:`~lrp_prune.relevance.Relevance`. Weights without relevance are listed as ``unscored``, with the reason: that
+        no relevance reaches them, or that zeros in them would be none in what the model uses.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a target that cannot be inferred, no batches, quantized weights.
+        ValueError: for a pattern that matches nothing or names unscored weights only, a target that cannot be inferred, no
+            batches, quantized weights.
         FloatingPointError: if the explained value or a relevance is not finite.
 
     Example:

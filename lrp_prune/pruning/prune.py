@@ -38,14 +38,19 @@ def prune(
 ) -> Masks:
     """Prune a model in place, without training.
 
+    What is pruned is zero in what the model uses: weights are scored and set to zero as they are used, and refused by name where
+    zeros would be none there (see :func:`~lrp_prune.pruning.check_uses`). With adapters (PEFT) the weights inside are pruned, as
+    they would be after merging; :func:`merge_adapters` merges them under the masks.
+
     A model that ``fully_shard`` has divided is pruned by all its processes together: each gives its own batches, as many
     as the others.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
-        batches: reference samples, see :func:`lrp_prune.attribute`; not needed for ``magnitude`` and ``random``. They are
-            gone through once a round.
-        sparsity: the fraction to prune, in all or by pattern of parameter names.
+        batches: reference samples, see :func:`lrp_prune.attribute`, gone through once a round. ``magnitude`` and ``random``
+            need none; if there is one, the first shows whether the model computes with weights before it uses them.
+        sparsity: the fraction to prune, of all that ``include`` and ``exclude`` ask for (see :func:`select`), in all or by
+            pattern of parameter names.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
         scope: what is compared: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; None for the method's best.
         ranking: ``"absolute"`` or ``"ascending"``.
@@ -61,7 +66,8 @@ def prune(
         The masks. If an error is raised, the model is as it was.
 
     Raises:
-        ValueError: for wrong arguments, and what :func:`lrp_prune.attribute` raises.
+        ValueError: for wrong arguments, weights that cannot be pruned, a sparsity that cannot be met with what is scored, and
+            what :func:`lrp_prune.attribute` raises.
 
     Example:
         >>> import torch, lrp_prune

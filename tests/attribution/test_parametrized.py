@@ -15,6 +15,7 @@ from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.pruning.checking import check_uses
 from lrp_prune.relevance import STATISTICS
+from lrp_prune.unscored import CONSTANTS, UnscoredWeightsWarning
 
 
 class Using(nn.Linear):
@@ -357,3 +358,53 @@ def test_dropped_weights_are_whole_while_relevance_is_collected() -> None:
     plain.load_state_dict(model.state_dict())
     found, expected = (lrp_prune.attribute(entry, [x], target=_target) for entry in (model, plain))
     torch.testing.assert_close(found["0.weight"], expected["0.weight"])
+
+
+class Positions(nn.Module):
+    """Attention of queries to positions that a layer of their own, or that of the keys, goes over first."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.position_table = nn.Parameter(torch.randn(5, 8))
+        self.of_positions = self.key if shared else nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.query(x), self.key(x)
+        positions = self.of_positions(self.position_table).expand(len(x), -1, -1)
+        return torch.bmm(q, k.transpose(1, 2)) + torch.bmm(q, positions.transpose(1, 2))
+
+
+def _sum_of_squares(model: nn.Module, batch: Tensor) -> Tensor:
+    value: Tensor = model(batch).square().sum()
+    return value
+
+
+def test_a_layer_over_positions_is_told_of_and_not_refused() -> None:
+    torch.manual_seed(0)
+    model, x = Positions(shared=False).double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    relevance = lrp_prune.attribute(model, [x], target=_sum_of_squares)
+    assert set(relevance) == {"query.weight", "key.weight"}
+    assert relevance.unscored == {"of_positions.weight": CONSTANTS}
+    assert check_uses(model, x) == {}
+    with pytest.warns(UnscoredWeightsWarning, match="of_positions"):
+        masks = lrp_prune.prune(copy.deepcopy(model), [x], sparsity=0.5, target=_sum_of_squares)
+    assert (masks.num_pruned, masks.num_entries) == (96, 192)
+    scores = scorer("wanda", model)
+    scores.update(x)
+    norms = scores.compute()
+    expected = model.of_positions.weight.abs() * model.position_table.norm(dim=0) / 3**0.5
+    torch.testing.assert_close(norms["of_positions.weight"].double(), expected.detach(), rtol=1e-5, atol=1e-8)
+    assert not norms.unscored
+
+
+def test_a_layer_that_goes_over_both_is_scored_by_what_relevance_goes_through() -> None:
+    torch.manual_seed(0)
+    model, x = Positions(shared=True).double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    options = {"target": _sum_of_squares, "statistic": "signed", "composite": "gradient"}
+    relevance = lrp_prune.attribute(model, [x], **options)
+    assert set(relevance) == {"query.weight", "key.weight"} and not relevance.unscored
+    held = copy.deepcopy(model)
+    held.of_positions = copy.deepcopy(model.key)  # the same values, and no use of the key's weight
+    expected = lrp_prune.attribute(held, [x], **options)["key.weight"]
+    torch.testing.assert_close(relevance["key.weight"], expected)
