@@ -16,7 +16,11 @@ open gate without any input to the gate is the signal's, and the rest is a produ
 well, and stays bounded. Handed on through the sigmoid as a whole it would be scaled by :math:`\sigma(x)/x`, which has no bounds
 where a gate is half open, and would grow with each step: in 50 steps of a random GRU by a factor of a million.
 
-Dropout between layers is off, as everywhere.
+Dropout between layers is off, as everywhere. Weights are only read: on a GPU cuDNN reads them from one piece of memory, which
+they stay in, since pruning sets entries to zero in place.
+
+Steps in Python take their time: collecting relevance of two layers of 128 units over 100 tokens takes about seven times a
+forward and backward pass of torch's own function on a CPU.
 """
 
 from collections.abc import Callable
@@ -98,8 +102,10 @@ Step = Callable[[Rules, Tensor, Callable[[Tensor], Tensor], State], State]
 
 def _lstm(rules: Rules, x: Tensor, recurrent: Callable[[Tensor], Tensor], state: State) -> State:
     h, c = state
-    i, f, g, o = (x + recurrent(h)).chunk(4, -1)
-    c = rules.gated(f, c) + rules.gated(i, rules.activation(torch.tanh, g))
+    width = c.shape[-1]
+    i_f, g, o = (x + recurrent(h)).split([2 * width, width, width], -1)  # a Python call is what takes time: two at once
+    new, kept = rules.gated(i_f, torch.cat([rules.activation(torch.tanh, g), c], -1)).chunk(2, -1)
+    c = kept + new
     return rules.gated(o, rules.activation(torch.tanh, c)), c
 
 
@@ -224,8 +230,9 @@ def _one_layer(
     projection = None if layer.hr is None else RecurrentProduct(rules.uses, layer.hr, None, places, active, valid)
     state = tuple(entry.to(pre.dtype) for entry in state)
     outputs: list[Tensor] = [pre] * places[1]
+    steps = pre.unbind(1)  # taken one by one, each would make a gradient as large as all of them
     for token in reversed(range(places[1])) if backwards else range(places[1]):
-        new = step(rules, pre[:, token], product.at(token), state)
+        new = step(rules, steps[token], product.at(token), state)
         if projection is not None:
             new = (projection.at(token)(new[0]), *new[1:])
         if valid is not None:
