@@ -90,10 +90,10 @@ def prune(
                 check_prunable(model, None if looks else next(iter(reference), None), **which)
             if isinstance(scores, RelevanceAccumulator):  # the others look at no data
                 collect(scores, reference, model, chunks)
-            relevance = scores.compute()
-            check_included(which.get("include"), relevance, relevance.unscored)
-            groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first weight is zero
             with _once(told=index > 0):
+                relevance = scores.compute()
+                check_included(which.get("include"), relevance, relevance.unscored)
+                groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
                 masks = select(relevance, sparsity=target, existing=masks, **selection)
             zero(masks)
     assert masks is not None
