@@ -1,6 +1,6 @@
 """What is refused, or warned about, before anything is collected or pruned."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,21 +190,27 @@ def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: b
     rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
 
 
-def warn_unguarded_monitors(trainer: Trainer) -> None:
-    """Warn about callbacks that compare a metric of the dense model with one of the pruned model."""
+def warn_unguarded_monitors(trainer: Trainer, names: Collection[str]) -> None:
+    """Warn about callbacks that compare a metric of the dense model with one of the pruned model.
+
+    Args:
+        trainer: the run.
+        names: of its pruning callbacks, which their metrics begin with.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
         monitor = getattr(callback, "monitor", None)
-        if monitor is None or monitor.startswith("pruning/"):
+        if monitor is None or monitor.partition("/")[0] in names:
             continue
+        guarded = f"{next(iter(names))}/{monitor}"
         if isinstance(callback, ModelCheckpoint):
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={monitor!r}) compares models of different sparsity, and keeps a dense one "
-                f"where that is better: pass guard={monitor!r} to RelevancePruning and monitor 'pruning/{monitor}', "
+                f"where that is better: pass guard={monitor!r} to RelevancePruning and monitor {guarded!r}, "
                 "which counts from the last round on (or keep the last checkpoint by save_last=True)"
             )
         elif isinstance(callback, EarlyStopping):
             rank_zero_warn(
                 f"EarlyStopping(monitor={monitor!r}) may stop the training when a round makes {monitor!r} worse, "
                 f"before all rounds are done: pass guard={monitor!r} to RelevancePruning and monitor "
-                f"'pruning/{monitor}', which counts from the last round on"
+                f"{guarded!r}, which counts from the last round on"
             )

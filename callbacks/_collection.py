@@ -1,21 +1,25 @@
 """Collecting relevance inside a Lightning run: from the batches of a validation, or from reference data."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.composites import Composite
+from lrp_prune.attribution.observers import check_included
 from lrp_prune.callbacks._checks import check_collection
 from lrp_prune.callbacks._distributed import agree, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
+from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.targets import Inferred
 
 if TYPE_CHECKING:
@@ -84,6 +88,15 @@ class Collection:
         """Raise now what can be known without data: patterns that match nothing, a module that cannot be run."""
         self._make_scorer(trainer, pl_module)
 
+    def check_prunable(self, pl_module: LightningModule) -> None:
+        """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
+        given = {name: self.options[name] for name in ("include", "exclude", "trainable_only")}
+        if self.options["granularity"] == "weight":
+            with _misconfiguration(), warnings.catch_warnings():
+                if getattr(rank_zero_only, "rank", 0) != 0:
+                    warnings.simplefilter("ignore")
+                check_prunable(pl_module, **given)
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
         self._begin(trainer, pl_module)
@@ -120,7 +133,7 @@ class Collection:
             self.abandon()
         if not self._alone:
             if not self._same_everywhere:
-                return merged(trainer, relevance, failure)
+                return self._checked(merged(trainer, relevance, failure))
             agree(trainer, failure)
             if relevance is not None and relevance.shardings and self.needs_data:
                 # Sharded models are scored by all processes together, here each on the same data.
@@ -129,6 +142,11 @@ class Collection:
                 relevance = relevance.with_sums(sums, relevance.num_samples // times)
         if failure is not None or relevance is None:
             raise failure or MisconfigurationException(f"reference= gave method={self.method!r} no batch")
+        return self._checked(relevance)
+
+    def _checked(self, relevance: "Relevance") -> "Relevance":
+        with _misconfiguration():
+            check_included(self.options["include"], relevance, relevance.unscored)
         return relevance
 
     @property

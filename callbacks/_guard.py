@@ -7,8 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 _WORST = 3e38
 
 
-def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode: str, final: bool) -> None:
-    """Log ``pruning/<metric>`` for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode: str, final: bool, name: str) -> None:
+    """Log ``<name>/<metric>`` for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
 
     With the final sparsity it is the metric. Before, it is a huge number that gets a little better at each validation,
     so that any value at the final sparsity is better, and patience does not run out while the rounds go on. It is no
@@ -20,6 +20,7 @@ def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode:
         metric: name of a metric that the module logs in its ``validation_step``.
         mode: ``"min"`` if smaller is better, or ``"max"``.
         final: whether all rounds are done.
+        name: of the callback.
     """
     if final:
         value = trainer.callback_metrics.get(metric)
@@ -28,7 +29,7 @@ def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode:
     else:
         worst = _WORST / (1 + trainer.global_step)
         value = torch.tensor(worst if mode == "min" else -worst, device=pl_module.device)
-    pl_module.log(f"pruning/{metric}", value, on_step=False, on_epoch=True, logger=False, sync_dist=False)
+    pl_module.log(f"{name}/{metric}", value, on_step=False, on_epoch=True, logger=False, sync_dist=False)
 
 
 def check_logged(trainer: Trainer, metric: str) -> None:

@@ -1,10 +1,12 @@
 """Applying masks to a model in training, and telling about it."""
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
@@ -15,9 +17,12 @@ from lrp_prune.callbacks._summary import group_sparsities
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
 from lrp_prune.pruning import Masks, select
+from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import sharding_of
+from lrp_prune.unscored import UnscoredWeightsWarning
 
 
 class Pruner:
@@ -26,13 +31,15 @@ class Pruner:
     Args:
         targets: the total sparsity after each round.
         selection: scope, ranking and normalize for :func:`lrp_prune.pruning.select`.
+        name: what the names of logged figures begin with.
     """
 
-    def __init__(self, targets: list[float] | list[dict[str, float]], selection: Mapping[str, Any]) -> None:
-        self.targets = targets
+    def __init__(self, targets: list[float] | list[dict[str, float]], selection: Mapping[str, Any], name: str) -> None:
+        self.targets, self.name = targets, name
         self.selection = dict(selection)
         self.state = PruningState()
         self._keeper: MaskKeeper | None = None
+        self._told: set[str] = set()
 
     @property
     def target(self) -> float | dict[str, float]:
@@ -43,12 +50,21 @@ class Pruner:
         """Masks of the coming round; no weight changes.
 
         Raises:
-            MisconfigurationException: the sparsity cannot be reached, or patterns match nothing.
+            MisconfigurationException: the sparsity of this round or a later one cannot be reached, or patterns match nothing.
         """
+        existing, scope = self.state.masks, parse_scope(self.selection["scope"])
         try:
-            return select(relevance, sparsity=self.target, existing=self.state.masks, **self.selection)
+            for target in self.targets[self.state.round + 1 :]:
+                groups_of(relevance, target, scope, existing)
+            with warnings.catch_warnings():
+                # Said once, by one process, and again where there is more to say.
+                if getattr(rank_zero_only, "rank", 0) != 0 or self._told >= set(relevance.unscored):
+                    warnings.simplefilter("ignore", UnscoredWeightsWarning)
+                masks = select(relevance, sparsity=self.target, existing=existing, **self.selection)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self._told |= set(relevance.unscored)
+        return masks
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the masks so far take effect on the weights, optimizers and averages as they are now."""
@@ -93,20 +109,20 @@ class Pruner:
             self._keeper = None
 
     def log_progress(self, pl_module: LightningModule) -> None:
-        """Log the total sparsity and the round."""
+        """Log the total sparsity, of all weights that were asked for, and the round."""
         sparsity = self.state.masks.sparsity if self.state.masks is not None else 0.0
-        _log(pl_module, {"pruning/sparsity": sparsity, "pruning/round": float(self.state.round)})
+        _log(pl_module, {f"{self.name}/sparsity": sparsity, f"{self.name}/round": float(self.state.round)})
 
     def log_round(self, pl_module: LightningModule, previous: Masks | None, samples: int) -> None:
         """Log the figures of the round just done: its target, what is newly pruned, the sparsity by kind of layer."""
         masks, target = self.state.masks, self.targets[self.state.round - 1]
         assert masks is not None
         newly = masks.num_pruned - (previous.num_pruned if previous is not None else 0)
-        figures = {"pruning/newly_pruned": float(newly), "pruning/samples": float(samples)}
+        figures = {f"{self.name}/newly_pruned": float(newly), f"{self.name}/samples": float(samples)}
         if isinstance(target, float):
-            figures["pruning/target"] = target
+            figures[f"{self.name}/target"] = target
         for group, (_, entries, pruned) in group_sparsities(masks).items():
-            figures[f"pruning/sparsity/{group.replace('*.', '')}"] = pruned / max(entries, 1)
+            figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = pruned / max(entries, 1)
         _log(pl_module, figures)
 
     def _mask_averages(self, trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrp_prune.pruning import Masks
+from lrp_prune.unscored import described, entries_of, share
 
 _WIDTH = 100
 
@@ -87,6 +88,9 @@ def round_table(
         f"total sparsity {masks.sparsity:.2%} (target {aim}): {masks.num_pruned:,} of {masks.num_entries:,} weights "
         f"pruned, {masks.num_pruned - before:,} of them now"
     )
+    if masks.unscored:
+        missing = entries_of(masks.unscored, masks.shapes)
+        lines += f"\nnot scored and kept: {share(missing, masks.num_entries)}: {described(masks.unscored)}"
     groups = group_sparsities(masks)
     shared = common_path(list(groups))
     table = Table(box=SIMPLE_HEAD)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from typing_extensions import override
 
@@ -31,17 +32,22 @@ class RelevancePruning(CollectingCallback):
 
     What happens in which hook:
 
-    - ``setup``: the strategy is checked.
+    - ``setup``: the strategy is checked, and that no other pruning callback logs under the same name.
     - ``on_sanity_check_start`` or ``on_train_start``, whichever is first: it is checked that all rounds fit into the
-      training and that patterns match; after a resume the masks take effect again.
+      training, that patterns match, and that the weights to prune are used as they are; after a resume the masks take effect
+      again.
     - ``on_validation_batch_end`` of the validations that a round needs, not of the sanity check: the batch's relevance
       is added up. ``on_validation_epoch_end``: masks are selected, and are pending. They are part of the checkpoint.
     - ``on_train_epoch_start``, ``on_train_batch_start``: pending masks are applied, a table is printed.
-    - ``on_train_epoch_end``, ``on_validation_epoch_end``: ``pruning/sparsity`` and ``pruning/round`` are logged.
+    - ``on_train_epoch_end``, ``on_validation_epoch_end``: ``pruning/sparsity`` and ``pruning/round`` are logged. The
+      sparsity is of all weights that were asked for, the same for every method (see
+      :func:`~lrp_prune.attribution.candidates.candidates`); what could not be scored is named in the table and in one warning.
     - ``on_fit_end``: masks that are still pending are applied, with a warning.
 
     Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
     validation and score the weights right before they are pruned.
+
+    Several of these callbacks may work in one training, on different weights, each with a ``name`` of its own.
 
     The zeros are kept by :class:`~lrp_prune.pruning.keeping.MaskKeeper`. Parameters keep their names, so the
     checkpoint's state dict is that of the plain model.
@@ -74,10 +80,12 @@ class RelevancePruning(CollectingCallback):
         ranking: ``"absolute"`` or ``"ascending"``: what is smallest is pruned.
         normalize: by what each tensor is divided before it is compared: ``"mean"``, ``"sum"``, ``"max"``, ``None`` for
             nothing; ``"auto"`` for the method's best.
-        guard: name of a metric logged in ``validation_step``; ``pruning/<guard>`` equals it once all rounds are done
+        guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
         summary: print a table after each round.
+        name: what the names of everything that it logs begin with, in place of ``pruning``; also tells its state in a checkpoint
+            from that of other pruning callbacks.
 
     Raises:
         MisconfigurationException: an argument has an impossible value, or does not fit another.
@@ -112,7 +120,11 @@ class RelevancePruning(CollectingCallback):
         guard_mode: str = "min",
         summary: bool = True,
         allow_untested: bool = False,
+        name: str = "pruning",
     ) -> None:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise MisconfigurationException(f"name must be a word that metrics' names can begin with, got {name!r}")
+        self.name = name
         targets = _checks.check_selection(sparsity, rounds, schedule, scope, ranking, normalize)
         self._collection = Collection(
             method=method,
@@ -134,12 +146,14 @@ class RelevancePruning(CollectingCallback):
         )
         _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
         selection = selection_options(method, granularity, scope, ranking, normalize)
-        self._pruner = Pruner(targets, selection)
+        self._pruner = Pruner(targets, selection, name)
         self._guard, self._guard_mode = guard, guard_mode
         self._summary = summary
         self._allow_untested = allow_untested
         kinds = ",".join(granularities_of(granularity))
         self._identity = {"granularity": kinds, "include": include, "exclude": exclude}
+        if name != "pruning":
+            self._identity["name"] = name
         self._fingerprint = {
             "total sparsities": str(targets),
             "rounds": str(self._rounds),
@@ -179,6 +193,11 @@ class RelevancePruning(CollectingCallback):
         _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
+        if any(other is not self and other.name == self.name for other in _all_in(trainer)):
+            raise MisconfigurationException(
+                f"several RelevancePruning callbacks would log {self.name}/sparsity, each of other weights: give each a name, as "
+                "in RelevancePruning(..., name='attention')"
+            )
         known = self._module() if self._module is not None else None
         if known is not pl_module:  # what was pruned in another model says nothing about this one
             self._pruner.state = PruningState()
@@ -203,7 +222,7 @@ class RelevancePruning(CollectingCallback):
         done = self.round + (self._pruner.state.pending is not None)
         self._rounds.check_fit(trainer, done, self._collection.uses_validation)
         if done < self._rounds.count:
-            _checks.warn_unguarded_monitors(trainer)
+            _checks.warn_unguarded_monitors(trainer, [callback.name for callback in (self, *_all_in(trainer))])
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,6 +293,7 @@ class RelevancePruning(CollectingCallback):
         self._pruner.resume(trainer, pl_module)
         if self.round < self._rounds.count and not self._checked:
             self._collection.check(trainer, pl_module)
+            self._collection.check_prunable(pl_module)
             self._checked = True
 
     def _begin_late(self, trainer: Trainer) -> None:
@@ -336,4 +356,9 @@ class RelevancePruning(CollectingCallback):
         self._pruner.log_progress(pl_module)
         if self._guard is not None:
             final = self.round == self._rounds.count
-            _guard.log_guarded(trainer, pl_module, self._guard, self._guard_mode, final)
+            _guard.log_guarded(trainer, pl_module, self._guard, self._guard_mode, final, self.name)
+
+
+def _all_in(trainer: Trainer) -> list[RelevancePruning]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    return [callback for callback in callbacks if isinstance(callback, RelevancePruning)]

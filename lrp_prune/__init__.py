@@ -12,7 +12,7 @@ from lrp_prune.attribution import Composite, Propagation, attribute, attributing
 from lrp_prune.correction import Patch
 from lrp_prune.members import Member
 from lrp_prune.planning import Estimate, estimate
-from lrp_prune.pruning import Masks, prune, select
+from lrp_prune.pruning import Masks, merge_adapters, prune, select
 from lrp_prune.relevance import Relevance
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "attribute",
     "attributing",
     "estimate",
+    "merge_adapters",
     "prune",
     "register_rule",
     "select",

@@ -2,14 +2,16 @@
 
 A mask made in a Lightning run is applied to the bare Hugging Face model and the other way round, so names in
 relevance, masks and patches carry no wrapper: neither those of ``torch.compile``, DDP, FSDP and activation
-checkpointing, nor the attribute under which a ``LightningModule`` holds its model.
+checkpointing, nor the attribute under which a ``LightningModule`` holds its model; and those of adapters (PEFT) look
+through the adapter, so that a weight is called the same with and without one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lrp_prune.adapters import inserted_paths
 from lrp_prune.sharding import at_rest
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -56,12 +58,41 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Of a model that is sharded by FSDP2 the sharded ones; so not to be called within its forward.
     """
     at_rest(model)
-    return {canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters()}
+    canonical = naming(model)
+    return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def aliases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """As :func:`named_parameters`, with tied parameters under each of their names."""
+    canonical = naming(model)
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {canonical(name): parameter for name, parameter in named}
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the unwrapped model by canonical name; the root is ``""``."""
-    return {canonical_name(name): module for name, module in unwrap(model).named_modules()}
+    """Every module of the unwrapped model by canonical name; the root is ``""``.
+
+    The outermost of several with one canonical name (an adapter's layer and the one inside it) has it; the others keep theirs.
+    """
+    canonical, found = naming(model), dict[str, nn.Module]()
+    for name, module in unwrap(model).named_modules():
+        short = canonical(name)
+        found[name if short in found else short] = module
+    return found
+
+
+def naming(model: nn.Module) -> Callable[[str], str]:
+    """From a name in the unwrapped model to the canonical one."""
+    inserted = inserted_paths(unwrap(model))
+    if not inserted:
+        return canonical_name
+
+    def canonical(name: str) -> str:
+        segments = name.split(".")
+        own = [segment for end, segment in enumerate(segments, 1) if ".".join(segments[:end]) not in inserted]
+        return canonical_name(".".join(own))
+
+    return canonical
 
 
 def matches(name: str, patterns: Iterable[str] | None) -> bool:
@@ -89,14 +120,12 @@ def resolve(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
     """
     wanted = list(names)
     parameters = named_parameters(model)
-    aliases = {
-        canonical_name(name): parameter for name, parameter in unwrap(model).named_parameters(remove_duplicate=False)
-    }
-    if all(name in aliases for name in wanted):
-        return {name: aliases[name] for name in wanted}
-    prefixes = [name[: -len(wanted[0])] for name in aliases if wanted and name.endswith("." + wanted[0])]
-    fitting = [prefix for prefix in prefixes if all(prefix + name in aliases for name in wanted)]
-    found = [{name: aliases[prefix + name] for name in wanted} for prefix in fitting]
+    known = aliases(model)
+    if all(name in known for name in wanted):
+        return {name: known[name] for name in wanted}
+    prefixes = [name[: -len(wanted[0])] for name in known if wanted and name.endswith("." + wanted[0])]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in known for name in wanted)]
+    found = [{name: known[prefix + name] for name in wanted} for prefix in fitting]
     for prefix, other in zip(fitting, found, strict=True):
         if any(other[name] is not parameter for name, parameter in found[0].items()):
             raise KeyError(
@@ -108,9 +137,9 @@ def resolve(names: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
     segments = wanted[0].split(".") if wanted else []
     for depth in range(1, len(segments)):
         prefix = ".".join(segments[:depth]) + "."
-        if all(name.startswith(prefix) and name[len(prefix) :] in aliases for name in wanted):
-            return {name: aliases[name[len(prefix) :]] for name in wanted}
-    missing = next(name for name in wanted if name not in aliases)
+        if all(name.startswith(prefix) and name[len(prefix) :] in known for name in wanted):
+            return {name: known[name[len(prefix) :]] for name in wanted}
+    missing = next(name for name in wanted if name not in known)
     examples = ", ".join(list(parameters)[:3])
     raise KeyError(
         f"{type(unwrap(model)).__name__} has no parameter {missing!r} (it has {examples}, ...): was it made for another model?"

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.composites import composite_of
-from lrp_prune.attribution.observers import ObserverTable, scored_parameters
+from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.models.calling import run
@@ -118,7 +119,7 @@ def estimate(
     module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
     parts = world_size if strategy == "fsdp" else 1
     parameters = named_parameters(module)
-    scored = scored_parameters(module, include, exclude, trainable_only, granularity == "embedding")
+    scored = candidates(module, include, exclude, trainable_only, granularity == "embedding")
     whole = granularity == "weight"
 
     def part(parameter: Tensor) -> int:

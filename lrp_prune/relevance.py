@@ -13,6 +13,7 @@ from lrp_prune.contributions import INPUTS, Contributions
 from lrp_prune.members import Member
 from lrp_prune.sharding import Sharding
 from lrp_prune.storage import Together, load_tensors, save_tensors
+from lrp_prune.unscored import together
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
 Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric"]
@@ -71,9 +72,11 @@ class Relevance(Mapping[str, Tensor]):
         target: what was explained, in words.
         model: the model's description; only relevance of the same model is merged.
         members: the entries of each group's units.
-        parameter_shapes: shapes of all parameters that a mask made from this may touch.
-        unscored: parameters that were asked for, but that no relevance reached (queries and keys under CP-LRP,
-            say): unknown, not irrelevant, and never pruned.
+        parameter_shapes: shapes of all parameters that a mask made from this may touch, and of those that were asked for and
+            have no relevance.
+        unscored: weights that were asked for and have no relevance, each with the reason (see
+            :mod:`lrp_prune.unscored`): queries and keys under CP-LRP, experts that no token went to. What they
+            matter is unknown, so that they are never pruned; but a sparsity is the share of everything that was asked for.
         layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
             ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
         inputs: for ``geometric``, sums over samples and tokens of the squares of what each weight multiplies, in shapes
@@ -105,7 +108,7 @@ class Relevance(Mapping[str, Tensor]):
         model: str = "",
         members: Mapping[str, tuple[Member, ...]] | None = None,
         parameter_shapes: Mapping[str, tuple[int, ...]] | None = None,
-        unscored: tuple[str, ...] = (),
+        unscored: Mapping[str, str] | None = None,
         layouts: Mapping[str, str] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         mean_weights: Mapping[str, Tensor] | None = None,
@@ -128,7 +131,10 @@ class Relevance(Mapping[str, Tensor]):
         self.parameter_shapes = {name: tuple(shape) for name, shape in (parameter_shapes or {}).items()}
         if granularity == "weight" and not self.parameter_shapes:
             self.parameter_shapes = {name: tuple(tensor.shape) for name, tensor in self._sums.items()}
-        self.unscored = tuple(unscored)
+        self.unscored = dict(unscored or {})
+        lacking = [name for name in self.unscored if name not in self.parameter_shapes]
+        if lacking:
+            raise ValueError(f"{lacking[0]!r} is unscored and has no shape: name it in parameter_shapes")
         self.layouts = dict(layouts or {})
         self.derived = derived
         known = {*self.parameter_shapes, *(name + INPUTS for name in inputs or ())}
@@ -147,6 +153,9 @@ class Relevance(Mapping[str, Tensor]):
     def sharding(self, name: str) -> Sharding | None:
         """How the tensor of this name is divided among processes; None if all of it is here."""
         return self.shardings.get(name) if self.granularity == "weight" else None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sums  # a mapping of its own would compute the values to tell
 
     def __getitem__(self, name: str) -> Tensor:
         values, sharding = self.local(name), self.sharding(name)
@@ -169,7 +178,7 @@ class Relevance(Mapping[str, Tensor]):
         """The same kind of relevance from other :attr:`sums`: those of all processes, say."""
         inputs = {name.removesuffix(INPUTS): tensor for name, tensor in sums.items() if name.endswith(INPUTS)}
         own = {name: tensor for name, tensor in sums.items() if not name.endswith(INPUTS)}
-        unscored = tuple(name for name in self.unscored if name not in own)
+        unscored = {name: reason for name, reason in self.unscored.items() if name not in own}
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
     def with_values(self, values: Mapping[str, Tensor], statistic: str) -> "Relevance":
@@ -200,7 +209,8 @@ class Relevance(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return (
             f"Relevance({len(self)} tensors of {sum(tensor.numel() for tensor in self._sums.values()):,} {self.granularity} "
-            f"values, {self.composite} {self.statistic}, {self.num_samples} samples)"
+            f"values, {self.composite} {self.statistic}, {self.num_samples} samples"
+            f"{f', {len(self.unscored)} tensors unscored' if self.unscored else ''})"
         )
 
     def _description(self) -> dict[str, Any]:
@@ -213,7 +223,7 @@ class Relevance(Mapping[str, Tensor]):
             "model": self.model,
             "members": {name: [member.to_list() for member in entries] for name, entries in self.members.items()},
             "parameter_shapes": {name: list(shape) for name, shape in self.parameter_shapes.items()},
-            "unscored": list(self.unscored),
+            "unscored": self.unscored,
             "layouts": self.layouts,
             "inputs": self._contributions.inputs,
             "mean_weights": self._contributions.mean_weights,
@@ -225,7 +235,6 @@ class Relevance(Mapping[str, Tensor]):
     def _replace(self, sums: Mapping[str, Tensor], **changes: Any) -> "Relevance":
         description = {**self._description(), **changes}
         description["members"] = self.members
-        description["unscored"] = tuple(description["unscored"])
         return Relevance(sums, **description)
 
     def _check_same_entries(self, other: "Relevance", action: str) -> None:
@@ -273,10 +282,12 @@ class Relevance(Mapping[str, Tensor]):
         sums = {name: _summed(self._sums.get(name), other._sums.get(name)) for name in names}
         mine, theirs = self._contributions, other._contributions
         inputs = {name: _summed(mine.inputs.get(name), theirs.inputs.get(name)) for name in names if mine.inputs}
-        unscored = tuple(name for name in self.unscored if name not in sums)
+        reasons = together(self.unscored, other.unscored)
+        unscored = {name: reason for name, reason in reasons.items() if name not in sums}
         return self._replace(
             sums,
             num_samples=self.num_samples + other.num_samples,
+            parameter_shapes={**self.parameter_shapes, **other.parameter_shapes},
             unscored=unscored,
             inputs=inputs,
             mean_weights={**theirs.mean_weights, **mine.mean_weights},
@@ -369,6 +380,11 @@ class Relevance(Mapping[str, Tensor]):
         for key, tensor in tensors.items():
             kind = next((suffix for suffix in (INPUTS, _MEAN_WEIGHTS) if key.endswith(suffix)), "")
             parts[kind][key.removesuffix(kind)] = tensor
+        if description["unscored"] and isinstance(description["unscored"], list):
+            raise ValueError(
+                f"{path} was written by an earlier lrp-prune, which did not say how large unscored weights are: collect the "
+                "relevance again"
+            )
         description["members"] = {
             name: tuple(map(Member.from_list, entries)) for name, entries in description["members"].items()
         }

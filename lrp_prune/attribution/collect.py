@@ -11,10 +11,12 @@ from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.defaults import best_for
-from lrp_prune.attribution.observers import ObserverTable
+from lrp_prune.attribution.observers import ObserverTable, check_included
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.sharded import ShardedTable, shardings_of
+from lrp_prune.attribution.silent import tell_silent
+from lrp_prune.attribution.unsharding import refuse_inference_tensors
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.models.batches import check_batches, samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
@@ -22,7 +24,7 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import device_of
+from lrp_prune.sharding import device_of, fsdp_modules
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 
@@ -125,6 +127,8 @@ class RelevanceAccumulator:
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)
             if self._target is None:  # before the rules act, and the same number of forwards in each process
+                if sharded is not None:
+                    refuse_inference_tensors(fsdp_modules(module))
                 with self._forward_context():
                     mesh = None if sharded is None else sharded.mesh
                     self._target = self._inferred.decide(module, batch, mesh)
@@ -141,6 +145,7 @@ class RelevanceAccumulator:
                     if sharded is not None:
                         propagation.check_target(value)
                 roots = propagation.roots()
+                table.touched(uses, roots)
                 table.make_room()
                 gradients: Sequence[Tensor | None] = [None] * len(roots)
                 if roots and table.backward_needed:
@@ -175,7 +180,11 @@ class RelevanceAccumulator:
         if self.num_samples == 0:
             raise ValueError("no batch was seen: relevance needs at least one reference sample")
         samples, self.num_samples = self.num_samples, 0
-        return self.table.finish(composite=self._composite.name, num_samples=samples, target=describe(self._target))
+        relevance = self.table.finish(
+            composite=self._composite.name, num_samples=samples, target=describe(self._target)
+        )
+        tell_silent(relevance, self._composite)
+        return relevance
 
 
 def attribute(
@@ -214,19 +223,21 @@ def attribute(
             them: hidden units, filters), ``"head"`` (what a head writes to the output projection), ``"block"`` (what a layer
             writes onto a residual stream), ``"embedding"`` (rows of embeddings); or several kinds of units, whose groups
             are then called ``head:...``, ``neuron:...``.
-        include: patterns of parameter names to score; by default all weights of two and more dimensions except
-            embeddings and the output embedding.
+        include: patterns of parameter names to score; by default all weights of two and more dimensions except embeddings,
+            the output embedding, and what is data rather than a weight
+            (see :func:`~lrp_prune.attribution.candidates.candidates`).
         exclude: patterns of parameter names to leave out.
         chunks: in how many passes over the batches the weights are collected, each about as many of them. The sums of
             the others are in the host's memory, so that the device holds a part of the relevance at a time.
         **options: further arguments of :class:`RelevanceAccumulator`.
 
     Returns:
-        The :class:`~lrp_prune.relevance.Relevance`. Weights that no relevance reaches are listed as ``unscored``.
+        The :class:`~lrp_prune.relevance.Relevance`. Weights without relevance are listed as ``unscored``, with the reason: that
+        no relevance reaches them, or that zeros in them would be none in what the model uses.
 
     Raises:
-        ValueError: for a pattern that matches nothing, a target that cannot be inferred or is for another kind of model, a
-            batch that does not fit the model, no batches or a single one, quantized weights.
+        ValueError: for a pattern that matches nothing or names unscored weights only, a target that cannot be inferred or is
+            for another kind of model, a batch that does not fit the model, no batches or a single one, quantized weights.
         FloatingPointError: if the explained value or a relevance is not finite.
 
     Example:
@@ -250,7 +261,9 @@ def attribute(
         **options,
     )
     collect(accumulator, batches, model, chunks)
-    return accumulator.compute()
+    relevance = accumulator.compute()
+    check_included(include, relevance, relevance.unscored)
+    return relevance
 
 
 @contextmanager

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from lrp_prune.attribution.statistics import BatchLayout, InputNorm, WeightStatistic
+from lrp_prune.attribution.uses import Use
 from lrp_prune.sharding import Sharding, all_reduced, device_of, local_part
+from lrp_prune.unscored import DIVIDED
 
 
 class DividedStatistic(WeightStatistic):
@@ -47,6 +49,10 @@ class DividedStatistic(WeightStatistic):
 
     def make_room(self) -> None:
         """None: whole sums exist for the time of a module only."""
+
+    def _note(self, use: Use) -> None:
+        if use.origin.scaled:
+            self.unscored = DIVIDED
 
     def sum_up(self, code: int) -> None:
         """Add what all processes have to the parts, and give up what is whole."""

@@ -17,7 +17,8 @@ from lrp_prune.attribution import tags
 from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.operations import OPERATIONS, Operation
-from lrp_prune.attribution.origins import Origin, derive, mark, marked, origin_of_parameter
+from lrp_prune.attribution.origins import Origin, derive, mark, marked, of_operation, origin_of_parameter
+from lrp_prune.attribution.recurrent import recurrent
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.roots import Roots
 from lrp_prune.attribution.rules import Call, Rule, identity, identity_of_power, is_activation
@@ -111,8 +112,11 @@ class PropagationMode(TorchFunctionMode):
             self._tracer.carry(source, copy)
 
     def backward(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off."""
-        return tuple(self._look_inside(torch.autograd.grad, (target, list(tensors)), {"allow_unused": True}))
+        """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off.
+
+        To be called where the mode is entered. Entered once more, it would be on within its own rules in recomputed layers.
+        """
+        return tuple(self._unchecked(torch.autograd.grad)(target, list(tensors), allow_unused=True))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -126,29 +130,38 @@ class PropagationMode(TorchFunctionMode):
             if isinstance(func, FunctionType) and func not in self._inside:
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
-        args, kwargs, _ = self._without_parameters(args, kwargs)
+        given = Call(func, operation, args, kwargs)
+        args, kwargs, constant = self._without_parameters(args, kwargs)
         call = Call(func, operation, args, kwargs, self.kept)
         if registered is not None:
             result = registered(call)
+        elif operation.kind == "recurrent":
+            result = recurrent(call, given, self._rule, self._uses)
         elif operation.functional is not None:
             result, args = self._in_place(call)
         else:
             result = self._apply(call)
+        if constant is not None and isinstance(result, Tensor) and not result.requires_grad:
+            self._mark_made(func, operation.kind, args, kwargs, result)
         operands = call.operands() if registered is None else []
         self._finish(func, operation.kind, operands, args, kwargs, result, ruled=True)
         return result
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        copy = self._copies.get(func)
-        if copy is None:
-            assert isinstance(func, FunctionType)
-            copy = self._copies[func] = _unchecked(func, self._namespaces)
+        copy = self._unchecked(func)
         self._inside.append(func)
         try:
             with self:
                 return copy(*args, **kwargs)
         finally:
             self._inside.pop()
+
+    def _unchecked(self, func: Callable[..., Any]) -> FunctionType:
+        copy = self._copies.get(func)
+        if copy is None:
+            assert isinstance(func, FunctionType)
+            copy = self._copies[func] = _unchecked(func, self._namespaces)
+        return copy
 
     def _apply(self, call: Call) -> Any:
         kind = call.operation.kind
@@ -213,25 +226,54 @@ class PropagationMode(TorchFunctionMode):
                 return result
             origin, source = self._origin(args[0]), args[0]
             if origin is not None and isinstance(args[0], nn.Parameter):
+                self._uses.touched.add(origin.name)
                 result = result.detach()
             if origin is not None:
-                mark(result, derive(origin, source, result, elementwise=False))
+                mark(result, derive(origin, source, result, False, name, lambda stand_in: func(stand_in)))
             return result
         args, kwargs, constant = self._without_parameters(args, kwargs)
         result = func(*args, **kwargs)
-        if constant is not None:
-            origin = marked(constant)
-            elementwise = name in tags.ELEMENTWISE_COPIES
-            for entry in result if isinstance(result, tuple | list) else (result,):
-                if (
-                    origin is not None
-                    and isinstance(entry, Tensor)
-                    and entry.is_floating_point()
-                    and not entry.requires_grad
-                ):
-                    mark(entry, derive(origin, constant, entry, elementwise))
+        if constant is not None and name == "__setitem__":
+            self._mark_made(func, "plain", (args[0], args[2]), {}, args[0])
+        elif constant is not None:
+            self._mark_taken(func, args, kwargs, constant, result)
         self._finish(func, "plain", [args[0]] if args else [], args, kwargs, result, ruled=False)
         return result
+
+    def _mark_taken(self, func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any) -> None:
+        """Mark what a function without a rule made of constants: views and copies of one of them, as a rule."""
+        name = getattr(func, "__name__", "")
+        several = isinstance(result, tuple | list)
+        for index, entry in enumerate(result if several else (result,)):
+            if not isinstance(entry, Tensor) or not entry.is_floating_point() or entry.requires_grad:
+                continue
+            origin = marked(constant)
+            viewed = entry.untyped_storage()._cdata == constant.untyped_storage()._cdata
+            if origin is None or not (viewed or name in tags.ELEMENTWISE_COPIES) or _writes(name):
+                self._mark_made(func, "plain", args, kwargs, entry)
+                continue
+
+            def again(stand_in: Tensor, index: int = index) -> Any:
+                made = func(*_replaced(args, constant, stand_in), **_replaced(kwargs, constant, stand_in))
+                return made[index] if several else made
+
+            mark(entry, derive(origin, constant, entry, name in tags.ELEMENTWISE_COPIES, name, again))
+
+    def _mark_made(self, func: Any, kind: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        """Mark what a function computed from constants."""
+        name, operands = getattr(func, "__name__", ""), [*args, *kwargs.values()]
+        if name.endswith("_like") or name.startswith("new_"):
+            return  # it has the shape of a parameter, and nothing else
+        if any(result is operand and (kind == "dropout" or marked(operand) is None) for operand in operands):
+            return  # nothing was done; or a buffer was written to, which stays what it is
+        flat = [entry for value in operands for entry in (value if isinstance(value, tuple | list) else (value,))]
+
+        def again(carrier: Tensor, stand_in: Tensor) -> Any:
+            return func(*_replaced(args, carrier, stand_in), **_replaced(kwargs, carrier, stand_in))
+
+        origin = of_operation(name, kind, flat, result, again)
+        if origin is not None:
+            mark(result, origin)
 
     def _finish(
         self,
@@ -270,6 +312,7 @@ class PropagationMode(TorchFunctionMode):
                     value = value.detach()
                     if origin is not None:
                         mark(value, origin)
+                        self._uses.touched.add(origin.name)
                         found = value if found is None else found
                 elif found is None and not value.requires_grad and marked(value) is not None:
                     found = value
@@ -281,6 +324,20 @@ class PropagationMode(TorchFunctionMode):
 
         converted = tuple(convert(value) for value in args)
         return converted, {name: convert(value) for name, value in kwargs.items()}, found
+
+
+def _writes(name: str) -> bool:
+    """Whether a function changes its argument in place, by its name."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
+    """Arguments with one tensor in another's place."""
+    if isinstance(values, dict):
+        return {name: _replaced(value, old, new) for name, value in values.items()}
+    if isinstance(values, tuple | list) and not isinstance(values, torch.Size):
+        return type(values)(_replaced(value, old, new) for value in values)
+    return new if values is old else values
 
 
 def _power(call: Call) -> tuple[Call, str]:

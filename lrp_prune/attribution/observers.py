@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.candidates import candidates
+from lrp_prune.attribution.forms import Form
+from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.statistics import (
     MAGNITUDES,
@@ -17,67 +20,11 @@ from lrp_prune.attribution.statistics import (
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units
 from lrp_prune.attribution.unit_table import layer_of
-from lrp_prune.attribution.uses import Observer, Use
+from lrp_prune.attribution.uses import Observer, Use, WeightUses
 from lrp_prune.members import Member
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import STATISTICS, Relevance, granularities_of
-
-
-def scored_parameters(
-    model: nn.Module,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    trainable_only: bool = False,
-    embeddings: bool = False,
-) -> dict[str, nn.Parameter]:
-    """The weights that are scored: two and more dimensions, no embedding and no output embedding, unless included by name.
-
-    Raises:
-        ValueError: if a pattern matches no parameter, nothing is left, or a weight is quantized.
-    """
-    parameters = named_parameters(model)
-    for pattern in (*(include or ()), *(exclude or ())):
-        if not any(matches(name, [pattern]) for name in parameters):
-            raise ValueError(
-                f"pattern {pattern!r} matches no parameter; there are {', '.join(list(parameters)[:4])}, ..."
-            )
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
-    outputs = _output_embeddings(model)
-    chosen: dict[str, nn.Parameter] = {}
-    for name, parameter in parameters.items():
-        if parameter.dim() < 2 or matches(name, exclude):
-            continue
-        if include is not None:
-            if matches(name, include):
-                chosen[name] = parameter
-        elif embeddings:
-            if id(parameter) in tables:
-                chosen[name] = parameter
-        elif id(parameter) not in tables | outputs and (parameter.requires_grad or not trainable_only):
-            chosen[name] = parameter
-    quantized = [name for name, parameter in parameters.items() if not parameter.is_floating_point()]
-    if quantized and any(matches(name, include) if include else True for name in quantized):
-        raise ValueError(
-            f"{quantized[0]} is quantized ({parameters[quantized[0]].dtype}): load the model in a floating-point type"
-        )
-    if not chosen:
-        why = (
-            "none requires grad" if trainable_only and include is None else f"include={include!r}, exclude={exclude!r}"
-        )
-        raise ValueError(f"{type(model).__name__} has no weight to score: {why}")
-    return chosen
-
-
-def _output_embeddings(model: nn.Module) -> set[int]:
-    """The weights that turn hidden states into logits over a vocabulary, as Hugging Face models name them."""
-    found = set()
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        weight = getattr(head, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            found.add(id(weight))
-    return found
+from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -119,7 +66,7 @@ class ObserverTable:
         self._model, self._statistic, self._granularity = unwrap(model), statistic, granularity
         self._device, self._dtype = accumulate_on, matmul_dtype
         self.batch = BatchLayout()
-        self.parameters = scored_parameters(self._model, include, exclude, trainable_only, granularity == "embedding")
+        self.parameters = candidates(self._model, include, exclude, trainable_only, granularity == "embedding")
         self._all = named_parameters(self._model)
         self.active: set[str] | None = None
         """The weights that are collected in this pass; None for all."""
@@ -130,6 +77,11 @@ class ObserverTable:
         if set(kinds) <= set(UNIT_KINDS):
             choice = Choice(self.parameters, include, exclude, trainable_only)
             self._units = UnitObservers(kinds, statistic, self.batch, self._all, choice)
+        self._touched: set[str] = set()
+        self._data: set[str] = set()
+        self._constants: set[str] = set()
+        self._used, self.refused = parametrized(self._model) if granularity == "weight" else ({}, {})
+        """Of weights that are not used as they are: how, or why they cannot be scored."""
 
     @property
     def tracer(self) -> UnitTracer | None:
@@ -152,11 +104,11 @@ class ObserverTable:
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use."""
         if self._granularity == "weight":
-            return self._weight_used(use) if self._collects(use.origin.name) else []
+            return self._weight_used(use)
         return [] if self._units is None else self._units.observers(use)
 
     def _collects(self, name: str) -> bool:
-        return name in self.parameters and (self.active is None or name in self.active)
+        return name in self.parameters and name not in self.refused and (self.active is None or name in self.active)
 
     def make_room(self) -> None:
         """Allocate the sums of all weights that the forward used, before the backward pass."""
@@ -179,7 +131,23 @@ class ObserverTable:
             if isinstance(statistic, WeightStatistic):
                 statistic.park(device)
 
+    def touched(self, uses: WeightUses, roots: Iterable[Root]) -> None:
+        """Take note of parameters that a forward did anything with, and of those that are data."""
+        self._touched.update(uses.touched)
+        self._constants.update(uses.on_constants)
+        self.refused.update(uses.left_out)
+        self._data.update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
+
     def _weight_used(self, use: Use) -> list[Observer]:
+        reason = use.origin.reason
+        if reason is not None and use.origin.product and type(use.form) is Form:
+            # Scores of queries with positions that a layer has gone over, say: it is what was computed that is no weight.
+            self._constants.update(use.origin.names)
+        elif reason is not None:
+            for name in use.origin.names:
+                self.refused.setdefault(name, reason)
+        if reason is not None or not self._collects(use.origin.name) or (use.constant and self.backward_needed):
+            return []
         name, layout = use.origin.name, use.layout()
         if layout is not None:
             self._layouts.setdefault(name, layout)
@@ -191,7 +159,8 @@ class ObserverTable:
             parameter = self.parameters[name]
             kind = InputNorm if self._statistic == "input_norm" else WeightStatistic
             dtype = self._matmul_dtype(parameter)
-            found = self._statistics[name] = kind(name, parameter, self._statistic, self.batch, dtype, self._device)
+            options = (self._statistic, self.batch, dtype, self._device, self._used.get(name))
+            found = self._statistics[name] = kind(name, parameter, *options)
         assert isinstance(found, WeightStatistic)
         return found
 
@@ -225,6 +194,19 @@ class ObserverTable:
         assert isinstance(found, RowStatistic)
         return found
 
+    def _reason(self, name: str) -> str:
+        """Why a weight has no relevance."""
+        statistic = self._statistics.get(name)
+        if name in self.refused:
+            return self.refused[name]
+        if isinstance(statistic, WeightStatistic):
+            return statistic.unscored or UNREACHED
+        if name in self._data:
+            return DATA
+        if name in self._constants:
+            return CONSTANTS
+        return NO_PRODUCT if name in self._touched else UNUSED
+
     def finish(self, **description: Any) -> Relevance:
         """The relevance of everything scored, in the model's order.
 
@@ -232,7 +214,8 @@ class ObserverTable:
             NothingScoredError: if nothing was scored.
             FloatingPointError: if a sum is not finite.
         """
-        order = [name for name in self.parameters if name in self._statistics] if self._granularity == "weight" else []
+        whole = self._granularity == "weight"
+        order = [name for name in self.parameters if name in self._statistics] if whole else []
         names = dict.fromkeys((*order, *self._statistics))
         sums: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
@@ -240,7 +223,7 @@ class ObserverTable:
         for name in names:
             statistic = self._statistics[name]
             values = statistic.finish()
-            if values is None:
+            if values is None or (whole and name in self.refused):
                 continue
             if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
                 raise FloatingPointError(
@@ -257,10 +240,10 @@ class ObserverTable:
             units = self._finished_units()
             sums, left = units.sums, units.left
             self._members = units.members
+        unscored = {name: self._reason(name) for name in self.parameters if name not in sums} if whole else {}
         if not sums:
-            raise NothingScoredError(self._nothing(left))
-        touched = {member.parameter for members in self._members.values() for member in members} or set(sums)
-        unscored = tuple(name for name in self.parameters if name not in sums) if self._granularity == "weight" else ()
+            raise NothingScoredError(self._nothing(left, unscored))
+        touched = {member.parameter for members in self._members.values() for member in members} or set(self.parameters)
         self._statistics = {}
         return Relevance(
             sums,
@@ -280,14 +263,14 @@ class ObserverTable:
         assert self._units is not None
         return self._units.finish()
 
-    def _nothing(self, left: Mapping[str, str]) -> str:
+    def _nothing(self, left: Mapping[str, str], unscored: Mapping[str, str]) -> str:
         """Why there is nothing to read."""
         model, what = type(self._model).__name__, self._granularity
         if self._units is None:
-            return (
-                f"no {what} received relevance in {model}: its weights are used in no operation that is observed, or the rules "
-                "stop before them"
+            why = described(unscored) or (
+                "its weights are used in no operation that is observed, or the rules stop before them"
             )
+            return f"no {what} received relevance in {model}: {why}"
         if what == "block":
             return f"{model} has no block: none of its layers writes onto a residual stream (x + f(x))"
         if what == "head":
@@ -295,6 +278,19 @@ class ObserverTable:
         asked = [f"{layer_of(name)}: {why}" for name, why in left.items() if name in self.parameters]
         reasons = "; ".join(asked[:3])
         return f"{model} has no {what} that could be removed" + (f" ({reasons})" if reasons else "")
+
+
+def check_included(include: Sequence[str] | None, scored: Iterable[str], unscored: Mapping[str, str]) -> None:
+    """Refuse patterns that name nothing but weights without relevance.
+
+    Raises:
+        ValueError: if there is one; with the reasons.
+    """
+    names = list(scored)
+    for pattern in include or ():
+        found = {name: reason for name, reason in unscored.items() if matches(name, [pattern])}
+        if found and not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"include pattern {pattern!r} names only weights that are not scored: {described(found)}")
 
 
 def fingerprint(model: nn.Module) -> str:

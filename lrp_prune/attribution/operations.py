@@ -49,6 +49,8 @@ _NORMALIZATION = "layer_norm rms_norm group_norm batch_norm instance_norm native
 _SUMS = "add sub subtract rsub cat concat concatenate stack hstack vstack where".split()
 _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 
+_RECURRENT = "lstm gru rnn_tanh rnn_relu".split()
+
 _FIRST_TWO = ((0, "input"), (1, "other"))
 _PRODUCTS = {"mul": _FIRST_TWO, "multiply": _FIRST_TWO}
 _DIVISIONS = {"div": _FIRST_TWO, "divide": _FIRST_TWO, "true_divide": _FIRST_TWO}
@@ -116,6 +118,9 @@ def _build() -> dict[Callable[..., Any], Operation]:
     table[Tensor.pow_] = Operation("power", _FIRST_TWO, functional=torch.pow)
     table[Tensor.copy_] = Operation("plain")
     table[torch.einsum] = Operation("einsum")
+    for name in _RECURRENT:
+        enter(name, "recurrent", ())
+        enter(f"{name}_cell", "recurrent", ())
     table[torch.embedding] = Operation("embedding", ((0, "weight"), (1, "indices")))
     table[F.embedding] = Operation("embedding", ((1, "weight"), (0, "input")))
     table[F.scaled_dot_product_attention] = Operation("attention", ((0, "query"), (1, "key"), (2, "value")))
@@ -139,7 +144,7 @@ LINEAR_NODES = frozenset(
     ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D PixelShuffle PixelUnshuffle ChannelShuffle
     Max Min Amax Amin Maximum Minimum Topk Sort Clamp ClampMin ClampMax Median Kthvalue Aminmax Sign Fill Zero
     Detach Lift LiftFresh Conj ConjPhysical Real Imag Complex ViewAsReal ViewAsComplex SplitCopy Narrow
-    SegmentReduce Round Floor Ceil Trunc EmbeddingBag Hstack NestedTensorFromMask Contiguous Chunk Abs
+    SegmentReduce PackPaddedSequence Round Floor Ceil Trunc EmbeddingBag Hstack NestedTensorFromMask Contiguous Chunk Abs
     """.split()
 )
 """Autograd nodes that are linear in their input, or pick from it: their plain gradient times input is the relevance."""

@@ -239,7 +239,8 @@ def _guard(
             audit.report(unruled)
 
     for module in dict.fromkeys(entries):
-        before = module.register_forward_pre_hook(enter, with_kwargs=True)
+        # First of all: hooks of the model's own compute weights (torch.nn.utils.prune).
+        before = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         after = module.register_forward_hook(leave, always_call=True)
         stack.callback(before.remove)
         stack.callback(after.remove)

@@ -55,7 +55,7 @@ class Roots:
             if isinstance(value, tuple | list):
                 return type(value)(map(convert, value))
             origin = marked(value) if isinstance(value, Tensor) and not value.requires_grad else None
-            if origin is None or len(origin.parameter.size) < 2:
+            if origin is None or len(origin.parameter.size) < 2 or (origin.layout is None and origin.arithmetic):
                 return value
             # A copy: of a sharded model the parameter itself is gone when its relevance is read.
             leaf = value.detach().clone().requires_grad_()

@@ -160,9 +160,15 @@ class ShardedTable(ObserverTable):
     def _same_everywhere(self) -> None:
         """Give each process the statistics that one of them has, and sum those that are whole everywhere."""
         mine = {name: _described(statistic) for name, statistic in self._statistics.items()}
-        everyone = all_gathered((mine, self._members, self._layouts), self.mesh)
+        weights = {name: entry for name, entry in self._statistics.items() if isinstance(entry, WeightStatistic)}
+        reasons = {name: entry.unscored for name, entry in weights.items() if entry.unscored is not None}
+        known = ({**reasons, **self.refused}, self._touched, self._data, self._constants)
+        everyone = all_gathered((mine, self._members, self._layouts, known), self.mesh)
         descriptions: dict[str, Any] = {}
-        for theirs, members, layouts in everyone:
+        for theirs, members, layouts, (refused, touched, data, constants) in everyone:
+            self.refused = {**refused, **self.refused}
+            self._touched, self._data = self._touched | touched, self._data | data
+            self._constants = self._constants | constants
             for name, (units, inputs) in theirs.items():
                 known = descriptions.setdefault(name, (units, inputs))
                 if known[1] is None and inputs is not None:

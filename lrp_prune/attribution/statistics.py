@@ -16,7 +16,8 @@ a weight contributes to its layer's output, :math:`|W_{ji}| \, \|a_i\|_2` (all t
 mean contribution in its tensor. Relevance vanishes where a softmax or a gate is saturated, although removing the
 weights would end the saturation; a contribution does not, but says nothing of what becomes of it.
 
-The factor ``W`` is applied once, when the sums are read.
+The factor ``W`` is applied once, when the sums are read. It is the weight that is *used*: of ``weight * mask`` or
+``weight / sigma`` these values, though the sums are in the parameter's shape.
 """
 
 from collections.abc import Callable, Hashable
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor
 
 from lrp_prune.attribution.operands import Latest, energy_of, power_of
-from lrp_prune.attribution.origins import Layout
+from lrp_prune.attribution.seen import Seen
 from lrp_prune.attribution.uses import Use
+from lrp_prune.unscored import SEVERAL
 
 
 class BatchLayout:
@@ -104,6 +106,7 @@ class WeightStatistic:
         matmul_dtype: dtype in which the contraction is multiplied, and in the statistics of magnitudes the gradient
             that goes on; None for the operands' own.
         device: where the sums are kept; None for the weight's own.
+        used: the values of the weight as it is used, where that is not seen at its uses (with an adapter beside it).
     """
 
     backward_needed = True
@@ -116,12 +119,16 @@ class WeightStatistic:
         batch: BatchLayout,
         matmul_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        used: Callable[[], Tensor] | None = None,
     ) -> None:
         self.name, self.statistic, self._batch, self.operand_dtype = name, statistic, batch, matmul_dtype
         self.propagated_dtype = matmul_dtype if statistic in MAGNITUDES else None
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
         self.inputs: Tensor | None = None
+        self.unscored: str | None = None
+        """Why the sums mean nothing, if so."""
+        self._given, self._seen = used, Seen(parameter)
         self._room: Tensor | None = None
         self._passed = False
 
@@ -145,7 +152,9 @@ class WeightStatistic:
         dtype = self.operand_dtype or d.dtype
         if dtype == torch.float16:  # squares of small gradients would be zero, those of large activations infinite
             dtype = torch.float32
-        if activation.numel() <= d.numel() or self.statistic == "geometric":
+        if use.all_tokens:
+            pass
+        elif activation.numel() <= d.numel() or self.statistic == "geometric":
             activation = self._batch.counted_activation(activation)
         else:
             d = self._batch.only_counted(d)
@@ -164,7 +173,7 @@ class WeightStatistic:
             of_activation, of_gradient = _POWERS[self.statistic]
             a = self._batch.shared((of_activation, dtype), activation, lambda a: power_of(a, of_activation, dtype))
             contribution = use.form.contract(a, power_of(d, of_gradient, dtype), use.weight)
-        self.add(contribution, use.origin.layout)
+        self.add(contribution, use)
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
         """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
@@ -188,17 +197,17 @@ class WeightStatistic:
         dtype = torch.float64 if self._parameter.dtype == torch.float64 else torch.float32
         return torch.zeros_like(self._parameter, dtype=dtype, device=self._device, requires_grad=False)
 
-    def add(self, contribution: Tensor, layout: Layout | None) -> None:
-        """Add to the entries that the layout covers, in float32 (float64 for weights of that type)."""
-        if layout is None:
-            raise ValueError(
-                f"{self.name} is reshaped beyond a view before it is used: exclude it, or register a rule for its use"
-            )
-        sums = self._allocated()
-        view = sums
-        if layout != (tuple(sums.size()), tuple(sums.stride()), 0):
-            view = sums.as_strided(layout.size, layout.stride, layout.offset)
-        view.add_(contribution.reshape(view.shape).to(view.device))
+    def add(self, contribution: Tensor, use: Use) -> None:
+        """Add to the entries that the use's layout covers, in float32 (float64 for weights of that type)."""
+        layout = use.origin.layout
+        assert layout is not None
+        self._note(use)
+        layout.add_to(self._allocated(), contribution)
+
+    def _note(self, use: Use) -> None:
+        """Take note of the values that the weight has in a use."""
+        if not self._seen.add(use):
+            self.unscored = SEVERAL
 
     def _add_inputs(self, use: Use, activation: Tensor) -> None:
         """Add the squares of a use's activations, in a shape that broadcasts to the weight's."""
@@ -211,10 +220,9 @@ class WeightStatistic:
             return
         if self.inputs is None:
             self.inputs = torch.zeros_like(self._parameter, dtype=torch.float32)
-        energy = input_energy(use, activation)
         layout = use.origin.layout
         assert layout is not None
-        self.inputs.as_strided(layout.size, layout.stride, layout.offset).add_(energy)
+        layout.add_to(self.inputs, input_energy(use, activation))
 
     def park(self, device: torch.device) -> None:
         """Move the sums to a device where they only wait."""
@@ -226,15 +234,22 @@ class WeightStatistic:
         if self.inputs is None:
             return None
         shared = [dim for dim, size in enumerate(self.inputs.shape) if size == 1]
-        weight = self._parameter.detach().to(torch.float32).abs()
+        weight = self._weight().to(torch.float32).abs()
         return weight.mean(shared, keepdim=True) if shared else weight
+
+    def _weight(self) -> Tensor:
+        """The values of the weight as it is used."""
+        seen = self._seen.values()
+        if seen is not None:
+            return seen
+        return self._parameter.detach() if self._given is None else self._given()
 
     def finish(self) -> Tensor | None:
         """The sums with the factor ``W``, handed over; None if no relevance arrived."""
         sums, self.sums = self.sums, None
-        if sums is None:
+        if sums is None or self.unscored is not None:
             return None
-        weight = self._parameter.detach().to(sums.device, sums.dtype)
+        weight = self._weight().to(sums.device, sums.dtype)
         if self.statistic == "signed":
             return sums.mul_(weight)
         squared = _POWERS.get(self.statistic, (1, 1))[0] == 2
@@ -251,7 +266,8 @@ class InputNorm(WeightStatistic):
     def forward(self, use: Use, activation: Tensor) -> None:
         """Add the squares of one use's activations."""
         with torch.no_grad():
-            self.add(input_energy(use, self._batch.only_counted(activation.detach())), use.origin.layout)
+            activation = activation.detach()
+            self.add(input_energy(use, activation if use.all_tokens else self._batch.only_counted(activation)), use)
 
 
 def input_energy(use: Use, activation: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ own, and reduces gradients whenever a backward pass has gone through a module, a
 parameters: in an accumulation window it would reduce those that wait there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -35,7 +35,7 @@ def unsharding(model: nn.Module, mode: PropagationMode) -> Iterator[None]:
     if not modules:
         yield
         return
-    _refuse_inference_tensors(modules)
+    refuse_inference_tensors(modules)
     with ExitStack() as stack:
         stack.enter_context(_gradients_unsynchronized(modules))
         for module, places in _places(model, modules):
@@ -132,7 +132,12 @@ def _groups(module: nn.Module) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
-def _refuse_inference_tensors(modules: list[nn.Module]) -> None:
+def refuse_inference_tensors(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules of FSDP that keep tensors which nothing can be differentiated through.
+
+    Raises:
+        RuntimeError: if there is one, with what to do.
+    """
     for module in modules:
         for entry in (entry for group in _groups(module) for entry in group.fsdp_params):
             gathered = getattr(entry, "_unsharded_param", None)

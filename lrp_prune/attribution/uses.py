@@ -4,26 +4,47 @@ The gradient that reaches a use is the propagated one, so ``(a, d)`` there is al
 gradient is made, and nothing is kept per batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.forms import Convolution, Form, form_of
 from lrp_prune.attribution.operands import Latest
+from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules import Call, is_activation
 from lrp_prune.attribution.tracing import Reading, UnitTracer
 
 
 class Use:
-    """One use of a weight in a forward."""
+    """One use of a weight in a forward.
 
-    def __init__(self, form: Form, weight: Tensor, origin: Origin, reading: Reading | None = None) -> None:
+    Args:
+        form: how it meets the activation.
+        weight: its values there.
+        origin: which parameter's these are.
+        reading: the units that it reads, where units are followed.
+        all_tokens: whether padding is none of the activation's, so that all of its tokens count.
+        constant: whether it is no activation, but a constant, which nothing is propagated to.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        weight: Tensor,
+        origin: Origin,
+        reading: Reading | None = None,
+        all_tokens: bool = False,
+        constant: bool = False,
+    ) -> None:
         self.form, self.weight, self.origin, self.reading = form, weight, origin, reading
+        self.all_tokens, self.constant = all_tokens, constant
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -78,7 +99,7 @@ class _Observed(Function):
             if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
                 d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
-            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.reading)
+            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.reading, ctx.use.all_tokens)
             for observer in ctx.observers:
                 observer.backward(use, activation, d, gradient)
         return gradient, None, None, None, None
@@ -107,6 +128,45 @@ class WeightUses:
         self._observers, self._tracer = observers, tracer
         self._latest = Latest()
         self.showing = True
+        self.touched: set[str] = set()
+        """Parameters that any function was called with."""
+        self.on_constants: set[str] = set()
+        """Weights of layers that were applied to constants."""
+        self.left_out: dict[str, str] = {}
+        """Weights that are not shown to anyone, each with the reason."""
+        self._all_tokens = False
+
+    @contextmanager
+    def counting(self, all_tokens: bool) -> Iterator[None]:
+        """While it lasts, activations have no padding, whatever the batch says of its tokens."""
+        before, self._all_tokens = self._all_tokens, all_tokens
+        try:
+            yield
+        finally:
+            self._all_tokens = before
+
+    def _applied_to_constants(self, call: Call, origin: Origin) -> None:
+        """A layer goes over embeddings of positions, say: nothing is propagated, but it has an input."""
+        self.on_constants.add(origin.name)
+        constant, weight = call.operands()
+        use = Use(form_of(call.with_operands([None, weight]), 0, 1), weight, origin, None, True, constant=True)
+        for observer in self._observers(use) if self._observers is not None and self.showing else ():
+            observer.forward(use, constant)
+
+    def leave_out(self, weight: Tensor, reason: str) -> None:
+        """Show no use of a weight."""
+        origin = marked(weight)
+        if origin is not None:
+            self.left_out[origin.name] = reason
+
+    def of_linear(self, weight: Tensor, all_tokens: bool) -> tuple[Use | None, list[Observer]]:
+        """The use of a weight ``[out, in]`` in products that somebody else makes, and what observes it."""
+        origin = marked(weight)
+        if self._observers is None or origin is None:
+            return None, []
+        call = Call(F.linear, OPERATIONS[F.linear], (None, weight), {})
+        use = Use(form_of(call, 0, 1), weight, origin, None, all_tokens)
+        return use, [] if origin.name in self.left_out else self._observers(use)
 
     def observed(self, call: Call) -> Any:
         """The result of a product of one activation and one weight, observed; None for other calls."""
@@ -117,6 +177,8 @@ class WeightUses:
             marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
         ]
         active = [index for index, value in enumerate(operands) if is_activation(value)]
+        if not active and _is_layer(call) and origins[1] is not None and origins[1].layout is not None:
+            self._applied_to_constants(call, origins[1])
         weights = [index for index, origin in enumerate(origins) if origin is not None]
         if len(operands) != 2 or len(active) != 1 or len(weights) != 1:
             return None
@@ -131,8 +193,8 @@ class WeightUses:
             weights[0],
         )
         reading = None if self._tracer is None else self._tracer.reads(form, weight, origin, activation)
-        use = Use(form, weight, origin, reading)
-        observers = self._observers(use)
+        use = Use(form, weight, origin, reading, self._all_tokens)
+        observers = [] if origin.name in self.left_out else self._observers(use)
         if self.showing:
             for observer in observers:
                 observer.forward(use, activation)
@@ -154,3 +216,9 @@ def _bias_of(call: Call) -> Tensor | None:
     """What a layer adds to each of its channels."""
     entries = (*call.args, *call.kwargs.values())
     return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)
+
+
+def _is_layer(call: Call) -> bool:
+    """Whether the second operand is a weight by the function's own account."""
+    name = call.function.__name__
+    return len(call.operation.operands) == 2 and (name == "linear" or name.startswith("conv"))

@@ -1,9 +1,23 @@
 """Relevance to masks to models: scorers, scopes, exact selection, masks, schedules, keeping zeros."""
 
+from lrp_prune.pruning.checking import check_uses
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.merging import merge_adapters
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import METHODS, Scorer, scorer
 from lrp_prune.pruning.select import select
 
-__all__ = ["METHODS", "SCHEDULES", "Masks", "Schedule", "Scorer", "prune", "scorer", "select", "sparsity_schedule"]
+__all__ = [
+    "METHODS",
+    "SCHEDULES",
+    "Masks",
+    "Schedule",
+    "Scorer",
+    "check_uses",
+    "merge_adapters",
+    "prune",
+    "scorer",
+    "select",
+    "sparsity_schedule",
+]

@@ -29,9 +29,13 @@ class Masks(Mapping[str, Tensor]):
     own parts, and reading a mask gives a ``DTensor``. Counts are those of the whole, and need no other process; operators,
     :meth:`checksum`, :meth:`state_dict`, :meth:`save` and :meth:`gathered` do, and must be called in all of them.
 
+    Masks hold everything that a sparsity was asked for. Weights that could not be scored are kept whole, and ``unscored`` names
+    them: what they matter is not known. ``&`` and ``|`` know it of what one side knows it of, and ``~`` leaves them alone.
+
     Args:
         masks: bool tensors of the parameters' shapes.
         granularity: what was pruned as a whole: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``.
+        unscored: names among the masks that nothing is known about, each with the reason.
 
     Raises:
         ValueError: if a mask is not boolean.
@@ -46,7 +50,9 @@ class Masks(Mapping[str, Tensor]):
         1
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], *, granularity: str = "weight") -> None:
+    def __init__(
+        self, masks: Mapping[str, Tensor], *, granularity: str = "weight", unscored: Mapping[str, str] | None = None
+    ) -> None:
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(
@@ -55,6 +61,7 @@ class Masks(Mapping[str, Tensor]):
         self._bits = {name: packing.pack(mask).cpu() for name, mask in masks.items()}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.granularity = granularity
+        self.unscored: dict[str, str] = dict(unscored or {})
         self.shardings: dict[str, Sharding] = {}
         self._pruned: dict[str, int] = {}
 
@@ -66,6 +73,7 @@ class Masks(Mapping[str, Tensor]):
         *,
         granularity: str = "weight",
         shardings: Mapping[str, Sharding] | None = None,
+        unscored: Mapping[str, str] | None = None,
     ) -> "Masks":
         """Masks from what :meth:`bits` and ``shapes`` give; the bytes are kept, not copied.
 
@@ -74,11 +82,12 @@ class Masks(Mapping[str, Tensor]):
             shapes: of the whole masks.
             granularity: what was pruned as a whole.
             shardings: how masks are divided among processes.
+            unscored: see :class:`Masks`.
 
         Raises:
             ValueError: if bytes and shape of a mask do not fit together.
         """
-        masks = cls({}, granularity=granularity)
+        masks = cls({}, granularity=granularity, unscored=unscored)
         masks.shardings = {name: sharding for name, sharding in (shardings or {}).items() if name in bits}
         for name, packed in bits.items():
             if name not in shapes:
@@ -157,7 +166,7 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of all entries that is pruned."""
+        """The fraction of all entries that is pruned: of everything that was asked for, scored or not."""
         return self.num_pruned / max(self.num_entries, 1)
 
     def apply_(self, model: nn.Module) -> None:
@@ -218,7 +227,10 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(f"cannot {action} masks of {name!r}: divided among processes in different ways")
         granularity = self.granularity if self.granularity == other.granularity else "weight"
         joined = {name: function(self._bits[name], other._bits[name]) for name in self}
-        return Masks.from_bits(joined, self.shapes, granularity=granularity, shardings=self.shardings)
+        unscored = {name: reason for name, reason in self.unscored.items() if name in other.unscored}
+        return Masks.from_bits(
+            joined, self.shapes, granularity=granularity, shardings=self.shardings, unscored=unscored
+        )
 
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
@@ -233,11 +245,21 @@ class Masks(Mapping[str, Tensor]):
         return self._combined(other, torch.bitwise_or, "unite")
 
     def __invert__(self) -> "Masks":
-        """Keep what is pruned, prune what is kept."""
+        """Keep what is pruned, prune what is kept; what is unscored is kept in both."""
         flipped = {
-            name: packing.invert(packed, math.prod(self._local_shape(name))) for name, packed in self._bits.items()
+            name: packed if name in self.unscored else packing.invert(packed, math.prod(self._local_shape(name)))
+            for name, packed in self._bits.items()
         }
-        return Masks.from_bits(flipped, self.shapes, granularity=self.granularity, shardings=self.shardings)
+        return self._with_bits(flipped)
+
+    def _with_bits(self, bits: Mapping[str, Tensor], shardings: Mapping[str, Sharding] | None = None) -> "Masks":
+        return Masks.from_bits(
+            bits,
+            self.shapes,
+            granularity=self.granularity,
+            shardings=self.shardings if shardings is None else shardings,
+            unscored=self.unscored,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -265,7 +287,7 @@ class Masks(Mapping[str, Tensor]):
     def gathered(self) -> "Masks":
         """The whole masks in every process, packed, in the memory of the CPU."""
         whole = {name: self._whole_bits(name) for name in self}
-        return Masks.from_bits(whole, self.shapes, granularity=self.granularity)
+        return self._with_bits(whole, {})
 
     def divided(self, shardings: Mapping[str, Sharding]) -> "Masks":
         """What of these masks belongs to this process when parameters are divided as given.
@@ -287,8 +309,7 @@ class Masks(Mapping[str, Tensor]):
         bits = {
             name: packing.pack(new[name].part(self.local(name))) if name in new else self._bits[name] for name in self
         }
-        all_shardings = {**self.shardings, **new}
-        return Masks.from_bits(bits, self.shapes, granularity=self.granularity, shardings=all_shardings)
+        return self._with_bits(bits, {**self.shardings, **new})
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, for a checkpoint; the tensors are not copies.
@@ -304,6 +325,7 @@ class Masks(Mapping[str, Tensor]):
             "version": _STATE_VERSION,
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "unscored": dict(self.unscored),
             "bits": bits,
         }
 
@@ -322,7 +344,8 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(
                 "the masks' state has no bits: of a sharded model only the first process's state holds the masks"
             )
-        return cls.from_bits(state["bits"], state["shapes"], granularity=state["granularity"])
+        unscored = state.get("unscored")
+        return cls.from_bits(state["bits"], state["shapes"], granularity=state["granularity"], unscored=unscored)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file with shapes and a format version; atomic.
@@ -332,6 +355,7 @@ class Masks(Mapping[str, Tensor]):
         description = {
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "unscored": self.unscored,
         }
         save_tensors(path, "masks", {name: self._together(name) for name in self}, description)
 
@@ -352,10 +376,16 @@ class Masks(Mapping[str, Tensor]):
         if set(tensors) != set(description.get("shapes", ())):
             raise ValueError(f"{path} is damaged: its masks and their shapes have different names")
         ordered = {name: tensors[name] for name in description["shapes"]}
-        return cls.from_bits(ordered, description["shapes"], granularity=description["granularity"])
+        return cls.from_bits(
+            ordered,
+            description["shapes"],
+            granularity=description["granularity"],
+            unscored=description.get("unscored"),
+        )
 
     def __repr__(self) -> str:
         return (
             f"Masks({len(self)} parameters, {self.num_pruned:,} of {self.num_entries:,} entries pruned "
-            f"({self.sparsity:.2%}), granularity {self.granularity!r})"
+            f"({self.sparsity:.2%}), granularity {self.granularity!r}"
+            f"{f', {len(self.unscored)} unscored' if self.unscored else ''})"
         )

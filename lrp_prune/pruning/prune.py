@@ -1,5 +1,6 @@
 """One shot or several rounds without training: batches in, pruned model out."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.names import resolve
+from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
+from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
 from lrp_prune.sharding import local_part
 from lrp_prune.targets import Inferred
+from lrp_prune.unscored import UnscoredWeightsWarning
 
 
 def prune(
@@ -33,14 +39,19 @@ def prune(
 ) -> Masks:
     """Prune a model in place, without training.
 
+    What is pruned is zero in what the model uses: weights are scored and set to zero as they are used, and refused by name where
+    zeros would be none there (see :func:`~lrp_prune.pruning.check_uses`). With adapters (PEFT) the weights inside are pruned, as
+    they would be after merging; :func:`merge_adapters` merges them under the masks.
+
     A model that ``fully_shard`` has divided is pruned by all its processes together: each gives its own batches, as many
     as the others.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
-        batches: reference samples, see :func:`lrp_prune.attribute`; not needed for ``magnitude`` and ``random``. They are
-            gone through once a round.
-        sparsity: the fraction to prune, in all or by pattern of parameter names.
+        batches: reference samples, see :func:`lrp_prune.attribute`, gone through once a round. ``magnitude`` and ``random``
+            need none; if there is one, the first shows whether the model computes with weights before it uses them.
+        sparsity: the fraction to prune, of all that ``include`` and ``exclude`` ask for (see :func:`select`), in all or by
+            pattern of parameter names.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
         scope: what is compared: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; None for the method's best.
         ranking: ``"absolute"`` or ``"ascending"``.
@@ -56,7 +67,8 @@ def prune(
         The masks. If an error is raised, the model is as it was.
 
     Raises:
-        ValueError: for wrong arguments, and what :func:`lrp_prune.attribute` raises.
+        ValueError: for wrong arguments, weights that cannot be pruned, a sparsity that cannot be met with what is scored, and
+            what :func:`lrp_prune.attribute` raises.
 
     Example:
         >>> import torch, lrp_prune
@@ -70,18 +82,34 @@ def prune(
     check_batches(batches)
     reference = batches if rounds == 1 else list(batches)
     check_chunks(chunks, reference, options.get("granularity", "weight"))
+    which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds
     masks: Masks | None = None
     with _undone_on_error(model) as zero:
-        for target in targets:
+        for index, target in enumerate(targets):
             scores = scorer(method, model, **options)
+            if index == 0 and options.get("granularity", "weight") == "weight":
+                check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
             if scores.needs_data:
                 collect(scores, reference, model, chunks)
-            masks = select(scores.compute(), sparsity=target, existing=masks, **selection)
+            with _once(told=index > 0):
+                relevance = scores.compute()
+                check_included(which.get("include"), relevance, relevance.unscored)
+                groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
+                masks = select(relevance, sparsity=target, existing=masks, **selection)
             zero(masks)
     assert masks is not None
     return masks
+
+
+@contextmanager
+def _once(told: bool) -> Iterator[None]:
+    """What is said of unscored weights is said in the first round."""
+    with warnings.catch_warnings():
+        if told:
+            warnings.simplefilter("ignore", UnscoredWeightsWarning)
+        yield
 
 
 @contextmanager

@@ -56,18 +56,20 @@ def check_sparsity(sparsity: float, what: str = "sparsity") -> float:
     return float(sparsity)
 
 
-def groups_by_pattern(names: list[str], sparsity: float | Mapping[str, float]) -> list[tuple[list[str], float]]:
-    """The names that are selected together, with their sparsity; a name belongs to the first pattern that matches it.
+def groups_by_pattern(
+    names: list[str], sparsity: float | Mapping[str, float]
+) -> list[tuple[str | None, list[str], float]]:
+    """The names that are selected together, with their pattern and sparsity; a name belongs to the first that matches it.
 
     Raises:
         ValueError: if a pattern matches no name, or a sparsity is out of range.
 
     Example:
         >>> groups_by_pattern(["a.weight", "b.weight", "c.weight"], {"a": 0.5, "[ab].weight": 0.7})
-        [(['a.weight'], 0.5), (['b.weight'], 0.7)]
+        [('a', ['a.weight'], 0.5), ('[ab].weight', ['b.weight'], 0.7)]
     """
     if not isinstance(sparsity, Mapping):
-        return [(names, check_sparsity(sparsity))]
+        return [(None, names, check_sparsity(sparsity))]
     if not sparsity:
         raise ValueError("sparsity has no pattern: give a number in [0, 1) or {pattern: number}")
     groups: dict[str, list[str]] = {pattern: [] for pattern in sparsity}
@@ -85,7 +87,7 @@ def groups_by_pattern(names: list[str], sparsity: float | Mapping[str, float]) -
             raise ValueError(
                 f"sparsity[{pattern!r}] matches only tensors that earlier patterns took: put it before them"
             )
-    return [(groups[pattern], float(rate)) for pattern, rate in sparsity.items()]
+    return [(pattern, groups[pattern], float(rate)) for pattern, rate in sparsity.items()]
 
 
 def layout_of(shape: tuple[int, ...]) -> str:

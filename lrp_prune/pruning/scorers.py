@@ -7,14 +7,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.defaults import best_for
-from lrp_prune.attribution.observers import fingerprint, scored_parameters
+from lrp_prune.attribution.observers import fingerprint
+from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.members import Member
-from lrp_prune.models.calling import run
 from lrp_prune.models.subject import subject_of
+from lrp_prune.pruning.checking import explaining_nothing
 from lrp_prune.pruning.units import weight_norms
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import local_part, sharding_of
@@ -93,7 +95,8 @@ class Scorer(Protocol):
 
 
 class _DataFree:
-    """Magnitude of weights or rows of embeddings, or uniform random numbers that depend on the seed and the name only."""
+    """Magnitude :math:`|W|` of the weights as they are used (or the root mean square of rows of embeddings), or uniform random
+    numbers that depend on the seed and the name only."""
 
     needs_data = False
 
@@ -109,7 +112,8 @@ class _DataFree:
     ) -> None:
         self._model, self._method, self._seed = subject_of(model).module, method, seed
         self._rows = granularity == "embedding"
-        self._parameters = scored_parameters(self._model, include, exclude, trainable_only, self._rows)
+        self._parameters = candidates(self._model, include, exclude, trainable_only, self._rows)
+        self._used, self._refused = ({}, {}) if self._rows else parametrized(self._model)
         self.num_samples = 0
 
     def update(self, batch: Any) -> None:
@@ -117,11 +121,12 @@ class _DataFree:
 
     def compute(self) -> Relevance:
         """The scores."""
+        scored = {name: entry for name, entry in self._parameters.items() if name not in self._refused}
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         rows = {name: (Member.of_slices(name, shape, 0, shape[0]),) for name, shape in shapes.items()}
         score = self._row_scores if self._rows else self._score
         return Relevance(
-            {name: score(name, parameter) for name, parameter in self._parameters.items()},
+            {name: score(name, parameter) for name, parameter in scored.items()},
             granularity="embedding" if self._rows else "weight",
             statistic=self._method,
             composite="",
@@ -129,15 +134,16 @@ class _DataFree:
             model=fingerprint(self._model),
             parameter_shapes=shapes,
             members=rows if self._rows else None,
+            unscored={name: self._refused[name] for name in self._parameters if name in self._refused},
             shardings=shardings_of(self._model),
         )
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
-        weight = local_part(parameter)
         if self._method == "magnitude":
-            return weight.abs()
+            used = self._used.get(name)
+            return (local_part(parameter) if used is None else used()).abs()
         whole, sharding = random_values(name, parameter.shape, self._seed), sharding_of(parameter, name)
-        return (whole if sharding is None else sharding.part(whole).clone()).to(weight.device)
+        return (whole if sharding is None else sharding.part(whole).clone()).to(local_part(parameter).device)
 
     def _row_scores(self, name: str, parameter: Tensor) -> Tensor:
         if self._method == "random":
@@ -179,18 +185,6 @@ class _OfUnits:
         else:
             values = {name: weight_norms(self._model, units.members[name], len(units[name])) for name in units}
         return units.with_values(values, self._method)
-
-
-def _explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, Any], Tensor]:
-    """A target for statistics of the forward alone: the model is run as it would be explained, nothing is propagated."""
-    explained = target if callable(target) else subject_of(model).own_target or run
-
-    def explain_nothing(model: nn.Module, batch: Any) -> Tensor:
-        explained(model, batch)
-        return torch.zeros(())
-
-    explain_nothing.__qualname__ = "nothing"
-    return explain_nothing
 
 
 def scorer(
@@ -249,7 +243,7 @@ def scorer(
         return _DataFree(model, method, kinds[0], seed, include, exclude, trainable_only)
     accumulator = RelevanceAccumulator(
         model,
-        target=target if method in PROPAGATING else _explaining_nothing(model, target),
+        target=target if method in PROPAGATING else explaining_nothing(model, target),
         composite=composite or defaults.composite or "gradient",
         statistic="structure" if data_free else statistic or defaults.statistic,
         granularity=granularity,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lrp_prune.pruning import bits
+from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.rows import smallest_per_row
-from lrp_prune.pruning.scopes import Structure, as_rows, groups_by_pattern, layout_of, number_to_prune, parse_scope
+from lrp_prune.pruning.scopes import Structure, as_rows, layout_of, number_to_prune, parse_scope
 from lrp_prune.pruning.selection import smallest
 from lrp_prune.pruning.together import raise_together, rows_together, smallest_together
 from lrp_prune.pruning.units import existing_units, expand_units
@@ -34,6 +35,11 @@ def select(
     Of the :math:`n` entries of each comparison set exactly :math:`\mathrm{round}(s n)` are pruned: those with the
     smallest :math:`|R|` (``"absolute"``) or :math:`R` (``"ascending"``, the most negative first), equal ones by
     position. A set is what ``scope`` says; ``normalize`` matters where a set spans several tensors.
+
+    :math:`n` counts all weights that were asked for, also those that could not be scored (``relevance.unscored``). With scope
+    ``"global"`` the scored ones make up for these: exactly :math:`\mathrm{round}(s n)` are pruned. Any other scope leaves
+    unscored tensors dense, and is refused where they are more than 5 % of the weights. Either way a warning names them; they
+    are in the masks, all kept, so that ``masks.sparsity`` is of everything that was asked for, and in ``masks.unscored``.
 
     Args:
         relevance: values of weights in their parameters' shapes, or of units ``[units]`` by group.
@@ -59,9 +65,9 @@ def select(
         Masks of the selected parameters, and of those in ``existing``.
 
     Raises:
-        ValueError: if an argument is out of range, a pattern matches nothing, the scope cannot reach the sparsity or
-            does not fit the granularity or a shape, a value is infinite or NaN, or ``existing`` prunes more than asked
-            already.
+        ValueError: if an argument is out of range, a pattern matches nothing or only unscored weights, the sparsity cannot be
+            reached with what is scored or by the scope, the scope does not fit the granularity or a shape, a value is infinite
+            or NaN, or ``existing`` prunes more than asked already.
 
     Example:
         >>> from lrp_prune.relevance import Relevance
@@ -79,30 +85,35 @@ def select(
         raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
     if not len(relevance):
         raise ValueError("the relevance holds no tensor: was everything excluded?")
-    groups = [
-        (among, rate)
-        for names, rate in groups_by_pattern(list(relevance), sparsity)
-        for kind in relevance.kinds().values()  # what is a head is not compared with what is a neuron
-        if (among := [name for name in names if name in kind])
-    ]
-    for _, rate in groups:
-        _check_reachable(parsed, rate)
+    existing = existing.divided(dict(relevance.shardings)) if existing is not None else None
+    groups = groups_of(relevance, sparsity, parsed, existing)
+    for group in groups:
+        _check_reachable(parsed, group.rate)
     if normalize is not None:
         relevance = relevance.normalized(normalize)
     shardings = dict(relevance.shardings)
-    existing = existing.divided(shardings) if existing is not None else None
+    unscored: dict[str, str] = {}
     if relevance.granularity == "weight":
-        shapes = {name: tuple(relevance.parameter_shapes[name]) for names, _ in groups for name in names}
+        shapes = {
+            name: tuple(relevance.parameter_shapes[name])
+            for group in groups
+            for name in (*group.scored, *group.unscored)
+        }
         _check_shapes(shapes, existing)
         kept = {name: existing.bits(name) for name in shapes if name in existing} if existing is not None else {}
         chosen = _select_weights(relevance, groups, parsed, ranking, shapes, kept)
+        for name, reason in (entry for group in groups for entry in group.unscored.items()):
+            chosen[name] = kept[name] if name in kept else _all_kept(relevance, name)
+            if existing is None or name not in existing or name in existing.unscored:
+                unscored[name] = reason
+        chosen = {name: chosen[name] for name in relevance.parameter_shapes if name in chosen}
     else:
         if parsed not in ("global", "layer"):
             raise ValueError(
                 f"scope {scope!r} compares single weights, but the relevance is about {relevance.granularity}s: "
                 "use 'global' or 'layer'"
             )
-        units = {name: (math.prod(relevance[name].shape),) for names, _ in groups for name in names}
+        units = {name: (math.prod(relevance[name].shape),) for group in groups for name in group.scored}
         _check_shapes(relevance.parameter_shapes, existing)
         kept = existing_units(relevance, units, existing)
         chosen = _select_weights(relevance, groups, parsed, ranking, units, kept)
@@ -111,8 +122,18 @@ def select(
         for name in existing:
             if name not in chosen:
                 chosen[name], shapes[name] = existing.bits(name), existing.shapes[name]
+                unscored.update({name: existing.unscored[name]} if name in existing.unscored else {})
                 shardings.update({name: existing.shardings[name]} if name in existing.shardings else {})
-    return Masks.from_bits(chosen, shapes, granularity=relevance.granularity, shardings=shardings)
+    granularity = relevance.granularity
+    masks = Masks.from_bits(chosen, shapes, granularity=granularity, shardings=shardings, unscored=unscored)
+    tell_unscored(groups, relevance, masks)
+    return masks
+
+
+def _all_kept(relevance: "Relevance", name: str) -> Tensor:
+    sharding = relevance.sharding(name)
+    shape = relevance.parameter_shapes[name] if sharding is None else sharding.local_shape
+    return bits.pack(torch.ones(shape, dtype=torch.bool))
 
 
 def _check_reachable(scope: str | Structure, sparsity: float) -> None:
@@ -159,7 +180,7 @@ class _Named(Sequence[Tensor | LazyValues]):
 
 def _select_weights(
     relevance: "Relevance",
-    groups: list[tuple[list[str], float]],
+    groups: Sequence[Group],
     scope: str | Structure,
     ranking: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -172,10 +193,13 @@ def _select_weights(
     if relevance.granularity == "weight":
         divided = {name: entry for name, entry in relevance.shardings.items() if entry.axis is not None}
     layouts: Mapping[str, str] = getattr(relevance, "layouts", None) or {}
-    for names, rate in groups:
-        for together in [names] if scope == "global" else [[name] for name in names]:
+    for group in groups:
+        rate = group.rate
+        for together in [group.scored] if scope == "global" else [[name] for name in group.scored]:
             if scope in ("global", "layer"):
                 k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
+                if scope == "global" and relevance.granularity == "weight":
+                    k = group.number  # also for those that are not scored
                 old = [kept.get(name) for name in together]
                 if any(name in divided for name in together):
                     masks = smallest_together(relevance, together, k, ranking, old)

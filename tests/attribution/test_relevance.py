@@ -14,6 +14,7 @@ from lrp_prune import Relevance
 from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.pruning import scorer
 from lrp_prune.relevance import NORMALIZATIONS
+from lrp_prune.unscored import UNREACHED, UNUSED
 
 
 @pytest.mark.parametrize("by", NORMALIZATIONS)
@@ -148,10 +149,14 @@ def test_geometric_relevance_adds_up_and_is_saved(tmp_path: Path) -> None:
 def test_a_tensor_that_one_set_does_not_reach_is_merged_as_zero() -> None:
     one, two = torch.ones(2, 3), torch.full((2, 3), 2.0)
     both = Relevance({"a": one, "b": two}, num_samples=1)
-    partial = Relevance({"a": one}, num_samples=1, unscored=("b",))
+    partial = Relevance({"a": one}, parameter_shapes={"a": (2, 3), "b": (2, 3)}, unscored={"b": UNUSED})
     merged = both + partial
     assert torch.equal(merged["a"], torch.ones(2, 3)) and torch.equal(merged["b"], torch.ones(2, 3))
-    assert merged.num_samples == 2 and merged.unscored == () and (partial + both).unscored == ()
+    assert merged.num_samples == 2 and merged.unscored == {} and (partial + both).unscored == {}
+    unreached = Relevance({"a": one}, parameter_shapes={"a": (2, 3), "b": (2, 3)}, unscored={"b": UNREACHED})
+    assert (partial + unreached).unscored == (unreached + partial).unscored == {"b": UNREACHED}
+    with pytest.raises(ValueError, match="'b' is unscored and has no shape"):
+        Relevance({"a": one}, unscored={"b": UNUSED})
     other = Relevance({"a": one}, num_samples=1)  # the same tensors, another list of unscored ones
     assert torch.equal((partial + other)["a"], torch.ones(2, 3))
     with pytest.raises(ValueError, match="shapes"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.relevance import STATISTICS
+from lrp_prune.unscored import UnscoredWeightsWarning
 
 
 def _tokens(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -224,7 +225,10 @@ def test_queries_and_keys_are_unscored_under_cp_lrp_not_irrelevant() -> None:
     relevance = lrp_prune.attribute(model, [batch], composite="cp_lrp")
     assert {name.split(".")[-2] for name in relevance.unscored} == {"q_proj", "k_proj", "gate_proj"}
     assert not any("q_proj" in name for name in relevance)
-    assert "self_attn.q_proj" not in " ".join(lrp_prune.select(relevance, 0.5, scope="layer"))
+    with pytest.warns(UnscoredWeightsWarning, match=r"self_attn\.q_proj"):
+        masks = lrp_prune.select(relevance, 0.25, scope="global")
+    assert masks.num_pruned == round(0.25 * masks.num_entries)
+    assert all(masks.pruned_in(name) == 0 for name in relevance.unscored)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

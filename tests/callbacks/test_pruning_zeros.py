@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
@@ -158,9 +159,38 @@ def test_only_trainable_weights_by_default(make_module, make_loader, make_traine
 
 def test_instances_for_different_layers_have_their_own_state(make_module, make_loader, make_trainer) -> None:
     first = RelevancePruning(sparsity=0.5, include=["net.0.weight"], method="magnitude")
-    second = RelevancePruning(sparsity=0.25, include=["net.4.weight"], method="magnitude")
+    second = RelevancePruning(sparsity=0.25, include=["net.4.weight"], method="magnitude", name="second")
     assert first.state_key != second.state_key
     module = make_module()
-    make_trainer(callbacks=[first, second], max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+    trainer = make_trainer(callbacks=[first, second], max_epochs=2)
+    trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert trainer.callback_metrics["pruning/sparsity"] == 0.5 and trainer.callback_metrics["second/sparsity"] == 0.25
     assert int((module.net[0].weight == 0).sum()) == 8 * 24 // 2
     assert int((module.net[4].weight == 0).sum()) == 24 * 16 // 4
+
+
+def test_two_meanings_of_one_metric_are_refused(make_module, make_loader, make_trainer) -> None:
+    callbacks = [
+        RelevancePruning(sparsity=0.5, include=["net.0"], method="magnitude"),
+        RelevancePruning(sparsity=0.25, include=["net.4"], method="magnitude"),
+    ]
+    with pytest.raises(MisconfigurationException, match=r"would log pruning/sparsity.*name='attention'"):
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
+    with pytest.raises(MisconfigurationException, match="name must be a word"):
+        RelevancePruning(name="a/b")
+
+
+def test_the_same_weights_under_two_names_have_their_own_state() -> None:
+    """A magnitude callback beside one by relevance, say; only the names differ."""
+    keys = {RelevancePruning(name=name).state_key for name in ("pruning", "other", "third")}
+    assert len(keys) == 3
+    assert RelevancePruning().state_key == RelevancePruning(name="pruning").state_key
+
+
+def test_the_guarded_metric_begins_with_the_name(make_module, make_loader, make_trainer) -> None:
+    pruning = RelevancePruning(sparsity=0.5, guard="val_loss", name="trimming")
+    trainer = make_trainer(callbacks=[pruning], max_epochs=2)
+    trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+    assert trainer.callback_metrics["trimming/val_loss"] == trainer.callback_metrics["val_loss"]
+    assert trainer.callback_metrics["trimming/sparsity"] == 0.5
+    assert not any(name.startswith("pruning/") for name in trainer.callback_metrics)

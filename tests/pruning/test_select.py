@@ -41,7 +41,7 @@ def first(values, k, ranking="absolute", alive=None):
 def test_each_scope_prunes_exactly_its_share_of_each_set(sparsity, ranking):
     relevance = relevance_of()
     layer = select(relevance, sparsity, scope="layer", ranking=ranking)
-    row = select(relevance, sparsity, ranking=ranking)
+    row = select(relevance, sparsity, scope="row", ranking=ranking)
     column = select(relevance, sparsity, scope="column", ranking=ranking)
     for name in SHAPES:
         values = relevance[name]
@@ -67,7 +67,7 @@ def test_convolutions_stacks_vectors_and_transposed_weights_have_their_own_rows(
     shapes = {"conv": (4, 6, 3, 3), "experts": (3, 5, 8), "bias": (10,), "conv1d": (8, 5)}
     relevance = relevance_of(shapes)
     relevance.layouts = {"conv1d": "transposed"}
-    row = select(relevance, 0.5)
+    row = select(relevance, 0.5, scope="row")
     assert torch.equal(row["conv"], torch.stack([first(v, 27) for v in relevance["conv"]]))
     experts = relevance["experts"]
     assert torch.equal(row["experts"], torch.stack([torch.stack([first(v, 4) for v in m]) for m in experts]))

@@ -1,0 +1,75 @@
+"""Parts of weights that no relevance arrived at: unknown, and yet the first to be pruned where the rest of the weight is scored.
+
+A weight that gets none at all is unscored, and kept. Queries and keys that share one weight with the values (GPT-2), gates that
+share one with what they gate (Phi-3), and experts in one stack, are parts of a weight that is scored otherwise.
+"""
+
+import warnings
+
+from torch import Tensor
+
+from lrp_prune.attribution import rules
+from lrp_prune.attribution.composites import Composite
+from lrp_prune.relevance import Relevance
+from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
+
+_RUN = 8
+"""Outputs next to each other without relevance, on average: parts of a weight are blocks; dead units lie scattered."""
+
+
+def silent_outputs(values: Tensor, layout: str) -> Tensor:
+    """Which outputs of a weight have nothing but zeros: bool ``[matrices, outputs]``.
+
+    Example:
+        >>> import torch
+        >>> silent_outputs(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "linear")
+        tensor([[False,  True]])
+    """
+    stack = values if layout.startswith("stacked") else values.unsqueeze(0)
+    outputs = 2 if layout.endswith("transposed") else 1
+    return ~stack.movedim(outputs, 1).flatten(2).any(dim=2)
+
+
+def in_blocks(silent: Tensor) -> bool:
+    """Whether what is silent are parts of a weight: many neighbours each."""
+    starts = silent[:, :1].sum() + (silent[:, 1:] & ~silent[:, :-1]).sum()
+    return bool(silent.any()) and int(silent.sum()) >= _RUN * int(starts)
+
+
+def stops_within(composite: Composite) -> bool:
+    """Whether a composite keeps relevance from queries and keys, or from gates."""
+    chosen = {"product": rules.stop_gate, "attention": rules.attention_to_values, "softmax": rules.stop}
+    return any(composite.rule(kind) is rule for kind, rule in chosen.items())
+
+
+def tell_silent(relevance: Relevance, composite: Composite) -> None:
+    """Warn of outputs without relevance where rules stop it, and of experts without any."""
+    if relevance.granularity != "weight" or relevance.shardings:
+        return
+    stopped: dict[str, tuple[int, int]] = {}
+    experts: dict[str, tuple[int, int]] = {}
+    stops = stops_within(composite)
+    for name, sums in ((name, tensor) for name, tensor in relevance.sums.items() if name in relevance):
+        layout = relevance.layouts.get(name) or ("stacked" if sums.dim() == 3 else None)
+        if layout is None or sums.dim() < 2 or not (layout.startswith("stacked") or stops):
+            continue
+        silent = silent_outputs(sums, layout)
+        alone = silent.all(dim=1)
+        if len(silent) > 1 and bool(alone.any()):
+            experts[name] = (int(alone.sum()), len(silent))
+        silent = silent[~alone]
+        if stops and in_blocks(silent):
+            stopped[name] = (int(silent.sum()), silent.numel())
+    for found, what, why in (
+        (stopped, "outputs", f"what {composite.name!r} stops (queries and keys, gates) is not known to be irrelevant"),
+        (experts, "experts", "no token went to them"),
+    ):
+        if found:
+            silent, number = (sum(counts) for counts in zip(*found.values(), strict=True))
+            warnings.warn(
+                f"no relevance at all at {silent:,} of {number:,} {what} of {', '.join(patterns_of(found))}: {why}, and yet they "
+                f"are the first to be pruned. For pruning, leave these weights out by exclude={patterns_of(found)!r}, or take "
+                f"{'more samples' if found is experts else 'another composite'}",
+                UnscoredWeightsWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,82 @@
+"""Weights that were asked for and that nothing is known about: why, how many, and how to say so."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+UNUSED = "was used in no forward of the reference samples (an expert without tokens, a part that does not run)"
+NO_PRODUCT = "is used, but in no product with activations that is observed"
+CONSTANTS = "multiplies constants only, such as embeddings of positions, and no relevance goes through these"
+DATA = "enters as data: it is added to activations, or put beside them"
+GATES = "belongs to gates in part, and the rules stop relevance before them: most of its rows would count as irrelevant"
+UNREACHED = "no relevance reaches it: what is explained does not depend on it, or the rules stop before it"
+RESCALED = (
+    "what is used is divided by a norm of it, so that pruning some of its entries would change the others, and a row without "
+    "any left would be divided by zero: take the reparametrization off before pruning"
+)
+DIVIDED = "it is divided among processes, and computed with before it is used"
+SEVERAL = "it is used with several values, scaled differently"
+
+TOLERABLE = frozenset({UNUSED, NO_PRODUCT, CONSTANTS, DATA, GATES, UNREACHED})
+"""Reasons that lie in the samples, the target and the rules: other weights can be pruned in these weights' place.
+
+Any other says that zeros in the parameter would be none in what is used. To prune these was asked for by mistake, and is refused.
+"""
+
+_SHOWN = 6
+
+
+class UnscoredWeightsWarning(UserWarning):
+    """Weights that were asked for could not be scored, and stay as they are."""
+
+
+def computed(steps: Iterable[str]) -> str:
+    """The reason where zeros in a parameter are none in what is made of it."""
+    return f"what is used is computed from it (by {', '.join(dict.fromkeys(steps))}), and its zeros would be none there"
+
+
+def together(mine: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:
+    """The reasons of two collections: the one that knows of a use is the one that says more."""
+    found = {**theirs, **mine}
+    return {name: theirs.get(name, reason) if reason == UNUSED else reason for name, reason in found.items()}
+
+
+def patterns_of(names: Iterable[str]) -> list[str]:
+    """Few patterns for many names: those that differ in numbers of blocks only become one.
+
+    Example:
+        >>> patterns_of(["layers.0.q.weight", "layers.1.q.weight", "head.weight"])
+        ['layers.*.q.weight', 'head.weight']
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        key = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        found.setdefault(key, []).append(name)
+    return [members[0] if len(members) == 1 else key for key, members in found.items()]
+
+
+def entries_of(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many weights parameters of these names have."""
+    return sum(math.prod(shapes[name]) for name in names)
+
+
+def described(reasons: Mapping[str, str]) -> str:
+    """Names by reason, as few words as they can be told in.
+
+    Example:
+        >>> described({"layers.0.q.weight": DATA, "layers.1.q.weight": DATA})
+        'layers.*.q.weight (enters as data: it is added to activations, or put beside them)'
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in by_reason.items():
+        patterns = patterns_of(names)
+        more = f" and {len(patterns) - _SHOWN} more" if len(patterns) > _SHOWN else ""
+        parts.append(f"{', '.join(patterns[:_SHOWN])}{more} ({reason})")
+    return "; ".join(parts)
+
+
+def share(part: int, whole: int) -> str:
+    """``"9 of 258 weights (3.5 %)"``."""
+    return f"{part:,} of {whole:,} weights ({100 * part / max(whole, 1):.1f} %)"
