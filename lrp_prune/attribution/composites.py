@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from lrp_prune.attribution import rules
+from lrp_prune.attribution import normalization, rules
 from lrp_prune.attribution.operations import KINDS
 from lrp_prune.attribution.rules import Rule
 
@@ -15,13 +15,19 @@ RULES: dict[str, Rule] = {
     "stop": rules.stop,
     "stop_gate": rules.stop_gate,
     "stop_denominator": rules.stop_denominator,
-    "constant_statistic": rules.constant_statistic,
+    "constant_statistic": normalization.constant_statistic,
     "attention_uniform": rules.attention_uniform,
     "attention_to_values": rules.attention_to_values,
     "attention_gradient": rules.attention_gradient,
     "skip": rules.skip,
 }
 """Rules by name, so that a composite can be written in a configuration file."""
+_PLAIN: dict[str, Rule] = {
+    "attention": rules.attention_gradient,
+    "dropout": rules.skip,
+    "normalization": normalization.plain,
+}
+"""What the plain gradient is of kinds of operation that have more to mind than their gradient."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,9 @@ class Composite:
 
     def rule(self, kind: str) -> Rule:
         """The rule of a kind of operation."""
-        chosen = self.rules.get(kind)
-        if chosen is None:
-            chosen = {"dropout": rules.skip, "attention": rules.attention_gradient}.get(kind, rules.gradient)
-        return RULES[chosen] if isinstance(chosen, str) else chosen
+        chosen = self.rules.get(kind, rules.gradient)
+        rule = RULES[chosen] if isinstance(chosen, str) else chosen
+        return _PLAIN.get(kind, rule) if rule is rules.gradient else rule
 
 
 _COMMON = {

@@ -45,7 +45,7 @@ _ACTIVATIONS = """
 _STATISTICS = "sqrt rsqrt reciprocal var std var_mean std_mean linalg_vector_norm linalg_norm norm_except_dim".split()
 _SOFTMAX = "softmax _softmax softmin".split()
 _DROPOUT = "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout".split()
-_NORMALIZATION = "layer_norm rms_norm group_norm batch_norm instance_norm native_layer_norm".split()
+_NORMALIZATION = "layer_norm rms_norm group_norm batch_norm instance_norm".split()
 _SUMS = "add sub subtract rsub cat concat concatenate stack hstack vstack where".split()
 _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 
