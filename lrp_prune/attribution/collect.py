@@ -65,6 +65,7 @@ class RelevanceAccumulator:
     ) -> None:
         self._subject: Subject = subject_of(model)
         self._composite = composite_of(composite)
+        self._composite.check_scores_weights()
         self._target = self._subject.own_target if target is None and self._subject.own_target else target_of(target)
         if skip_first < 0:
             raise ValueError(f"skip_first must be 0 or more, got {skip_first}")
@@ -103,21 +104,25 @@ class RelevanceAccumulator:
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)
             uses = WeightUses(table.observers)
-            unruled = self._unruled if self.num_samples == 0 else "ignore"
+            first = self.num_samples == 0
+            unruled = self._unruled if first else "ignore"
             with (
                 propagating(
-                    module, self._composite, None, unruled, uses, tracing=table.tracing, kept=table.kept
+                    module, self._composite, None, unruled, uses, tracing=table.tracing, kept=table.kept, named=first
                 ) as propagation,
                 nullcontext() if sharded is None else sharded.passing(),
             ):
                 with _agreed(sharded), self._forward_context():
                     value = self._target(module, batch)
                     if sharded is not None:
-                        propagation.check_target(value)
+                        propagation.check_target(value, table.backward_needed)
                 roots = propagation.roots() if table.backward_needed else []
                 table.make_room()
-                gradients = propagation.gradients(value, [root.leaf for root in roots]) if roots else ()
+                needed = table.backward_needed
+                gradients = propagation.gradients(value, [root.leaf for root in roots]) if needed else ()
             with _agreed(sharded):
+                if needed:
+                    propagation.check_reached(value, gradients)
                 self._add_roots(roots, gradients)
             if sharded is not None:
                 sharded.sum_up()

@@ -272,10 +272,10 @@ class ObserverTable:
                 # Where the values are: they are read together.
                 inputs[name], mean_weights[name] = statistic.inputs.to(values.device), weights.to(values.device)
         if not sums:
-            raise ValueError(
-                f"no {self._granularity} received relevance in {type(self._model).__name__}: its weights are used in no "
-                "operation that is observed, or the rules stop before them"
-            )
+            why = "its weights are used in no operation that is observed"
+            if names:
+                why = f"the explained value does not depend on {', '.join(list(names)[:3])}, or the rules stop before"
+            raise ValueError(f"no {self._granularity} received relevance in {type(self._model).__name__}: {why}")
         touched = {member.parameter for members in self._members.values() for member in members} or set(sums)
         unscored = tuple(name for name in self.parameters if name not in sums) if self._granularity == "weight" else ()
         self._statistics = {}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 _MARK = "_lrp_prune_origin"
+_SOURCE = "_lrp_prune_source"
 
 
 class Layout(NamedTuple):
@@ -53,6 +54,16 @@ def marked(tensor: Tensor) -> Origin | None:
     return getattr(tensor, _MARK, None)
 
 
+def note_source(result: Tensor, origin: Origin) -> None:
+    """Remember what a constant was computed from: it is no part of the parameter, but made of it."""
+    setattr(result, _SOURCE, origin)
+
+
+def source_of(tensor: Tensor) -> Origin | None:
+    """The parameter that a constant is a part of, or was computed from."""
+    return marked(tensor) or getattr(tensor, _SOURCE, None)
+
+
 def derive(origin: Origin, source: Tensor, result: Tensor, elementwise: bool) -> Origin:
     """The origin of ``result``, computed from ``source`` (and constants) whose origin is given.
 
@@ -67,3 +78,14 @@ def derive(origin: Origin, source: Tensor, result: Tensor, elementwise: bool) ->
     if elementwise and result.shape == source.shape:
         return origin
     return origin._replace(layout=None)
+
+
+def hand_on(source: Tensor, result: Tensor, elementwise: bool) -> None:
+    """Let ``result``, moved or selected from ``source``, have its origin, or what it was computed from."""
+    origin = marked(source)
+    if origin is not None:
+        mark(result, derive(origin, source, result, elementwise))
+        return
+    computed_from = source_of(source)
+    if computed_from is not None:
+        note_source(result, computed_from)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution import functional
 from lrp_prune.attribution.operations import Operation
-from lrp_prune.attribution.tags import is_gate
+from lrp_prune.attribution.tags import is_gate, is_statistic
 
 
 class Call(NamedTuple):
@@ -25,6 +25,8 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     kept: torch.dtype | None = None
     """The precision in which a rule may keep activations for the backward pass; None for their own."""
+    module: str = ""
+    """The canonical name of the module that runs; empty for the model itself."""
 
     def run(self) -> Any:
         """Compute the operation as the model asked for it: the plain gradient."""
@@ -96,20 +98,16 @@ def identity(call: Call) -> Any:
     return functional.identity_rule(x, function, call.kept)
 
 
-def identity_of_power(call: Call) -> Any:
-    """:func:`identity` for ``x ** n`` with a number n: f(x)/x is the plain gradient over n, and no output has to be kept."""
-    base, exponent = call.operands()
-    return call.with_operands([functional.scaled_gradient(base, 1 / exponent), exponent]).run()
-
-
 def uniform(call: Call) -> Any:
-    """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved."""
-    values = call.operands()
+    """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved.
+
+    A statistic is no factor, but scales the other one, which keeps all.
+    """
+    values = _without_statistics(call.operands())
     active = [index for index, value in enumerate(values) if is_activation(value)]
-    if len(active) < 2:
-        return call.run()
-    for index in active:
-        values[index] = functional.scaled_gradient(values[index], 1 / len(active))
+    if len(active) > 1:
+        for index in active:
+            values[index] = functional.scaled_gradient(values[index], 1 / len(active))
     return call.with_operands(values).run()
 
 
@@ -118,19 +116,32 @@ def stop_gate(call: Call) -> Any:
 
     Where both sides or neither do, nothing tells which is the gate, and they share equally; that conserves as well.
     """
-    values = call.operands()
+    values = _without_statistics(call.operands())
     gates = [is_activation(value) and is_gate(value) for value in values]
     if sum(map(is_activation, values)) == 2 and sum(gates) == 1:
         return call.with_operands(
             [detached(value) if gate else value for value, gate in zip(values, gates, strict=True)]
         ).run()
-    return uniform(call)
+    return uniform(call.with_operands(values))
 
 
-def stop_denominator(call: Call) -> Any:
-    """A divisor is a statistic, hence a constant; the dividend keeps the plain gradient."""
-    numerator, denominator = call.operands()
-    return call.with_operands([numerator, detached(denominator)]).run()
+def _without_statistics(values: list[Any]) -> list[Any]:
+    """The factors, with statistics detached where something else is a factor."""
+    active = [value for value in values if is_activation(value)]
+    if len(active) < 2 or not 0 < sum(map(is_statistic, active)) < len(active):
+        return values
+    return [detached(value) if is_statistic(value) else value for value in values]
+
+
+def share_of_factors(call: Call) -> Any:
+    """``prod`` and ``cumprod`` are products of n entries, each of which gets one n-th (AttnLRP, prop. 3.2)."""
+    x, dim = call.operand(0), call.argument(1, "dim")
+    if call.function.__name__ == "prod":
+        factors = x.numel() if dim is None else x.shape[dim]
+        return call.with_operands([functional.scaled_gradient(x, 1 / max(factors, 1))]).run()
+    counts = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype)
+    per_entry = counts.reshape([-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())])
+    return functional.affine(call.run(), Tensor.clone, per_entry.reciprocal())
 
 
 def attention_uniform(call: Call) -> Any:

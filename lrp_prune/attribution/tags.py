@@ -3,6 +3,7 @@
 * *gate*: it came out of an activation function (CP-LRP stops it where it multiplies something).
 * *pattern*: it came out of a softmax; a product with it is the output of attention heads.
 * *heads*: it is the output of attention heads of some width, so the linear layer that reads it is an output projection.
+* *statistic*: it is a square root, a norm, a deviation or a reciprocal (it scales what it multiplies, and is no factor).
 * *hidden*: each of its channels depends on one output channel of some layers only, so the layer that reads it has them
   as hidden units (neurons).
 
@@ -20,12 +21,18 @@ KEEPING = frozenset(
     """
     to float half bfloat16 double type type_as contiguous clone view reshape transpose swapaxes permute movedim flatten
     unflatten squeeze unsqueeze dropout alpha_dropout feature_dropout expand expand_as view_as reshape_as __getitem__
-    masked_fill nan_to_num clamp chunk split tensor_split split_with_sizes
+    masked_fill nan_to_num clamp chunk split tensor_split split_with_sizes narrow select unbind index_select flip roll
+    repeat repeat_interleave tile
     """.split()
 )
-"""Functions that keep a tag: they move or cast entries, or replace some by constants."""
+"""Functions that keep a tag: they move, cast, select or repeat entries, or replace some by constants."""
 
-_MOVING = frozenset("transpose swapaxes permute movedim".split())
+_MOVING = frozenset(
+    """
+    transpose swapaxes permute movedim __getitem__ narrow select unbind index_select flip roll repeat repeat_interleave tile
+    """.split()
+)
+"""Those of them after which channels are no longer known."""
 
 CHANNELWISE = frozenset(
     """
@@ -35,6 +42,9 @@ CHANNELWISE = frozenset(
     """.split()
 )
 """Functions besides activations that keep channels apart, so that ``hidden`` survives them."""
+
+_REDUCING = frozenset("mean sum amax amin".split())
+"""Functions of a statistic whose result is one."""
 
 ELEMENTWISE_COPIES = frozenset("to float half bfloat16 double type type_as contiguous clone detach alias".split())
 """Functions that keep shape and meaning of each entry."""
@@ -47,6 +57,7 @@ class Tag:
     gate: bool = False
     pattern: bool = False
     head_width: int | None = None
+    statistic: bool = False
     producers: frozenset[tuple[str, int, str]] = frozenset()
     units: int = 0
 
@@ -79,28 +90,49 @@ def is_gate(value: Any) -> bool:
     return tag is not None and tag.gate
 
 
+def is_statistic(value: Any) -> bool:
+    """Whether the tensor scales what it multiplies."""
+    tag = tag_of(value)
+    return tag is not None and tag.statistic
+
+
+def stem(function: Any) -> str:
+    """A function's name, that of its twin if it works in place: ``silu_`` is ``silu``, ``__getitem__`` stays."""
+    name: str = getattr(function, "__name__", "")
+    return name if name.endswith("__") else name.rstrip("_") or name
+
+
 def _product(operands: list[Tag | None]) -> Tag | None:
-    """The tag of a product of activations: if both sides have as many hidden units, these are one."""
-    hidden = [tag for tag in operands if tag is not None and tag.units]
-    if len(hidden) != len(operands) or len({tag.units for tag in hidden}) != 1:
-        return None
-    return Tag(producers=frozenset().union(*(tag.producers for tag in hidden)), units=hidden[0].units)
+    """The tag of a product of activations.
+
+    If both sides have as many hidden units, these are one; what gates the output of heads leaves each channel to its head;
+    and statistics multiply to a statistic.
+    """
+    tags = [tag or Tag() for tag in operands]
+    units = {tag.units for tag in tags}
+    if len(units) == 1 and units != {0}:
+        return Tag(producers=frozenset().union(*(tag.producers for tag in tags)), units=units.pop())
+    heads = [tag.head_width for tag in tags if tag.head_width is not None]
+    statistic = all(tag.statistic for tag in tags)
+    return (
+        Tag(head_width=heads[0], statistic=statistic) if len(heads) == 1 else Tag(statistic=True) if statistic else None
+    )
 
 
 def after(name: str, kind: str, operands: list[Any], active: list[bool], result: Any) -> Tag | None:
     """The tag of a function's result.
 
     Args:
-        name: the function's name.
+        name: the function's :func:`stem`.
         kind: its kind of operation, ``"plain"`` where it has none.
         operands: its operands; for plain functions the first argument.
-        active: which of them are activations.
+        active: which of them are activations, or were until a rule stopped them.
         result: what it returned.
     """
     tags = [tag_of(operand) for operand, is_active in zip(operands, active, strict=True) if is_active]
     first = tags[0] if tags else None
     if kind == "activation":
-        return replace(first or Tag(), gate=True, pattern=False, head_width=None)
+        return replace(first or Tag(), gate=True, pattern=False, head_width=None, statistic=False)
     if kind == "softmax":
         return Tag(pattern=True)
     if kind == "attention":
@@ -111,16 +143,15 @@ def after(name: str, kind: str, operands: list[Any], active: list[bool], result:
         return None
     if kind == "product" and len(tags) == 2:
         return _product(tags)
-    if (
-        kind in ("plain", "dropout", "product", "division", "normalization", "power")
-        and len(tags) == 1
-        and first is not None
-    ):
-        stem = name.rstrip("_") or name
-        if stem in KEEPING or kind == "dropout":
-            return replace(first, producers=frozenset(), units=0) if stem in _MOVING and first.units else first
-        if stem in CHANNELWISE:
-            return replace(
-                first, gate=False, pattern=first.pattern and kind in ("product", "division"), head_width=None
-            )
-    return None
+    if first is None or len(tags) > (2 if kind == "division" else 1):  # of a quotient the dividend tells
+        return None
+    if kind in (
+        "sum",
+        "join",
+    ):  # with constants: one minus a gate is a gate, and a deviation plus a small number a deviation
+        return Tag(gate=first.gate, statistic=first.statistic) if first.gate or first.statistic else None
+    if name in KEEPING or kind == "dropout":
+        return replace(first, producers=frozenset(), units=0) if name in _MOVING and first.units else first
+    if name in CHANNELWISE:
+        return replace(first, gate=False, pattern=first.pattern and kind in ("product", "division"), head_width=None)
+    return Tag(statistic=True) if first.statistic and name in _REDUCING else None
