@@ -1,16 +1,21 @@
 """The audit: operations that relevance went through without a rule.
 
 A mode sees torch functions, but neither the inside of ``torch.jit`` code nor of a custom ``autograd.Function``. Their
-autograd nodes it does see. So for one forward, every node is accounted for: it was made by a rule, or is linear in its
-input, or is reported with the module that made it.
+autograd nodes it does see. So for one forward every node is accounted for, when a function or module gets it and when
+one returns it: it was made by a rule, or is linear in its input, or is remembered with the module that ran. What the
+explained value depends on of that is reported.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from lrp_prune.attribution.operations import LINEAR_NODES, node_kind
+from lrp_prune.attribution.nested import tensors_in
+from lrp_prune.attribution.operations import LINEAR_NODES, NO_GRADIENT_NODES, node_kind
+from lrp_prune.attribution.places import Places
 
 # What a sharded model puts around its modules: the identity, which tells when a backward pass comes by.
 _IDENTITIES = frozenset({"RegisterPostBackwardFunction", "RegisterPreBackwardFunction", "_Leaving"})
@@ -25,46 +30,67 @@ class UnruledOperationError(RuntimeError):
     """A nonlinear operation has no rule, and ``unruled="error"`` was asked for."""
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for entry in value.values() for tensor in _tensors(entry)]
-    if isinstance(value, tuple | list):
-        return [tensor for entry in value for tensor in _tensors(entry)]
-    return []
+class Finding(NamedTuple):
+    """An operation without a rule.
+
+    Args:
+        kind: ``"function"`` (that a rule can be registered for), ``"hidden"`` (from the mode), or ``"no gradient"``.
+        operation: its name.
+        place: the module that ran.
+    """
+
+    kind: str
+    operation: str
+    place: str
+
+
+_TOLD = {
+    "function": "no rule for: {}. Its plain gradient is used, so relevance through it is not LRP. Add a rule with "
+    "lrp_prune.register_rule(function, rule).",
+    "hidden": "no rule for: {}. It is hidden from the rules (a torch.autograd.Function, scripted or compiled code), its own "
+    "gradient is used, and relevance through it is not LRP. Give the module that runs it a rule with "
+    "lrp_prune.register_rule(class, rule).",
+    "no gradient": "no relevance goes through: {}. It has no gradient (as quantized layers have none), and relevance ends there, "
+    "with 0 before it. Load the model in a floating-point type.",
+}
 
 
 class Audit:
-    """Accounts for each autograd node of one forward.
+    """Accounts for each autograd node of the forwards.
 
-    Nodes are kept alive until :meth:`report`, so that their identities stay unique.
+    Args:
+        places: knows the module that runs.
+        unruled: what is done in the end, ``"warn"`` or ``"error"``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places, unruled: str) -> None:
+        self._places, self._unruled = places, unruled
         self._known: set[Any] = set()
-        self._found: dict[tuple[str, str], None] = {}
-        self._pending: list[str] = []
+        self._found: dict[Any, Finding] = {}
 
-    def visit(self, function: Any, result: Any, ruled: bool) -> None:
-        """Account for the nodes that a torch function has just made."""
+    def arrive(self, values: Any) -> None:
+        """Account for what a function or module is given: what the mode has not seen being made was hidden from it."""
+        for node in self._new_nodes(values):
+            kind = node_kind(node)
+            if kind not in _ACCOUNTED:
+                self._found[node] = Finding(
+                    "no gradient" if kind in NO_GRADIENT_NODES else "hidden", _operation(node), self._places.described()
+                )
+
+    def made(self, function: Any, result: Any, ruled: bool) -> None:
+        """Account for what a torch function has just made."""
         for node in self._new_nodes(result):
-            if not ruled and node_kind(node) not in _ACCOUNTED:
-                name = getattr(function, "__qualname__", None) or str(function)
-                self._pending.append(name.removeprefix("_VariableFunctionsClass."))
-
-    def leave(self, module_name: str, module: nn.Module, output: Any) -> None:
-        """Account for what a module made out of the mode's sight, and name the module for what was found inside it."""
-        for node in self._new_nodes(output):
-            if node_kind(node) not in _ACCOUNTED:
-                self._pending.append(node.name())
-        place = f"{module_name or '<model>'} ({type(module).__name__})"
-        for operation in self._pending:
-            self._found[operation, place] = None
-        self._pending.clear()
+            kind = node_kind(node)
+            if not ruled and kind not in _ACCOUNTED:
+                known = not isinstance(function, torch._ops.OpOverloadPacket | torch._ops.OpOverload)
+                name = (known and getattr(function, "__qualname__", None)) or str(function)
+                name = name.removeprefix("_VariableFunctionsClass.").removeprefix("TensorBase.")
+                self._found[node] = Finding(
+                    "no gradient" if kind in NO_GRADIENT_NODES else "function", name, self._places.described()
+                )
 
     def _new_nodes(self, value: Any) -> list[Any]:
-        found, stack = [], [tensor.grad_fn for tensor in _tensors(value) if tensor.grad_fn is not None]
+        found, stack = [], [tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None]
         while stack:
             node = stack.pop()
             if node in self._known:
@@ -74,27 +100,53 @@ class Audit:
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         return found
 
-    def report(self, unruled: str) -> None:
-        """Warn, or raise, if something was found; forget the nodes.
+    def forget(self) -> None:
+        """The forward is over: only what was found is kept, so that the rest of its graph can be freed."""
+        self._known.clear()
+
+    def report(self, target: Tensor) -> None:
+        """Warn, or raise, of what was found and the target depends on.
 
         Raises:
-            UnruledOperationError: if something was found and ``unruled`` is ``"error"``.
+            UnruledOperationError: if there is any, and ``unruled`` is ``"error"``.
         """
-        self._known.clear()
         if not self._found:
             return
-        by_operation: dict[str, list[str]] = {}
-        for operation, place in self._found:
-            by_operation.setdefault(operation, []).append(place)
-        lines = [
-            f"{operation} in {', '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}"
-            for operation, places in by_operation.items()
-        ]
-        self._found.clear()
-        message = (
-            f"no rule for: {'; '.join(lines)}. Its plain gradient is used, so relevance through it is not LRP. "
-            "Add one with lrp_prune.attribution.register_rule(function, rule)."
-        )
-        if unruled == "error":
+        by_kind: dict[str, dict[str, dict[str, None]]] = {}
+        for node in _behind(target):
+            finding = self._found.pop(node, None)
+            if finding is not None:
+                by_kind.setdefault(finding.kind, {}).setdefault(finding.operation, {})[finding.place] = None
+        if not by_kind:
+            return
+        message = " ".join(_TOLD[kind].format(_listed(by_kind[kind])) for kind in _TOLD if kind in by_kind)
+        if self._unruled == "error":
             raise UnruledOperationError(message)
-        warnings.warn(message, UnruledOperationWarning, stacklevel=4)
+        warnings.warn(message, UnruledOperationWarning, stacklevel=5)
+
+
+def _operation(node: Any) -> str:
+    """What made a node: the class of a custom function, else the node's own name."""
+    function = getattr(node, "_forward_cls", None)
+    return str(node.name()).rpartition("::")[2] if function is None else str(function.__name__)
+
+
+def _behind(target: Tensor) -> Iterator[Any]:
+    """All nodes that a value depends on, from the inputs on."""
+    seen: dict[Any, None] = {}
+    stack = [] if target.grad_fn is None else [target.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen[node] = None
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    yield from reversed(seen)
+
+
+def _listed(places: dict[str, dict[str, None]]) -> str:
+    lines = []
+    for operation, found in places.items():
+        names = list(found)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{operation} in {', '.join(names[:3])}{more}")
+    return "; ".join(lines)

@@ -73,6 +73,7 @@ class RelevanceAccumulator:
         self._subject: Subject = subject_of(model)
         best = best_for(granularity)
         self._composite = composite_of(composite or best.composite)
+        self._composite.check_scores_weights()
         self._target: Target | None = None
         self._inferred = target if isinstance(target, Inferred) else Inferred()
         if target is not None and target is not self._inferred:
@@ -133,24 +134,28 @@ class RelevanceAccumulator:
                     mesh = None if sharded is None else sharded.mesh
                     self._target = self._inferred.decide(module, batch, mesh)
             uses = WeightUses(table.observers, table.tracer)
-            unruled = self._unruled if self.num_samples == 0 else "ignore"
+            first = self.num_samples == 0
+            unruled = self._unruled if first else "ignore"
             with (
                 propagating(
-                    module, self._composite, None, unruled, uses, tracer=table.tracer, kept=table.kept
+                    module, self._composite, None, unruled, uses, tracer=table.tracer, kept=table.kept, named=first
                 ) as propagation,
                 nullcontext() if sharded is None else sharded.passing(),
             ):
                 with _agreed(sharded), self._forward_context():
                     value = self._target(module, batch)
                     if sharded is not None:
-                        propagation.check_target(value)
+                        propagation.check_target(value, table.backward_needed)
                 roots = propagation.roots()
                 table.touched(uses, roots)
                 table.make_room()
+                needed = table.backward_needed
                 gradients: Sequence[Tensor | None] = [None] * len(roots)
-                if roots and table.backward_needed:
+                if needed:
                     gradients = propagation.gradients(value, [root.leaf for root in roots])
             with _agreed(sharded):
+                if needed:
+                    propagation.check_reached(value, gradients)
                 self._add_roots(roots, gradients)
             if sharded is not None:
                 sharded.sum_up()

@@ -96,6 +96,69 @@ class ConstantStatistic(Function):
         return result, None, None, None, None, None
 
 
+class Affine(Function):
+    r"""A function with the gradient :math:`\partial f / \partial x := s`, where ``s`` broadcasts to ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(scale)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        with _bypass():
+            return (gradient * scale).to(ctx.dtype), None, None
+
+
+class ContiguousGradient(Function):
+    """A function with its plain gradient, for which input and gradient are laid out as torch lays them out by default.
+
+    It is computed once more in the backward pass. For operations whose own backward relies on an order in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with _bypass(), torch.enable_grad():
+            # clone(), since contiguous() does not mind the strides of dimensions of size one
+            leaf = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            result = ctx.function(leaf)
+            (found,) = torch.autograd.grad(result, leaf, gradient.clone(memory_format=torch.contiguous_format))
+        return found, None
+
+
+class Replaced(Function):
+    """A tensor with another's value: what is propagated is propagated through the one, the model goes on with the other.
+
+    Args (of ``apply``):
+        stand_in: what is propagated through; equal to the value up to rounding.
+        value: computes the tensor that the model gets, without a history.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, value: Callable[[], Tensor]) -> Tensor:
+        ctx.dtype = stand_in.dtype
+        return value()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
 scaled_gradient: Callable[[Tensor, float], Tensor] = ScaledGradient.apply
 identity_rule: Callable[..., Tensor] = IdentityRule.apply
 constant_statistic: Callable[..., Tensor] = ConstantStatistic.apply
+affine: Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor] = Affine.apply
+contiguous_gradient: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] = ContiguousGradient.apply
+replaced: Callable[[Tensor, Callable[[], Tensor]], Tensor] = Replaced.apply

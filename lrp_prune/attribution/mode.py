@@ -15,19 +15,46 @@ from torch.overrides import TorchFunctionMode
 
 from lrp_prune.attribution import tags
 from lrp_prune.attribution.audit import Audit
+from lrp_prune.attribution.composed import PARTS
 from lrp_prune.attribution.composites import Composite
-from lrp_prune.attribution.operations import OPERATIONS, Operation
-from lrp_prune.attribution.origins import Origin, derive, mark, marked, of_operation, origin_of_parameter
+from lrp_prune.attribution.endings import Endings, ends_in_numbers
+from lrp_prune.attribution.functional import replaced
+from lrp_prune.attribution.nested import tensors_in
+from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, Operation, node_kind
+from lrp_prune.attribution.origins import (
+    Origin,
+    derive,
+    mark,
+    marked,
+    note_source,
+    of_operation,
+    origin_of_parameter,
+    source_of,
+)
+from lrp_prune.attribution.places import Places
 from lrp_prune.attribution.recurrent import recurrent
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.roots import Roots
-from lrp_prune.attribution.rules import Call, Rule, identity, identity_of_power, is_activation
+from lrp_prune.attribution.rules import (
+    Call,
+    Rule,
+    detached,
+    identity,
+    is_activation,
+    share_of_factors,
+    stop_gate,
+    uniform,
+)
+from lrp_prune.attribution.scales import identity_of_power, norm_pool, power, share_of_power
 from lrp_prune.attribution.shadows import Call as Finished
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.uses import WeightUses
 
-_PLAIN = Operation("plain", ())
-_ROOT_KINDS = frozenset({"embedding", "sum"})
+_FIRST = Operation("plain")
+_OPERATORS = (torch._ops.OpOverloadPacket, torch._ops.OpOverload)
+_RULELESS = frozenset({"plain", "sum", "join", "embedding"})
+_WRITING = frozenset({"__setitem__", "copy_"})
+"""Functions that write into their first operand, besides those that have a twin that does not."""
 
 
 def _unchecked(function: FunctionType, cache: dict[int, dict[str, Any]]) -> FunctionType:
@@ -53,8 +80,10 @@ class PropagationMode(TorchFunctionMode):
     Args:
         composite: the rules.
         parameters: canonical name -> parameter of the model.
-        roots: where relevance ends; embedding outputs and parameters that enter as data are added to it.
+        places: knows the module that runs.
+        roots: where relevance ends; embedding outputs, and parameters and constants that enter as data, are added to it.
         uses: what is to be observed where weights are used.
+        endings: remembers where relevance was stopped.
         tracing: whether activations are tagged (only rules and units that need it).
         tracer: follows units, or None.
         audit: finds operations without a rule, or None.
@@ -65,8 +94,10 @@ class PropagationMode(TorchFunctionMode):
         self,
         composite: Composite,
         parameters: Mapping[str, nn.Parameter],
+        places: Places,
         roots: Roots,
         uses: WeightUses,
+        endings: Endings,
         tracing: bool,
         tracer: UnitTracer | None,
         audit: Audit | None,
@@ -74,10 +105,13 @@ class PropagationMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._composite = composite
+        self._scales = composite.scales
         self._origins = {id(parameter): origin_of_parameter(name, parameter) for name, parameter in parameters.items()}
         self._parameters = parameters
+        self._places = places
         self._roots = roots
         self._uses = uses
+        self._endings = endings
         self._tracing, self._tracer = tracing, tracer
         self.audit = audit
         self.kept = kept
@@ -103,7 +137,14 @@ class PropagationMode(TorchFunctionMode):
 
     def rule_applied(self, function: Callable[..., Any], operand: Tensor, result: Tensor) -> None:
         """Account for an activation module that was ruled as a whole; ``function`` is its forward."""
-        self._finish(function, "activation", [operand], (operand,), {}, result, ruled=True)
+        with torch._C.DisableTorchFunction():
+            self._finish(function, "activation", Call(function, _FIRST, (operand,), {}), result)
+
+    def module_ruled(self, module: nn.Module, result: Any) -> None:
+        """Account for a module that has a rule of its own."""
+        if self.audit is not None:
+            with torch._C.DisableTorchFunction():
+                self.audit.made(module, result, ruled=True)
 
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
@@ -122,8 +163,12 @@ class PropagationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._acting or not torch.is_grad_enabled():
+        if not self._acting:
             return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._without_gradients(func, args, kwargs)
+        if self.audit is not None:
+            self.audit.arrive((args, kwargs))
         registered = REGISTERED.get(func)
         operation = OPERATIONS.get(func) if registered is None else Operation("registered")
         if operation is None:
@@ -132,19 +177,20 @@ class PropagationMode(TorchFunctionMode):
             return self._plain(func, args, kwargs)
         given = Call(func, operation, args, kwargs)
         args, kwargs, constant = self._without_parameters(args, kwargs)
-        call = Call(func, operation, args, kwargs, self.kept)
+        call = before = Call(func, operation, args, kwargs, self.kept, self._places.name)
         if registered is not None:
             result = registered(call)
         elif operation.kind == "recurrent":
             result = recurrent(call, given, self._rule, self._uses)
-        elif operation.functional is not None:
-            result, args = self._in_place(call)
+        elif operation.functional is not None or func.__name__ in _WRITING:
+            result, before = self._in_place(call)
         else:
             result = self._apply(call)
-        if constant is not None and isinstance(result, Tensor) and not result.requires_grad:
+        if constant is not None and func.__name__ == "__setitem__":
+            self._mark_made(func, "plain", (args[0], args[2]), {}, args[0])
+        elif constant is not None and isinstance(result, Tensor) and not result.requires_grad:
             self._mark_made(func, operation.kind, args, kwargs, result)
-        operands = call.operands() if registered is None else []
-        self._finish(func, operation.kind, operands, args, kwargs, result, ruled=True)
+        self._finish(func, operation.kind, call, result, before)
         return result
 
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,14 +212,14 @@ class PropagationMode(TorchFunctionMode):
     def _apply(self, call: Call) -> Any:
         kind = call.operation.kind
         if kind == "embedding":
-            return self._roots.embedding(call, marked(call.operand(0)))
-        if kind == "sum":
-            return self._roots.with_data_roots(call).run()
-        if kind == "plain":
+            return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
+        if call.operation.data:
+            call = self._roots.with_data(call)
+        if kind in ("sum", "join", "plain"):
             return call.run()
         if kind == "power":
-            call, kind = _power(call)
-            if kind == "activation" and self._rule(kind) is identity and not isinstance(call.operand(1), Tensor):
+            call, kind = power(call)
+            if kind == "activation" and self._rule(kind) is identity and len(call.operation.operands) == 2:
                 return identity_of_power(call) if is_activation(call.operand(0)) else call.run()
         elif kind == "einsum":
             call, kind = _einsum(call)
@@ -181,9 +227,43 @@ class PropagationMode(TorchFunctionMode):
             result = self._uses.observed(call)
             if result is not None:
                 return result
-        if not any(map(is_activation, call.operands())) and kind != "dropout":
+        if kind == "dropout":
+            return self._rule(kind)(call)
+        active = sum(map(is_activation, call.operands()))
+        if kind == "plain" or not active:
             return call.run()
+        if kind == "matmul" and active == 1:
+            kind = "linear"
+        if kind == "norm_pool":
+            return norm_pool(call)
+        if kind == "composed":
+            return self._composed(call)
+        if kind == "factors":
+            if self._rule("product") not in (uniform, stop_gate):
+                return call.run()
+            return share_of_power(call) if call.operation.kind == "power" else share_of_factors(call)
+        if kind == "clip":
+            bounded = any(isinstance(call.argument(*place), Tensor) for place in call.operation.data[1:])
+            return call.run() if bounded else self._rule("activation")(call)
         return self._rule(kind)(call)
+
+    def _composed(self, call: Call) -> Any:
+        """The value of the one operation, and the relevance of those that it stands for."""
+        with self:
+            stand_in = PARTS[call.function.__name__](*call.args, **call.kwargs)
+        constant = call._replace(
+            args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
+        )
+        result = replaced(stand_in, constant.run)
+        self.carry(stand_in, result)
+        return result
+
+    def _is_own(self, origin: Origin | None) -> bool:
+        """Whether a parameter is one of the module that runs."""
+        if origin is None:
+            return False
+        own = (self._origins.get(id(parameter)) for parameter in self._places.module._parameters.values())
+        return any(found is not None and found.name == origin.name for found in own)
 
     def _rule(self, kind: str) -> Rule:
         rule = self._rules.get(kind)
@@ -191,24 +271,36 @@ class PropagationMode(TorchFunctionMode):
             rule = self._rules[kind] = self._composite.rule(kind)
         return rule
 
-    def _in_place(self, call: Call) -> tuple[Any, tuple[Any, ...]]:
-        """An in-place operation as its out-of-place twin on a copy, written back: nothing that backward needs is overwritten.
+    def _in_place(self, call: Call) -> tuple[Any, Call]:
+        """An in-place operation: of what is only added or assigned as it is, of others the twin on a copy, written back.
+
+        So nothing that backward needs is overwritten.
 
         Returns:
-            The result, and the arguments as they were before.
+            The result, and the call with its arguments as they were before.
         """
         target, functional = call.operand(0), call.operation.functional
-        assert functional is not None
         if call.operation.kind == "dropout":
-            return target, call.args
+            return target, call
+        if call.operation.kind in ("sum", "join"):
+            call, before = self._roots.with_data(call, written=True), call
+            if self._tracer is not None and call.operation.kind == "sum" and is_activation(target):
+                copy = target.clone()  # what it was made of is seen from its node, and it is about to get another
+                self.carry(target, copy)
+                before = call._replace(args=tuple(copy if arg is target else arg for arg in call.args))
+            result = call.run()
+            if not is_activation(target):
+                self._roots.written(target, call.operand(1))
+            return result, before
+        assert functional is not None
         if not any(map(is_activation, call.operands())):
-            return call.run(), call.args
+            return call.run(), call
         twin = OPERATIONS[functional]
         before = target.clone()
         self.carry(target, before)
         args = tuple(before if arg is target else arg for arg in call.args)
-        result = self._apply(Call(functional, twin, args, call.kwargs, call.kept))
-        return target.copy_(result), args
+        result = self._apply(call._replace(function=functional, operation=twin, args=args))
+        return target.copy_(result), call._replace(args=args)
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
@@ -218,26 +310,30 @@ class PropagationMode(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not isinstance(result, Tensor) or not isinstance(args[0], Tensor):
                 return result
+            if is_activation(args[0]) and not result.requires_grad and result.is_floating_point():
+                self._ended(func, args, result, "detached")
+            tag = tags.tag_of(args[0])
+            if tag is not None:
+                tags.set_tag(result, tag)
             if is_activation(args[0]):
-                if self._tracing:
-                    tags.set_tag(result, tags.tag_of(args[0]))
                 if self._tracer is not None:
                     self._tracer.after(Finished(name, "plain", func, args, kwargs, result))
                 return result
-            origin, source = self._origin(args[0]), args[0]
-            if origin is not None and isinstance(args[0], nn.Parameter):
+            source = args[0]
+            origin = self._origins.get(id(source)) or source_of(source)
+            if origin is not None and isinstance(source, nn.Parameter):
                 self._uses.touched.add(origin.name)
                 result = result.detach()
-            if origin is not None:
+            if origin is not None and (isinstance(source, nn.Parameter) or marked(source) is not None):
                 mark(result, derive(origin, source, result, False, name, lambda stand_in: func(stand_in)))
+            elif origin is not None:
+                note_source(result, origin)
             return result
         args, kwargs, constant = self._without_parameters(args, kwargs)
         result = func(*args, **kwargs)
-        if constant is not None and name == "__setitem__":
-            self._mark_made(func, "plain", (args[0], args[2]), {}, args[0])
-        elif constant is not None:
+        if constant is not None:
             self._mark_taken(func, args, kwargs, constant, result)
-        self._finish(func, "plain", [args[0]] if args else [], args, kwargs, result, ruled=False)
+        self._finish(func, "plain", Call(func, _FIRST, args, kwargs), result)
         return result
 
     def _mark_taken(self, func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any) -> None:
@@ -274,31 +370,59 @@ class PropagationMode(TorchFunctionMode):
         origin = of_operation(name, kind, flat, result, again)
         if origin is not None:
             mark(result, origin)
+            return
+        sources = (source_of(entry) for entry in flat if isinstance(entry, Tensor) and not entry.requires_grad)
+        source = next((found for found in sources if found is not None), None)
+        if source is not None and result.is_floating_point():
+            note_source(result, source)
 
-    def _finish(
-        self,
-        func: Any,
-        kind: str,
-        operands: list[Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,
-        ruled: bool,
-    ) -> None:
-        if self._tracing:
-            active = [is_activation(operand) for operand in operands]
-            if any(active):
-                found = tags.after(tags.stem(func), kind, operands, active)
-                if kind != "plain" and any(result is operand for operand in operands):
-                    tags.clear_tag(result)  # changed in place, it is not what it was
-                tags.set_tag(result, found)
-        if self._tracer is not None:
-            self._tracer.after(Finished(tags.stem(func), kind, func, args, kwargs, result))
+    def _finish(self, func: Any, kind: str, call: Call, result: Any, before: Call | None = None) -> None:
+        """Account for a function that has run.
+
+        Args:
+            func: the function.
+            kind: its kind of operation.
+            call: its call.
+            result: what it returned.
+            before: the call with its arguments as they were before, where it has changed one.
+        """
+        if kind != "registered" and (self._tracing or self._scales):
+            self._tag(func, kind, call.operands(), result)
+        if self._tracer is not None and kind != "composed":  # whose parts have been followed one by one
+            args = (before or call).args
+            self._tracer.after(Finished(tags.stem(func), kind, func, args, call.kwargs, result))
         if self.audit is not None:
-            self.audit.visit(func, result, ruled)
+            self.audit.made(func, result, ruled=kind != "plain" or func in OPERATIONS)
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        if (isinstance(first, Tensor) and not first.requires_grad) or ends_in_numbers(func):
+            self._ended(func, (call.args, call.kwargs), result, _cause(func, kind, first))
+        elif isinstance(func, _OPERATORS) and isinstance(first, Tensor):
+            self._ends_here(func, first)
 
-    def _origin(self, tensor: Tensor) -> Origin | None:
-        return self._origins.get(id(tensor)) or marked(tensor)
+    def _tag(self, func: Any, kind: str, operands: list[Any], result: Any) -> None:
+        if not self._tracing and not any(map(tags.tag_of, operands)):
+            return
+        # What a rule has stopped is no activation any more, but is still a pattern or a gate.
+        active = [is_activation(operand) or tags.tag_of(operand) is not None for operand in operands]
+        if any(active):
+            found = tags.after(tags.stem(func), kind, operands, active)
+            if kind != "plain" and any(result is operand for operand in operands):
+                tags.clear_tag(result)  # changed in place, it is not what it was
+            tags.set_tag(result, found)
+
+    def _ends_here(self, func: Any, result: Tensor) -> None:
+        """Note an operator whose result has an autograd node, but one that passes nothing on."""
+        if result.grad_fn is not None and node_kind(result.grad_fn) in NO_GRADIENT_NODES:
+            self._endings.has_no_gradient(func, self._places)
+
+    def _without_gradients(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self._ended(func, (args, kwargs), result, "no_grad")
+        return result
+
+    def _ended(self, func: Any, values: Any, result: Any, cause: str) -> None:
+        self._endings.ended(func, tensors_in(values), result, cause, self._places)
 
     def _without_parameters(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Tensor | None]:
         """The arguments with parameters detached (and marked), and one that stems from a parameter, if any does."""
@@ -314,7 +438,7 @@ class PropagationMode(TorchFunctionMode):
                         mark(value, origin)
                         self._uses.touched.add(origin.name)
                         found = value if found is None else found
-                elif found is None and not value.requires_grad and marked(value) is not None:
+                elif found is None and not value.requires_grad and source_of(value) is not None:
                     found = value
                 return value
             if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
@@ -340,12 +464,13 @@ def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
     return new if values is old else values
 
 
-def _power(call: Call) -> tuple[Call, str]:
-    """``x ** n`` is an elementwise function of x; with n < 0 it is a divisor, hence a statistic."""
-    base, exponent = call.operands()
-    if isinstance(exponent, Tensor):
-        return call.with_operands([base, exponent.detach()]), "activation"
-    return call, "statistic" if exponent < 0 or exponent == 0.5 else "activation"
+def _cause(func: Any, kind: str, result: Any) -> str:
+    """Why relevance does not go on with a result: see :class:`~lrp_prune.attribution.endings.Ending`."""
+    if ends_in_numbers(func):
+        return "numbers"
+    if kind in _RULELESS:
+        return "detached" if result.is_floating_point() else "integers"
+    return "registered" if kind == "registered" else "rule"
 
 
 def _einsum(call: Call) -> tuple[Call, str]:

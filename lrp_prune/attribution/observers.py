@@ -22,9 +22,10 @@ from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObserve
 from lrp_prune.attribution.unit_table import layer_of
 from lrp_prune.attribution.uses import Observer, Use, WeightUses
 from lrp_prune.members import Member
+from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import STATISTICS, Relevance, granularities_of
-from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described
+from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described, patterns_of
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -236,13 +237,14 @@ class ObserverTable:
                 # Where the values are: they are read together.
                 inputs[name], mean_weights[name] = statistic.inputs.to(values.device), weights.to(values.device)
         left: dict[str, str] = {}
+        cut: list[str] = []
         if self._units is not None:
             units = self._finished_units()
-            sums, left = units.sums, units.left
+            sums, left, cut = units.sums, units.left, units.cut
             self._members = units.members
         unscored = {name: self._reason(name) for name in self.parameters if name not in sums} if whole else {}
         if not sums:
-            raise NothingScoredError(self._nothing(left, unscored))
+            raise NothingScoredError(self._nothing(left, cut, unscored))
         touched = {member.parameter for members in self._members.values() for member in members} or set(self.parameters)
         self._statistics = {}
         return Relevance(
@@ -263,13 +265,17 @@ class ObserverTable:
         assert self._units is not None
         return self._units.finish()
 
-    def _nothing(self, left: Mapping[str, str], unscored: Mapping[str, str]) -> str:
+    def _nothing(self, left: Mapping[str, str], cut: Sequence[str], unscored: Mapping[str, str]) -> str:
         """Why there is nothing to read."""
         model, what = type(self._model).__name__, self._granularity
         if self._units is None:
             why = described(unscored) or (
                 "its weights are used in no operation that is observed, or the rules stop before them"
             )
+            return f"no {what} received relevance in {model}: {why}"
+        if cut:
+            readers = listed(patterns_of(cut))
+            why = f"the explained value does not depend on {readers}, or the rules stop before"
             return f"no {what} received relevance in {model}: {why}"
         if what == "block":
             return f"{model} has no block: none of its layers writes onto a residual stream (x + f(x))"

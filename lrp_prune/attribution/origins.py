@@ -15,6 +15,7 @@ from torch import Tensor
 from lrp_prune.unscored import RESCALED, computed
 
 _MARK = "_lrp_prune_origin"
+_SOURCE = "_lrp_prune_source"
 
 _ELEMENTWISE = frozenset(
     "abs neg negative sign clamp clip clamp_min clamp_max round floor ceil trunc fix absolute".split()
@@ -112,6 +113,16 @@ def mark(result: Tensor, origin: Origin) -> None:
 def marked(tensor: Tensor) -> Origin | None:
     """The origin that was attached, if any."""
     return getattr(tensor, _MARK, None)
+
+
+def note_source(result: Tensor, origin: Origin) -> None:
+    """Remember what a constant was computed from: it is no part of the parameter, but made of it."""
+    setattr(result, _SOURCE, origin)
+
+
+def source_of(tensor: Tensor) -> Origin | None:
+    """The parameter that a constant is a part of, or was computed from."""
+    return marked(tensor) or getattr(tensor, _SOURCE, None)
 
 
 def derive(

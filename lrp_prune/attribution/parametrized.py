@@ -15,12 +15,14 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lrp_prune.attribution.adapted import adapted_weights
 from lrp_prune.attribution.composites import composite_of
+from lrp_prune.attribution.endings import Endings
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.origins import marked
+from lrp_prune.attribution.places import Places
 from lrp_prune.attribution.roots import Roots
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.models.states import undisturbed
-from lrp_prune.names import named_parameters
+from lrp_prune.names import class_name, named_parameters
 from lrp_prune.sharding import is_sharded
 from lrp_prune.unscored import DIVIDED, RESCALED, computed
 
@@ -100,8 +102,10 @@ def _values_of(model: nn.Module, entry: _Made, name: str) -> Callable[[], Tensor
 @contextmanager
 def _following(model: nn.Module) -> Iterator[None]:
     """What is computed here from parameters carries marks of where it came from."""
+    composite, parameters, places = composite_of("gradient"), named_parameters(model), Places(model)
+    endings = Endings(class_name(model), composite.name)
     mode = PropagationMode(
-        composite_of("gradient"), named_parameters(model), Roots(), WeightUses(), tracing=False, tracer=None, audit=None
+        composite, parameters, places, Roots(), WeightUses(), endings, tracing=False, tracer=None, audit=None
     )
     with torch.enable_grad(), mode.acting(), mode:
         yield

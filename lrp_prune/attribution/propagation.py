@@ -14,15 +14,20 @@ from lrp_prune.attribution.audit import Audit
 from lrp_prune.attribution.backends import traceable_attention
 from lrp_prune.attribution.checkpoints import propagating_checkpoints
 from lrp_prune.attribution.composites import Composite, composite_of
+from lrp_prune.attribution.constants import Constants
+from lrp_prune.attribution.endings import Endings
 from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
+from lrp_prune.attribution.places import Places
+from lrp_prune.attribution.registry import MODULE_RULES, REGISTERED, ModuleRule
 from lrp_prune.attribution.roots import Root, Roots
+from lrp_prune.attribution.rules import gradient as plain_gradient
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.models.states import eager, unchanged_buffers
-from lrp_prune.names import named_modules, named_parameters, unwrap
+from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
 
 UNRULED = ("warn", "error", "ignore")
 _NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
@@ -31,8 +36,8 @@ _NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
 class Propagation:
     """What :func:`attributing` yields: turns an explained value into relevance."""
 
-    def __init__(self, mode: PropagationMode, roots: Roots) -> None:
-        self._mode, self._roots = mode, roots
+    def __init__(self, mode: PropagationMode, roots: Roots, endings: Endings) -> None:
+        self._mode, self._roots, self._endings = mode, roots, endings
         self._latent: list[tuple[str, Tensor]] = []
 
     def relevance(self, target: Tensor) -> dict[str, Tensor]:
@@ -44,25 +49,39 @@ class Propagation:
             target: a scalar computed from the model's output inside the context.
 
         Returns:
-            Name -> tensor of its shape, in its dtype. Roots are the outputs of embeddings (by module name), float inputs (by
-            argument name) and parameters that enter as data (by parameter name); a module that ran several times has
-            further entries ``name#1``, ``name#2``, ... A root that the target does not depend on has relevance zero.
+            Name -> tensor of its shape, in its dtype. Roots are
+
+            * the outputs of embeddings, by the name of the module that looks up (where encoder and decoder share one, by the
+              name that the caller has for it), and float inputs, by argument name;
+            * parameters that enter as data, by parameter name: what is concatenated or put into some positions, and what
+              is added and has two dimensions or more;
+            * constants that enter so, by buffer name, or as ``module.constant`` (``module.detached`` if made of activations)
+              by the module that returned or used them, where they have relevance; masks and scalars are none.
+
+            What was met several times has further entries ``name#1``, ``name#2``, ... An input that the target does not
+            depend on has relevance zero.
 
         Raises:
-            ValueError: if the target is no scalar, or does not depend on a forward inside this context.
-            FloatingPointError: if the target is not finite.
+            ValueError: if the target is no scalar, or does not depend on a forward inside this context; says why.
+            FloatingPointError: if the target or a relevance is not finite.
+            UnruledOperationError: if it depends on an operation without a rule, and ``unruled`` is ``"error"``.
         """
         roots, latent = self._roots.take(), self._latent
         self._latent = []
-        tensors = [root.leaf for root in roots] + [tensor for _, tensor in latent]
-        gradients = self.gradients(target, tensors)
+        entries = [*roots, *(Root(name, tensor) for name, tensor in latent)]
+        gradients = self.gradients(target, [root.leaf for root in entries])
+        self.check_reached(target, gradients)
         result: dict[str, Tensor] = {}
-        for name, tensor, gradient in zip(
-            [root.name for root in roots] + [name for name, _ in latent], tensors, gradients, strict=True
-        ):
-            repeats = sum(key == name or key.startswith(f"{name}#") for key in result)
-            relevance = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
-            result[f"{name}#{repeats}" if repeats else name] = relevance
+        for root, gradient in zip(entries, gradients, strict=True):
+            relevance = torch.zeros_like(root.leaf) if gradient is None else _relevance(root, gradient)
+            if root.constant and not bool(relevance.any()):
+                continue
+            if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):
+                raise FloatingPointError(
+                    f"the relevance of {root.name!r} is not finite: check the batch and the precision"
+                )
+            repeats = sum(key == root.name or key.startswith(f"{root.name}#") for key in result)
+            result[f"{root.name}#{repeats}" if repeats else root.name] = relevance
         return result
 
     def roots(self) -> list[Root]:
@@ -72,10 +91,8 @@ class Propagation:
     def gradients(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """Run the backward pass under the rules, so that recomputed (checkpointed) layers see them as well."""
         self.check_target(target)
-        if not tensors or not target.requires_grad:
-            raise ValueError(
-                "the target does not depend on a forward of the model inside this context: call the model in it"
-            )
+        if not tensors:
+            raise ValueError(self._endings.reason(target))
         mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
         mode.audit = None
         try:
@@ -84,8 +101,15 @@ class Propagation:
         finally:
             self._roots.recording, mode.audit = True, mode_audit
 
-    def check_target(self, target: Any) -> None:
-        """Refuse what cannot be explained: more than one value, or one that is not finite."""
+    def check_target(self, target: Any, propagated: bool = True) -> None:
+        """Refuse what cannot be explained: more than one value, one that is not finite, or is cut off from the inputs.
+
+        What it depends on without a rule is reported.
+
+        Args:
+            target: the explained value.
+            propagated: whether relevance is to be propagated from it.
+        """
         if not isinstance(target, Tensor) or target.numel() != 1:
             raise ValueError(
                 f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
@@ -94,6 +118,23 @@ class Propagation:
             raise FloatingPointError(
                 f"the explained value is {target.item()}: the model's output is not finite on this batch"
             )
+        if not propagated:
+            return
+        if not target.requires_grad:
+            raise ValueError(self._endings.reason(target))
+        if self._mode.audit is not None:
+            self._mode.audit.report(target)
+
+    def check_reached(self, target: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Refuse gradients that reached nothing, and say why."""
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(self._endings.reason(target))
+
+
+def _relevance(root: Root, gradient: Tensor) -> Tensor:
+    """Value times gradient; of constants only where a gradient is: what is never read of them may be anything."""
+    relevance = root.leaf.detach() * gradient
+    return torch.where(gradient == 0, torch.zeros_like(relevance), relevance) if root.constant else relevance
 
 
 def _described(value: Any) -> str:
@@ -132,7 +173,7 @@ def attributing(
         >>> bool(torch.isclose(relevance["input"].sum(), output[0, 0], atol=1e-6))
         True
     """
-    with propagating(model, composite_of(composite), latent, unruled, WeightUses()) as propagation:
+    with propagating(model, composite_of(composite), latent, unruled, WeightUses(), constants=True) as propagation:
         yield propagation
 
 
@@ -146,6 +187,8 @@ def propagating(
     entries: Sequence[nn.Module] | None = None,
     tracer: UnitTracer | None = None,
     kept: torch.dtype | None = None,
+    constants: bool = False,
+    named: bool = True,
 ) -> Iterator[Propagation]:
     """:func:`attributing` with observers of weights.
 
@@ -154,6 +197,8 @@ def propagating(
             (a ``LightningModule`` that calls its children) its direct children.
         tracer: follows units.
         kept: the precision in which rules may keep activations for the backward pass; None for their own.
+        constants: whether constants that enter as data are roots.
+        named: whether messages, roots and rules know the module that runs; it costs time in each call of a module.
     """
     if unruled not in UNRULED:
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
@@ -165,13 +210,13 @@ def propagating(
             raise ValueError(
                 f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
             )
-    roots = Roots()
-    lrp = any(composite.rules.values())
-    audit = Audit() if lrp and unruled != "ignore" else None
-    gated = composite.rules.get("product") == "stop_gate"
-    tracing = gated or tracer is not None
-    mode = PropagationMode(composite, named_parameters(model), roots, uses, tracing, tracer, audit, kept)
-    propagation = Propagation(mode, roots)
+    data = Constants(model) if constants else None
+    roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)
+    audit = Audit(places, unruled) if not composite.is_plain and unruled != "ignore" else None
+    tracing = tracer is not None or composite.traced
+    parameters = named_parameters(model)
+    mode = PropagationMode(composite, parameters, places, roots, uses, endings, tracing, tracer, audit, kept)
+    propagation = Propagation(mode, roots, endings)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
         stack.enter_context(unchanged_buffers(model))
@@ -180,18 +225,19 @@ def propagating(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(running)
-        ruled = composite.rules.get("activation", "gradient") != "gradient"
+        ruled = composite.rule("activation") is not plain_gradient
         for module in modules.values() if ruled or tracer is not None else ():
             if is_activation_module(module):
                 stack.enter_context(_whole(module, mode, ruled))
-        if audit is not None:
-            for name, module in modules.items():
-                handle = module.register_forward_hook(_audited(name, mode), always_call=False)
-                stack.callback(handle.remove)
+        for module in modules.values() if MODULE_RULES else ():
+            if type(module) in MODULE_RULES:
+                stack.enter_context(_replaced(module, mode, MODULE_RULES[type(module)]))
+        if named or audit is not None or composite.has_own_rules or REGISTERED:
+            stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
             stack.callback(handle.remove)
-        _guard(stack, model, entries or [model, *model.children()], mode, roots, unruled, tracer)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, places, endings, data, tracer)
         stack.enter_context(mode)
         yield propagation
 
@@ -200,13 +246,36 @@ def _matching(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns or ())
 
 
+@contextmanager
+def _followed(places: Places, mode: PropagationMode, constants: Constants | None) -> Iterator[None]:
+    """Follow the modules that run, and account for what goes into and comes out of them."""
+
+    def before(arguments: Any) -> None:
+        if mode.audit is not None and mode.is_acting:
+            with torch._C.DisableTorchFunction():
+                mode.audit.arrive(arguments)
+
+    def after(output: Any) -> None:
+        if mode.is_acting and (mode.audit is not None or constants is not None):
+            with torch._C.DisableTorchFunction():
+                if mode.audit is not None:
+                    mode.audit.arrive(output)
+                if constants is not None:
+                    constants.returned(output, places.name)
+
+    with places.following(before, after):
+        yield
+
+
 def _guard(
     stack: ExitStack,
     model: nn.Module,
     entries: Sequence[nn.Module],
     mode: PropagationMode,
     roots: Roots,
-    unruled: str,
+    places: Places,
+    endings: Endings,
+    constants: Constants | None,
     tracer: UnitTracer | None,
 ) -> None:
     """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
@@ -219,6 +288,7 @@ def _guard(
         calls.append(call)
         if not outermost:
             return None
+        places.restart(module)
         adopt = module is model
         names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
         named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
@@ -232,11 +302,17 @@ def _guard(
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if calls:
             calls.pop().close()
-        if not calls and tracer is not None and module is model:
+        if calls:
+            return
+        if tracer is not None and module is model:
             tracer.outputs(tree_flatten(output)[0])
-        if not calls and mode.audit is not None and output is not None:
-            audit, mode.audit = mode.audit, None
-            audit.report(unruled)
+        if output is not None:
+            with torch._C.DisableTorchFunction():
+                endings.called(output)
+        if mode.audit is not None:
+            mode.audit.forget()
+        if constants is not None:
+            constants.forget()
 
     for module in dict.fromkeys(entries):
         # First of all: hooks of the model's own compute weights (torch.nn.utils.prune).
@@ -248,15 +324,6 @@ def _guard(
 
 def _is_no_data(name: str) -> bool:
     return any(part in name for part in _NOT_DATA)
-
-
-def _audited(name: str, mode: PropagationMode) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        if mode.audit is not None and mode.is_acting:
-            with torch._C.DisableTorchFunction():
-                mode.audit.leave(name, module, output)
-
-    return hook
 
 
 def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Callable[..., Any]:
@@ -283,12 +350,12 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
 
 @contextmanager
 def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[None]:
-    """Treat an activation module of several operations as one, by an attribute of this one instance.
+    """Treat an activation module of several operations as one.
 
     It gets the identity rule as a whole if ``ruled``, else its plain gradient; either way its output's channels are those of
     its input.
     """
-    original, own = module.forward, "forward" in module.__dict__
+    original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if (
@@ -307,6 +374,31 @@ def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[No
         mode.rule_applied(original, args[0], result)
         return result
 
+    with _calling(module, forward):
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, mode: PropagationMode, rule: ModuleRule) -> Iterator[None]:
+    """Let a module's own rule compute what it returns, out of the mode's sight."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not mode.is_acting:
+            return original(*args, **kwargs)
+        with mode.acting(False):
+            result = rule(original, args, kwargs)
+        mode.module_ruled(module, result)
+        return result
+
+    with _calling(module, forward):
+        yield
+
+
+@contextmanager
+def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for this one instance, by an attribute of it."""
+    original, own = module.forward, "forward" in module.__dict__
     module.forward = forward
     try:
         yield

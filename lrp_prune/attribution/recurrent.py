@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.packed import Packing
-from lrp_prune.attribution.rules import Call, Rule, is_activation
+from lrp_prune.attribution.rules import Call, Rule, gradient, is_activation, uniform
 from lrp_prune.attribution.tags import Tag, set_tag
 from lrp_prune.attribution.taps import RecurrentProduct
 from lrp_prune.attribution.uses import WeightUses
@@ -75,11 +75,18 @@ class Rules:
             product = self.gated(gate, signal.clone())
             return torch.autograd.grad(product, gate, allow_unused=True)[0] is None
 
+    @cached_property
+    def own_linear(self) -> Rule | None:
+        """The composite's rule for products with weights, if it is not the plain gradient."""
+        rule = self._rule("linear")
+        return None if rule in (gradient, uniform) else rule
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, its weight observed."""
         call = Call(F.linear, OPERATIONS[F.linear], (x, weight), {})
         result: Tensor | None = self.uses.observed(call)
-        result = call.run() if result is None else result
+        if result is None:
+            result = self._called("linear", F.linear, x, weight)
         return result if bias is None else result + bias
 
     def _called(self, kind: str, function: Callable[..., Any], *operands: Tensor) -> Any:
@@ -179,7 +186,8 @@ def _states(arguments: dict[str, Any]) -> State:
 def _one_step(rules: Rules, step: Step, arguments: dict[str, Any], state: State) -> State:
     layer = _Layer(arguments["w_ih"], arguments["w_hh"], arguments.get("b_ih"), arguments.get("b_hh"), None)
     x = rules.linear(arguments["input"].to(layer.ih.dtype), layer.ih, layer.bias_ih)
-    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, (x.shape[0], 1), _active(x, *state))
+    active = _active(x, *state)
+    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, (x.shape[0], 1), active, rule=rules.own_linear)
     state = step(rules, x, product.at(0), tuple(entry.to(x.dtype) for entry in state))
     product.shown()
     return state
@@ -228,8 +236,9 @@ def _one_layer(
         pre = rules.linear(x.to(layer.ih.dtype), layer.ih, layer.bias_ih)
     places, active = (pre.shape[0], pre.shape[1]), _active(pre, *state)
     valid = None if packing is None else packing.valid
-    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, places, active, valid)
-    projection = None if layer.hr is None else RecurrentProduct(rules.uses, layer.hr, None, places, active, valid)
+    rest = (places, active, valid, rules.own_linear)
+    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, *rest)
+    projection = None if layer.hr is None else RecurrentProduct(rules.uses, layer.hr, None, *rest)
     state = tuple(entry.to(pre.dtype) for entry in state)
     outputs: list[Tensor] = [pre] * places[1]
     steps = pre.unbind(1)  # taken one by one, each would make a gradient as large as all of them

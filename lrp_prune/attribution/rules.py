@@ -5,7 +5,7 @@ input, is the relevance. Papers: AttnLRP (Achtibat et al. 2024, arXiv 2402.05602
 2202.07304); the gradient form follows Arras et al. 2025 (arXiv 2502.15886).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution import functional
 from lrp_prune.attribution.operations import Operation
-from lrp_prune.attribution.tags import is_gate
+from lrp_prune.attribution.tags import is_gate, is_statistic
 
 
 class Call(NamedTuple):
@@ -25,15 +25,20 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     kept: torch.dtype | None = None
     """The precision in which a rule may keep activations for the backward pass; None for their own."""
+    module: str = ""
+    """The canonical name of the module that runs; empty for the model itself."""
 
     def run(self) -> Any:
         """Compute the operation as the model asked for it: the plain gradient."""
         return self.function(*self.args, **self.kwargs)
 
-    def operand(self, index: int) -> Any:
-        """The operand's value, given by position or by name; None where the model left it out."""
-        position, name = self.operation.operands[index]
+    def argument(self, position: int, name: str) -> Any:
+        """An argument's value, given by position or by name; None where the model left it out."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def operand(self, index: int) -> Any:
+        """The operand's value; None where the model left it out."""
+        return self.argument(*self.operation.operands[index])
 
     def operands(self) -> list[Any]:
         """All operands in the order of the operation."""
@@ -41,8 +46,12 @@ class Call(NamedTuple):
 
     def with_operands(self, values: Sequence[Any]) -> "Call":
         """The same call with other operands."""
+        return self.with_arguments(dict(zip(self.operation.operands, values, strict=True)))
+
+    def with_arguments(self, values: Mapping[tuple[int, str], Any]) -> "Call":
+        """The same call with other values of some arguments (position and name), as far as they were given."""
         args, kwargs = list(self.args), dict(self.kwargs)
-        for (position, name), value in zip(self.operation.operands, values, strict=True):
+        for (position, name), value in values.items():
             if position < len(args):
                 args[position] = value
             elif name in kwargs:
@@ -89,20 +98,16 @@ def identity(call: Call) -> Any:
     return functional.identity_rule(x, function, call.kept)
 
 
-def identity_of_power(call: Call) -> Any:
-    """:func:`identity` for ``x ** n`` with a number n: f(x)/x is the plain gradient over n, and no output has to be kept."""
-    base, exponent = call.operands()
-    return call.with_operands([functional.scaled_gradient(base, 1 / exponent), exponent]).run()
-
-
 def uniform(call: Call) -> Any:
-    """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved."""
-    values = call.operands()
+    """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved.
+
+    A statistic is no factor, but scales the other one, which keeps all.
+    """
+    values = _without_statistics(call.operands())
     active = [index for index, value in enumerate(values) if is_activation(value)]
-    if len(active) < 2:
-        return call.run()
-    for index in active:
-        values[index] = functional.scaled_gradient(values[index], 1 / len(active))
+    if len(active) > 1:
+        for index in active:
+            values[index] = functional.scaled_gradient(values[index], 1 / len(active))
     return call.with_operands(values).run()
 
 
@@ -111,19 +116,32 @@ def stop_gate(call: Call) -> Any:
 
     Where both sides or neither do, nothing tells which is the gate, and they share equally; that conserves as well.
     """
-    values = call.operands()
+    values = _without_statistics(call.operands())
     gates = [is_activation(value) and is_gate(value) for value in values]
     if sum(map(is_activation, values)) == 2 and sum(gates) == 1:
         return call.with_operands(
             [detached(value) if gate else value for value, gate in zip(values, gates, strict=True)]
         ).run()
-    return uniform(call)
+    return uniform(call.with_operands(values))
 
 
-def stop_denominator(call: Call) -> Any:
-    """A divisor is a statistic, hence a constant; the dividend keeps the plain gradient."""
-    numerator, denominator = call.operands()
-    return call.with_operands([numerator, detached(denominator)]).run()
+def _without_statistics(values: list[Any]) -> list[Any]:
+    """The factors, with statistics detached where something else is a factor."""
+    active = [value for value in values if is_activation(value)]
+    if len(active) < 2 or not 0 < sum(map(is_statistic, active)) < len(active):
+        return values
+    return [detached(value) if is_statistic(value) else value for value in values]
+
+
+def share_of_factors(call: Call) -> Any:
+    """``prod`` and ``cumprod`` are products of n entries, each of which gets one n-th (AttnLRP, prop. 3.2)."""
+    x, dim = call.operand(0), call.argument(1, "dim")
+    if call.function.__name__ == "prod":
+        factors = x.numel() if dim is None else x.shape[dim]
+        return call.with_operands([functional.scaled_gradient(x, 1 / max(factors, 1))]).run()
+    counts = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype)
+    per_entry = counts.reshape([-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())])
+    return functional.affine(call.run(), Tensor.clone, per_entry.reciprocal())
 
 
 def attention_uniform(call: Call) -> Any:
@@ -163,107 +181,3 @@ def _attention(call: Call, operands: Sequence[Any], bias: Callable[[Any], Any]) 
 def skip(call: Call) -> Any:
     """Dropout is off: the result is the input, and no random number is drawn."""
     return call.operand(0)
-
-
-def constant_statistic(call: Call) -> Any:
-    """The deviation that a normalisation divides by is a constant (AttnLRP, prop. 3.4; the identity rule of LRP for norms)."""
-    x = call.operand(0)
-    if not is_activation(x):
-        return call.run()
-    arguments = _NORM_SIGNATURES[call.function.__name__](*call.args, **call.kwargs)
-    if arguments is None:
-        return _frozen_batch_statistics(call)
-    shape, eps, weight, centered = arguments
-
-    def inverse_deviation(rows: Tensor) -> Tensor:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        spread = wide.var(-1, keepdim=True, unbiased=False) if centered else wide.square().mean(-1, keepdim=True)
-        return torch.rsqrt(spread + eps)
-
-    def function(value: Tensor) -> Tensor:
-        rest = [detached(other) for other in call.operands()[1:]]
-        result: Tensor = call.with_operands([value, *rest]).run()
-        return result
-
-    return functional.constant_statistic(x, function, inverse_deviation, shape, weight, centered)
-
-
-_Norm = tuple[tuple[int, ...], float, Tensor | None, bool]
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
-    **__: Any,
-) -> _Norm:
-    count = len(normalized_shape)
-    return (*input.shape[:-count], input.shape[-count:].numel()), eps, weight, True
-
-
-def _rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> _Norm:
-    count = len(normalized_shape)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return (*input.shape[:-count], input.shape[-count:].numel()), eps, weight, False
-
-
-def _per_channel(weight: Tensor | None, input: Tensor) -> Tensor | None:
-    return None if weight is None else weight.reshape(-1, *(1,) * (input.dim() - 2))
-
-
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
-    **__: Any,
-) -> _Norm:
-    return (input.shape[0], num_groups, input[0].numel() // num_groups), eps, _per_channel(weight, input), True
-
-
-def _instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> _Norm | None:
-    if not use_input_stats:
-        return None
-    return (*input.shape[:2], input[0, 0].numel()), eps, _per_channel(weight, input), True
-
-
-def _batch_norm(*_: Any, **__: Any) -> None:
-    return None
-
-
-_NORM_SIGNATURES: dict[str, Callable[..., _Norm | None]] = {
-    "layer_norm": _layer_norm,
-    "native_layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
-    "instance_norm": _instance_norm,
-    "batch_norm": _batch_norm,
-}
-
-
-def _frozen_batch_statistics(call: Call) -> Any:
-    """Batch norm: linear with running statistics; with the batch's own, these are constants and the buffers stay."""
-    args = list(call.args)
-    x, weight, bias, mean, variance, training = args[:6]
-    if training or mean is None:
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        variance, mean = torch.var_mean(x.detach(), dims, unbiased=False)
-    args[:6] = [x, weight, bias, mean, variance, False]
-    return call.function(*args, **call.kwargs)

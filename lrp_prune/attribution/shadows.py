@@ -45,6 +45,9 @@ _ELEMENTWISE = frozenset(
     where lerp maximum minimum fmax fmin
     """.split()
 )
+_ELEMENTWISE_KINDS = frozenset("activation clip power sum statistic".split())
+_NOT_ELEMENTWISE = frozenset("cdist pairwise_distance dist index_add scatter_add".split())
+"""Sums of other kinds."""
 
 
 class Shadow(NamedTuple):
@@ -232,7 +235,7 @@ class Shadows:
             return [self._reduced(own, call), *rest]
         if kind in ("product", "division"):
             return [self._product(call, first), *rest]
-        if kind in ("activation", "power", "sum", "statistic") or name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or (kind in _ELEMENTWISE_KINDS and name not in _NOT_ELEMENTWISE):
             return [self._elementwise(call, first), *rest]
         return None
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lrp_prune.attribution.operations import OPERATIONS
+from lrp_prune.attribution.rules import Call, Rule, is_activation
 from lrp_prune.attribution.uses import Observer, Use, WeightUses
 
 
@@ -27,6 +29,7 @@ class RecurrentProduct:
         places: samples and tokens.
         active: tensors that relevance flows to through the steps; it is known to all when it has left the last of them.
         valid: which places ``[samples, tokens]`` are no padding; None for all.
+        rule: the composite's own rule for products with weights, or None.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class RecurrentProduct:
         places: tuple[int, int],
         active: Sequence[Tensor],
         valid: Tensor | None = None,
+        rule: Rule | None = None,
     ) -> None:
-        self._weight, self._bias, self._valid = weight, bias, valid
+        self._weight, self._bias, self._valid, self._rule = weight, bias, valid, rule
         self._states: list[Tensor] = [weight] * places[1]
         self._use, self._observers = uses.of_linear(weight, all_tokens=valid is not None)
         self._showing = uses.showing
@@ -53,10 +57,16 @@ class RecurrentProduct:
 
         def product(state: Tensor) -> Tensor:
             self._states[token] = state.detach()
-            result = F.linear(state, self._weight, self._bias)
+            result = self._multiplied(state)
             return result if self._taps is None else result + self._taps[token]
 
         return product
+
+    def _multiplied(self, state: Tensor) -> Tensor:
+        if self._rule is None or not is_activation(state):
+            return F.linear(state, self._weight, self._bias)
+        result: Tensor = self._rule(Call(F.linear, OPERATIONS[F.linear], (state, self._weight), {}))
+        return result if self._bias is None else result + self._bias
 
     def shown(self) -> None:
         """All steps are made: show the states to those who need no more."""

@@ -234,8 +234,9 @@ def _is_attended(call: Call) -> bool:
         return True
     if call.kind not in ("matmul", "einsum"):
         return False
-    active = [value for value in call.tensors if value.requires_grad]
-    tag = tag_of(active[0]) if len(active) == 2 else None
+    # Where a rule has stopped the pattern, it is no activation any more, but still a pattern.
+    operands = [value for value in call.tensors if value.requires_grad or tag_of(value) is not None]
+    tag = tag_of(operands[0]) if len(operands) == 2 else None
     return tag is not None and tag.pattern
 
 

@@ -15,7 +15,9 @@ from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.attribution.unit_table import Group, layer_of
 from lrp_prune.attribution.uses import Observer, Use
 from lrp_prune.members import Member
+from lrp_prune.models.wording import listed
 from lrp_prune.names import matches
+from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
 
 UNIT_KINDS: tuple[str, ...] = ("block", "head", "neuron")
 """The granularities that are found by tracing, from coarse to fine."""
@@ -31,11 +33,23 @@ class Choice(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What is known of all units: sums and members by group, and the layers without units, with the reason."""
+    """What is known of all units.
+
+    Args:
+        sums: by group.
+        members: by group.
+        left: layers without units, with the reason.
+        cut: groups that no relevance reaches.
+    """
 
     sums: dict[str, Tensor]
     members: dict[str, tuple[Member, ...]]
     left: dict[str, str]
+    cut: list[str]
+
+
+Found = tuple[str, Sequence[str], Tensor, tuple[Member, ...]]
+"""A group's name, the weights that read it, its sums and its members."""
 
 
 class UnitObservers:
@@ -62,6 +76,7 @@ class UnitObservers:
         self.tracer = UnitTracer({name: tuple(entry.shape) for name, entry in parameters.items()}, kinds)
         self._reads: dict[tuple[str, str], ReadStatistic] = {}
         self._finished: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._reached: set[tuple[str, str]] = set()
         self._heads: dict[str, tuple[int, Tensor]] = {}
 
     def observers(self, use: Use) -> list[Observer]:
@@ -100,22 +115,33 @@ class UnitObservers:
 
     def finish(self) -> Units:
         """All groups of wanted units, in the order of the model's layers."""
+        self._reached = {key for key, statistic in self._reads.items() if statistic.reached}
         self._finished = {key: statistic.finish() for key, statistic in self._reads.items()}
-        units = Units({}, {}, {})
+        units = Units({}, {}, {}, [])
         for kind in self._kinds:
             prefix = f"{kind}:" if len(self._kinds) > 1 else ""
-            for name, sums, members in getattr(self, f"_finish_{kind}s")(units.left):
-                units.sums[prefix + name], units.members[prefix + name] = sums, members
-        self._reads, self._finished = {}, {}
+            for name, readers, sums, members in getattr(self, f"_finish_{kind}s")(units.left):
+                if any((kind, reader) in self._reached for reader in readers):
+                    units.sums[prefix + name], units.members[prefix + name] = sums, members
+                else:
+                    units.cut.append(name)
+        self._reads, self._finished, self._reached = {}, {}, set()
+        if units.sums and units.cut:
+            warnings.warn(
+                f"no relevance reaches the units that enter {listed(patterns_of(units.cut))}: the explained value does not depend "
+                "on them, or the rules stop before. They are left out, and stay",
+                UnscoredWeightsWarning,
+                stacklevel=2,
+            )
         return units
 
-    def _finish_neurons(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+    def _finish_neurons(self, left: dict[str, str]) -> Iterable[Found]:
         groups, unread = self.tracer.table.groups()
         left.update(unread)
         self._tell_left(unread)
         for group in groups:
             if self._wanted(group.producers, group.readers):
-                yield group.name, self._neuron_sums(group), group.members
+                yield group.name, group.readers, self._neuron_sums(group), group.members
 
     def _neuron_sums(self, group: Group) -> Tensor:
         sums = torch.zeros(len(group.units))
@@ -131,18 +157,19 @@ class UnitObservers:
                 )
         return sums
 
-    def _finish_heads(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+    def _finish_heads(self, left: dict[str, str]) -> Iterable[Found]:
         for name, (dim, heads) in self._heads.items():
             if self._wanted((name,), ()):
                 number = int(heads.max()) + 1
                 shape = [len(heads) if axis == dim else 1 for axis in range(self._parameters[name].dim())]
                 yield (
                     layer_of(name),
+                    (name,),
                     self._placed("head", name, number),
                     (Member(name, heads.reshape(shape), reads=True),),
                 )
 
-    def _finish_blocks(self, left: dict[str, str]) -> Iterable[tuple[str, Tensor, tuple[Member, ...]]]:
+    def _finish_blocks(self, left: dict[str, str]) -> Iterable[Found]:
         assert self.tracer.blocks is not None
         for _, name in [key for key in self._finished if key[0] == "block"]:
             others = self.tracer.blocks.found.get(name)
@@ -150,7 +177,7 @@ class UnitObservers:
                 continue
             owned = [name, *(other for other in self._parameters if other in others)]
             members = [Member(each, torch.zeros((1,) * self._parameters[each].dim())) for each in owned]
-            yield layer_of(name), self._placed("block", name, 1), tuple(members)
+            yield layer_of(name), (name,), self._placed("block", name, 1), tuple(members)
 
     def _placed(self, kind: str, name: str, number: int) -> Tensor:
         """Sums of the units 0, 1, ... of a layer."""
@@ -175,9 +202,8 @@ class UnitObservers:
             if self._parameters[name].dim() > 2 and self._wanted((name,), ())
         ]
         if named:
-            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
             warnings.warn(
                 f"{len(named)} convolution{'s have' if len(named) > 1 else ' has'} no units that could be removed and "
-                f"{'are' if len(named) > 1 else 'is'} left alone: {'; '.join(named[:3])}{more}",
+                f"{'are' if len(named) > 1 else 'is'} left alone: {listed(named, 3)}",
                 stacklevel=2,
             )

@@ -70,6 +70,11 @@ class ReadStatistic:
         else:
             self._parts.append((numbers, values))
 
+    @property
+    def reached(self) -> bool:
+        """Whether it knows anything of the units: what nothing is propagated to is not known to be irrelevant."""
+        return bool(self._parts) or self.statistic == "structure"
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """The numbers of the units, and their sums; handed over."""
         parts, self._parts = self._parts, []

@@ -138,14 +138,15 @@ def find_sites(
     """
     module = forwarded(model)
     kinds = kinds_of(granularities)
-    found: list[Site] = []
+    traced: dict[str, Relevance | str] = {}
     if {"attention_block", "head", "attention_neuron"} & set(kinds):
-        found += _sites(module, _traced(module, batch, target, "head"), "attention")
+        traced["attention"] = _traced(module, batch, target, "head")
     if {"mlp_block", "mlp_neuron"} & set(kinds):
-        found += _sites(module, _traced(module, batch, target, "neuron"), "mlp")
+        traced["mlp"] = _traced(module, batch, target, "neuron")
     found = [
         site
-        for site in found
+        for part, relevance in traced.items()
+        for site in _sites(module, relevance, part)
         if site.kind in kinds
         and (include is None or matches(site.module, include))
         and not matches(site.module, exclude)
@@ -153,7 +154,10 @@ def find_sites(
     missing = [kind for kind in kinds if not any(site.kind == kind for site in found)]
     _tell_of_experts(module, kinds, missing, include, exclude)
     if not found or (missing and include is None and exclude is None):
-        raise ValueError(f"{type(module).__name__} has no {(missing or list(kinds))[0]} that the target depends on")
+        why = "".join(f": {reason}" for reason in traced.values() if isinstance(reason, str))
+        raise ValueError(
+            f"{type(module).__name__} has no {(missing or list(kinds))[0]} that the target depends on{why}"
+        )
     order = _order_of_calls(module, batch, target, {site.module for site in found})
     return tuple(sorted(found, key=lambda site: (order.index(site.module), KINDS.index(site.kind))))
 
@@ -166,10 +170,14 @@ def _tell_of_experts(
     exclude: Sequence[str] | None,
 ) -> None:
     """Experts whose weights are stacked have no units here: what is read by one expert is no module's whole input."""
+    filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
     stacked = [
         name
         for name, parameter in named_parameters(model).items()
-        if parameter.dim() == 3 and (include is None or matches(name, include)) and not matches(name, exclude)
+        if parameter.dim() == 3
+        and id(parameter) not in filters
+        and (include is None or matches(name, include))
+        and not matches(name, exclude)
     ]
     asked = [kind for kind in kinds if kind.startswith("mlp")]
     if not stacked or not asked:
@@ -184,18 +192,19 @@ def _tell_of_experts(
 
 def _traced(
     model: nn.Module, batch: Any, target: Callable[[nn.Module, Any], Tensor], granularity: str
-) -> Relevance | None:
+) -> Relevance | str:
+    """Relevance of the units, or why none has any; raises where nothing at all has any."""
     try:
         # Under a composite with a rule for activations those of several operations are seen as one, as hidden units need.
         return attribute(
             model, [batch], target, "attnlrp", granularity=granularity, statistic="signed", unruled="ignore"
         )
-    except NothingScoredError:
-        return None
+    except NothingScoredError as error:
+        return str(error)
 
 
-def _sites(model: nn.Module, relevance: Relevance | None, part: str) -> list[Site]:
-    if relevance is None:
+def _sites(model: nn.Module, relevance: Relevance | str, part: str) -> list[Site]:
+    if isinstance(relevance, str):
         return []
     sites, parameters = [], named_parameters(model)
     for group, values in relevance.items():

@@ -47,7 +47,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Running statistics, counters and caches come out as they went in, also where a forward replaces a buffer."""
     buffers = [
-        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone())
+        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone(), set(buffer.__dict__))
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -55,7 +55,9 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, version, value in buffers:
+        for module, name, buffer, version, value, attributes in buffers:
+            for mark in set(buffer.__dict__) - attributes:
+                delattr(buffer, mark)
             if version is not None and buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)

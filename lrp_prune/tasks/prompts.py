@@ -72,14 +72,19 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
     """The sample in tokens.
 
     Raises:
-        ValueError: if the prompts differ in length, an answer or distractor is not one token, there is none of either,
-            or a token is both.
+        ValueError: if the prompts differ in length or in nothing, an answer or distractor is not one token, there is none of
+            either, or a token is both.
     """
     clean, counterfactual = tokens(tokenizer, prompt.clean), tokens(tokenizer, prompt.counterfactual)
     if len(clean) != len(counterfactual):
         raise ValueError(
             f"clean and counterfactual prompt must have equally many tokens, got {len(clean)} for {prompt.clean!r} and "
             f"{len(counterfactual)} for {prompt.counterfactual!r}: change words until they match"
+        )
+    if clean == counterfactual:
+        raise ValueError(
+            f"the counterfactual of {prompt.clean!r} is {prompt.counterfactual!r}, the same tokens, so that nothing would "
+            "change: change the words that the answer depends on, by ones that the tokenizer knows"
         )
     answers = _single(tokenizer, prompt, clean, prompt.answers, "answer")
     distractors = _single(tokenizer, prompt, clean, prompt.distractors, "distractor")

@@ -1,16 +1,19 @@
-"""Operations without a rule are reported by name and module; users add rules."""
+"""Operations without a rule are reported by name and module, also those that are hidden from the rules; and only what matters."""
 
+import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from small_models import ARCHITECTURES, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import UnruledOperationError, UnruledOperationWarning
-from lrp_prune.attribution.operations import OPERATIONS
-from lrp_prune.attribution.registry import ACTIVATION_MODULES, REGISTERED
 
 
 class Digamma(nn.Module):
@@ -18,20 +21,21 @@ class Digamma(nn.Module):
         return torch.digamma(x.abs() + 1)
 
 
-class _Cube(torch.autograd.Function):
+class _Sigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x**3
+        return torch.sigmoid(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        return gradient * 3 * ctx.saved_tensors[0] ** 2
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y = torch.sigmoid(ctx.saved_tensors[0])
+        return gradient * y * (1 - y)
 
 
 class Hidden(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return _Cube.apply(x)
+        return _Sigmoid.apply(x)
 
 
 def _scripted_gate(x: Tensor) -> Tensor:
@@ -50,25 +54,159 @@ class Scripted(nn.Module):
 
 
 def _model(middle: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), middle, nn.Linear(6, 2))
 
 
-def _run(model: nn.Module, unruled: str = "warn") -> dict[str, Tensor]:
-    with lrp_prune.attributing(model, unruled=unruled) as propagation:
+def _run(model: nn.Module, unruled: str = "warn", composite: str = "attnlrp") -> dict[str, Tensor]:
+    with lrp_prune.attributing(model, composite, unruled=unruled) as propagation:
         return propagation.relevance(model(torch.ones(2, 4)).sum())
 
 
+@contextmanager
+def nothing_is_reported() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnruledOperationWarning)
+        yield
+
+
 @pytest.mark.parametrize(
-    ("middle", "operation"), [(Digamma(), "digamma"), (Hidden(), "_Cube"), (Scripted(), "Sigmoid|DifferentiableGraph")]
+    ("middle", "operation"),
+    [(Digamma(), "digamma"), (Hidden(), "_Sigmoid"), (Scripted(), "Sigmoid|DifferentiableGraph")],
 )
 def test_an_unruled_operation_is_named_with_its_module(middle: nn.Module, operation: str) -> None:
-    with pytest.warns(UnruledOperationWarning, match=rf"({operation}).* in 1 \({type(middle).__name__}\)"):
+    with pytest.warns(UnruledOperationWarning, match=rf"({operation})\w* in 1 \({type(middle).__name__}\)"):
         _run(_model(middle))
     with pytest.raises(UnruledOperationError, match=operation):
         _run(_model(middle), "error")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with nothing_is_reported():
         _run(_model(middle), "ignore")
+        _run(_model(middle), composite="gradient")
+
+
+def test_what_is_hidden_between_layers_of_one_module_is_blamed_on_that_module() -> None:
+    """Not on the child that ends next, and although a rule follows in the very same module."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(_Sigmoid.apply(self.first(x))))
+
+    model = nn.ModuleDict({"mixed": Mixed()})
+    model.forward = lambda x: model["mixed"](x)  # type: ignore[method-assign]
+    with pytest.warns(UnruledOperationWarning, match=r"_Sigmoid in mixed \(Mixed\)\. It is hidden") as caught:
+        _run(model)
+    assert "last" not in str(caught[0].message)
+
+    class Direct(Mixed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(_Sigmoid.apply(self.first(x)))
+
+    with pytest.warns(UnruledOperationWarning, match=r"_Sigmoid in <model> \(Direct\)"):
+        _run(Direct())
+
+
+def test_a_model_that_hides_everything_behind_one_function_is_reported() -> None:
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return _Sigmoid.apply(x)
+
+    with pytest.warns(UnruledOperationWarning, match=r"_Sigmoid in <model> \(Whole\)"):
+        _run(Whole())
+
+
+def test_the_square_root_of_recurrent_gemma_is_reported() -> None:
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, lru_width=32
+    )
+    model = tf.RecurrentGemmaForCausalLM(config).eval()
+    with lrp_prune.attributing(model, unruled="error") as propagation:
+        value = forward(model, batch_for("llama")).sum()
+        with pytest.raises(
+            UnruledOperationError, match=r"SqrtBoundDerivative in model\.layers\.\d\.temporal_block\.rg_lru"
+        ):
+            propagation.relevance(value)
+
+
+def test_only_what_the_explained_value_depends_on_is_reported() -> None:
+    model, batch = build("llama"), batch_for("llama")
+
+    def explained(what: Callable[[Any], Tensor]) -> None:
+        with lrp_prune.attributing(model) as propagation:
+            propagation.relevance(what(model(**batch, labels=batch["input_ids"], use_cache=False)))
+
+    with nothing_is_reported():
+        explained(lambda output: output.logits.sum())
+    with pytest.warns(UnruledOperationWarning, match="cross_entropy_loss"):
+        explained(lambda output: output.loss)
+
+
+def test_each_forward_in_a_context_is_audited() -> None:
+    model = _model(Digamma())
+    with lrp_prune.attributing(model) as propagation:
+        for _ in range(2):
+            with pytest.warns(UnruledOperationWarning, match="digamma"):
+                propagation.relevance(model(torch.ones(2, 4)).sum())
+        first, second = model(torch.ones(2, 4)), model(torch.zeros(2, 4))
+        with pytest.warns(UnruledOperationWarning, match="digamma"):
+            propagation.relevance(first.sum() - second.sum())
+
+
+def test_collecting_reports_in_its_first_batch() -> None:
+    model = _model(Hidden())
+    with pytest.warns(UnruledOperationWarning, match=r"_Sigmoid in 1 \(Hidden\)") as caught:
+        lrp_prune.attribute(
+            model, [torch.ones(2, 4), torch.ones(3, 4)], lambda model, batch: model(batch).sum(), "attnlrp"
+        )
+    assert len([entry for entry in caught if entry.category is UnruledOperationWarning]) == 1
+    with pytest.raises(UnruledOperationError, match="_Sigmoid"):
+        lrp_prune.attribute(
+            model, [torch.ones(2, 4)], lambda model, batch: model(batch).sum(), "attnlrp", unruled="error"
+        )
+
+
+def test_a_parametric_relu_needs_no_rule_besides_its_own() -> None:
+    """Its gradient is f(x)/x."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.PReLU(6), nn.Linear(6, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(6))
+    x, relevance = torch.randn(2, 4), {}
+    for composite in ("gradient", "attnlrp", "cp_lrp", "epsilon"):
+        with lrp_prune.attributing(model, composite, unruled="error") as propagation:
+            value = model(x).sum()
+            relevance[composite] = propagation.relevance(value)["input"]
+        torch.testing.assert_close(relevance[composite].sum(), value)
+        torch.testing.assert_close(relevance[composite], relevance["gradient"])
+
+
+def test_relevance_that_stops_at_quantized_layers_is_said_to() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantized, self.plain = quantized, nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.quantized(x) + self.plain(x)
+
+    model, x = Beside(), torch.ones(1, 4)
+    with lrp_prune.attributing(model) as propagation:
+        output = model(x)
+        expected = (
+            r"no relevance goes through: quantized\.linear_dynamic in quantized\.0 \(Linear\)\. It has no gradient"
+        )
+        with pytest.warns(UserWarning) as caught:
+            relevance = propagation.relevance(output.sum())
+    told = [str(entry.message) for entry in caught if entry.category is UnruledOperationWarning]
+    assert len(told) == 1 and "plain gradient is used" not in told[0]
+    assert re.match(expected, told[0])
+    torch.testing.assert_close(relevance["x"].sum(), model.plain(x).sum())
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -79,45 +217,26 @@ def test_known_architectures_have_a_rule_for_everything(name: str, attention: st
         propagation.relevance(forward(model, batch).sum())
 
 
-def test_a_function_is_registered_by_kind_by_rule_or_with_an_own_rule() -> None:
-    model, x = _model(Digamma()), torch.ones(2, 4)
-    try:
-        for rule in ("activation", "identity"):
-            lrp_prune.register_rule(torch.digamma, rule)
-            with lrp_prune.attributing(model, unruled="error", latent=["0", "1"]) as propagation:
-                relevance = propagation.relevance(model(x).sum())
-            torch.testing.assert_close(relevance["1"].sum(), relevance["2" if "2" in relevance else "1"].sum())
-            OPERATIONS.pop(torch.digamma, None), REGISTERED.pop(torch.digamma, None)
-        lrp_prune.register_rule(torch.digamma, lambda function, args, kwargs: function(*args, **kwargs).detach())
-        with lrp_prune.attributing(model, unruled="error") as propagation:
-            value = model(x).sum()
-            with pytest.raises(ValueError, match="does not depend"):
-                propagation.relevance((value * 0).detach())
-    finally:
-        OPERATIONS.pop(torch.digamma, None), REGISTERED.pop(torch.digamma, None)
-    with pytest.raises(ValueError, match="rule must be"):
-        lrp_prune.register_rule(torch.digamma, "no such rule")
+def test_the_audit_lets_go_of_the_graph() -> None:
+    """What was found is kept until it is told, and of other forwards nothing."""
+    model, freed = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), []
+    with lrp_prune.attributing(model) as propagation:
+        for _ in range(2):
+            output = model(torch.ones(1, 4))
+            output.grad_fn.metadata["held"] = _Flag(freed)
+            del output
+        assert freed == [True, True]
+        propagation.roots()
 
 
-def test_an_activation_module_is_registered_as_a_whole() -> None:
-    class Own(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * torch.sigmoid(2 * x)
+class _Flag:
+    """Tells when it is gone."""
 
-    model = nn.Sequential(nn.Linear(4, 6, bias=False), Own(), nn.Linear(6, 2, bias=False))
-    x = torch.ones(2, 4)
+    def __init__(self, gone: list[bool]) -> None:
+        self._gone = gone
 
-    def relevance() -> tuple[Tensor, Tensor]:
-        with lrp_prune.attributing(model, latent=["0"]) as propagation:
-            value = model(x).sum()
-            return value.detach(), propagation.relevance(value)["0"].sum()
-
-    lrp_prune.register_rule(Own, "activation")
-    try:
-        value, total = relevance()
-    finally:
-        ACTIVATION_MODULES.discard(Own)
-    torch.testing.assert_close(total, value)
+    def __del__(self) -> None:
+        self._gone.append(True)
 
 
 def test_in_place_operations_have_the_rules_of_their_twins() -> None:
@@ -131,17 +250,19 @@ def test_in_place_operations_have_the_rules_of_their_twins() -> None:
             if self.in_place:
                 a *= y
                 a += x
+                a.clamp_(max=1.0).abs_().sqrt_()
                 return a
-            return a * y + x
+            return (a * y + x).clamp(max=1.0).abs().sqrt()
 
     x, y = torch.randn(3, 4), torch.randn(3, 4)
-    results = []
-    for in_place in (False, True):
-        model = InPlace(in_place)
-        with lrp_prune.attributing(model, unruled="error") as propagation:
-            results.append(propagation.relevance(model(x, y).square().sum()))
-    for name in ("x", "y"):
-        torch.testing.assert_close(results[0][name], results[1][name])
+    for composite in ("attnlrp", "cp_lrp", "epsilon"):
+        results = []
+        for in_place in (False, True):
+            model = InPlace(in_place)
+            with lrp_prune.attributing(model, composite, unruled="error") as propagation:
+                results.append(propagation.relevance(model(x, y).square().sum()))
+        for name in ("x", "y"):
+            torch.testing.assert_close(results[0][name], results[1][name])
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -156,11 +277,14 @@ def test_wrong_arguments_are_named() -> None:
         lrp_prune.attributing(model, latent=["nope"]),
     ):
         pass
+    with (
+        pytest.raises(ValueError, match=r"unruled must be one of .*got 'raise'"),
+        lrp_prune.attributing(model, unruled="raise"),
+    ):
+        pass
     with lrp_prune.attributing(model) as propagation:
         output = model(torch.ones(1, 2))
         with pytest.raises(ValueError, match=r"must be a scalar tensor, got a tensor of shape \(1, 2\)"):
             propagation.relevance(output)
-    with pytest.raises(ValueError, match="unknown kind"):
-        lrp_prune.Composite("mine", {"activations": "identity"})
-    with pytest.raises(ValueError, match="unknown rule"):
-        lrp_prune.Composite("mine", {"activation": "nothing"})
+        with pytest.raises(ValueError, match="must be a scalar tensor, got float"):
+            propagation.relevance(output.sum().item())  # type: ignore[arg-type]

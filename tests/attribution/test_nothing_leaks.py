@@ -156,6 +156,60 @@ def test_buffers_and_running_statistics_stay() -> None:
     assert model.training
 
 
+def test_tensors_of_the_model_bear_no_marks() -> None:
+    """Neither a constant that a module returns, nor one that an activation is written into."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(3, 4))
+            self.cached = torch.randn(3, 4)
+
+        def forward(self, cached: bool) -> Tensor:
+            return self.cached if cached else self.table
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.positions = nn.Linear(4, 4), Table()
+            self.register_buffer("last", torch.zeros(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x) + self.positions(True) + self.positions(False)
+            self.last.copy_(x.detach())
+            return x
+
+    model = Model()
+    with lrp_prune.attributing(model) as propagation:
+        relevance = propagation.relevance(model(torch.randn(3, 4)).sum())
+    assert set(relevance) == {"x", "positions.table", "positions.constant"}
+    for tensor in (*model.parameters(), *model.buffers(), model.positions.cached):
+        assert not vars(tensor)
+    assert not model.last.any()
+
+
+def test_inputs_and_constants_that_were_made_in_inference_mode_are_roots_like_others() -> None:
+    """As batches of a validation are."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+            self.register_buffer("table", torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x + self.table)
+
+    model, x, results = Model(), torch.randn(2, 3, 4), []
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            model.table, batch = model.table.clone(), x.clone()
+            with lrp_prune.attributing(model) as propagation:
+                results.append(propagation.relevance(model(batch).sum()))
+    assert set(results[0]) == {"x", "table"}
+    _assert_same(*results)
+
+
 def test_relevance_is_the_same_in_no_grad_and_inference_mode() -> None:
     model = build("llama")
     results = []

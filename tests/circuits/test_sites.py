@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from circuit_tasks import small_task
 from planted import PlantedNeurons, Twice, planted_task
 from small_models import CAUSAL, build
+from torch import Tensor, nn
 
 from lrp_prune import circuits
 from lrp_prune.circuits.ablation import counterfactual_reference, gating, mean_reference
@@ -46,6 +48,55 @@ def test_experts_beside_ordinary_layers_are_told_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         circuits.find_sites(model, task.batches(1)[0], "neuron", task.target(), exclude=["*.experts.*"])
+
+
+class Filtered(nn.Module):
+    """A language model that mixes neighbouring positions, each channel by itself, and has no hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+        self.filters = nn.Conv1d(8, 8, 3, padding=2, groups=8)
+
+    def forward(self, input_ids: Tensor, attention_mask: object = None) -> Tensor:
+        x = self.embed(input_ids)
+        return self.head(x + self.filters(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+
+
+def test_filters_of_a_convolution_are_no_experts() -> None:
+    task = small_task()
+    with pytest.raises(ValueError, match="Filtered has no mlp_neuron that the target depends on") as error:
+        circuits.find_sites(Filtered(), task.batches(1)[0], "neuron", task.target())
+    assert "experts" not in str(error.value)
+
+
+class CutOff(nn.Module):
+    """A part of a model whose output is a constant."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.part(*args, **kwargs)
+        return output.detach() if isinstance(output, Tensor) else (output[0].detach(), *output[1:])
+
+
+@pytest.mark.parametrize(
+    ("part", "granularity", "reader"), [("mlp", "neuron", "down_proj"), ("self_attn", "head", "o_proj")]
+)
+def test_units_that_are_cut_off_are_told_from_units_that_are_not_there(
+    part: str, granularity: str, reader: str
+) -> None:
+    model, task = build("llama"), small_task()
+    for layer in model.model.layers:
+        setattr(layer, part, CutOff(getattr(layer, part)))
+    expected = (
+        rf"has no \w+ that the target depends on: .* does not depend on "
+        rf"model\.layers\.\*\.{part}\.part\.{reader}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        circuits.find_sites(model, task.batches(1)[0], granularity, task.target())
 
 
 def test_patterns_choose_layers() -> None:

@@ -75,6 +75,55 @@ NO_CHOICE: dict[str, Callable[..., nn.Module]] = {
     ),
 }
 """Models whose attention implementation is not chosen here."""
+_ENCODER_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+}
+POSITIONS: dict[str, Callable[..., nn.Module]] = {
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_ENCODER_DECODER)),
+    "pegasus": lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_ENCODER_DECODER)),
+    "xglm": lambda: tf.XGLMForCausalLM(
+        tf.XGLMConfig(
+            vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64
+        )
+    ),
+    "ctrl": lambda: tf.CTRLLMHeadModel(
+        tf.CTRLConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4)
+    ),
+    "clip_vision": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_BERT, image_size=16, patch_size=4)),
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_ENCODER_DECODER, bos_token_id=2)),
+}
+"""Models with a class token or positions of their own kind, from constants or from parameters."""
+GATED: dict[str, Callable[..., nn.Module]] = {
+    "gpt_oss": _causal(
+        "GptOss", **_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1
+    ),
+    "qwen3_next": _causal(
+        "Qwen3Next",
+        **{**_LLAMA, "num_hidden_layers": 4},
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+}
+"""Models whose attention has sinks, or a gate."""
 
 
 def build(
@@ -82,7 +131,8 @@ def build(
 ) -> nn.Module:
     """A tiny model in evaluation mode; without biases all of them are zero, so that nothing absorbs relevance."""
     torch.manual_seed(0)
-    model = NO_CHOICE[name]() if name in NO_CHOICE else ARCHITECTURES[name](attn_implementation=attention)
+    others = {**NO_CHOICE, **POSITIONS, **GATED}
+    model = others[name]() if name in others else ARCHITECTURES[name](attn_implementation=attention)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
@@ -93,16 +143,18 @@ def build(
 def batch_for(name: str, samples: int = 2, tokens: int = 7, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Inputs for the model of that name, without labels."""
     generator = torch.Generator().manual_seed(1)
-    if name == "vit":
+    if name in ("vit", "clip_vision"):
         return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=generator, dtype=dtype)}
     if name == "resnet":
         return {"pixel_values": torch.randn(samples, 3, 32, 32, generator=generator, dtype=dtype)}
     ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator)
-    return {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
+    encoder_decoder = name in ("t5", "marian", "pegasus", "bart")
+    return {"input_ids": ids, "decoder_input_ids": ids} if encoder_decoder else {"input_ids": ids}
 
 
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits ``[batch, classes]``: of a classifier, or at the last token."""
+    """Logits ``[batch, classes]``: of a classifier, or at the last token; of a model without a head what it pools."""
     caches = hasattr(model.config, "use_cache")  # type: ignore[union-attr]
-    logits: Tensor = model(**batch, **({"use_cache": False} if caches else {})).logits
+    output = model(**batch, **({"use_cache": False} if caches else {}))
+    logits: Tensor = output.logits if hasattr(output, "logits") else output.pooler_output
     return logits[:, -1] if logits.dim() == 3 else logits

@@ -196,6 +196,8 @@ def test_a_table_comes_from_rows_csv_or_json(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"counterfactual": "y"}, "row 1: .*equally many tokens, got 2 .* 1"),
+        ({"counterfactual": "x y"}, "row 1: the counterfactual of 'x y' is 'x y', the same tokens"),
+        ({"clean": "oh y", "counterfactual": "ah y"}, "row 1: the counterfactual of 'oh y' is 'ah y', the same tokens"),
         ({"answers": " yes yes"}, "row 1: .*2 tokens"),
         ({"answers": ""}, "row 1 has no 'answers'"),
         ({"answers": " no"}, "share a token"),

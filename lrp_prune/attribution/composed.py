@@ -1,0 +1,35 @@
+"""Operations that stand for several, written in those, so that each of them gets its rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    values, gate = input.chunk(2, dim)
+    return values * torch.sigmoid(gate)
+
+
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    lengths = [torch.linalg.vector_norm(x, dim=dim).clamp_min(eps) for x in (x1, x2)]
+    similarity: Tensor = (x1 * x2).sum(dim) / (lengths[0] * lengths[1])
+    return similarity
+
+
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return input * (1 - weight) + end * weight
+
+
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * (tensor1 / tensor2)
+
+
+PARTS: dict[str, Callable[..., Any]] = {
+    "glu": _glu,
+    "cosine_similarity": _cosine_similarity,
+    "lerp": _lerp,
+    "addcdiv": _addcdiv,
+}
+"""Function's name -> the same in simpler operations, equal up to rounding."""

@@ -1,0 +1,211 @@
+"""Normalisations: what subtracts a mean, divides by a deviation, and scales. Their rules, and their plain gradient.
+
+Batch normalisation with running statistics is an affine map, and is propagated as one under every composite: torch's own
+backward of it is wrong on the CPU for one image whose output's gradient lies in memory like ``[height, width, channels]``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrp_prune.attribution import functional
+from lrp_prune.attribution.rules import Call, detached, is_activation
+
+
+class _Statistic(NamedTuple):
+    """What the entries of ``x.reshape(shape)`` along the last axis share, and how they are scaled afterwards."""
+
+    shape: tuple[int, ...]
+    eps: float
+    weight: Tensor | None
+    centered: bool
+
+
+class _Channels(NamedTuple):
+    """The arguments of batch and instance normalisation."""
+
+    weight: Tensor | None
+    mean: Tensor | None
+    variance: Tensor | None
+    measured: bool
+    """Whether mean and variance are those of the input."""
+    eps: float
+
+
+def constant_statistic(call: Call) -> Any:
+    """The deviation that a normalisation divides by is a constant (AttnLRP, prop. 3.4; the identity rule of LRP for norms).
+
+    Batch normalisation's mean is one as well, whether it is the running one or that of the batch.
+    """
+    x, name = call.operand(0), call.function.__name__
+    if _scaled_by_activations(call):
+        return _with_activations(call, constant_statistic, 0.5)
+    if name == "batch_norm":
+        return _affine(call, _channels(*call.args, **call.kwargs))
+    if name == "instance_norm":
+        channels = _channels(*call.args, **call.kwargs)
+        if not channels.measured:
+            return _affine(call, channels)
+        statistic = _Statistic(
+            (*x.shape[:2], x[0, 0].numel()), channels.eps, _per_channel(channels.weight, x), centered=True
+        )
+    else:
+        statistic = _STATISTICS[name](*call.args, **call.kwargs)
+
+    def inverse_deviation(rows: Tensor) -> Tensor:
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        spread = (
+            wide.var(-1, keepdim=True, unbiased=False) if statistic.centered else wide.square().mean(-1, keepdim=True)
+        )
+        return torch.rsqrt(spread + statistic.eps)
+
+    return functional.constant_statistic(
+        x, _function(call), inverse_deviation, statistic.shape, statistic.weight, statistic.centered
+    )
+
+
+def plain(call: Call) -> Any:
+    """The plain gradient, also where torch's own backward gets the order of the gradient's memory wrong."""
+    if call.function.__name__ not in ("batch_norm", "instance_norm"):
+        return call.run()
+    if _scaled_by_activations(call):
+        return _with_activations(call, plain, 1.0)
+    channels = _channels(*call.args, **call.kwargs)
+    if not channels.measured:
+        return _affine(call, channels)
+    return functional.contiguous_gradient(call.operand(0), _function(_without_buffers(call)))
+
+
+def _scale_and_shift(call: Call) -> list[tuple[int, str]]:
+    """Where the arguments ``weight`` and ``bias`` are."""
+    first = 1 if call.function.__name__ in ("batch_norm", "instance_norm") else 2
+    return [(first, "weight"), *([(first + 1, "bias")] if call.function.__name__ != "rms_norm" else [])]
+
+
+def _scaled_by_activations(call: Call) -> bool:
+    return any(is_activation(call.argument(*place)) for place in _scale_and_shift(call))
+
+
+def _with_activations(call: Call, rule: Callable[[Call], Any], share: float) -> Any:
+    """A normalisation whose scale or shift the model computes: that of the input alone, times and plus an activation.
+
+    Args:
+        rule: what normalises the input alone.
+        share: what the gradients of a product's factors are multiplied by.
+    """
+    places = _scale_and_shift(call)
+    weight, bias = [call.argument(*place) for place in places] + [None] * (2 - len(places))
+    result = rule(call.with_arguments({place: None for place in places}))
+    if weight is not None:
+        weight = _aligned(call, weight)
+        if is_activation(weight) and is_activation(result):
+            result, weight = functional.scaled_gradient(result, share), functional.scaled_gradient(weight, share)
+        result = result * weight
+    if bias is not None:
+        result = result + _aligned(call, bias)
+    constant = call.with_operands([detached(call.operand(0))]).with_arguments(
+        {place: detached(call.argument(*place)) for place in places}
+    )
+    return functional.replaced(result, constant.run)
+
+
+def _aligned(call: Call, values: Tensor) -> Tensor:
+    """Scale or shift in a shape that broadcasts to the input."""
+    per_channel = call.function.__name__ not in ("layer_norm", "rms_norm")
+    aligned = _per_channel(values, call.operand(0)) if per_channel else values
+    assert aligned is not None
+    return aligned
+
+
+def _function(call: Call) -> Callable[[Tensor], Tensor]:
+    """The call as a function of its input, which it does not hold."""
+    of_nothing = call.with_operands([None])
+
+    def function(value: Tensor) -> Tensor:
+        result: Tensor = of_nothing.with_operands([value]).run()
+        return result
+
+    return function
+
+
+def _affine(call: Call, channels: _Channels) -> Any:
+    """Batch norm with mean and variance as constants: ``weight / sqrt(variance + eps)`` for each channel."""
+    x, variance = call.operand(0), channels.variance
+    if channels.measured:
+        call = _without_buffers(call)
+        variance = torch.var(x.detach(), [dim for dim in range(x.dim()) if dim != 1], unbiased=False)
+    assert variance is not None
+    scale = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + channels.eps)
+    scale = scale if channels.weight is None else scale * channels.weight
+    return functional.affine(x, _function(call), scale.reshape(-1, *(1,) * (x.dim() - 2)))
+
+
+def _without_buffers(call: Call) -> Call:
+    """The call with the input's own statistics, that leaves the running ones alone."""
+    return call.with_arguments({(3, "running_mean"): None, (4, "running_var"): None})
+
+
+def _channels(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.0,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+    *,
+    use_input_stats: bool = False,  # what instance_norm calls ``training``
+) -> _Channels:
+    measured = training or use_input_stats or running_mean is None
+    return _Channels(weight, running_mean, running_var, measured, eps)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
+) -> _Statistic:
+    count = len(normalized_shape)
+    return _Statistic((*input.shape[:-count], input.shape[-count:].numel()), eps, weight, centered=True)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> _Statistic:
+    count = len(normalized_shape)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _Statistic((*input.shape[:-count], input.shape[-count:].numel()), eps, weight, centered=False)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+    **__: Any,
+) -> _Statistic:
+    shape = (input.shape[0], num_groups, input[0].numel() // num_groups)
+    return _Statistic(shape, eps, _per_channel(weight, input), centered=True)
+
+
+def _per_channel(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    return None if weight is None else weight.reshape(-1, *(1,) * (input.dim() - 2))
+
+
+_STATISTICS: dict[str, Callable[..., _Statistic]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+}
+NAMES: frozenset[str] = frozenset({"batch_norm", "instance_norm", *_STATISTICS})
+"""The functions whose arguments are known here."""

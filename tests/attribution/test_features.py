@@ -1,0 +1,257 @@
+"""Norms, roots, reciprocals, signs, distances and products as features: relevance goes through, or it is said where not."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import batch_for, build, forward
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.attribution import UnruledOperationError, UnruledOperationWarning
+
+PROTOTYPES = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+
+
+class Single(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def explained(function: Callable[[Tensor], Tensor], x: Tensor, composite: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Also that the value is torch's, bit for bit."""
+    with lrp_prune.attributing(model := Single(function), composite, unruled="error") as propagation:
+        output = model(x)
+        assert torch.equal(output, function(x))
+        return output.sum().detach(), propagation.relevance(output.sum())
+
+
+CONSERVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "length": lambda x: x.norm(dim=-1),
+    "length by hand": lambda x: x.pow(2).sum(-1).sqrt(),
+    "length by a power": lambda x: (x**2).sum(-1) ** 0.5,
+    "norm of order one": lambda x: torch.linalg.vector_norm(x, 1, dim=-1),
+    "norm of a matrix": lambda x: torch.linalg.matrix_norm(x, "fro"),
+    "largest norm": lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1),
+    "square root": lambda x: x.abs().sqrt(),
+    "root in place": lambda x: x.abs().sqrt_(),
+    "cube root": lambda x: x.abs() ** (1 / 3),
+    "signed square root": lambda x: x.sign() * x.abs().sqrt(),
+    "reciprocal": lambda x: 1 / x,
+    "reciprocal of a root": lambda x: torch.rsqrt(x.abs()),
+    "constant over an activation": lambda x: torch.arange(6.0) / x,
+    "negative power": lambda x: x**-2,
+    "deviation": lambda x: x.std(-1),
+    "variance": lambda x: x.var(1),
+    "variance and mean": lambda x: sum(torch.var_mean(x, -1)),  # type: ignore[arg-type,return-value]
+    "deviation and mean": lambda x: sum(torch.std_mean(x, -1)),  # type: ignore[arg-type,return-value]
+    "power of a number": lambda x: 2**x,
+    "power of a power": lambda x: x.abs() ** x.flip(1),
+    "normalised": lambda x: F.normalize(x, dim=-1),
+    "normalised by its largest": lambda x: x / x.abs().amax(-1, keepdim=True),
+    "globally normalised response": lambda x: (
+        x * (x.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True).mean(-1, True))
+    ),
+    "squashed": lambda x: x * x.norm(dim=-1, keepdim=True) / (1e-9 + x.pow(2).sum(-1, keepdim=True)),
+    "cosine": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1),
+    "cosine to a constant": lambda x: F.cosine_similarity(x, PROTOTYPES[0], dim=-1),
+    "distance of pairs": lambda x: F.pairwise_distance(x, x.flip(1) * 2, eps=0.0),
+    "distance": lambda x: torch.cdist(x, PROTOTYPES.expand(2, -1, -1)),
+    "distance among all": lambda x: F.pdist(x[0]),
+    "hypotenuse": lambda x: torch.hypot(x, x.flip(1)),
+    "product of all": lambda x: x.prod(-1),
+    "product of everything": lambda x: (3 * x[:, :2]).prod(),
+    "running product": lambda x: x.cumprod(1),
+    "gated linear unit": lambda x: F.glu(x, 1) if x.shape[1] % 2 == 0 else F.glu(x, -1),
+    "parametric relu": lambda x: F.prelu(x, torch.tensor([0.3])),
+    "softsign": F.softsign,
+    "rounded": torch.round,
+    "rounded down": lambda x: torch.floor(x) + torch.ceil(x) + torch.trunc(x) + torch.frac(x),
+    "sign": torch.sign,
+    "clipped": lambda x: x.clamp(-0.5, 0.5),
+    "clipped on one side": lambda x: x.clamp_min(0.2) + torch.clamp(x, max=-0.1),
+    "pooled by a norm": lambda x: F.lp_pool1d(x, 2, 2),
+    "pooled by a cubic norm": lambda x: F.lp_pool1d(x.abs(), 3, 2, stride=1),
+    "pooled by a norm in two dimensions": lambda x: F.lp_pool2d(x, 2, (2, 3), stride=1),
+    "pooled by a norm in three dimensions": lambda x: F.lp_pool3d(x[None], 2, 2),
+    "pooled and put back": lambda x: F.max_unpool2d(*F.max_pool2d(x[None], 2, return_indices=True), 2),
+    "Fourier transform": lambda x: torch.fft.fft2(x).real,
+    "back and forth": lambda x: torch.fft.irfft(torch.fft.rfft(x)),
+    "running maximum": lambda x: x.cummax(1).values,
+    "quantile": lambda x: x.quantile(0.3, dim=-1),
+    "vectors' product": lambda x: torch.linalg.vecdot(x, x.flip(1)),
+    "contraction": lambda x: torch.tensordot(x, PROTOTYPES, dims=([2], [1])),
+    "divided and added": lambda x: torch.addcdiv(x, x, x.abs() + x.flip(1).abs()),
+}
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp"])
+@pytest.mark.parametrize("name", CONSERVED)
+def test_features_conserve_under_the_rules(name: str, composite: str) -> None:
+    x = torch.randn(2, 5, 6)
+    value, relevance = explained(CONSERVED[name], x, composite)
+    torch.testing.assert_close(sum(tensor.sum() for tensor in relevance.values()), value, rtol=1e-4, atol=1e-5)
+    assert float(relevance["x"].abs().sum()) > 1e-3
+
+
+HOMOGENEOUS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: CONSERVED[name]
+    for name in CONSERVED
+    if name.startswith(("pooled", "length", "norm of", "distance", "deviation", "parametric", "hypotenuse"))
+    and name not in ("length by hand", "length by a power", "distance")
+}
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "gradient"])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_what_is_homogeneous_of_degree_one_conserves_by_its_plain_gradient(name: str, composite: str) -> None:
+    value, relevance = explained(HOMOGENEOUS[name], torch.randn(2, 5, 6), composite)
+    torch.testing.assert_close(relevance["x"].sum(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("composite", lrp_prune.attribution.COMPOSITES)
+@pytest.mark.parametrize("module", [nn.LPPool1d(2, 2), nn.LPPool2d(2, 2), nn.LPPool3d(2, 2)])
+def test_norm_pooling_gives_each_entry_its_share_and_nothing_where_there_is_nothing(
+    module: nn.Module, composite: str
+) -> None:
+    """R_i = x_i^2 / y of each window, also beside a window of zeros, whose root has an infinite slope."""
+    dimensions = int(type(module).__name__[-2])
+    x = torch.randn(1, 2, *(4,) * dimensions)
+    x[..., :2] = 0
+    value, relevance = explained(module, x, composite)
+    y = module(x)
+    for dim in range(2, 2 + dimensions):
+        y = y.repeat_interleave(2, dim)
+    torch.testing.assert_close(relevance["x"], torch.where(y > 0, x.square() / y, 0))
+    torch.testing.assert_close(relevance["x"].sum(), value)
+
+
+@pytest.mark.parametrize("composite", lrp_prune.attribution.COMPOSITES)
+@pytest.mark.parametrize("function", [torch.sqrt, lambda x: x**0.5, lambda x: x.norm(dim=-1), lambda x: x.std(-1)])
+def test_the_infinite_slope_of_a_root_at_zero_is_no_nan(function: Callable[[Tensor], Tensor], composite: str) -> None:
+    x = torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    _, relevance = explained(function, x, composite)
+    assert bool(torch.isfinite(relevance["x"]).all()) and not relevance["x"][1].any()
+
+
+def test_a_statistic_is_a_constant_where_it_divides_or_multiplies_and_a_feature_elsewhere() -> None:
+    x = torch.randn(4, 6)
+    rms = x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
+    by_hand: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt(),
+        lambda x: x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt(),
+        lambda x: x * x.pow(2).mean(-1, keepdim=True).add(1e-6).pow(-0.5),
+        lambda x: x * (1 / x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()),
+        lambda x: x * x.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt().reciprocal().unsqueeze(-1)[..., 0],
+        lambda x: F.rms_norm(x, (6,), eps=1e-6),
+    ]
+    for composite in ("attnlrp", "cp_lrp"):
+        for function in by_hand:
+            _, relevance = explained(lambda x, f=function: f(x) * torch.arange(6.0), x, composite)
+            torch.testing.assert_close(relevance["x"], x / rms * torch.arange(6.0))
+    # The same root as a feature: all of its relevance goes on.
+    _, relevance = explained(lambda x: torch.cat([x, x.pow(2).mean(-1, keepdim=True).sqrt()], -1)[:, 6:], x, "attnlrp")
+    torch.testing.assert_close(relevance["x"].sum(-1, keepdim=True), x.pow(2).mean(-1, keepdim=True).sqrt())
+
+
+def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
+    """A layer norm by hand from ``var_mean`` is a layer norm."""
+
+    def by_hand(x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, -1, keepdim=True, unbiased=False)
+        return (x - mean) * torch.rsqrt(variance + 1e-5) * torch.arange(6.0)
+
+    x = torch.randn(4, 6)
+    with lrp_prune.attributing(model := Single(by_hand)) as propagation:
+        one = propagation.relevance(model(x).square().sum())["x"]
+    with lrp_prune.attributing(model := nn.LayerNorm(6, bias=False)) as propagation:
+        model.weight.data = torch.arange(6.0)
+        two = propagation.relevance(model(x).square().sum())["input"]
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("function", "operation"),
+    [
+        (lambda x: x.logsumexp(-1), "logsumexp"),
+        (lambda x: F.log_softmax(x, -1), "log_softmax"),
+        (lambda x: torch.logaddexp(x, x.flip(1)), "logaddexp"),
+        (lambda x: torch.atan2(x, x.flip(1)), "atan2"),
+        (lambda x: x % 2, "remainder"),
+        (lambda x: torch.linalg.det(x[:, :5, :5]), "linalg_det"),
+        (lambda x: torch.linalg.inv(x[:, :5, :5]), "linalg_inv"),
+    ],
+)
+def test_what_does_not_conserve_is_reported_by_name(function: Callable[[Tensor], Tensor], operation: str) -> None:
+    with pytest.raises(UnruledOperationError, match=rf"no rule for: {operation} in <model> \(Single\)"):
+        explained(function, torch.randn(2, 5, 6), "attnlrp")
+    model = Single(function)
+    with lrp_prune.attributing(model) as propagation:
+        value = model(torch.randn(2, 5, 6)).sum()
+        with pytest.warns(UnruledOperationWarning, match=operation):
+            propagation.relevance(value)
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp"])
+def test_a_random_choice_among_experts_is_seen(composite: str) -> None:
+    """Noise is a constant that enters as data; what a hard choice cuts off is named."""
+
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.router, self.experts = nn.Linear(4, 3, bias=False), nn.Linear(4, 6, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = F.gumbel_softmax(self.router(x), hard=True)
+            return (weights[..., None] * self.experts(x).unflatten(-1, (3, 2))).sum(-2)
+
+    model = Choice()
+    with lrp_prune.attributing(model, composite, unruled="error") as propagation:
+        value = model(torch.randn(2, 4)).sum()
+        relevance = propagation.relevance(value)
+    # The softmax itself conserves under CP-LRP alone.
+    if composite == "cp_lrp":
+        torch.testing.assert_close(sum(tensor.sum() for tensor in relevance.values()), value)
+    else:
+        assert any(name.startswith("model.") for name in relevance)
+
+
+def test_relevance_that_is_not_finite_is_an_error_that_names_the_root() -> None:
+    class Pole(nn.Module):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return (x.exp() - 1).log() + other
+
+    model = Pole()
+    with (
+        lrp_prune.attributing(model, "gradient") as propagation,
+        pytest.raises(FloatingPointError, match="the relevance of 'x' is not finite"),
+    ):
+        output = model(torch.tensor([1.0, 1e-30]), torch.ones(2))
+        propagation.relevance(torch.where(torch.isfinite(output), output, 0).sum() + 0 * output[1].exp())
+
+
+def test_relevance_that_overflows_when_summed_is_finite() -> None:
+    model = nn.Identity()
+    with lrp_prune.attributing(model) as propagation:
+        relevance = propagation.relevance(model(torch.full((8,), 6e4, dtype=torch.float16))[:1].sum() * 1.0)
+    assert float(relevance["input"].sum()) == pytest.approx(6e4, rel=1e-3)
+    with lrp_prune.attributing(model) as propagation:
+        output = model(torch.full((8,), 6e4, dtype=torch.float16))
+        relevance = propagation.relevance((output / 8).sum() * 1.0)
+        assert bool(torch.isfinite(relevance["input"]).all())
+
+
+@pytest.mark.parametrize("name", ["llama", "resnet"])
+def test_models_without_such_features_are_reported_nothing(name: str) -> None:
+    model, batch = build(name), batch_for(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with lrp_prune.attributing(model) as propagation:
+            propagation.relevance(forward(model, batch).sum())
