@@ -235,7 +235,7 @@ def propagating(
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
             stack.callback(handle.remove)
-        _guard(stack, model, entries or [model, *model.children()], mode, roots, places, endings, data)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data)
         stack.enter_context(mode)
         yield propagation
 
@@ -292,7 +292,6 @@ def _guard(
     entries: Sequence[nn.Module],
     mode: PropagationMode,
     roots: Roots,
-    places: Places,
     endings: Endings,
     constants: Constants | None,
 ) -> None:
@@ -306,7 +305,6 @@ def _guard(
         calls.append(call)
         if not outermost:
             return None
-        places.restart(module)
         adopt = module is model
         names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
         named = [names[index] if index < len(names) else str(index) for index in range(len(args))]

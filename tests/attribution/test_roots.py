@@ -247,6 +247,36 @@ def test_an_embedding_that_is_shared_is_named_after_who_calls_it() -> None:
         assert set(propagation.relevance(forward(model, batch).amax(-1).sum())) == {"model.embed_tokens"}
 
 
+def test_a_module_that_several_hold_is_named_by_the_one_that_calls_it() -> None:
+    class Reader(nn.Module):
+        def __init__(self, table: nn.Embedding) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"table": table})
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.inner["table"](ids)
+            return result
+
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(5, 4)
+            self.left, self.right = Reader(self.shared), Reader(self.shared)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.left(ids[:, :1]) + self.right(ids) + self.shared(ids)
+            return result
+
+    model, ids = Readers(), torch.tensor([[1, 2, 3]])
+    with lrp_prune.attributing(model) as propagation:
+        relevance = propagation.relevance(model(ids).sum())
+    assert {name: tensor.shape[1] for name, tensor in relevance.items()} == {
+        "left.inner.table": 1,
+        "right.inner.table": 3,
+        "shared": 3,
+    }
+
+
 def test_an_embedding_that_is_called_twice_by_the_same_module_is_counted() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
