@@ -71,7 +71,7 @@ class Propagation:
         self.check_reached(target, gradients)
         result: dict[str, Tensor] = {}
         for root, gradient in zip(entries, gradients, strict=True):
-            relevance = torch.zeros_like(root.leaf) if gradient is None else _relevance(root, gradient)
+            relevance = torch.zeros_like(root.leaf) if gradient is None else root.leaf.detach() * gradient
             if root.constant and not bool(relevance.any()):
                 continue
             if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):
@@ -127,12 +127,6 @@ class Propagation:
         """Refuse gradients that reached nothing, and say why."""
         if all(gradient is None for gradient in gradients):
             raise ValueError(self._endings.reason(target))
-
-
-def _relevance(root: Root, gradient: Tensor) -> Tensor:
-    """Value times gradient; of constants only where a gradient is: what is never read of them may be anything."""
-    relevance = root.leaf.detach() * gradient
-    return torch.where(gradient == 0, torch.zeros_like(relevance), relevance) if root.constant else relevance
 
 
 def _described(value: Any) -> str:

@@ -174,6 +174,11 @@ def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
         model.weight.data = torch.arange(6.0)
         two = propagation.relevance(model(x).square().sum())["input"]
     torch.testing.assert_close(one, two)
+    # As a factor it is no statistic either.
+    for pair in (torch.var_mean, torch.std_mean):
+        factors = (lambda x, pair=pair: x * pair(x, -1, keepdim=True)[1], lambda x: x * x.mean(-1, keepdim=True))
+        one, two = (explained(function, x, "attnlrp")[1]["x"] for function in factors)
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +247,18 @@ def test_relevance_that_overflows_when_summed_is_finite() -> None:
     with lrp_prune.attributing(model) as propagation:
         relevance = propagation.relevance(model(torch.full((8,), 6e4, dtype=torch.float16))[:1].sum() * 1.0)
     assert float(relevance["input"].sum()) == pytest.approx(6e4, rel=1e-3)
-    with lrp_prune.attributing(model) as propagation:
-        output = model(torch.full((8,), 6e4, dtype=torch.float16))
-        relevance = propagation.relevance((output / 8).sum() * 1.0)
-        assert bool(torch.isfinite(relevance["input"]).all())
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.full((4,), -5e4, dtype=torch.float16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bias
+
+    with lrp_prune.attributing(model := Shifted()) as propagation:
+        relevance = propagation.relevance(model(torch.full((4,), 6e4, dtype=torch.float16)).sum())
+    assert torch.isinf(relevance["x"].sum()) and torch.equal(relevance["x"], torch.full_like(relevance["x"], 6e4))
 
 
 @pytest.mark.parametrize("name", ["llama", "resnet"])

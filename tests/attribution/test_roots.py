@@ -186,6 +186,9 @@ NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "zeros": lambda m, h: h + torch.zeros(TOKENS, 4),
     "truth values": lambda m, h: h.masked_fill(torch.ones(TOKENS, 4, dtype=torch.bool).triu(3), 1.0),
     "a mask of infinities": lambda m, h: (h + torch.full((TOKENS, 4), -math.inf).triu(1)).clamp(min=-1),
+    "numbers and a mask of infinities": lambda m, h: (
+        h + (_sines() + torch.full((TOKENS, 4), -math.inf).triu(1))
+    ).clamp(min=-1),
     "a mask of large numbers": lambda m, h: (h + torch.full((TOKENS, 4), -1e4).triu(1)).clamp(min=-1),
     "a mask of the largest numbers": lambda m, h: (h + torch.full((TOKENS, 4), torch.finfo().min).triu(1)).clamp(
         min=-1
