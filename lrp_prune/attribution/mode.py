@@ -233,9 +233,7 @@ class PropagationMode(TorchFunctionMode):
         constant = call._replace(
             args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
         )
-        result = replaced(stand_in, constant.run)
-        tags.set_tag(result, tags.tag_of(stand_in))
-        return result
+        return replaced(stand_in, constant.run)
 
     def _is_own(self, origin: Origin | None) -> bool:
         """Whether a parameter is one of the module that runs."""

@@ -155,9 +155,30 @@ def test_a_statistic_is_a_constant_where_it_divides_or_multiplies_and_a_feature_
         for function in by_hand:
             _, relevance = explained(lambda x, f=function: f(x) * torch.arange(6.0), x, composite)
             torch.testing.assert_close(relevance["x"], x / rms * torch.arange(6.0))
+        total = x.abs().sum(-1, keepdim=True)
+        divided: list[Callable[[Tensor], Tensor]] = [
+            lambda x: x / x.abs().sum(-1, keepdim=True),
+            lambda x: x * (1 / x.abs().sum(-1, keepdim=True)),
+            lambda x: x * x.abs().sum(-1, keepdim=True).reciprocal(),
+            lambda x: x * x.abs().sum(-1, keepdim=True) ** -1,
+        ]
+        for function in divided:
+            _, relevance = explained(lambda x, f=function: f(x) * torch.arange(6.0), x, composite)
+            torch.testing.assert_close(relevance["x"], x / total * torch.arange(6.0))
     # The same root as a feature: all of its relevance goes on.
     _, relevance = explained(lambda x: torch.cat([x, x.pow(2).mean(-1, keepdim=True).sqrt()], -1)[:, 6:], x, "attnlrp")
     torch.testing.assert_close(relevance["x"].sum(-1, keepdim=True), x.pow(2).mean(-1, keepdim=True).sqrt())
+
+
+def test_a_random_slope_is_the_one_that_was_drawn() -> None:
+    """The identity rule computes its function again, which must not draw again."""
+    model = Single(lambda x: F.rrelu(x, 0.1, 0.9, training=True))
+    for composite in ("attnlrp", "epsilon"):
+        with lrp_prune.attributing(model, composite, unruled="error") as propagation:
+            output = model(-torch.ones(4, 6))
+            relevance = propagation.relevance(output.sum())
+        assert len(output.unique()) > 12
+        torch.testing.assert_close(relevance["x"], output.detach())
 
 
 def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
@@ -176,7 +197,10 @@ def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
     torch.testing.assert_close(one, two)
     # As a factor it is no statistic either.
     for pair in (torch.var_mean, torch.std_mean):
-        factors = (lambda x, pair=pair: x * pair(x, -1, keepdim=True)[1], lambda x: x * x.mean(-1, keepdim=True))
+        factors = (
+            lambda x, pair=pair: x * torch.arange(6.0) * pair(x, -1, keepdim=True)[1],
+            lambda x: x * torch.arange(6.0) * x.mean(-1, keepdim=True),
+        )
         one, two = (explained(function, x, "attnlrp")[1]["x"] for function in factors)
         torch.testing.assert_close(one, two)
 

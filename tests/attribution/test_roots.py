@@ -1,6 +1,7 @@
 """Which parameters and constants are data follows from their use: what enters as data is a root, so that nothing is missing."""
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -199,6 +200,20 @@ NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("use", NO_DATA)
 def test_masks_scalars_and_biases_are_no_data(use: str) -> None:
     assert set(_explained(Constant(NO_DATA[use]))[1]) == {"x"}
+
+
+def test_constants_are_let_go_after_the_forward() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def added(model: nn.Module, hidden: Tensor) -> Tensor:
+        constant = torch.zeros(TOKENS, 4)
+        seen.append(weakref.ref(constant))
+        return hidden + constant
+
+    model = Constant(added)
+    with lrp_prune.attributing(model):
+        model(torch.ones(2, TOKENS, 4))
+        assert [reference() for reference in seen] == [None]
 
 
 def test_what_is_never_read_of_a_constant_may_be_anything() -> None:
