@@ -35,7 +35,9 @@ class Places:
         return self._running[-1][1] if self._running else self._model
 
     def described(self) -> str:
-        """The innermost module's name and class."""
+        """The innermost module's name and class; of all that is known where modules are not followed, the model's."""
+        if not self._names:
+            return f"a module of {class_name(self._model)}"
         return f"{self.name or '<model>'} ({class_name(self.module)})"
 
     @contextmanager

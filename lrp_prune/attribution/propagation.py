@@ -19,7 +19,7 @@ from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.registry import MODULE_RULES, REGISTERED, ModuleRule
+from lrp_prune.attribution.registry import MODULE_RULES, ModuleRule
 from lrp_prune.attribution.roots import Root, Roots
 from lrp_prune.attribution.rules import gradient as plain_gradient
 from lrp_prune.attribution.running import eager
@@ -224,7 +224,7 @@ def propagating(
         for module in modules.values() if MODULE_RULES else ():
             if type(module) in MODULE_RULES:
                 stack.enter_context(_replaced(module, mode, MODULE_RULES[type(module)]))
-        if named or audit is not None or composite.has_own_rules or REGISTERED:
+        if named or audit is not None or composite.has_own_rules:
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))

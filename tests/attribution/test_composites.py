@@ -152,6 +152,21 @@ def test_kinds_and_rules_that_are_never_asked_are_refused() -> None:
         Composite("mine", {"activation": "nothing"})
 
 
+def test_a_rule_knows_the_module_that_runs_in_each_batch() -> None:
+    seen: list[str] = []
+
+    def rule(call: Call) -> Any:
+        seen.append(call.module)
+        return rules.identity(call)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh()))
+    x = torch.ones(1, 4)
+    lrp_prune.attribute(
+        model, [x, x], lambda m, b: m(b).sin().sum(), Composite("mine", {"softmax": rule, "activation": rule})
+    )
+    assert seen == ["1.0", "1.0"]
+
+
 def test_a_rule_knows_the_module_that_runs_beside_one_that_failed_before_it_ran() -> None:
     class Careful(nn.Module):
         def __init__(self) -> None:

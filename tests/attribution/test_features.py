@@ -159,6 +159,7 @@ def test_a_statistic_is_a_constant_where_it_divides_or_multiplies_and_a_feature_
         divided: list[Callable[[Tensor], Tensor]] = [
             lambda x: x / x.abs().sum(-1, keepdim=True),
             lambda x: x * (1 / x.abs().sum(-1, keepdim=True)),
+            lambda x: x * torch.div(torch.ones(1), x.abs().sum(-1, keepdim=True)),
             lambda x: x * x.abs().sum(-1, keepdim=True).reciprocal(),
             lambda x: x * x.abs().sum(-1, keepdim=True) ** -1,
         ]
