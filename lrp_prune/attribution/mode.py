@@ -255,7 +255,8 @@ class PropagationMode(TorchFunctionMode):
             args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
         )
         result = replaced(stand_in, constant.run)
-        self.carry(stand_in, result)
+        if self._tracer is not None:
+            self._tracer.carry(stand_in, result)
         return result
 
     def _is_own(self, origin: Origin | None) -> bool:

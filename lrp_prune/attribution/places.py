@@ -35,13 +35,10 @@ class Places:
         return self._running[-1][1] if self._running else self._model
 
     def described(self) -> str:
-        """The innermost module's name and class."""
+        """The innermost module's name and class; of all that is known where modules are not followed, the model's."""
+        if not self._names:
+            return f"a module of {class_name(self._model)}"
         return f"{self.name or '<model>'} ({class_name(self.module)})"
-
-    def restart(self, module: nn.Module) -> None:
-        """A module is called from outside, whatever has become of those that ran; nothing if they are not followed."""
-        if self._names:
-            self._running[:] = [(self._name_of(module), module)]
 
     @contextmanager
     def following(self, before: Callable[[Any], None], after: Callable[[Any], None]) -> Iterator[None]:
@@ -61,7 +58,8 @@ class Places:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if output is not None:  # else it has failed
                 after(output)
-            if self._running:
+            # A module that failed before it was seen, in a hook of somebody else's, was never entered.
+            if self._running and self._running[-1][1] is module:
                 self._running.pop()
 
         for name, module in self._model.named_modules(remove_duplicate=False):

@@ -20,7 +20,7 @@ from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.registry import MODULE_RULES, REGISTERED, ModuleRule
+from lrp_prune.attribution.registry import MODULE_RULES, ModuleRule
 from lrp_prune.attribution.roots import Root, Roots
 from lrp_prune.attribution.rules import gradient as plain_gradient
 from lrp_prune.attribution.tracing import UnitTracer
@@ -73,7 +73,7 @@ class Propagation:
         self.check_reached(target, gradients)
         result: dict[str, Tensor] = {}
         for root, gradient in zip(entries, gradients, strict=True):
-            relevance = torch.zeros_like(root.leaf) if gradient is None else _relevance(root, gradient)
+            relevance = torch.zeros_like(root.leaf) if gradient is None else root.leaf.detach() * gradient
             if root.constant and not bool(relevance.any()):
                 continue
             if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):
@@ -129,12 +129,6 @@ class Propagation:
         """Refuse gradients that reached nothing, and say why."""
         if all(gradient is None for gradient in gradients):
             raise ValueError(self._endings.reason(target))
-
-
-def _relevance(root: Root, gradient: Tensor) -> Tensor:
-    """Value times gradient; of constants only where a gradient is: what is never read of them may be anything."""
-    relevance = root.leaf.detach() * gradient
-    return torch.where(gradient == 0, torch.zeros_like(relevance), relevance) if root.constant else relevance
 
 
 def _described(value: Any) -> str:
@@ -232,12 +226,12 @@ def propagating(
         for module in modules.values() if MODULE_RULES else ():
             if type(module) in MODULE_RULES:
                 stack.enter_context(_replaced(module, mode, MODULE_RULES[type(module)]))
-        if named or audit is not None or composite.has_own_rules or REGISTERED:
+        if named or audit is not None or composite.has_own_rules:
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
             stack.callback(handle.remove)
-        _guard(stack, model, entries or [model, *model.children()], mode, roots, places, endings, data, tracer)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
         stack.enter_context(mode)
         yield propagation
 
@@ -273,7 +267,6 @@ def _guard(
     entries: Sequence[nn.Module],
     mode: PropagationMode,
     roots: Roots,
-    places: Places,
     endings: Endings,
     constants: Constants | None,
     tracer: UnitTracer | None,
@@ -288,7 +281,6 @@ def _guard(
         calls.append(call)
         if not outermost:
             return None
-        places.restart(module)
         adopt = module is model
         names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
         named = [names[index] if index < len(names) else str(index) for index in range(len(args))]

@@ -128,8 +128,8 @@ class UnitObservers:
         self._reads, self._finished, self._reached = {}, {}, set()
         if units.sums and units.cut:
             warnings.warn(
-                f"no relevance reaches the units that enter {listed(patterns_of(units.cut))}: the explained value does not depend "
-                "on them, or the rules stop before. They are left out, and stay",
+                f"no relevance reaches the units that enter {listed(patterns_of(units.cut))}: the explained value does not "
+                "depend on them, or the rules stop before. They are left out, and stay",
                 UnscoredWeightsWarning,
                 stacklevel=2,
             )

@@ -227,6 +227,14 @@ def test_the_audit_lets_go_of_the_graph() -> None:
             del output
         assert freed == [True, True]
         propagation.roots()
+    model, freed = _model(Digamma()), []
+    with lrp_prune.attributing(model) as propagation:
+        value = model(torch.ones(1, 4)).sum()
+        value.grad_fn.next_functions[0][0].next_functions[1][0].metadata["held"] = _Flag(freed)
+        with pytest.warns(UnruledOperationWarning, match="digamma"):
+            propagation.relevance(value)
+        del value
+        assert freed == [True]
 
 
 class _Flag:

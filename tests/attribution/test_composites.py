@@ -152,6 +152,45 @@ def test_kinds_and_rules_that_are_never_asked_are_refused() -> None:
         Composite("mine", {"activation": "nothing"})
 
 
+def test_a_rule_knows_the_module_that_runs_in_each_batch() -> None:
+    seen: list[str] = []
+
+    def rule(call: Call) -> Any:
+        seen.append(call.module)
+        return rules.identity(call)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh()))
+    x = torch.ones(1, 4)
+    lrp_prune.attribute(
+        model, [x, x], lambda m, b: m(b).sin().sum(), Composite("mine", {"softmax": rule, "activation": rule})
+    )
+    assert seen == ["1.0", "1.0"]
+
+
+def test_a_rule_knows_the_module_that_runs_beside_one_that_failed_before_it_ran() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.risky = nn.Tanh()
+            self.risky.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("not now")))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with pytest.raises(RuntimeError, match="not now"):
+                self.risky(x)
+            return torch.sin(x)
+
+    seen: list[str] = []
+
+    def rule(call: Call) -> Any:
+        seen.append(call.module)
+        return rules.identity(call)
+
+    model = nn.Sequential(Careful(), nn.Sigmoid())
+    with lrp_prune.attributing(model, Composite("mine", {"activation": rule})):
+        model(torch.ones(1, 4))
+    assert seen == ["0", "1"]
+
+
 def test_a_rule_knows_the_module_that_runs_also_after_an_error_and_in_layers_that_are_recomputed() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:

@@ -52,7 +52,7 @@ def refused(
     with pytest.raises(ValueError, match=pattern), lrp_prune.attributing(model, composite) as propagation:
         propagation.relevance(target(model, x))
     with pytest.raises(ValueError, match=pattern):
-        lrp_prune.attribute(model, [x], target, composite)
+        lrp_prune.attribute(model, [x], target, composite, unruled="ignore")
 
 
 X = torch.ones(2, 4)
@@ -181,6 +181,28 @@ def test_a_target_of_the_part_of_the_output_that_carries_no_relevance() -> None:
         "<model> (Both), which carry no relevance: explain what comes before"
     )
     refused(Both(torch.relu), X, expected, lambda model, x: model(x)[1].float().sum())
+
+
+def test_what_was_cut_off_and_then_added_to_is_no_reason() -> None:
+    class Again(Middle):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).detach()
+            hidden += self.first(x)
+            return hidden
+
+    refused(Again(torch.relu), X, SOMETHING_ELSE.replace("Middle", "Again"), lambda m, x: m(x).detach().sum())
+
+
+def test_a_later_batch_names_no_module_that_it_does_not_know() -> None:
+    """Modules are followed in the first batch of a collection only."""
+    model = Middle(torch.relu)
+
+    def target(model: Any, x: Tensor) -> Tensor:
+        model.between.function = torch.relu if len(x) == 2 else torch.no_grad()(torch.relu)
+        return summed(model, x)
+
+    with pytest.raises(ValueError, match="relu in a module of Middle ran without gradients"):
+        lrp_prune.attribute(model, [X, X[:1]], target)
 
 
 def test_inputs_that_carry_no_relevance() -> None:

@@ -155,9 +155,31 @@ def test_a_statistic_is_a_constant_where_it_divides_or_multiplies_and_a_feature_
         for function in by_hand:
             _, relevance = explained(lambda x, f=function: f(x) * torch.arange(6.0), x, composite)
             torch.testing.assert_close(relevance["x"], x / rms * torch.arange(6.0))
+        total = x.abs().sum(-1, keepdim=True)
+        divided: list[Callable[[Tensor], Tensor]] = [
+            lambda x: x / x.abs().sum(-1, keepdim=True),
+            lambda x: x * (1 / x.abs().sum(-1, keepdim=True)),
+            lambda x: x * torch.div(torch.ones(1), x.abs().sum(-1, keepdim=True)),
+            lambda x: x * x.abs().sum(-1, keepdim=True).reciprocal(),
+            lambda x: x * x.abs().sum(-1, keepdim=True) ** -1,
+        ]
+        for function in divided:
+            _, relevance = explained(lambda x, f=function: f(x) * torch.arange(6.0), x, composite)
+            torch.testing.assert_close(relevance["x"], x / total * torch.arange(6.0))
     # The same root as a feature: all of its relevance goes on.
     _, relevance = explained(lambda x: torch.cat([x, x.pow(2).mean(-1, keepdim=True).sqrt()], -1)[:, 6:], x, "attnlrp")
     torch.testing.assert_close(relevance["x"].sum(-1, keepdim=True), x.pow(2).mean(-1, keepdim=True).sqrt())
+
+
+def test_a_random_slope_is_the_one_that_was_drawn() -> None:
+    """The identity rule computes its function again, which must not draw again."""
+    model = Single(lambda x: F.rrelu(x, 0.1, 0.9, training=True))
+    for composite in ("attnlrp", "epsilon"):
+        with lrp_prune.attributing(model, composite, unruled="error") as propagation:
+            output = model(-torch.ones(4, 6))
+            relevance = propagation.relevance(output.sum())
+        assert len(output.unique()) > 12
+        torch.testing.assert_close(relevance["x"], output.detach())
 
 
 def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
@@ -174,6 +196,14 @@ def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
         model.weight.data = torch.arange(6.0)
         two = propagation.relevance(model(x).square().sum())["input"]
     torch.testing.assert_close(one, two)
+    # As a factor it is no statistic either.
+    for pair in (torch.var_mean, torch.std_mean):
+        factors = (
+            lambda x, pair=pair: x * torch.arange(6.0) * pair(x, -1, keepdim=True)[1],
+            lambda x: x * torch.arange(6.0) * x.mean(-1, keepdim=True),
+        )
+        one, two = (explained(function, x, "attnlrp")[1]["x"] for function in factors)
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +272,18 @@ def test_relevance_that_overflows_when_summed_is_finite() -> None:
     with lrp_prune.attributing(model) as propagation:
         relevance = propagation.relevance(model(torch.full((8,), 6e4, dtype=torch.float16))[:1].sum() * 1.0)
     assert float(relevance["input"].sum()) == pytest.approx(6e4, rel=1e-3)
-    with lrp_prune.attributing(model) as propagation:
-        output = model(torch.full((8,), 6e4, dtype=torch.float16))
-        relevance = propagation.relevance((output / 8).sum() * 1.0)
-        assert bool(torch.isfinite(relevance["input"]).all())
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.full((4,), -5e4, dtype=torch.float16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bias
+
+    with lrp_prune.attributing(model := Shifted()) as propagation:
+        relevance = propagation.relevance(model(torch.full((4,), 6e4, dtype=torch.float16)).sum())
+    assert torch.isinf(relevance["x"].sum()) and torch.equal(relevance["x"], torch.full_like(relevance["x"], 6e4))
 
 
 @pytest.mark.parametrize("name", ["llama", "resnet"])

@@ -50,6 +50,22 @@ def test_cp_lrp_stops_a_gate_however_it_gets_there(way: str) -> None:
     assert not relevance["gate"].any()
 
 
+def test_what_a_gate_is_multiplied_with_in_place_is_no_gate_any_more() -> None:
+    class InPlace(nn.Module):
+        def forward(self, gate: Tensor, value: Tensor, other: Tensor) -> Tensor:
+            product = torch.sigmoid(gate)
+            product *= value
+            return product * other
+
+    gate, value, other = torch.randn(3, 6), torch.randn(3, 6), torch.randn(3, 6)
+    with lrp_prune.attributing(model := InPlace(), "cp_lrp", unruled="error") as propagation:
+        output = model(gate, value, other)
+        relevance = propagation.relevance(output.sum())
+    assert not relevance["gate"].any()
+    torch.testing.assert_close(relevance["value"], output.detach() / 2)
+    torch.testing.assert_close(relevance["other"], output.detach() / 2)
+
+
 @pytest.mark.parametrize("composite", ["attnlrp", "gradient"])
 def test_other_composites_do_not_ask_what_is_a_gate(composite: str) -> None:
     gate, value = torch.randn(3, 6), torch.randn(3, 6)

@@ -1,6 +1,7 @@
 """Which parameters and constants are data follows from their use: what enters as data is a root, so that nothing is missing."""
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -186,6 +187,9 @@ NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "zeros": lambda m, h: h + torch.zeros(TOKENS, 4),
     "truth values": lambda m, h: h.masked_fill(torch.ones(TOKENS, 4, dtype=torch.bool).triu(3), 1.0),
     "a mask of infinities": lambda m, h: (h + torch.full((TOKENS, 4), -math.inf).triu(1)).clamp(min=-1),
+    "numbers and a mask of infinities": lambda m, h: (
+        h + (_sines() + torch.full((TOKENS, 4), -math.inf).triu(1))
+    ).clamp(min=-1),
     "a mask of large numbers": lambda m, h: (h + torch.full((TOKENS, 4), -1e4).triu(1)).clamp(min=-1),
     "a mask of the largest numbers": lambda m, h: (h + torch.full((TOKENS, 4), torch.finfo().min).triu(1)).clamp(
         min=-1
@@ -196,6 +200,20 @@ NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("use", NO_DATA)
 def test_masks_scalars_and_biases_are_no_data(use: str) -> None:
     assert set(_explained(Constant(NO_DATA[use]))[1]) == {"x"}
+
+
+def test_constants_are_let_go_after_the_forward() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def added(model: nn.Module, hidden: Tensor) -> Tensor:
+        constant = torch.zeros(TOKENS, 4)
+        seen.append(weakref.ref(constant))
+        return hidden + constant
+
+    model = Constant(added)
+    with lrp_prune.attributing(model):
+        model(torch.ones(2, TOKENS, 4))
+        assert [reference() for reference in seen] == [None]
 
 
 def test_what_is_never_read_of_a_constant_may_be_anything() -> None:
@@ -245,6 +263,36 @@ def test_an_embedding_that_is_shared_is_named_after_who_calls_it() -> None:
     model, batch = build("llama"), batch_for("llama")
     with lrp_prune.attributing(model) as propagation:
         assert set(propagation.relevance(forward(model, batch).amax(-1).sum())) == {"model.embed_tokens"}
+
+
+def test_a_module_that_several_hold_is_named_by_the_one_that_calls_it() -> None:
+    class Reader(nn.Module):
+        def __init__(self, table: nn.Embedding) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"table": table})
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.inner["table"](ids)
+            return result
+
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(5, 4)
+            self.left, self.right = Reader(self.shared), Reader(self.shared)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = self.left(ids[:, :1]) + self.right(ids) + self.shared(ids)
+            return result
+
+    model, ids = Readers(), torch.tensor([[1, 2, 3]])
+    with lrp_prune.attributing(model) as propagation:
+        relevance = propagation.relevance(model(ids).sum())
+    assert {name: tensor.shape[1] for name, tensor in relevance.items()} == {
+        "left.inner.table": 1,
+        "right.inner.table": 3,
+        "shared": 3,
+    }
 
 
 def test_an_embedding_that_is_called_twice_by_the_same_module_is_counted() -> None:
