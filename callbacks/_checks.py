@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -16,13 +16,15 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
 
 from lrp_prune.attribution.composites import COMPOSITES, Composite
 from lrp_prune.models import check_batches
+from lrp_prune.names import named_parameters
 from lrp_prune.pruning import sparsity_schedule
 from lrp_prune.pruning.keys import RANKINGS
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
-from lrp_prune.pruning.scopes import Structure, parse_scope
+from lrp_prune.pruning.scopes import Structure, layout_of, parse_scope
 from lrp_prune.pruning.scorers import METHODS, PROPAGATING
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, granularities_of
 from lrp_prune.targets import checked
@@ -151,6 +153,41 @@ def check_selection(
                         "another scope"
                     )
     return targets
+
+
+def layouts_of(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[str, str | None]:
+    """What a row of each weight is, as far as it is known before the model has run.
+
+    Args:
+        pl_module: the model.
+        names: of the weights.
+        data: whether uses in a forward will tell; else shapes do.
+    """
+    parameters, layers = named_parameters(pl_module), set()
+    for module in pl_module.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            layers.add(id(module.weight))
+    known = {name: layout_of(tuple(parameters[name].shape)) for name in names if name in parameters}
+    return {name: known.get(name) if not data or id(parameters.get(name)) in layers else None for name in names}
+
+
+def check_validation(trainer: Trainer, name: str, what: str) -> None:
+    """Refuse a training without validations for a callback that works in them and nowhere else."""
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"{name} {what} at the end of validations, but this training has none: give it a validation loader and a "
+            "validation_step (and limit_val_batches > 0), or call trainer.validate afterwards"
+        )
+
+
+def check_other_pruning(trainer: Trainer, name: str) -> None:
+    """Refuse Lightning's own pruning callbacks beside ours: both would keep masks of the same weights."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} of Lightning and {name} would both prune this model, and the former renames weights: "
+                "use one of them. RelevancePruning(method='magnitude', scope='layer') prunes as l1_unstructured does"
+            )
 
 
 def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: bool = False) -> None:

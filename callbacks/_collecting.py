@@ -21,8 +21,12 @@ class CollectingCallback(Callback, ABC):
         """Whether this run's validations are collected in, or some of them."""
 
     @abstractmethod
+    def _remember(self, batch: Any, dataloader_idx: int) -> None:
+        """Take a batch of the sanity check, to try on it what is to be done later."""
+
+    @abstractmethod
     def _observe(self, batch: Any, dataloader_idx: int) -> None:
-        """Take a batch; of any validation, also of the sanity check."""
+        """Take a batch of any other validation."""
 
     @abstractmethod
     def _end_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,6 +62,9 @@ class CollectingCallback(Callback, ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if trainer.sanity_checking:
+            self._remember(batch, dataloader_idx)
+            return
         with trained_weights(trainer, pl_module):
             self._observe(batch, dataloader_idx)
 

@@ -3,24 +3,25 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.observers import check_included
+from lrp_prune.callbacks._batches import batches_of, number_of_batches, to_device, validation_batches
 from lrp_prune.callbacks._checks import check_collection
-from lrp_prune.callbacks._distributed import agree, merged
+from lrp_prune.callbacks._distributed import agree, check_targets, gathered, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import scorers
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.targets import Inferred
+from lrp_prune.unscored import UnscoredWeightsWarning
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -68,11 +69,17 @@ class Collection:
         self._taken = 0
         self._alone = True
         self._failure: Exception | None = None
+        self._first: Any = None
 
     @property
     def needs_data(self) -> bool:
         """Whether the method looks at data at all."""
         return scorers.defaults_of(self.method, self.options.get("granularity") or "weight").needs_data
+
+    @property
+    def explains(self) -> bool:
+        """Whether the method explains a value that the model computes."""
+        return self.method in scorers.PROPAGATING
 
     @property
     def uses_validation(self) -> bool:
@@ -84,9 +91,62 @@ class Collection:
         """Whether a collection is under way."""
         return self._scorer is not None
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise now what can be known without data: patterns that match nothing, a module that cannot be run."""
-        self._make_scorer(trainer, pl_module)
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, torch.Tensor]:
+        """Raise now what can be known without data: patterns that match nothing, a module that cannot be run.
+
+        Returns:
+            The weights that will be scored, by name; nothing where units are.
+        """
+        scorer = self._make_scorer(trainer, pl_module)
+        return scorer.parameters if self.options["granularity"] == "weight" else {}
+
+    def check_loader(self, trainer: Trainer) -> None:
+        """Raise now if there is no such validation loader."""
+        loaders = len(trainer.num_val_batches)
+        if self.uses_validation and self.dataloader is not None and self.dataloader >= loaders > 0:
+            raise MisconfigurationException(
+                f"dataloader={self.dataloader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
+                "counted from 0: choose another, pass dataloader=None for all, or reference= with batches"
+            )
+
+    def remember(self, batch: Any, dataloader_idx: int) -> None:
+        """Keep a batch of the sanity check, the first that a validation would be collected on."""
+        if self._first is None and self.uses_validation and self.dataloader in (None, dataloader_idx):
+            self._first = batch
+
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> "Relevance | None":
+        """Score one batch and forget it, so that what would fail in an epoch fails now.
+
+        The batch is that of the sanity check, else the first of the reference data. Where there is none (validation data without
+        a sanity check), nothing happens: a loader that is asked for a batch may be another one afterwards.
+
+        Returns:
+            The batch's relevance, for checks of what is to be done with it; None without a batch.
+
+        Raises:
+            MisconfigurationException: for what would be refused later: a target that cannot be told or does not fit, a batch that
+                the model does not take, units that the model does not have.
+            FloatingPointError: the relevance is not finite.
+        """
+        relevance, failure = None, None
+        batch, self._first = self._first, None
+        if self.needs_data and self.reference is not None:
+            with isolate_rng():
+                batch = next(iter(batches_of(self.reference)), None)
+            batch = None if batch is None else to_device(batch, trainer, pl_module, 0)
+        if not all(gathered(trainer, batch is not None)):
+            return None
+        try:
+            with torch.inference_mode(False), _misconfiguration(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnscoredWeightsWarning)  # one batch does not tell
+                scorer = self._make_scorer(trainer, pl_module)
+                scorer.update(batch)
+                relevance = cast("Relevance", scorer.compute())
+        except Exception as error:  # the other processes have to hear of it
+            failure = error
+        agree(trainer, failure)
+        check_targets(gathered(trainer, None if relevance is None else relevance.target))
+        return relevance
 
     def check_prunable(self, pl_module: LightningModule) -> None:
         """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
@@ -100,7 +160,7 @@ class Collection:
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
         self._begin(trainer, pl_module)
-        total = _number_of_batches(trainer, self.dataloader)
+        total = number_of_batches(trainer, self.dataloader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
@@ -182,18 +242,18 @@ class Collection:
 
     def _go_through(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reference is not None:
-            batches = _batches_of(self.reference)
+            batches = batches_of(self.reference)
             total = len(batches) if isinstance(batches, Sized) else float("inf")
             batches = zip(batches, repeat(0), strict=False)
         else:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            batches = _validation_batches(trainer, self.dataloader)
-            total = _number_of_batches(trainer, self.dataloader)
+            batches = validation_batches(trainer, self.dataloader)
+            total = number_of_batches(trainer, self.dataloader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
         for batch, dataloader_idx in islice(batches, self.max_batches):
             if self._failure is not None:
                 return
-            self._update(_to_device(batch, trainer, pl_module, dataloader_idx))
+            self._update(to_device(batch, trainer, pl_module, dataloader_idx))
 
     def _update(self, batch: Any) -> None:
         try:
@@ -223,35 +283,3 @@ def _misconfiguration() -> Iterator[None]:
         yield
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iterable[Any]:
-    if isinstance(reference, LightningDataModule):
-        reference.prepare_data()
-        reference.setup("validate")
-        loaders = reference.val_dataloader()
-        return chain.from_iterable(loaders) if isinstance(loaders, list | tuple) else cast("Iterable[Any]", loaders)
-    return reference if reference is not None else ()
-
-
-def _number_of_batches(trainer: Trainer, dataloader: int | None) -> float:
-    """How many batches of a validation are looked at; infinite where its loaders do not tell."""
-    batches = trainer.num_val_batches
-    return sum(batches) if dataloader is None else batches[min(dataloader, len(batches) - 1)]
-
-
-def _validation_batches(trainer: Trainer, dataloader: int | None) -> Iterator[tuple[Any, int]]:
-    """The batches that a validation would see, each with its loader's index."""
-    loaders = trainer.val_dataloaders
-    for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
-        if dataloader in (None, index):
-            limit = trainer.num_val_batches[index]
-            for batch in islice(loader, None if limit == float("inf") else int(limit)):
-                yield batch, index
-
-
-def _to_device(batch: Any, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> Any:
-    """What Lightning's own loops do to a batch before a step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)

@@ -82,12 +82,29 @@ class ReferenceSets:
         """Whether one of the sets is a validation loader."""
         return bool(self._indices)
 
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try each collection on one batch before the training begins, see :meth:`Collection.rehearse`."""
+        self._check_loaders(trainer)
+        for collection in self._collections:
+            collection.rehearse(trainer, pl_module)
+
+    def remember(self, batch: Any, dataloader_idx: int) -> None:
+        """Keep the first batch of each set that the sanity check has."""
+        for collection in self._collections:
+            collection.remember(batch, dataloader_idx)
+
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the validation that begins.
 
         Raises:
             MisconfigurationException: there is no such loader.
         """
+        self._check_loaders(trainer)
+        for collection in self._collections:
+            if collection.uses_validation:
+                collection.start(trainer, pl_module)
+
+    def _check_loaders(self, trainer: Trainer) -> None:
         loaders = len(trainer.num_val_batches)
         for index in self._indices:
             if index >= loaders:
@@ -95,9 +112,6 @@ class ReferenceSets:
                     f"validation loader {index} is a reference set, but there are {loaders}: pass both sets as validation "
                     "loaders, or batches as general= and undesired="
                 )
-        for collection in self._collections:
-            if collection.uses_validation:
-                collection.start(trainer, pl_module)
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
         """Add a validation batch to the set that it belongs to."""

@@ -66,7 +66,7 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
         raise MisconfigurationException(
             "no batch reached the collection on any rank: use a larger validation set, another dataloader=, or reference="
         )
-    _check_targets([target for _, _, target in everyone])
+    check_targets([target for _, _, target in everyone])
     shapes: dict[str, tuple[int, ...]] = {}
     for theirs, _, _ in everyone:
         shapes.update(theirs)
@@ -83,7 +83,7 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
     return described.with_sums(sums, samples)
 
 
-def _check_targets(targets: list[str | None]) -> None:
+def check_targets(targets: list[str | None]) -> None:
     """Refuse to sum relevance of different things: each process infers the target from its own first batch."""
     first = next((target for target in targets if target is not None), None)
     for rank, target in enumerate(targets):

@@ -1,6 +1,10 @@
 """A metric that counts only once the model has its final sparsity."""
 
+from collections.abc import Collection
+from difflib import get_close_matches
+
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
@@ -32,10 +36,38 @@ def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode:
     pl_module.log(f"{name}/{metric}", value, on_step=False, on_epoch=True, logger=False, sync_dist=False)
 
 
-def check_logged(trainer: Trainer, metric: str) -> None:
-    """Refuse a guarded metric that the module does not log."""
+def check_sanity(metric: str, logged: Collection[str]) -> None:
+    """Tell after the sanity check of a guarded metric that it did not log: refuse what looks misspelt, and warn of the rest.
+
+    A module may leave out a metric in the sanity check, so that its absence alone proves nothing.
+
+    Args:
+        metric: the guarded one.
+        logged: the names that the sanity check logged; empty if there was none.
+
+    Raises:
+        MisconfigurationException: another name is nearly the same.
+    """
+    if not logged or metric in logged:
+        return
+    message = f"guard={metric!r} is not logged in the sanity check, which logs {', '.join(sorted(logged))}"
+    meant = get_close_matches(metric, logged, n=1)
+    if meant:
+        raise MisconfigurationException(f"{message}: is {meant[0]!r} meant?")
+    rank_zero_warn(f"{message}: log it by self.log({metric!r}, ...) in validation_step")
+
+
+def check_logged(trainer: Trainer, metric: str, names: Collection[str]) -> None:
+    """Refuse a guarded metric that the module does not log.
+
+    Args:
+        trainer: at the end of an epoch.
+        metric: the guarded one.
+        names: of the pruning callbacks, whose own metrics are none of the module's.
+    """
     if trainer.fit_loop.epoch_loop.val_loop._has_run and metric not in trainer.callback_metrics:
+        logged = [name for name in sorted(trainer.callback_metrics) if name.partition("/")[0] not in names]
         raise MisconfigurationException(
-            f"guard={metric!r} is not logged in validation, which logs {sorted(trainer.callback_metrics)}: "
-            f"log it by self.log({metric!r}, ...) in validation_step"
+            f"guard={metric!r} is not logged in validation, which logs {', '.join(logged) or 'nothing'}: log it by "
+            f"self.log({metric!r}, ...) in validation_step"
         )

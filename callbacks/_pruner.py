@@ -19,7 +19,7 @@ from lrp_prune.names import resolve
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.keeping import MaskKeeper
-from lrp_prune.pruning.scopes import parse_scope
+from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import sharding_of
 from lrp_prune.unscored import UnscoredWeightsWarning
@@ -65,6 +65,24 @@ class Pruner:
             raise MisconfigurationException(str(error)) from error
         self._told |= set(relevance.unscored)
         return masks
+
+    def check(
+        self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]], granularity: str = "weight"
+    ) -> None:
+        """Refuse now what a selection would refuse whatever the scores are; see :func:`check_selectable`."""
+        try:
+            for target in self.targets[self.state.round :]:
+                check_selectable(layouts, shapes, target, self.selection["scope"], granularity)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def check_scored(self, relevance: Relevance) -> None:
+        """:meth:`check` of what is known from one batch, whose scores do not count."""
+        whole = relevance.granularity == "weight"
+        names = dict.fromkeys((*relevance, *relevance.unscored)) if whole else dict.fromkeys(relevance)
+        shapes = {name: tuple(relevance.parameter_shapes[name]) for name in names} if whole else {}
+        layouts = {name: relevance.layouts.get(name) or layout_of(shapes[name]) for name in names} if whole else names
+        self.check({**layouts, **dict.fromkeys(relevance.unscored)}, shapes, relevance.granularity)
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the masks so far take effect on the weights, optimizers and averages as they are now."""

@@ -66,6 +66,7 @@ def round_table(
     target: float | Mapping[str, float],
     method: str,
     samples: int,
+    explains: str = "",
     width: int = _WIDTH,
 ) -> str:
     """A round's table as text.
@@ -78,6 +79,7 @@ def round_table(
         target: the total sparsity aimed at, or one for each pattern.
         method: how weights were scored.
         samples: reference samples that relevance was collected on; 0 if none was needed.
+        explains: what is explained, in words; empty if nothing is.
         width: characters in a line.
     """
     aim = f"{target:.2%}" if isinstance(target, float) else ", ".join(f"{p} {v:.2%}" for p, v in target.items())
@@ -88,6 +90,8 @@ def round_table(
         f"total sparsity {masks.sparsity:.2%} (target {aim}): {masks.num_pruned:,} of {masks.num_entries:,} weights "
         f"pruned, {masks.num_pruned - before:,} of them now"
     )
+    if explains:
+        lines += f"\nexplains: {explains}"
     if masks.unscored:
         missing = entries_of(masks.unscored, masks.shapes)
         lines += f"\nnot scored and kept: {share(missing, masks.num_entries)}: {described(masks.unscored)}"

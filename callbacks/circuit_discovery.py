@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
-from lrp_prune.callbacks._checks import check_count, check_strategy
+from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import check_ablation
-from lrp_prune.circuits.discover import check_options, method_for
+from lrp_prune.circuits.discover import check_nodes, check_options, method_for
 from lrp_prune.circuits.sites import kinds_of
 from lrp_prune.tasks import Task
 
@@ -119,6 +119,16 @@ class CircuitDiscovery(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer, type(self).__name__, self._allow_untested)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now a training without validations, a model without such nodes, or a task that does not suit it."""
+        check_validation(trainer, type(self).__name__, "finds circuits")
+        try:
+            with torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+                check_nodes(pl_module, self._task, self._granularity, self._method, **self._options)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.unsharding import make_ordinary
-from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy
+from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
@@ -207,6 +207,13 @@ class ContrastiveCorrection(CollectingCallback):
         check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._due(trainer):
+            check_validation(trainer, type(self).__name__, "makes its patch")
+            self._sets.rehearse(trainer, pl_module)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         if self._due(trainer):
@@ -217,6 +224,10 @@ class ContrastiveCorrection(CollectingCallback):
     @override
     def _uses_validation(self, trainer: Trainer) -> bool:
         return self._patch is None and self.search is None and self._sets.uses_validation
+
+    @override
+    def _remember(self, batch: Any, dataloader_idx: int) -> None:
+        self._sets.remember(batch, dataloader_idx)
 
     @override
     def _observe(self, batch: Any, dataloader_idx: int) -> None:

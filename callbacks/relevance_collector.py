@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.unsharding import make_ordinary
-from lrp_prune.callbacks._checks import check_count, check_strategy
+from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection
 
@@ -22,7 +22,8 @@ class RelevanceCollector(CollectingCallback):
 
     In ``on_validation_batch_end`` of each validation that is collected in, one more forward and backward pass is run on
     the batch; the relevance is ready in ``on_validation_epoch_end``, before any checkpoint is written. It works inside
-    ``trainer.fit`` (``no_grad``) and in ``trainer.validate`` (``inference_mode``). The sanity check is left out.
+    ``trainer.fit`` (``no_grad``) and in ``trainer.validate`` (``inference_mode``). The sanity check is left out, but
+    for its first batch, on which the collection is tried before the training starts.
     Weights, gradients, modes, buffers, the random state and metrics stay as they are, so the training is bit for bit
     the one without the callback. Where ``WeightAveraging`` validates its average, the relevance is that of the trained
     weights.
@@ -124,6 +125,14 @@ class RelevanceCollector(CollectingCallback):
         check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_validation(trainer, type(self).__name__, "collects")
+        super().on_train_start(trainer, pl_module)
+        self._collection.check(trainer, pl_module)
+        self._collection.check_loader(trainer)
+        self._collection.rehearse(trainer, pl_module)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         if not self._collects(trainer):
@@ -131,11 +140,16 @@ class RelevanceCollector(CollectingCallback):
         if torch.is_inference_mode_enabled():
             make_ordinary(pl_module)  # before the first forward, which makes what sharded weights are gathered into
         if self._collection.uses_validation:
+            self._collection.check_loader(trainer)
             self._collection.start(trainer, pl_module)
 
     @override
     def _uses_validation(self, trainer: Trainer) -> bool:
         return self._collection.uses_validation
+
+    @override
+    def _remember(self, batch: Any, dataloader_idx: int) -> None:
+        self._collection.remember(batch, dataloader_idx)
 
     @override
     def _observe(self, batch: Any, dataloader_idx: int) -> None:

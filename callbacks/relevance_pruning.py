@@ -20,6 +20,7 @@ from lrp_prune.callbacks._summary import round_table, show
 from lrp_prune.pruning import Masks, Schedule
 from lrp_prune.pruning.scorers import selection_options
 from lrp_prune.relevance import Relevance, granularities_of
+from lrp_prune.targets import in_words
 
 
 class RelevancePruning(CollectingCallback):
@@ -32,10 +33,13 @@ class RelevancePruning(CollectingCallback):
 
     What happens in which hook:
 
-    - ``setup``: the strategy is checked, and that no other pruning callback logs under the same name.
-    - ``on_sanity_check_start`` or ``on_train_start``, whichever is first: it is checked that all rounds fit into the
-      training, that patterns match, and that the weights to prune are used as they are; after a resume the masks take effect
-      again.
+    - ``setup``: the strategy is checked, that no other pruning callback logs under the same name, and that Lightning's own
+      ``ModelPruning`` is none of the callbacks.
+    - ``on_sanity_check_start`` or ``on_train_start``, whichever is first: it is checked that patterns match, that the scope
+      fits, and that the weights to prune are used as they are; after a resume the masks take effect again.
+    - ``on_train_start``: it is checked that all rounds fit into the training; and one batch, of the sanity check or the
+      reference data, is scored and forgotten, so that a target that cannot be told, or a batch that the model does not take, is
+      refused now and not after an epoch. Without a sanity check the validation's loaders are left alone.
     - ``on_validation_batch_end`` of the validations that a round needs, not of the sanity check: the batch's relevance
       is added up. ``on_validation_epoch_end``: masks are selected, and are pending. They are part of the checkpoint.
     - ``on_train_epoch_start``, ``on_train_batch_start``: pending masks are applied, a table is printed.
@@ -162,6 +166,8 @@ class RelevancePruning(CollectingCallback):
         }
         self._module: weakref.ref[LightningModule] | None = None
         self._checked = self._restored = self._warned = False
+        self._logged: list[str] = []
+        self._explained = ""
 
     @property
     def masks(self) -> Masks | None:
@@ -193,6 +199,7 @@ class RelevancePruning(CollectingCallback):
         _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
+        _checks.check_other_pruning(trainer, type(self).__name__)
         if any(other is not self and other.name == self.name for other in _all_in(trainer)):
             raise MisconfigurationException(
                 f"several RelevancePruning callbacks would log {self.name}/sparsity, each of other weights: give each a name, as "
@@ -205,11 +212,16 @@ class RelevancePruning(CollectingCallback):
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
         self._module = weakref.ref(pl_module)
         self._checked = self._restored = False
+        self._logged = []
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_sanity_check_start(trainer, pl_module)
         self._begin(trainer, pl_module)
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged = list(trainer.callback_metrics)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,7 +230,10 @@ class RelevancePruning(CollectingCallback):
         _resuming.warn_of_losses(trainer, pl_module)
         if trainer.ckpt_path and trainer.global_step > 0 and not self._restored:
             self._begin_late(trainer)
+        self._rehearse(trainer, pl_module)
         self._make_up(trainer, pl_module)
+        if self._guard is not None:
+            _guard.check_sanity(self._guard, self._logged)
         done = self.round + (self._pruner.state.pending is not None)
         self._rounds.check_fit(trainer, done, self._collection.uses_validation)
         if done < self._rounds.count:
@@ -233,6 +248,11 @@ class RelevancePruning(CollectingCallback):
     @override
     def _uses_validation(self, trainer: Trainer) -> bool:
         return trainer.state.fn == "fit" and self._collection.uses_validation and self.round < self._rounds.count
+
+    @override
+    def _remember(self, batch: Any, dataloader_idx: int) -> None:
+        if self.round < self._rounds.count:
+            self._collection.remember(batch, dataloader_idx)
 
     @override
     def _observe(self, batch: Any, dataloader_idx: int) -> None:
@@ -260,7 +280,7 @@ class RelevancePruning(CollectingCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_progress(trainer, pl_module)
         if self._guard is not None:
-            _guard.check_logged(trainer, self._guard)
+            _guard.check_logged(trainer, self._guard, [callback.name for callback in _all_in(trainer)])
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,9 +312,19 @@ class RelevancePruning(CollectingCallback):
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
         self._pruner.resume(trainer, pl_module)
         if self.round < self._rounds.count and not self._checked:
-            self._collection.check(trainer, pl_module)
+            scored = self._collection.check(trainer, pl_module)
             self._collection.check_prunable(pl_module)
+            if scored:
+                shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
+                self._pruner.check(_checks.layouts_of(pl_module, scored, self._collection.needs_data), shapes)
             self._checked = True
+
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.round < self._rounds.count:
+            self._collection.check_loader(trainer)
+            relevance = self._collection.rehearse(trainer, pl_module)
+            if relevance is not None:
+                self._pruner.check_scored(relevance)
 
     def _begin_late(self, trainer: Trainer) -> None:
         delay = self._rounds.missed(trainer, self._collection.uses_validation) if self.round == 0 else 0
@@ -316,6 +346,7 @@ class RelevancePruning(CollectingCallback):
 
     def _pend(self, relevance: Relevance, epoch: int) -> None:
         state = self._pruner.state
+        self._explained = relevance.target
         state.pending = self._pruner.select(relevance)
         state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
 
@@ -335,6 +366,7 @@ class RelevancePruning(CollectingCallback):
         if masks is None:
             # No data are needed, or there are reference data, or the validation was left out.
             relevance = self._collection.run(trainer, pl_module)
+            self._explained = relevance.target
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
         pruner.apply(trainer, pl_module, masks)
@@ -349,6 +381,7 @@ class RelevancePruning(CollectingCallback):
                 target=target,
                 method=self._collection.method,
                 samples=samples,
+                explains=in_words(self._explained) if self._collection.explains else "",
             )
             show(trainer, table)
 

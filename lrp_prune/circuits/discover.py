@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.collect import attribute
 from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
 from lrp_prune.circuits.explaining import COMPOSITES, DEPENDS_ON_ABLATION, STEPS
 from lrp_prune.circuits.ranking import RANKINGS, Ranking
 from lrp_prune.circuits.scores import unit_scores
-from lrp_prune.circuits.sites import find_sites, kinds_of
+from lrp_prune.circuits.sites import find_sites, kinds_of, passing
+from lrp_prune.models.batches import to_device
 from lrp_prune.models.subject import forwarded
 from lrp_prune.pruning import scorer
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, Relevance
@@ -225,6 +227,32 @@ def method_for(granularity: str | Sequence[str], method: str | None) -> str:
     if weights and method not in _OF_WEIGHTS:
         raise ValueError(f"method {method!r} scores units, not weights: use one of {_OF_WEIGHTS}")
     return method
+
+
+def check_nodes(
+    model: nn.Module,
+    task: Task,
+    granularity: str | Sequence[str],
+    method: str | None = None,
+    *,
+    metric: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    **_: Any,
+) -> None:
+    """Refuse what :func:`discover` would refuse of a model, by one prompt: it has no such nodes, or the task does not suit it.
+
+    Raises:
+        ValueError: likewise.
+    """
+    module, target, batch = forwarded(model), task.target(metric), task.batches(1)[0]
+    if granularity != "weight":
+        find_sites(module, batch, kinds_of(granularity), target, include, exclude)
+        return
+    candidates(module, include, exclude)
+    method_for(granularity, method)
+    with passing(module):
+        target(module, to_device(batch, next(module.parameters()).device))
 
 
 def check_options(

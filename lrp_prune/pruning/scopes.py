@@ -1,9 +1,11 @@
 """What is compared with what: how a scope divides a parameter into groups of entries."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lrp_prune.names import matches
@@ -35,6 +37,58 @@ def parse_scope(scope: str) -> str | Structure:
     raise ValueError(
         f"scope must be 'global', 'layer', 'row', 'column' or 'N:M' with 0 < N <= M ('2:4', say), got {scope!r}"
     )
+
+
+def check_reachable(scope: str | Structure, sparsity: float) -> None:
+    """Refuse a sparsity that is not the one of an ``N:M`` scope."""
+    if isinstance(scope, Structure) and not math.isclose(sparsity, 1 - scope.kept / scope.size, abs_tol=1e-6):
+        raise ValueError(
+            f"sparsity {sparsity} is unreachable with scope '{scope.kept}:{scope.size}', which prunes exactly "
+            f"{1 - scope.kept / scope.size:.6g}: use sparsity={1 - scope.kept / scope.size:.6g} or another scope"
+        )
+
+
+def check_units_scope(granularity: str, scope: str) -> None:
+    """Refuse a scope that compares weights where units are compared."""
+    if granularity != "weight" and parse_scope(scope) not in ("global", "layer"):
+        raise ValueError(
+            f"scope {scope!r} compares single weights, but the relevance is about {granularity}s: use 'global' or 'layer'"
+        )
+
+
+def check_selectable(
+    layouts: Mapping[str, str | None],
+    shapes: Mapping[str, tuple[int, ...]],
+    sparsity: float | Mapping[str, float],
+    scope: str,
+    granularity: str = "weight",
+) -> None:
+    """Refuse, before anything is scored, what a selection would refuse whatever the scores are.
+
+    Args:
+        layouts: of each weight that is to be scored (or group of units), None where it is not known.
+        shapes: of these weights.
+        sparsity: what is to be pruned, in all or by pattern of names.
+        scope: what is compared with what.
+        granularity: what is scored.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the scope does not fit the granularity, the sparsity or a weight's shape.
+
+    Example:
+        >>> check_selectable({"head.weight": "linear"}, {"head.weight": (4, 15)}, 0.5, "2:4")
+        Traceback (most recent call last):
+        ...
+        ValueError: head.weight has 15 inputs, which 4 does not divide: scope '2:4' cannot be applied to it
+    """
+    parsed = parse_scope(scope)
+    check_units_scope(granularity, scope)
+    for _, names, rate in groups_by_pattern(list(layouts), sparsity):
+        check_reachable(parsed, rate)
+        for name in names if granularity == "weight" and parsed not in ("global", "layer") else ():
+            layout = layouts[name]
+            if layout is not None:
+                as_rows(torch.empty(shapes[name], device="meta"), layout, parsed, name)
 
 
 def number_to_prune(sparsity: float, entries: int) -> int:

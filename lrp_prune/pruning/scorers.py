@@ -1,6 +1,6 @@
 """Scorers: one interface for relevance and for what it is compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +87,10 @@ class Scorer(Protocol):
     def needs_data(self) -> bool:
         """Whether it has to be fed at all."""
 
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The weights that are scored (or that make what is scored), by canonical name."""
+
     def update(self, batch: Any) -> None:
         """Add one batch."""
 
@@ -115,6 +119,11 @@ class _DataFree:
         self._parameters = candidates(self._model, include, exclude, trainable_only, self._rows)
         self._used, self._refused = ({}, {}) if self._rows else parametrized(self._model)
         self.num_samples = 0
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The weights that are scored, by canonical name."""
+        return self._parameters
 
     def update(self, batch: Any) -> None:
         """Nothing is needed."""
@@ -171,6 +180,11 @@ class _OfUnits:
     def num_samples(self) -> int:
         """Samples that were seen."""
         return self._structure.num_samples
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The weights that make the units, by canonical name."""
+        return self._structure.parameters
 
     def update(self, batch: Any) -> None:
         """See which units there are; the first batch tells."""

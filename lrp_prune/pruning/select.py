@@ -13,7 +13,15 @@ from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.rows import smallest_per_row
-from lrp_prune.pruning.scopes import Structure, as_rows, layout_of, number_to_prune, parse_scope
+from lrp_prune.pruning.scopes import (
+    Structure,
+    as_rows,
+    check_reachable,
+    check_units_scope,
+    layout_of,
+    number_to_prune,
+    parse_scope,
+)
 from lrp_prune.pruning.selection import smallest
 from lrp_prune.pruning.together import raise_together, rows_together, smallest_together
 from lrp_prune.pruning.units import existing_units, expand_units
@@ -88,7 +96,7 @@ def select(
     existing = existing.divided(dict(relevance.shardings)) if existing is not None else None
     groups = groups_of(relevance, sparsity, parsed, existing)
     for group in groups:
-        _check_reachable(parsed, group.rate)
+        check_reachable(parsed, group.rate)
     if normalize is not None:
         relevance = relevance.normalized(normalize)
     shardings = dict(relevance.shardings)
@@ -108,11 +116,7 @@ def select(
                 unscored[name] = reason
         chosen = {name: chosen[name] for name in relevance.parameter_shapes if name in chosen}
     else:
-        if parsed not in ("global", "layer"):
-            raise ValueError(
-                f"scope {scope!r} compares single weights, but the relevance is about {relevance.granularity}s: "
-                "use 'global' or 'layer'"
-            )
+        check_units_scope(relevance.granularity, scope)
         units = {name: (math.prod(relevance[name].shape),) for group in groups for name in group.scored}
         _check_shapes(relevance.parameter_shapes, existing)
         kept = existing_units(relevance, units, existing)
@@ -134,14 +138,6 @@ def _all_kept(relevance: "Relevance", name: str) -> Tensor:
     sharding = relevance.sharding(name)
     shape = relevance.parameter_shapes[name] if sharding is None else sharding.local_shape
     return bits.pack(torch.ones(shape, dtype=torch.bool))
-
-
-def _check_reachable(scope: str | Structure, sparsity: float) -> None:
-    if isinstance(scope, Structure) and not math.isclose(sparsity, 1 - scope.kept / scope.size, abs_tol=1e-6):
-        raise ValueError(
-            f"sparsity {sparsity} is unreachable with scope '{scope.kept}:{scope.size}', which prunes exactly "
-            f"{1 - scope.kept / scope.size:.6g}: use sparsity={1 - scope.kept / scope.size:.6g} or another scope"
-        )
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], existing: Masks | None) -> None:

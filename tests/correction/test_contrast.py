@@ -173,7 +173,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_a_tensor_that_one_set_never_reached_counts_as_zero() -> None:
-    general = Relevance({"a": torch.ones(4)}, statistic="signed", unscored={"b": UNREACHED})
+    shapes = {"a": (4,), "b": (2,)}
+    general = Relevance({"a": torch.ones(4)}, statistic="signed", unscored={"b": UNREACHED}, parameter_shapes=shapes)
     undesired = Relevance({"a": torch.ones(4), "b": torch.ones(2)}, statistic="signed")
     contrast = Contrast(general, undesired, normalize=None, guard=None)
     assert contrast.relevance()["b"].tolist() == [-1, -1]

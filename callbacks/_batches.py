@@ -1,0 +1,41 @@
+"""The batches that a collection is made of: those of a validation, or reference data."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer import call
+
+
+def batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iterable[Any]:
+    """Reference data as batches."""
+    if isinstance(reference, LightningDataModule):
+        reference.prepare_data()
+        reference.setup("validate")
+        loaders = reference.val_dataloader()
+        return chain.from_iterable(loaders) if isinstance(loaders, list | tuple) else cast("Iterable[Any]", loaders)
+    return reference if reference is not None else ()
+
+
+def number_of_batches(trainer: Trainer, dataloader: int | None) -> float:
+    """How many batches of a validation are looked at; infinite where its loaders do not tell."""
+    batches = trainer.num_val_batches
+    return sum(batches) if dataloader is None else batches[min(dataloader, len(batches) - 1)]
+
+
+def validation_batches(trainer: Trainer, dataloader: int | None) -> Iterator[tuple[Any, int]]:
+    """The batches that a validation would see, each with its loader's index."""
+    loaders = trainer.val_dataloaders
+    for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
+        if dataloader in (None, index):
+            limit = trainer.num_val_batches[index]
+            for batch in islice(loader, None if limit == float("inf") else int(limit)):
+                yield batch, index
+
+
+def to_device(batch: Any, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> Any:
+    """What Lightning's own loops do to a batch before a step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)
