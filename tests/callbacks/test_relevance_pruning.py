@@ -101,7 +101,7 @@ def test_a_several_times_validated_epoch_is_collected_once(make_module, make_loa
     make_trainer(callbacks=[pruning], max_epochs=3, val_check_interval=0.25).fit(
         make_module(), make_loader(), make_loader(seed=2)
     )
-    assert len(calls) == 2  # one that checks the patterns at the start, one that collects
+    assert len(calls) == 3  # one that checks the patterns at the start, one that is tried on a batch, one that collects
 
 
 def test_masks_pending_at_the_end_are_applied_with_a_warning(
