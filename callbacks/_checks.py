@@ -25,7 +25,7 @@ from lrp_prune.pruning import sparsity_schedule
 from lrp_prune.pruning.keys import RANKINGS
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
 from lrp_prune.pruning.scopes import Structure, layout_of, parse_scope
-from lrp_prune.pruning.scorers import METHODS, PROPAGATING
+from lrp_prune.pruning.scorers import METHODS, PROPAGATING, selection_options
 from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, granularities_of
 from lrp_prune.targets import checked
 
@@ -153,6 +153,14 @@ def check_selection(
                         "another scope"
                     )
     return targets
+
+
+def selection_of(*arguments: Any) -> dict[str, Any]:
+    """:func:`~lrp_prune.pruning.scorers.selection_options`; what it refuses is refused as a callback's arguments are."""
+    try:
+        return selection_options(*arguments)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def layouts_of(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[str, str | None]:

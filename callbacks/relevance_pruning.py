@@ -18,7 +18,6 @@ from lrp_prune.callbacks._rounds import Rounds
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import round_table, show
 from lrp_prune.pruning import Masks, Schedule
-from lrp_prune.pruning.scorers import selection_options
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.targets import in_words
 
@@ -84,6 +83,9 @@ class RelevancePruning(CollectingCallback):
         ranking: ``"absolute"`` or ``"ascending"``: what is smallest is pruned.
         normalize: by what each tensor is divided before it is compared: ``"mean"``, ``"sum"``, ``"max"``, ``None`` for
             nothing; ``"auto"`` for the method's best.
+        floor: with scope ``"global"``, the share that each tensor keeps of the average density, see
+            :func:`lrp_prune.select`; ``None`` for the best, 0.5: no tensor is pruned below half of the average density, so
+            that a ranking by relevance cannot empty a layer that a saturated output hardly depends on.
         guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
@@ -110,6 +112,7 @@ class RelevancePruning(CollectingCallback):
         scope: str | None = None,
         ranking: str = "absolute",
         normalize: str | None = "auto",
+        floor: float | None = None,
         granularity: str | list[str] = "weight",
         target: Any = None,
         include: list[str] | None = None,
@@ -149,7 +152,7 @@ class RelevancePruning(CollectingCallback):
             rounds, every_n_epochs, every_n_steps, start_epoch, start_step, self._collection.uses_validation
         )
         _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
-        selection = selection_options(method, granularity, scope, ranking, normalize)
+        selection = _checks.selection_of(method, granularity, scope, ranking, normalize, floor)
         self._pruner = Pruner(targets, selection, name)
         self._guard, self._guard_mode = guard, guard_mode
         self._summary = summary

@@ -35,6 +35,7 @@ def prune(
     rounds: int = 1,
     schedule: Schedule = "linear",
     chunks: int = 1,
+    floor: float | None = None,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -60,6 +61,9 @@ def prune(
             pruned ones are seen to matter; what is pruned stays pruned.
         schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
         chunks: in how many passes over the batches the weights are scored, see :func:`lrp_prune.attribute`.
+        floor: with scope ``"global"``, the share that each tensor keeps of the average density, see :func:`select`; None for
+            the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by relevance cannot empty
+            a layer that a saturated output hardly depends on.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -77,7 +81,7 @@ def prune(
         >>> lrp_prune.prune(model, batches, sparsity=0.5).sparsity
         0.5
     """
-    selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize)
+    selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize, floor)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     check_batches(batches)
     reference = batches if rounds == 1 else list(batches)

@@ -17,6 +17,7 @@ from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.members import Member
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.checking import explaining_nothing
+from lrp_prune.pruning.floors import resolved_floor
 from lrp_prune.pruning.units import weight_norms
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import local_part, sharding_of
@@ -65,14 +66,24 @@ def defaults_of(method: str, granularity: str | Sequence[str] = "weight") -> Def
 
 
 def selection_options(
-    method: str, granularity: str | Sequence[str], scope: str | None, ranking: str, normalize: str | None
+    method: str,
+    granularity: str | Sequence[str],
+    scope: str | None,
+    ranking: str,
+    normalize: str | None,
+    floor: float | None = None,
 ) -> dict[str, Any]:
-    """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``."""
+    """Arguments of :func:`~lrp_prune.pruning.select`, with the method's best in place of ``None`` and ``"auto"``.
+
+    Raises:
+        ValueError: if there is no such method or granularity, or the floor fits neither scope nor granularity.
+    """
     best = defaults_of(method, granularity)
     return {
         "scope": scope or best.scope,
         "ranking": ranking,
         "normalize": best.normalize if normalize == "auto" else normalize,
+        "floor": resolved_floor(floor, scope or best.scope, ",".join(granularities_of(granularity))),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrp_prune.pruning import bits
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
+from lrp_prune.pruning.floors import limits_of, resolved_floor, within_limits
 from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.rows import smallest_per_row
@@ -23,7 +24,7 @@ from lrp_prune.pruning.scopes import (
     parse_scope,
 )
 from lrp_prune.pruning.selection import smallest
-from lrp_prune.pruning.together import raise_together, rows_together, smallest_together
+from lrp_prune.pruning.together import pruned_together, raise_together, rows_together, smallest_together
 from lrp_prune.pruning.units import existing_units, expand_units
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def select(
     ranking: str = "absolute",
     normalize: str | None = None,
     existing: Masks | None = None,
+    floor: float | None = None,
 ) -> Masks:
     r"""Mask the least relevant weights or units.
 
@@ -48,6 +50,11 @@ def select(
     ``"global"`` the scored ones make up for these: exactly :math:`\mathrm{round}(s n)` are pruned. Any other scope leaves
     unscored tensors dense, and is refused where they are more than 5 % of the weights. Either way a warning names them; they
     are in the masks, all kept, so that ``masks.sparsity`` is of everything that was asked for, and in ``masks.unscored``.
+
+    With scope ``"global"`` each tensor of weights keeps at least the share ``floor`` of what it would keep if all were pruned
+    alike: where :math:`k` of :math:`N` scored weights are pruned, at most :math:`\lceil n (1 - f (1 - k / N)) \rceil` of a tensor
+    with :math:`n` are, and :math:`k` of all together as ever. What comes first in the ranking is pruned, past tensors that are
+    at their limit (of sets with patterns, each has a :math:`k / N` of its own).
 
     Args:
         relevance: values of weights in their parameters' shapes, or of units ``[units]`` by group.
@@ -61,7 +68,10 @@ def select(
         ranking: ``"absolute"`` or ``"ascending"``.
         normalize: divide each tensor by its ``"mean"``, ``"sum"`` or ``"max"`` of absolute values before comparing.
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
-            selected here are taken over.
+            selected here are taken over, and what they prune beyond a tensor's ``floor`` is not given back.
+        floor: in [0, 1], for scope ``"global"`` and weights: 0 is one ranking of all weights, 1 is (up to rounding) scope
+            ``"layer"``. None for the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by
+            relevance cannot empty a layer that a saturated output hardly depends on. Units and other scopes have none.
 
     Units of several kinds (``granularity=["head", "neuron"]``) are selected kind by kind, each to the sparsity asked for:
     ``{"head:*": 0.2, "neuron:*": 0.4}`` gives each its own.
@@ -74,8 +84,8 @@ def select(
 
     Raises:
         ValueError: if an argument is out of range, a pattern matches nothing or only unscored weights, the sparsity cannot be
-            reached with what is scored or by the scope, the scope does not fit the granularity or a shape, a value is infinite
-            or NaN, or ``existing`` prunes more than asked already.
+            reached with what is scored or by the scope, the scope or floor does not fit the granularity or a shape, a value is
+            infinite or NaN, or ``existing`` prunes more than asked already.
 
     Example:
         >>> from lrp_prune.relevance import Relevance
@@ -87,12 +97,20 @@ def select(
         >>> select(relevance, sparsity=0.5, scope="row")["weight"]
         tensor([[False,  True,  True, False],
                 [ True,  True, False, False]])
+        >>> relevance = Relevance({"first": values[0], "second": values[1]}, statistic="signed")
+        >>> for floor in (0.0, 0.5, 1.0):
+        ...     masks = select(relevance, sparsity=0.5, floor=floor)
+        ...     masks.pruned_in("first"), masks.pruned_in("second")
+        (4, 0)
+        (3, 1)
+        (2, 2)
     """
     parsed = parse_scope(scope)
     if ranking not in RANKINGS:
         raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
     if not len(relevance):
         raise ValueError("the relevance holds no tensor: was everything excluded?")
+    floor = resolved_floor(floor, scope, relevance.granularity)
     existing = existing.divided(dict(relevance.shardings)) if existing is not None else None
     groups = groups_of(relevance, sparsity, parsed, existing)
     for group in groups:
@@ -109,7 +127,8 @@ def select(
         }
         _check_shapes(shapes, existing)
         kept = {name: existing.bits(name) for name in shapes if name in existing} if existing is not None else {}
-        chosen = _select_weights(relevance, groups, parsed, ranking, shapes, kept)
+        before = {name: existing.pruned_in(name) for name in kept} if existing is not None else {}
+        chosen = _select_weights(relevance, groups, parsed, ranking, shapes, kept, floor, before)
         for name, reason in (entry for group in groups for entry in group.unscored.items()):
             chosen[name] = kept[name] if name in kept else _all_kept(relevance, name)
             if existing is None or name not in existing or name in existing.unscored:
@@ -181,6 +200,8 @@ def _select_weights(
     ranking: str,
     shapes: Mapping[str, tuple[int, ...]],
     kept: Mapping[str, Tensor],
+    floor: float = 0.0,
+    before: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Packed masks of the selected tensors, in the relevance's order."""
     found: dict[str, Tensor] = {}
@@ -189,6 +210,16 @@ def _select_weights(
     if relevance.granularity == "weight":
         divided = {name: entry for name, entry in relevance.shardings.items() if entry.axis is not None}
     layouts: Mapping[str, str] = getattr(relevance, "layouts", None) or {}
+
+    def choose_together(names: Sequence[str], k: int) -> dict[str, Tensor]:
+        old = [kept.get(name) for name in names]
+        if any(name in divided for name in names):
+            masks = smallest_together(relevance, names, k, ranking, old)
+        else:
+            values = _Named(relevance, list(names))
+            masks = smallest(values, k, ranking=ranking, kept=old, names=names, dtype=torch.float32)
+        return dict(zip(names, masks, strict=True))
+
     for group in groups:
         rate = group.rate
         for together in [group.scored] if scope == "global" else [[name] for name in group.scored]:
@@ -196,14 +227,12 @@ def _select_weights(
                 k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
                 if scope == "global" and relevance.granularity == "weight":
                     k = group.number  # also for those that are not scored
-                old = [kept.get(name) for name in together]
-                if any(name in divided for name in together):
-                    masks = smallest_together(relevance, together, k, ranking, old)
+                if scope == "global" and floor:
+                    limits = limits_of({name: math.prod(shapes[name]) for name in together}, floor, k, before or {})
+                    count = partial(pruned_together, shapes, divided)
+                    found.update(within_limits(together, k, limits, choose_together, count))
                 else:
-                    masks = smallest(
-                        _Named(relevance, together), k, ranking=ranking, kept=old, names=together, dtype=torch.float32
-                    )
-                found.update(zip(together, masks, strict=True))
+                    found.update(choose_together(together, k))
             else:
                 (name,) = together
                 layout = layouts.get(name) or layout_of(shapes[name])

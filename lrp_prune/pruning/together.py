@@ -5,7 +5,8 @@ Where all entries of a tensor or of a model are compared, the processes exchange
 divided along another dimension; where it is not, its values are moved so that they are, and the mask is moved back.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,6 +69,25 @@ def smallest_together(
         preceding=partial(_preceding, first),
     )
     return [part.mask(mask) for part, mask in zip(parts, masks, strict=True)]
+
+
+def pruned_together(
+    shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, Sharding], masks: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """How many entries of whole tensors are pruned by packed masks, each of the part that is here.
+
+    Args:
+        shapes: of the whole tensors.
+        shardings: of those that are divided, all among the same processes.
+        masks: packed.
+    """
+    here = {name: shardings[name].local_shape if name in shardings else shapes[name] for name in masks}
+    pruned = {name: math.prod(here[name]) - bits.count(mask) for name, mask in masks.items()}
+    divided = [name for name in masks if name in shardings]
+    if divided:
+        counts = torch.tensor([pruned[name] for name in divided], dtype=torch.int64)
+        pruned.update(zip(divided, shardings[divided[0]].all_reduced(counts).tolist(), strict=True))
+    return pruned
 
 
 def _preceding(sharding: Sharding, ties: Tensor) -> Tensor:

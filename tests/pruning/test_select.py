@@ -51,7 +51,7 @@ def test_each_scope_prunes_exactly_its_share_of_each_set(sparsity, ranking):
         expected = torch.stack([first(v, round(sparsity * rows), ranking) for v in values.t()], dim=1)
         assert torch.equal(column[name], expected)
     total = sum(math.prod(shape) for shape in SHAPES.values())
-    together = select(relevance, sparsity, scope="global", ranking=ranking)
+    together = select(relevance, sparsity, scope="global", ranking=ranking, floor=0)
     everything = torch.cat([relevance[name].view(-1) for name in SHAPES])
     assert together.num_pruned == round(sparsity * total)
     expected = first(everything, round(sparsity * total), ranking)
@@ -137,7 +137,7 @@ def test_a_sparsity_out_of_range_is_refused(sparsity):
 def test_normalisation_matters_between_tensors():
     values = torch.rand(100, generator=torch.Generator().manual_seed(0)) + 0.1
     relevance = Relevance({"a": values, "b": values * 1000}, statistic="signed")
-    assert select(relevance, 0.5, scope="global").pruned_in("a") == 100
+    assert select(relevance, 0.5, scope="global", floor=0).pruned_in("a") == 100
     for by in ("mean", "sum", "max"):
         assert abs(select(relevance, 0.5, scope="global", normalize=by).pruned_in("a") - 50) <= 1
     with pytest.raises(ValueError, match="normalize must be one of"):

@@ -55,10 +55,11 @@ def test_exactly_what_one_process_selects(tmp_path: Path, processes: int) -> Non
     first = dict.fromkeys(SHAPES, 0)
     last = {name: len(shape) - 1 for name, shape in SHAPES.items() if shape[-1] % processes == 0}
     mixed = {"stacked": 1, "transposed": 0, "small": 0}
-    expected = {}
+    expected: dict[int, Any] = {}
     for number, (scope, dims) in enumerate(itertools.product(SCOPES, (first, last, mixed))):
         options = {"scope": scope, "ranking": ("absolute", "ascending")[number % 2]}
-        options["normalize"] = (None, "mean", "max")[number % 3] if scope == "global" else None
+        if scope == "global":
+            options |= {"normalize": (None, "mean", "max")[number % 3], "floor": (0.0, 0.9, 0.5)[number % 3]}
         early = lrp_prune.select(relevance, 0.5, **options)
         late = lrp_prune.select(relevance, 0.5 if scope == "2:4" else 0.7, **options, existing=early)
         expected[number] = (options, dims, early, late)
@@ -90,6 +91,33 @@ def test_exactly_what_one_process_selects(tmp_path: Path, processes: int) -> Non
         for scope in ("global", "row", "column"):
             with pytest.raises((ValueError, RuntimeError), match="infinite or NaN"):
                 lrp_prune.select(bad, 0.5, scope=scope)
+
+    together(check, processes, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_limits_of_tensors_are_those_of_one_process(tmp_path: Path, processes: int) -> None:
+    """Whole tensors beside divided ones, tensors that are full at different thresholds, earlier masks beyond the limit."""
+    relevance = tied_relevance()
+    scales = dict(zip(SHAPES, (1e-3, 1.0, 1e-2, 10.0, 1.0, 1e-4), strict=True))
+    relevance = Relevance(
+        {name: relevance[name] * scale for name, scale in scales.items()}, statistic="signed", layouts=LAYOUTS
+    )
+    mixed = {"stacked": 1, "transposed": 0, "linear": 0}
+    expected = []
+    for ranking, floor in itertools.product(("absolute", "ascending"), (0.5, 0.75, 1.0)):
+        early = lrp_prune.select(relevance, 0.3, ranking=ranking, floor=0)
+        options = {"ranking": ranking, "floor": floor, "existing": early}
+        expected.append((options, lrp_prune.select(relevance, 0.6, **options)))
+        assert expected[-1][1] != lrp_prune.select(relevance, 0.6, **{**options, "floor": 0})
+
+    def check(mesh: Any) -> None:
+        for dims in (dict.fromkeys(SHAPES, 0), mixed):
+            parts = divided(relevance, mesh, dims)
+            for options, masks in expected:
+                found = lrp_prune.select(parts, 0.6, **options)
+                assert found.num_pruned == masks.num_pruned == round(0.6 * masks.num_entries)
+                assert found.gathered() == masks, (options, dims)
 
     together(check, processes, tmp_path)
 
