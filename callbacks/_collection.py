@@ -236,6 +236,16 @@ class Collection:
             raise
         return self.finish(trainer)
 
+    def batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+        """The batches that are collected on, on the device: of the reference data, else of the validation's loaders."""
+        with isolate_rng():
+            if self.reference is not None:
+                batches: Iterable[tuple[Any, int]] = zip(batches_of(self.reference), repeat(0), strict=False)
+            else:
+                trainer.fit_loop.epoch_loop.val_loop.setup_data()
+                batches = validation_batches(trainer, self.dataloader)
+            return [to_device(batch, trainer, pl_module, index) for batch, index in islice(batches, self.max_batches)]
+
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scorer = self._make_scorer(trainer, pl_module)
         self._taken, self._failure, self._alone = 0, None, trainer.world_size == 1

@@ -1,7 +1,7 @@
 """Applying masks to a model in training, and telling about it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,17 +11,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._averages import averaged_models
-from lrp_prune.callbacks._distributed import check_equal
+from lrp_prune.callbacks._distributed import agree, check_equal
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks._summary import group_sparsities
+from lrp_prune.models.subject import subject_of
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
 from lrp_prune.pruning import Masks, select
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import sharding_of
+from lrp_prune.sharding import is_sharded, sharding_of
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 
@@ -105,8 +107,32 @@ class Pruner:
                 shardings = {entry: sharding for entry, sharding in found.items() if sharding is not None}
                 setattr(self.state, name, masks.divided(shardings))
 
-    def apply(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> None:
-        """Prune by these masks and count the round.
+    def recalibration(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any
+    ) -> Recalibration:
+        """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes.
+
+        Raises:
+            MisconfigurationException: the model is divided among processes.
+        """
+        if any(map(is_sharded, pl_module.parameters())):
+            raise MisconfigurationException(
+                "recalibrate=True needs whole weights, and this model is divided among processes: leave it out"
+            )
+        found, failure = None, None
+        try:
+            with _uncorrected(pl_module), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+                found = recalibrate(_inner(pl_module), masks, batches(), target, together=trainer.world_size > 1)
+        except Exception as error:  # the other processes have to hear of it
+            failure = error
+        agree(trainer, failure)
+        assert found is not None
+        return found
+
+    def apply(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Masks, recalibration: Recalibration | None = None
+    ) -> None:
+        """Prune by these masks, scale what is kept, and count the round.
 
         Raises:
             RuntimeError: the processes of the run have different masks; no weight has changed.
@@ -117,6 +143,8 @@ class Pruner:
                 self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
             else:
                 self._keeper.update(masks)
+            if recalibration is not None:
+                recalibration.apply_(subject_of(_inner(pl_module)).module)
         self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
         self._mask_averages(trainer)
 
@@ -153,6 +181,11 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+
+
+def _inner(pl_module: LightningModule) -> LightningModule:
+    """The module that is trained, without a wrapper for corrections."""
+    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module  # type: ignore[return-value]
 
 
 def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:

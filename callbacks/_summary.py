@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrp_prune.pruning import Masks
+from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.unscored import described, entries_of, share
 
 _WIDTH = 100
@@ -67,6 +68,7 @@ def round_table(
     method: str,
     samples: int,
     explains: str = "",
+    recalibration: Recalibration | None = None,
     width: int = _WIDTH,
 ) -> str:
     """A round's table as text.
@@ -80,6 +82,7 @@ def round_table(
         method: how weights were scored.
         samples: reference samples that relevance was collected on; 0 if none was needed.
         explains: what is explained, in words; empty if nothing is.
+        recalibration: what was done to the weights that are kept, if it was.
         width: characters in a line.
     """
     aim = f"{target:.2%}" if isinstance(target, float) else ", ".join(f"{p} {v:.2%}" for p, v in target.items())
@@ -92,6 +95,8 @@ def round_table(
     )
     if explains:
         lines += f"\nexplains: {explains}"
+    if recalibration is not None:
+        lines += f"\nrecalibrated: {recalibration}"
     if masks.unscored:
         missing = entries_of(masks.unscored, masks.shapes)
         lines += f"\nnot scored and kept: {share(missing, masks.num_entries)}: {described(masks.unscored)}"

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -86,6 +87,9 @@ class RelevancePruning(CollectingCallback):
         floor: with scope ``"global"``, the share that each tensor keeps of the average density, see
             :func:`lrp_prune.select`; ``None`` for the best, 0.5: no tensor is pruned below half of the average density, so
             that a ranking by relevance cannot empty a layer that a saturated output hardly depends on.
+        recalibrate: after each round, before the training goes on, scale what is kept, channel by channel, to the outputs from
+            before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
+            that relevance was collected on, which are read once more.
         guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
@@ -113,6 +117,7 @@ class RelevancePruning(CollectingCallback):
         ranking: str = "absolute",
         normalize: str | None = "auto",
         floor: float | None = None,
+        recalibrate: bool = False,
         granularity: str | list[str] = "weight",
         target: Any = None,
         include: list[str] | None = None,
@@ -155,7 +160,7 @@ class RelevancePruning(CollectingCallback):
         selection = _checks.selection_of(method, granularity, scope, ranking, normalize, floor)
         self._pruner = Pruner(targets, selection, name)
         self._guard, self._guard_mode = guard, guard_mode
-        self._summary = summary
+        self._summary, self._recalibrate = summary, recalibrate
         self._allow_untested = allow_untested
         kinds = ",".join(granularities_of(granularity))
         self._identity = {"granularity": kinds, "include": include, "exclude": exclude}
@@ -372,7 +377,13 @@ class RelevancePruning(CollectingCallback):
             self._explained = relevance.target
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
-        pruner.apply(trainer, pl_module, masks)
+        recalibration = None
+        if self._recalibrate:
+            asked = self._collection.options["target"]
+            batches = partial(self._collection.batches, trainer, pl_module)
+            explained = asked if callable(asked) else self._explained
+            recalibration = pruner.recalibration(trainer, pl_module, masks, batches, explained)
+        pruner.apply(trainer, pl_module, masks, recalibration)
         if log:
             pruner.log_round(pl_module, previous, samples)
         if self._summary and trainer.is_global_zero:
@@ -384,6 +395,7 @@ class RelevancePruning(CollectingCallback):
                 target=target,
                 method=self._collection.method,
                 samples=samples,
+                recalibration=recalibration,
                 explains=in_words(self._explained) if self._collection.explains else "",
             )
             show(trainer, table)

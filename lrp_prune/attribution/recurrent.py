@@ -156,6 +156,8 @@ def recurrent(call: Call, given: Call, rule: Callable[[str], Rule], uses: Weight
                 uses.leave_out(weight, GATES)
     with torch.autocast(x.device.type, enabled=False):
         made = _one_step(rules, step, arguments, state) if cell else _all_layers(rules, step, arguments, state)
+    if uses.replaces_values:
+        return made if len(made) > 1 else made[0]
     with _out_of_sight():
         values = call.function(*{**_arguments(given), **({} if cell else {"dropout": 0.0})}.values())
         several = isinstance(values, tuple)

@@ -42,7 +42,7 @@ class RecurrentProduct:
         valid: Tensor | None = None,
         rule: Rule | None = None,
     ) -> None:
-        self._weight, self._bias, self._valid, self._rule = weight, bias, valid, rule
+        self._weight, self._bias, self._valid, self._rule = uses.effective(weight), bias, valid, rule
         self._states: list[Tensor] = [weight] * places[1]
         self._use, self._observers = uses.of_linear(weight, all_tokens=valid is not None)
         self._showing = uses.showing

@@ -6,7 +6,7 @@ gradient is made, and nothing is kept per batch.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,15 @@ class Use:
         if len(self.origin.parameter.size) == 3:
             return "stacked" if upright else "stacked_transposed"
         return "linear" if upright else "transposed"
+
+
+class Product(NamedTuple):
+    """A product of an activation with a weight."""
+
+    activation: Tensor
+    weight: Tensor
+    origin: Origin
+    form: Form
 
 
 class Observer(Protocol):
@@ -153,6 +162,13 @@ class WeightUses:
         for observer in self._observers(use) if self._observers is not None and self.showing else ():
             observer.forward(use, constant)
 
+    replaces_values = False
+    """Whether products come out with other values than in the model, so that nothing computed from them can be given."""
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The values of a weight in products that somebody else makes."""
+        return weight
+
     def leave_out(self, weight: Tensor, reason: str) -> None:
         """Show no use of a weight."""
         origin = marked(weight)
@@ -168,10 +184,8 @@ class WeightUses:
         use = Use(form_of(call, 0, 1), weight, origin, None, all_tokens)
         return use, [] if origin.name in self.left_out else self._observers(use)
 
-    def observed(self, call: Call) -> Any:
-        """The result of a product of one activation and one weight, observed; None for other calls."""
-        if self._observers is None:
-            return None
+    def _product(self, call: Call) -> Product | None:
+        """The parts of a product of one activation and one weight; None for other calls."""
         operands = call.operands()
         origins = [
             marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
@@ -192,6 +206,16 @@ class WeightUses:
             active[0],
             weights[0],
         )
+        return Product(activation, weight, origin, form)
+
+    def observed(self, call: Call) -> Any:
+        """The result of a product of one activation and one weight, observed; None for other calls."""
+        if self._observers is None:
+            return None
+        found = self._product(call)
+        if found is None:
+            return None
+        activation, weight, origin, form = found
         reading = None if self._tracer is None else self._tracer.reads(form, weight, origin, activation)
         use = Use(form, weight, origin, reading, self._all_tokens)
         observers = [] if origin.name in self.left_out else self._observers(use)

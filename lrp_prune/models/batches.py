@@ -106,6 +106,26 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return pytree.tree_map(leaf, value, is_leaf=_is_packed)
 
 
+def laid_together(first: Any, second: Any) -> Any:
+    """One batch with the samples of two; None if they do not fit: other lengths or types, or tensors without a row a sample.
+
+    Example:
+        >>> laid_together((torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1)))[1]
+        tensor([0., 0., 1.])
+        >>> laid_together(torch.zeros(2, 3), torch.zeros(2, 4)) is None
+        True
+    """
+    (mine, structure), (theirs, other) = pytree.tree_flatten(first), pytree.tree_flatten(second)
+    if structure != other or not mine or not all(isinstance(leaf, Tensor) for leaf in (*mine, *theirs)):
+        return None
+    for leaves in (mine, theirs):
+        if any(leaf.dim() == 0 for leaf in leaves) or len({len(leaf) for leaf in leaves}) != 1:
+            return None
+    if any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in zip(mine, theirs, strict=True)):
+        return None
+    return pytree.tree_unflatten([torch.cat(pair) for pair in zip(mine, theirs, strict=True)], structure)
+
+
 def with_fields(batch: Any, named: Mapping[str, Any]) -> Any:
     """A copy of an object with other values in its :func:`fields`."""
     made = copy.copy(batch)

@@ -4,6 +4,7 @@ from lrp_prune.pruning.checking import check_uses
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.merging import merge_adapters
 from lrp_prune.pruning.prune import prune
+from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
 from lrp_prune.pruning.scorers import METHODS, Scorer, scorer
 from lrp_prune.pruning.select import select
@@ -12,11 +13,13 @@ __all__ = [
     "METHODS",
     "SCHEDULES",
     "Masks",
+    "Recalibration",
     "Schedule",
     "Scorer",
     "check_uses",
     "merge_adapters",
     "prune",
+    "recalibrate",
     "scorer",
     "select",
     "sparsity_schedule",

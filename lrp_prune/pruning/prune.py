@@ -1,7 +1,8 @@
 """One shot or several rounds without training: batches in, pruned model out."""
 
+import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +12,21 @@ from torch import Tensor, nn
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
+from lrp_prune.models.subject import subject_of
 from lrp_prune.names import resolve
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.recalibration import recalibrate as measure
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
-from lrp_prune.sharding import local_part
+from lrp_prune.sharding import is_sharded, local_part
 from lrp_prune.targets import Inferred
 from lrp_prune.unscored import UnscoredWeightsWarning
+
+_logger = logging.getLogger("lrp_prune")
 
 
 def prune(
@@ -36,6 +41,8 @@ def prune(
     schedule: Schedule = "linear",
     chunks: int = 1,
     floor: float | None = None,
+    recalibrate: bool | None = None,
+    existing: Masks | None = None,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -64,6 +71,12 @@ def prune(
         floor: with scope ``"global"``, the share that each tensor keeps of the average density, see :func:`select`; None for
             the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by relevance cannot empty
             a layer that a saturated output hardly depends on.
+        recalibrate: whether what is kept is scaled, channel by channel, to the outputs of the dense model on the same batches, by
+            forward passes alone and only as far as it helps (see :func:`~lrp_prune.pruning.recalibrate`); biases and running
+            statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches, but not
+            of models that are divided among processes. Of several rounds each begins with the dense model's weights, which are
+            kept beside the model until then.
+        existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -84,13 +97,15 @@ def prune(
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize, floor)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     check_batches(batches)
-    reference = batches if rounds == 1 else list(batches)
+    again = rounds > 1 or recalibrate is not False
+    reference = list(batches) if again else batches
+    recalibrates = _recalibrates(model, recalibrate, reference)
     check_chunks(chunks, reference, options.get("granularity", "weight"))
     which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds
-    masks: Masks | None = None
-    with _undone_on_error(model) as zero:
+    masks = existing
+    with _kept(model, recalibrates and rounds > 1) as restore, _undone_on_error(model) as zero:
         for index, target in enumerate(targets):
             scores = scorer(method, model, **options)
             if index == 0 and options.get("granularity", "weight") == "weight":
@@ -102,9 +117,55 @@ def prune(
                 check_included(which.get("include"), relevance, relevance.unscored)
                 groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
                 masks = select(relevance, sparsity=target, existing=masks, **selection)
+            if recalibrates:
+                restore()
+                explained = options["target"] if callable(options["target"]) else relevance.target
+                found = measure(model, masks, reference, explained)
             zero(masks)
+            if recalibrates:
+                found.apply_(subject_of(model).module)
+                _logger.info("round %d: %s", index + 1, found)
     assert masks is not None
     return masks
+
+
+def _recalibrates(model: nn.Module, asked: bool | None, reference: Any) -> bool:
+    """Whether to recalibrate, which takes batches and whole weights.
+
+    Raises:
+        ValueError: if it is asked for and cannot be.
+    """
+    if asked is False:
+        return False
+    divided = any(map(is_sharded, model.parameters()))
+    if asked and divided:
+        raise ValueError(
+            "recalibrate=True needs whole weights, and this model is divided among processes: leave it out, or prune before"
+        )
+    if asked and not reference:
+        raise ValueError("recalibrate=True needs batches: pass some, or recalibrate=False")
+    return not divided and bool(reference)
+
+
+@contextmanager
+def _kept(model: nn.Module, needed: bool) -> Iterator[Callable[[], None]]:
+    """Keeps all weights and statistics beside the model, to begin again with them; and leaves it with them if it fails."""
+    if not needed:
+        yield lambda: None
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""Pairs of a layer's outputs: dense, and as they will be with masks and scales, product by product in one forward each."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lrp_prune.attribution.origins import Layout, marked
+from lrp_prune.attribution.rules import Call
+from lrp_prune.attribution.tracing import channel_axis
+from lrp_prune.attribution.uses import Product, WeightUses
+from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.moments import PairedMoments
+
+
+class BiasPlace(NamedTuple):
+    """A bias, or the part of one that belongs to a layer."""
+
+    name: str
+    layout: Layout
+
+
+class Place(NamedTuple):
+    """A weight, or the part of one that is used as a layer by itself: queries in a fused projection, an expert of a stack.
+
+    Args:
+        name: the parameter's.
+        layout: of the part in it.
+        axis: of the part, along which it has output channels; None for a convolution, whose groups tell.
+        groups: of a transposed convolution.
+        bias: what is added to its channels, if that is a parameter.
+    """
+
+    name: str
+    layout: Layout
+    axis: int
+    bias: BiasPlace | None
+
+    def along_weight(self, channels: Tensor, weight: Tensor) -> Tensor:
+        """A value for each output channel in a shape that broadcasts to the weight."""
+        if len(channels) != weight.shape[self.axis]:  # a transposed convolution, with its channels divided into groups
+            rows, width = weight.shape[:2]
+            groups = len(channels) // width
+            table = channels.reshape(groups, 1, width).expand(-1, rows // groups, -1).reshape(rows, width)
+            return table.reshape(rows, width, *(1,) * (weight.dim() - 2))
+        return channels.reshape([len(channels) if dim == self.axis else 1 for dim in range(weight.dim())])
+
+
+class DenseOutputs(WeightUses):
+    """The outputs of a forward as it is, of those products that masks are about.
+
+    Args:
+        masks: what is to be pruned.
+        counted: ``[samples, tokens]``, which are no padding; None for all.
+    """
+
+    def __init__(self, masks: Masks, counted: Tensor | None) -> None:
+        super().__init__(lambda use: [])
+        self._masks = masks
+        self.made: dict[Place, list[Tensor]] = {}
+
+    @property
+    def entries(self) -> int:
+        """How many entries are kept."""
+        return sum(entry.numel() for made in self.made.values() for entry in made)
+
+    def observed(self, call: Call) -> Any:
+        """Run a product, and keep what comes out."""
+        found = self._product(call)
+        if found is None:
+            return None
+        result = call.run()
+        place = place_of(found, call, result, self._masks)
+        if place is not None:
+            self.made.setdefault(place, []).append(result.detach())
+        return result
+
+
+class PrunedUses(WeightUses):
+    """Products with masked weights, scaled and shifted by what is known so far.
+
+    Args:
+        masks: what is to be pruned.
+        dense: the same batch's outputs of the dense model.
+        channels: moments of each place.
+        strength: see :meth:`PairedMoments.fit`.
+        counted: ``[samples, tokens]``, which are no padding; None for all.
+        fitting: whether moments are added to, or what is known is only used.
+    """
+
+    replaces_values = True
+
+    def __init__(
+        self,
+        masks: Masks,
+        dense: DenseOutputs,
+        channels: dict[Place, PairedMoments],
+        strength: float,
+        counted: Tensor | None,
+        fitting: bool = True,
+    ) -> None:
+        super().__init__(lambda use: [])
+        self._masks, self._channels, self._strength = masks, channels, strength
+        self._counted, self._fitting = counted, fitting
+        self._dense: dict[Place, Iterator[Tensor]] = {place: iter(made) for place, made in dense.made.items()}
+
+    def observed(self, call: Call) -> Any:
+        """The product as it will be."""
+        found = self._product(call)
+        if found is None:
+            return None
+        with torch.no_grad():
+            result = found.form.forward(found.activation.detach(), self._masked(found.weight))
+            place = place_of(found, call, result, self._masks) if self._strength else None
+            if place is not None:
+                result = self._scaled(place, found, result)
+            if result._is_view():
+                result = result.clone()
+        return _given(found.activation, result)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """With zeros where it is pruned."""
+        return self._masked(weight)
+
+    def _masked(self, weight: Tensor) -> Tensor:
+        origin = marked(weight)
+        if origin is None or origin.layout is None or origin.name not in self._masks:
+            return weight
+        return weight * origin.layout.on(_laid_out(self._masks, origin)).to(weight.device)
+
+    def _scaled(self, place: Place, found: Product, result: Tensor) -> Tensor:
+        axis = channel_axis(found.form, found.weight, result)
+        assert axis is not None
+        dense = next(self._dense.get(place, iter(())), None)
+        width = int(result.shape[axis])
+        moments = (
+            self._channels.get(place) if not self._fitting else self._channels.setdefault(place, PairedMoments(width))
+        )
+        if self._fitting and moments is not None and dense is not None and dense.shape == result.shape:
+            moments.add(self._rows(result, axis), self._rows(dense, axis))
+        if moments is None or not moments.count:
+            return result
+        scale, shift = moments.fit(self._strength, place.bias is not None)
+        shape = [width if dim == axis % result.dim() else 1 for dim in range(result.dim())]
+        return result * scale.to(result).reshape(shape) + shift.to(result).reshape(shape)
+
+    def _rows(self, outputs: Tensor, axis: int) -> Tensor:
+        if (
+            self._counted is not None
+            and outputs.shape[:2] == self._counted.shape
+            and axis % outputs.dim() == outputs.dim() - 1
+        ):
+            return outputs[self._counted].reshape(-1, outputs.shape[-1])
+        return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
+
+
+def place_of(found: Product, call: Call, result: Tensor, masks: Masks) -> Place | None:
+    """The part of a weight that can be scaled by its output channels; None if it cannot."""
+    origin, form, weight = found.origin, found.form, found.weight
+    if origin.name not in masks or origin.layout is None or origin.scaled or not isinstance(result, Tensor):
+        return None
+    if len(origin.parameter.size) == 3 and len(origin.layout.size) == 2:
+        return None  # an expert of a stack, which other tokens go to once the layers before it are pruned
+    axis = channel_axis(form, weight, result)
+    if axis is None or len(origin.layout.size) != weight.dim():
+        return None
+    vectors = [entry for entry in (*call.args, *call.kwargs.values()) if isinstance(entry, Tensor) and entry.dim() == 1]
+    bias = marked(vectors[0]) if vectors else None
+    placed = None
+    if bias is not None and bias.layout is not None and not bias.scaled and len(vectors[0]) == result.shape[axis]:
+        placed = BiasPlace(bias.name, bias.layout)
+    return Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+
+
+def _laid_out(masks: Masks, origin: Any) -> Tensor:
+    """A mask in the parameter's own order in memory."""
+    mask = masks[origin.name]
+    if tuple(mask.stride()) == origin.parameter.stride:
+        return mask
+    return torch.empty_strided(origin.parameter.size, origin.parameter.stride, dtype=torch.bool).copy_(mask)
+
+
+class _Given(Function):
+    """A value that is computed from an activation, and through which nothing has to go back."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_non_differentiable()
+        return value.clone() if value.requires_grad else value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+_given: Callable[..., Tensor] = _Given.apply

@@ -1,0 +1,166 @@
+"""Prunes a panel of trained models by every method, and says what is left of each: the evidence for a default.
+
+    python tests/benchmarks/panel.py --quick                 # one seed, one shot
+    python tests/benchmarks/panel.py                         # three seeds, one shot and in rounds with training; hours, resumable
+    python tests/benchmarks/panel.py --report                # table and figure of what there is
+
+A score is the share of the dense model's advantage over chance that is kept: 1 is the dense model, 0 is chance, and less counts
+as 0. Everything is judged on data that neither the training nor the pruning has seen. Rounds are four, with a quarter of the
+first training's epochs after each, at half its rate.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from panel_models import Case, Data, cases, score_of, train
+from panel_report import figure, table
+from torch import nn
+from tqdm import tqdm
+
+import lrp_prune
+from lrp_prune.pruning import sparsity_schedule
+
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
+TRAINED_SPARSITIES = (0.8, 0.9)
+ROUNDS = 4
+METHODS: dict[str, dict[str, Any]] = {
+    "lrp": {},
+    "lrp, two rounds": {"rounds": 2, "schedule": "cubic"},
+    "lrp, not recalibrated": {"recalibrate": False},
+    "lrp, no floor, not recalibrated": {"floor": 0.0, "recalibrate": False},
+    "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},
+    "gradient": {"method": "gradient"},
+    "wanda": {"method": "wanda"},
+    "wanda, not recalibrated": {"method": "wanda", "recalibrate": False},
+    "magnitude": {"method": "magnitude"},
+    "magnitude, not recalibrated": {"method": "magnitude", "recalibrate": False},
+    "magnitude, global": {"method": "magnitude", "scope": "global", "floor": 0.0},
+    "magnitude, global, not recalibrated": {
+        "method": "magnitude",
+        "scope": "global",
+        "floor": 0.0,
+        "recalibrate": False,
+    },
+    "random": {"method": "random"},
+}
+"""What is compared, each with the arguments of :func:`lrp_prune.prune` beside its defaults."""
+TRAINED_METHODS = (
+    "lrp", "lrp, not recalibrated", "wanda", "wanda, not recalibrated", "magnitude, not recalibrated",
+    "magnitude, global, not recalibrated", "random",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruning of one model."""
+
+    case: str
+    seed: int
+    method: str
+    sparsity: float
+    rounds: int
+
+
+def rows(names: list[str], methods: list[str], seeds: range, trained: bool) -> Iterator[Row]:
+    """All rows, those of one trained model after each other."""
+    for case, seed in itertools.product(names, seeds):
+        for method, sparsity in itertools.product(methods, SPARSITIES):
+            yield Row(case, seed, method, sparsity, 1)
+        for method, sparsity in itertools.product(methods if trained else (), TRAINED_SPARSITIES):
+            if method in TRAINED_METHODS:
+                yield Row(case, seed, method, sparsity, ROUNDS)
+
+
+def trained_model(case: Case, seed: int, folder: Path) -> tuple[nn.Module, Data]:
+    """A model of the panel, trained once."""
+    data = case.data(seed)
+    torch.manual_seed(seed)
+    model, path = case.build(), folder / f"{case.name}-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval(), data
+    for _ in train(case, model, data.train, case.epochs, case.rate, seed):
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval(), data
+
+
+def pruned(case: Case, model: nn.Module, data: Data, row: Row) -> tuple[nn.Module, float]:
+    """A pruned copy, and the seconds that pruning took."""
+    model, masks, seconds = copy.deepcopy(model).eval(), None, 0.0
+    for number, sparsity in enumerate(sparsity_schedule("cubic", row.sparsity, row.rounds), 1):
+        options: dict[str, Any] = {**case.options, **METHODS[row.method], "seed": row.seed}
+        if case.include is not None:
+            options["include"] = case.include
+        if options.get("method", "lrp") in ("lrp", "gradient"):
+            options["target"] = case.target
+        before, start = masks, time.perf_counter()
+        masks = lrp_prune.prune(model.eval(), data.reference, sparsity, unruled="ignore", existing=before, **options)
+        seconds += time.perf_counter() - start
+        if row.rounds > 1:
+            for _ in train(case, model, data.train, case.epochs / ROUNDS, case.rate / 2, row.seed + 100 * number):
+                masks.apply_(model)
+    return model.eval(), seconds
+
+
+def run(todo: list[Row], results: Path, models: Path) -> None:
+    """Do the rows that are missing, one line of results each."""
+    known, by_name = done(results), {case.name: case for case in cases()}
+    held: tuple[Any, ...] = (None, None, None, None)
+    for row in tqdm([row for row in todo if row not in known], unit="row", dynamic_ncols=True):
+        if held[0] != (row.case, row.seed):
+            model, data = trained_model(by_name[row.case], row.seed, models)
+            held = ((row.case, row.seed), model, data, score_of(by_name[row.case], model, data.held_out))
+        case, (_, model, data, dense) = by_name[row.case], held
+        sparse, seconds = pruned(case, model, data, row)
+        score = score_of(case, sparse, data.held_out)
+        share = (score - case.chance) / (dense - case.chance) if math.isfinite(score) else 0.0
+        with results.open("a") as file:
+            file.write(json.dumps({**asdict(row), "share": max(share, 0.0), "dense": dense, "seconds": seconds}) + "\n")
+
+
+def done(results: Path) -> dict[Row, dict[str, Any]]:
+    """What is known already."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {Row(**{name: entry[name] for name in Row.__dataclass_fields__}): entry for entry in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, one shot")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases()], help="models; all by default")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all by default")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, of data and models")
+    parser.add_argument("--report", action="store_true", help="only table and figure of what there is")
+    parser.add_argument("--output", type=Path, default=Path("outputs/panel"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lrp_prune").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    results = arguments.output / "results.jsonl"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        names = arguments.cases or [case.name for case in cases()]
+        seeds = range(1 if arguments.quick else arguments.seeds)
+        methods = arguments.methods or list(METHODS)
+        run(list(rows(names, methods, seeds, not arguments.quick)), results, arguments.output / "models")
+    found = list(done(results).values())
+    print(table(found))
+    print(f"figure: {figure(found, arguments.output / 'panel.png')}")
+
+
+if __name__ == "__main__":
+    main()

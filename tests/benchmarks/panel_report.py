@@ -1,0 +1,97 @@
+"""Table and figure of the panel's results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+SIMPLE = ("wanda, not recalibrated", "wanda", "magnitude", "magnitude, not recalibrated")
+
+
+def _mean(found: Sequence[dict[str, Any]], **wanted: Any) -> float | None:
+    values = [entry["share"] for entry in found if all(entry[name] == value for name, value in wanted.items())]
+    return float(np.mean(values)) if values else None
+
+
+def _unique(found: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return list(dict.fromkeys(entry[name] for entry in found))
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Mean share of the dense advantage, mean rank and worst case, by method and sparsity; one shot, and in rounds."""
+    lines = []
+    for rounds in sorted(_unique(found, "rounds")):
+        here = [entry for entry in found if entry["rounds"] == rounds]
+        sparsities, methods, cases = (sorted(_unique(here, "sparsity")), _unique(here, "method"), _unique(here, "case"))
+        lines += [
+            f"{len(cases)} models, {len(_unique(here, 'seed'))} seeds, "
+            + ("one shot" if rounds == 1 else f"{rounds} rounds with training")
+            + ": mean share of the dense advantage that is kept (worst model); rank is the mean over models and sparsities",
+            "",
+            "| method | " + " | ".join(f"{value:.0%}" for value in sparsities) + " | rank |",
+            "|---|" + "---|" * (len(sparsities) + 1),
+        ]
+        ranks: dict[str, list[float]] = {method: [] for method in methods}
+        for case in cases:
+            for sparsity in sparsities:
+                means = {method: _mean(here, case=case, sparsity=sparsity, method=method) for method in methods}
+                known = {method: value for method, value in means.items() if value is not None}
+                for method, value in known.items():
+                    ranks[method].append(1 + sum(other > value + 1e-9 for other in known.values()))
+        for method in methods:
+            cells = []
+            for sparsity in sparsities:
+                each = [_mean(here, case=case, sparsity=sparsity, method=method) for case in cases]
+                values = [value for value in each if value is not None]
+                cells.append(f"{np.mean(values):.3f} ({min(values):.2f})" if values else "")
+            lines.append(f"| {method} | " + " | ".join(cells) + f" | {np.mean(ranks[method]):.1f} |")
+        lines += ["", *_shortfalls(here, cases, sparsities), ""]
+    return "\n".join(lines)
+
+
+def _shortfalls(here: Sequence[dict[str, Any]], cases: Sequence[str], sparsities: Sequence[float]) -> list[str]:
+    """Where the default is worse than the best of the simple methods by more than three points."""
+    told = []
+    for case in cases:
+        for sparsity in sparsities:
+            mine = _mean(here, case=case, sparsity=sparsity, method="lrp")
+            others = {name: _mean(here, case=case, sparsity=sparsity, method=name) for name in SIMPLE}
+            best = max(((value, name) for name, value in others.items() if value is not None), default=None)
+            if mine is not None and best is not None and best[0] > mine + 0.03:
+                told.append(f"{case} at {sparsity:.0%}: {mine:.2f}, {best[1]} {best[0]:.2f}")
+    return [
+        f"lrp is more than 0.03 behind the best of wanda and magnitude at: {'; '.join(told) or 'no model and sparsity'}"
+    ]
+
+
+def figure(found: Sequence[dict[str, Any]], path: Path) -> Path:
+    """One small plot a model: what is kept by sparsity, one shot."""
+    here = [entry for entry in found if entry["rounds"] == 1]
+    cases, methods = _unique(here, "case"), [name for name in _unique(here, "method") if "round" not in name]
+    rows = -(-len(cases) // 4)
+    drawn = Figure(figsize=(14, 2.6 * rows + 1), layout="constrained")
+    axes = np.atleast_1d(drawn.subplots(rows, 4, sharex=True, sharey=True)).reshape(-1)
+    for axis, case in zip(axes, cases, strict=False):
+        for method in methods:
+            sparsities = sorted(_unique(here, "sparsity"))
+            shares = [_mean(here, case=case, sparsity=sparsity, method=method) for sparsity in sparsities]
+            bold = method == "lrp"
+            style = ":" if "not recalibrated" in method else "-"
+            axis.plot(
+                sparsities, [np.nan if share is None else share for share in shares], style,
+                label=method, linewidth=2.6 if bold else 1.0, color="black" if bold else None, zorder=3 if bold else 2,
+            )  # fmt: skip
+        axis.set_title(case, fontsize=10)
+        axis.set_ylim(-0.03, 1.08)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(cases) :]:
+        axis.set_visible(False)
+    drawn.supxlabel("sparsity")
+    drawn.supylabel("share of the dense advantage")
+    if len(cases):
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    drawn.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,290 @@
+"""Recalibration: channels are brought back to the dense model's, by what least squares say and only as far as it helps."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from small_models import batch_for, build
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune import Masks
+from lrp_prune.pruning import scorer
+from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.pruning.recalibration import Recalibration, recalibrate
+
+
+def masks_of(model: nn.Module, sparsity: float, seed: int = 0) -> Masks:
+    return lrp_prune.select(scorer("random", model, seed=seed).compute(), sparsity, scope="layer")
+
+
+def applied(model: nn.Module, masks: Masks, recalibration: Recalibration) -> nn.Module:
+    sparse = copy.deepcopy(model)
+    masks.apply_(sparse)
+    recalibration.apply_(sparse)
+    return sparse
+
+
+def test_moments_are_those_of_all_batches_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pruned, dense = (torch.randn(100, 3, generator=generator).double() * 3 + 1000 for _ in range(2))
+    parts, whole, other = PairedMoments(3), PairedMoments(3), PairedMoments(3)
+    whole.add(pruned, dense)
+    for start, stop in ((0, 7), (7, 7), (7, 60)):
+        parts.add(pruned[start:stop], dense[start:stop])
+    other.add(pruned[60:], dense[60:])
+    parts.merge([other.state(), PairedMoments(3).state()])
+    for strength, shifted in ((1.0, True), (1.0, False), (0.5, True)):
+        for mine, theirs in zip(parts.fit(strength, shifted), whole.fit(strength, shifted), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-6)
+    for mine, theirs in zip(parts.change(), whole.change(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_fit_is_the_least_squares_of_a_channel() -> None:
+    generator = torch.Generator().manual_seed(1)
+    pruned = torch.randn(50, 2, generator=generator).double() + 2
+    dense = pruned * torch.tensor([3.0, 0.5]) + torch.tensor([1.0, -1.0]) + torch.randn(50, 2, generator=generator)
+    moments = PairedMoments(2)
+    moments.add(pruned, dense)
+    scale, shift = moments.fit(1.0, shifted=True)
+    for channel in range(2):
+        design = torch.stack([pruned[:, channel], torch.ones(50)], 1)
+        expected = torch.linalg.lstsq(design.double(), dense[:, channel, None].double()).solution.flatten()
+        torch.testing.assert_close(torch.stack([scale[channel], shift[channel]]), expected, rtol=1e-6, atol=1e-6)
+    alone, none = moments.fit(1.0, shifted=False)
+    torch.testing.assert_close(alone, (pruned * dense).sum(0).double() / (pruned**2).sum(0).double())
+    assert not none.any()
+    half, _ = moments.fit(0.5, shifted=True)
+    torch.testing.assert_close(half, 1 + (scale - 1) / 2)
+
+
+def test_a_channel_without_weights_gets_the_dense_mean() -> None:
+    moments = PairedMoments(1)
+    moments.add(torch.full((10, 1), 0.5), torch.arange(10.0)[:, None])
+    scale, shift = moments.fit(1.0, shifted=True)
+    assert scale.item() == 1 and shift.item() == pytest.approx(4.0)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
+    "mlp": lambda: (nn.Sequential(nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 5)), [(torch.randn(64, 12),) for _ in range(4)]),
+    "without biases": lambda: (
+        nn.Sequential(nn.Linear(12, 40, bias=False), nn.ReLU(), nn.Linear(40, 5, bias=False)),
+        [(torch.randn(64, 12),) for _ in range(4)],
+    ),
+    "convolutions": lambda: (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)),
+        [(torch.randn(32, 3, 6, 6),) for _ in range(4)],
+    ),
+    "transposed": lambda: (
+        nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)),
+        [(torch.randn(32, 4, 3, 3),) for _ in range(4)],
+    ),
+    "attention": lambda: (
+        nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True), [(torch.randn(16, 5, 16),) for _ in range(4)],
+    ),
+    "lstm": lambda: (Last(nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 3)), [(torch.randn(32, 7, 6),) for _ in range(4)]),
+}  # fmt: skip
+
+
+class Last(nn.Module):
+    """The last step's output of a recurrent layer, read by another."""
+
+    def __init__(self, recurrent: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.recurrent, self.head = recurrent, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.recurrent(x)[0][:, -1])
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_come_closer_to_the_dense_ones_and_the_forecast_is_right(name: str) -> None:
+    """What was judged with masks in the products is what the model gives once they are applied."""
+    torch.manual_seed(0)
+    model, batches = MODELS[name]()
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    masks = masks_of(model, 0.6)
+    found = recalibrate(model, masks, batches, "regression")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert found.strength > 0
+    plain, mended = copy.deepcopy(model), applied(model, masks, found)
+    masks.apply_(plain)
+    fresh = [torch.randn_like(batch[0]) for batch in batches]
+
+    def off(sparse: nn.Module, inputs: list[Tensor]) -> float:
+        return sum(float((sparse(x) - model(x)).square().mean() / model(x).var(correction=0)) for x in inputs) / len(
+            inputs
+        )
+
+    with torch.no_grad():
+        assert off(mended, fresh) < off(plain, fresh)
+        judged = [batches[-1][0]]
+        assert off(plain, judged) == pytest.approx(found.divergences[0.0], rel=1e-3)
+        assert off(mended, judged) == pytest.approx(found.divergences[found.strength], rel=1e-3)
+    assert all(not mended.get_parameter(key)[~mask].any() for key, mask in masks.items())
+
+
+def test_nothing_moves_where_nothing_is_pruned() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    ).train()
+    for _ in range(3):
+        model(torch.randn(16, 3, 6, 6))
+    batches = [(torch.randn(16, 3, 6, 6),) for _ in range(2)]
+    masks = Masks({"0.weight": torch.ones(8, 3, 3, 3, dtype=torch.bool)})
+    found = recalibrate(model, masks, batches, "class", strengths=(1.0,))
+    assert found.divergences[1.0] < 1e-10
+    same = applied(model, masks, found)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    assert model.training
+
+
+def test_statistics_of_batch_normalizations_move_by_what_has_changed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    data = torch.randn(64, 3, 6, 6) + 1
+    for _ in range(200):
+        model.train()(data)
+    model.eval()
+    masks = lrp_prune.select(scorer("magnitude", model, include=["0"]).compute(), 0.5, floor=0)
+    found = recalibrate(model, masks, [(data,)], "regression", strengths=(1.0,))
+    assert found.strength == 1
+    sparse = applied(model, masks, found)
+    with torch.no_grad():
+        x = sparse[0](data)
+    torch.testing.assert_close(sparse[1].running_mean, x.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sparse[1].running_var, x.var((0, 2, 3)), rtol=1e-2, atol=1e-3)
+
+
+def test_what_does_not_help_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that are nonsense make outputs worse on batches that they were not fitted to."""
+    monkeypatch.setattr(
+        PairedMoments, "fit", lambda self, strength, shifted: (self._means[0] * 0 + 4, self._means[0] * 0)
+    )
+    torch.manual_seed(0)
+    model, batches = MODELS["without biases"]()
+    masks = masks_of(model, 0.3)
+    found = recalibrate(model, masks, batches, "regression")
+    assert found.strength == 0 and not found.scales
+    assert min(found.divergences, key=found.divergences.__getitem__) == 0.0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
+def test_language_models(name: str) -> None:
+    """Views of fused and transposed weights, biases or none, shared embeddings; experts keep their scale."""
+    model, batch = build(name).eval(), batch_for(name)
+    masks = masks_of(model, 0.5)
+    found = recalibrate(model, masks, [batch], "next_token", strengths=(1.0,))
+    assert found.divergences[1.0] < found.divergences[0.0] or found.strength == 0
+    assert not any("experts" in place.name for place in found.scales)
+    sparse = applied(model, masks, found)
+    assert all(not sparse.get_parameter(key)[~mask].any() for key, mask in masks.items())
+
+
+def test_padding_is_not_fitted_to() -> None:
+    model = build("bert").eval()
+    batch = {key: value.clone() for key, value in batch_for("bert").items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, -3:] = 0
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, -3:] = 1
+    masks = masks_of(model, 0.5)
+    one, two = (recalibrate(model, masks, [each], "token", strengths=(1.0,)) for each in (batch, other))
+    assert one.scales.keys() == two.scales.keys() and one.scales
+    # The tokens there are not attended to, and do not count themselves.
+    for place in one.scales:
+        torch.testing.assert_close(one.scales[place], two.scales[place], rtol=1e-3, atol=1e-3)
+
+
+def test_prune_recalibrates_and_leaves_kept_weights_alone_if_told_so() -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    masks = lrp_prune.prune(one, batches, sparsity=0.7)
+    same = lrp_prune.prune(other, batches, sparsity=0.7, recalibrate=False)
+    assert all(torch.equal(masks[name], same[name]) for name in masks)
+    expected = applied(model, masks, recalibrate(model, masks, batches, "class"))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in one.state_dict().items())
+    for key, mask in same.items():
+        assert torch.equal(other.get_parameter(key)[mask], model.get_parameter(key)[mask])
+    assert not torch.equal(one[0].weight, other[0].weight)
+
+
+def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    sparse = copy.deepcopy(model)
+    masks = lrp_prune.prune(sparse, batches, sparsity=0.8, rounds=2)
+    expected = applied(model, masks, recalibrate(model, masks, batches, "class"))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in sparse.state_dict().items())
+
+    calls: list[int] = []
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 20:
+            raise RuntimeError("out of luck")
+        return F.cross_entropy(model(batch[0]), batch[1]).neg()
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        lrp_prune.prune(model, batches, sparsity=0.8, rounds=3, target=failing)
+    assert len(calls) == 21
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_without_batches_nothing_is_recalibrated() -> None:
+    model, _ = MODELS["mlp"]()
+    before = model[0].weight.clone()
+    masks = lrp_prune.prune(model, method="magnitude", sparsity=0.5)
+    assert torch.equal(model[0].weight, before * masks["0.weight"])
+    with pytest.raises(ValueError, match="recalibrate=True needs batches"):
+        lrp_prune.prune(model, method="magnitude", recalibrate=True)
+
+
+def test_a_saturated_classifier_does_not_collapse() -> None:
+    """A small BERT that is sure of itself: half of it, and 80 % of it, can go in one shot."""
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=32, num_labels=2,
+    )  # fmt: skip
+    model = tf.BertForSequenceClassification(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(number: int) -> dict[str, Tensor]:
+        ids = torch.randint(2, 64, (number, 24), generator=generator)
+        labels = torch.randint(2, (number,), generator=generator)
+        ids[torch.arange(number), torch.randint(24, (number,), generator=generator)] = torch.where(labels == 1, 1, 0)
+        return {"input_ids": ids, "labels": labels}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(150):
+        loss = model(**drawn(64)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    held_out, batches = drawn(512), [drawn(32) for _ in range(4)]
+
+    def accuracy(entry: nn.Module) -> float:
+        with torch.no_grad():
+            logits = entry(input_ids=held_out["input_ids"]).logits
+        return float((logits.argmax(-1) == held_out["labels"]).float().mean())
+
+    assert accuracy(model) == 1.0
+    for sparsity in (0.5, 0.8):
+        sparse = copy.deepcopy(model)
+        lrp_prune.prune(sparse, batches, sparsity=sparsity)
+        assert accuracy(sparse) > 0.97
