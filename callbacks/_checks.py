@@ -46,6 +46,12 @@ def check_count(name: str, value: Any, minimum: int, optional: bool = False) -> 
         raise MisconfigurationException(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise MisconfigurationException(f"{name} must be true or false, got {value!r}")
+
+
 def check_patterns(name: str, value: Any) -> None:
     """Refuse what is no list of name patterns; a single string would be read letter by letter."""
     if value is not None and (isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value)):
@@ -94,8 +100,7 @@ def check_collection(
     check_count("max_batches", max_batches, 1, optional=True)
     check_count("dataloader", dataloader, 0, optional=True)
     check_count("seed", seed, 0)
-    if not isinstance(trainable_only, bool):
-        raise MisconfigurationException(f"trainable_only must be true or false, got {trainable_only!r}")
+    check_flag("trainable_only", trainable_only)
     if accumulate_on is not None:
         try:
             torch.device(accumulate_on)

@@ -13,13 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import agree, check_equal
 from lrp_prune.callbacks._state import PruningState
-from lrp_prune.callbacks._summary import group_sparsities
 from lrp_prune.models.subject import subject_of
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
-from lrp_prune.pruning import Masks, select
+from lrp_prune.pruning import EmptiedWeightsWarning, Masks, select
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
@@ -48,8 +48,8 @@ class Pruner:
         """The total sparsity after the coming round."""
         return self.targets[self.state.round]
 
-    def select(self, relevance: Relevance) -> Masks:
-        """Masks of the coming round; no weight changes.
+    def select(self, relevance: Relevance, final: bool = False) -> Masks:
+        """Masks of the coming round, or of the last one if it came now; no weight changes.
 
         Raises:
             MisconfigurationException: the sparsity of this round or a later one cannot be reached, or patterns match nothing.
@@ -60,9 +60,13 @@ class Pruner:
                 groups_of(relevance, target, scope, existing)
             with warnings.catch_warnings():
                 # Said once, by one process, and again where there is more to say.
-                if getattr(rank_zero_only, "rank", 0) != 0 or self._told >= set(relevance.unscored):
+                others = getattr(rank_zero_only, "rank", 0) != 0
+                if others or self._told >= set(relevance.unscored):
                     warnings.simplefilter("ignore", UnscoredWeightsWarning)
-                masks = select(relevance, sparsity=self.target, existing=existing, **self.selection)
+                if others:
+                    warnings.simplefilter("ignore", EmptiedWeightsWarning)
+                target = self.targets[-1] if final else self.target
+                masks = select(relevance, sparsity=target, existing=existing, **self.selection)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._told |= set(relevance.unscored)
@@ -167,8 +171,8 @@ class Pruner:
         figures = {f"{self.name}/newly_pruned": float(newly), f"{self.name}/samples": float(samples)}
         if isinstance(target, float):
             figures[f"{self.name}/target"] = target
-        for group, (_, entries, pruned) in group_sparsities(masks).items():
-            figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = pruned / max(entries, 1)
+        for group, each in figures_by_kind(masks).items():
+            figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = each.sparsity
         _log(pl_module, figures)
 
     def _mask_averages(self, trainer: Trainer) -> None:

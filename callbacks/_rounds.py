@@ -124,15 +124,19 @@ class Rounds:
         """
         if done >= self.count or getattr(trainer, "fast_dev_run", False):
             return
+        self.check_validations(trainer, uses_validation)
+        if self.by_steps:
+            self._check_steps(trainer, done, uses_validation)
+        else:
+            self._check_epochs(trainer, done, uses_validation)
+
+    def check_validations(self, trainer: Trainer, uses_validation: bool) -> None:
+        """Refuse a training without the validations that a round needs."""
         if uses_validation and not trainer.enable_validation:
             raise MisconfigurationException(
                 "relevance is collected in validations, but this training has none: give it a validation loader and a "
                 "validation_step (and limit_val_batches > 0), or pass reference= with batches to the callback"
             )
-        if self.by_steps:
-            self._check_steps(trainer, done, uses_validation)
-        else:
-            self._check_epochs(trainer, done, uses_validation)
 
     def _check_epochs(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
         available, limit = _epochs_of(trainer)

@@ -94,6 +94,9 @@ class RelevancePruning(CollectingCallback):
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
         summary: print a table after each round.
+        preview: change nothing, and show what would be pruned: from what the first round collects it is selected at the sparsity
+            of the last one, :meth:`lrp_prune.Masks.report` is printed, :attr:`previewed` has the masks, and the training goes on
+            dense, bit for bit as without this callback. Only the first round's collection has to fit into the training.
         name: what the names of everything that it logs begin with, in place of ``pruning``; also tells its state in a checkpoint
             from that of other pruning callbacks.
 
@@ -131,6 +134,7 @@ class RelevancePruning(CollectingCallback):
         guard: str | None = None,
         guard_mode: str = "min",
         summary: bool = True,
+        preview: bool = False,
         allow_untested: bool = False,
         name: str = "pruning",
     ) -> None:
@@ -160,7 +164,9 @@ class RelevancePruning(CollectingCallback):
         selection = _checks.selection_of(method, granularity, scope, ranking, normalize, floor)
         self._pruner = Pruner(targets, selection, name)
         self._guard, self._guard_mode = guard, guard_mode
-        self._summary, self._recalibrate = summary, recalibrate
+        _checks.check_flag("preview", preview)
+        self._summary, self._preview, self._recalibrate = summary, preview, recalibrate
+        self._previewed: Masks | None = None
         self._allow_untested = allow_untested
         kinds = ",".join(granularities_of(granularity))
         self._identity = {"granularity": kinds, "include": include, "exclude": exclude}
@@ -181,6 +187,11 @@ class RelevancePruning(CollectingCallback):
     def masks(self) -> Masks | None:
         """The masks in effect: what is pruned now; ``None`` before the first round."""
         return self._pruner.state.masks
+
+    @property
+    def previewed(self) -> Masks | None:
+        """What ``preview=True`` found that would be pruned; ``None`` before it did, and without it."""
+        return self._previewed
 
     @property
     def round(self) -> int:
@@ -220,6 +231,7 @@ class RelevancePruning(CollectingCallback):
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
         self._module = weakref.ref(pl_module)
         self._checked = self._restored = False
+        self._previewed = None
         self._logged = []
 
     @override
@@ -242,6 +254,9 @@ class RelevancePruning(CollectingCallback):
         self._make_up(trainer, pl_module)
         if self._guard is not None:
             _guard.check_sanity(self._guard, self._logged)
+        if self._preview:
+            self._rounds.check_validations(trainer, self._collection.uses_validation)
+            return
         done = self.round + (self._pruner.state.pending is not None)
         self._rounds.check_fit(trainer, done, self._collection.uses_validation)
         if done < self._rounds.count:
@@ -250,16 +265,18 @@ class RelevancePruning(CollectingCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if in_training and self._collection.uses_validation and self._rounds.needs_validation(trainer, self.round):
+        if not in_training or not self._collects or not self._collection.uses_validation:
+            return
+        if self._rounds.needs_validation(trainer, self.round):
             self._collection.start(trainer, pl_module)
 
     @override
     def _uses_validation(self, trainer: Trainer) -> bool:
-        return trainer.state.fn == "fit" and self._collection.uses_validation and self.round < self._rounds.count
+        return trainer.state.fn == "fit" and self._collection.uses_validation and self._collects
 
     @override
     def _remember(self, batch: Any, dataloader_idx: int) -> None:
-        if self.round < self._rounds.count:
+        if self._collects:
             self._collection.remember(batch, dataloader_idx)
 
     @override
@@ -271,7 +288,7 @@ class RelevancePruning(CollectingCallback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._collection.active:
-            self._pend(self._collection.finish(trainer), trainer.current_epoch)
+            self._pend(trainer, self._collection.finish(trainer), trainer.current_epoch)
         self._log_progress(trainer, pl_module)
 
     @override
@@ -293,7 +310,10 @@ class RelevancePruning(CollectingCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where ModelCheckpoint may still write the last metrics' checkpoint.
-        if self._pruner.state.pending is not None:
+        if self._preview:
+            if self._previewed is None and self.round < self._rounds.count:
+                rank_zero_warn("the training ended before the first round had collected: there is no preview")
+        elif self._pruner.state.pending is not None:
             rank_zero_warn(
                 f"the training ended after round {self.round + 1} had collected and before it could prune: its masks "
                 "are applied now, with no training after them and in no checkpoint written so far"
@@ -306,6 +326,11 @@ class RelevancePruning(CollectingCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._warned:
             self._warned = _resuming.warn_within_window(trainer)
+
+    @property
+    def _collects(self) -> bool:
+        """Whether there still is a round to collect for, or the one that is previewed."""
+        return self.round < self._rounds.count and self._previewed is None
 
     @override
     def _abandon(self) -> None:
@@ -350,9 +375,12 @@ class RelevancePruning(CollectingCallback):
         epoch = _resuming.skipped_validation(trainer)
         needed = epoch is not None and self._rounds.needs_validation(trainer, self.round, epoch)
         if epoch is not None and needed and self._collection.uses_validation:
-            self._pend(self._collection.run(trainer, pl_module), epoch)
+            self._pend(trainer, self._collection.run(trainer, pl_module), epoch)
 
-    def _pend(self, relevance: Relevance, epoch: int) -> None:
+    def _pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
+        if self._preview:
+            self._show_preview(trainer, relevance)
+            return
         state = self._pruner.state
         self._explained = relevance.target
         state.pending = self._pruner.select(relevance)
@@ -360,13 +388,24 @@ class RelevancePruning(CollectingCallback):
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._pruner.state
-        if not self._rounds.is_due(trainer, state.round):
+        if not self._collects or not self._rounds.is_due(trainer, state.round):
             return
         if state.pending is None and self._rounds.by_steps and self._collection.uses_validation:
             return  # the next validation collects
         if not self._rounds.by_steps and trainer.current_epoch <= state.pending_epoch:
             return  # collected in this epoch, whose end may write a checkpoint under the metric of that validation
-        self._prune(trainer, pl_module, log=True)
+        if self._preview:
+            self._show_preview(trainer, self._collection.run(trainer, pl_module))
+        else:
+            self._prune(trainer, pl_module, log=True)
+
+    def _show_preview(self, trainer: Trainer, relevance: Relevance) -> None:
+        self._previewed = self._pruner.select(relevance, final=True)
+        data = f" on {relevance.num_samples:,} samples" if self._collection.needs_data else ""
+        explained = f"\nexplains: {in_words(relevance.target)}" if self._collection.explains else ""
+        head = f"Preview of pruning by {self._collection.method}{data}: no weight is changed{explained}"
+        report = self._previewed.report()  # by all processes
+        show(trainer, f"{head}\n{report}")
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
         pruner, previous = self._pruner, self.masks

@@ -5,17 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from lrp_prune.circuits.circuit import Circuit
 from lrp_prune.circuits.result import EvaluationResult, half_interval
+from lrp_prune.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def size_curves(results: Mapping[str, EvaluationResult], metric: str | None = None) -> "Figure":
@@ -25,7 +18,7 @@ def size_curves(results: Mapping[str, EvaluationResult], metric: str | None = No
         results: method -> evaluation.
         metric: a metric's name; None for faithfulness.
     """
-    figure = _figure(9, 4)
+    figure = new_figure(9, 4)
     axes = figure.add_subplot()
     means: list[float] = []
     shares: list[float] = []
@@ -75,7 +68,7 @@ def kept_per_layer(circuits: Mapping[str, Circuit]) -> "Figure":
     kinds = list(dict.fromkeys(site.kind for circuit in circuits.values() for site in circuit.sites))
     if not kinds:
         raise ValueError("there is no circuit of units to draw")
-    figure = _figure(9, 2.6 * len(kinds))
+    figure = new_figure(9, 2.6 * len(kinds))
     panels: Any = figure.subplots(len(kinds), 1, squeeze=False)
     lines: dict[str, Any] = {}
     for (axes,), kind in zip(panels, kinds, strict=True):
@@ -115,7 +108,7 @@ def overlaps(circuits: Mapping[str, Circuit]) -> "Figure":
         ]
         for a in names
     ]
-    figure = _figure(3.5 + 0.65 * len(names), 1.5 + 0.4 * len(names))
+    figure = new_figure(3.5 + 0.65 * len(names), 1.5 + 0.4 * len(names))
     axes = figure.add_subplot()
     axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize="small")

@@ -1,6 +1,7 @@
 """Relevance to masks to models: scorers, scopes, exact selection, masks, schedules, keeping zeros."""
 
 from lrp_prune.pruning.checking import check_uses
+from lrp_prune.pruning.emptied import EmptiedWeightsWarning
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.merging import merge_adapters
 from lrp_prune.pruning.prune import prune
@@ -12,6 +13,7 @@ from lrp_prune.pruning.select import select
 __all__ = [
     "METHODS",
     "SCHEDULES",
+    "EmptiedWeightsWarning",
     "Masks",
     "Recalibration",
     "Schedule",

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lrp_prune.names import resolve
 from lrp_prune.pruning import bits as packing
 from lrp_prune.sharding import Sharding, all_reduced, device_of, is_first, local_part, sharding_of
 from lrp_prune.storage import Together, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STATE_VERSION = 1
 
@@ -31,6 +34,7 @@ class Masks(Mapping[str, Tensor]):
 
     Masks hold everything that a sparsity was asked for. Weights that could not be scored are kept whole, and ``unscored`` names
     them: what they matter is not known. ``&`` and ``|`` know it of what one side knows it of, and ``~`` leaves them alone.
+    ``layouts`` says where weights have their outputs (one of :data:`lrp_prune.pruning.scopes.LAYOUTS`), where that is known.
 
     Args:
         masks: bool tensors of the parameters' shapes.
@@ -62,6 +66,7 @@ class Masks(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.granularity = granularity
         self.unscored: dict[str, str] = dict(unscored or {})
+        self.layouts: dict[str, str] = {}
         self.shardings: dict[str, Sharding] = {}
         self._pruned: dict[str, int] = {}
 
@@ -74,6 +79,7 @@ class Masks(Mapping[str, Tensor]):
         granularity: str = "weight",
         shardings: Mapping[str, Sharding] | None = None,
         unscored: Mapping[str, str] | None = None,
+        layouts: Mapping[str, str] | None = None,
     ) -> "Masks":
         """Masks from what :meth:`bits` and ``shapes`` give; the bytes are kept, not copied.
 
@@ -83,12 +89,14 @@ class Masks(Mapping[str, Tensor]):
             granularity: what was pruned as a whole.
             shardings: how masks are divided among processes.
             unscored: see :class:`Masks`.
+            layouts: see :class:`Masks`.
 
         Raises:
             ValueError: if bytes and shape of a mask do not fit together.
         """
         masks = cls({}, granularity=granularity, unscored=unscored)
         masks.shardings = {name: sharding for name, sharding in (shardings or {}).items() if name in bits}
+        masks.layouts = {name: layout for name, layout in (layouts or {}).items() if name in bits}
         for name, packed in bits.items():
             if name not in shapes:
                 raise ValueError(f"the mask of {name} has no shape")
@@ -229,7 +237,12 @@ class Masks(Mapping[str, Tensor]):
         joined = {name: function(self._bits[name], other._bits[name]) for name in self}
         unscored = {name: reason for name, reason in self.unscored.items() if name in other.unscored}
         return Masks.from_bits(
-            joined, self.shapes, granularity=granularity, shardings=self.shardings, unscored=unscored
+            joined,
+            self.shapes,
+            granularity=granularity,
+            shardings=self.shardings,
+            unscored=unscored,
+            layouts={**other.layouts, **self.layouts},
         )
 
     def __and__(self, other: "Masks") -> "Masks":
@@ -259,6 +272,7 @@ class Masks(Mapping[str, Tensor]):
             granularity=self.granularity,
             shardings=self.shardings if shardings is None else shardings,
             unscored=self.unscored,
+            layouts=self.layouts,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -283,6 +297,10 @@ class Masks(Mapping[str, Tensor]):
             return self._bits[name]
         sharding = self.shardings[name]
         return packing.pack(sharding.gathered(self.local(name).to(device_of(sharding.mesh)))).cpu()
+
+    def whole(self, name: str) -> Tensor:
+        """The mask of the whole parameter, on the CPU; all processes must ask for one that is divided among them."""
+        return packing.unpack(self._whole_bits(name), self.shapes[name])
 
     def gathered(self) -> "Masks":
         """The whole masks in every process, packed, in the memory of the CPU."""
@@ -326,6 +344,7 @@ class Masks(Mapping[str, Tensor]):
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "unscored": dict(self.unscored),
+            "layouts": dict(self.layouts),
             "bits": bits,
         }
 
@@ -344,8 +363,13 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(
                 "the masks' state has no bits: of a sharded model only the first process's state holds the masks"
             )
-        unscored = state.get("unscored")
-        return cls.from_bits(state["bits"], state["shapes"], granularity=state["granularity"], unscored=unscored)
+        return cls.from_bits(
+            state["bits"],
+            state["shapes"],
+            granularity=state["granularity"],
+            unscored=state.get("unscored"),
+            layouts=state.get("layouts"),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file with shapes and a format version; atomic.
@@ -356,6 +380,7 @@ class Masks(Mapping[str, Tensor]):
             "granularity": self.granularity,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "unscored": self.unscored,
+            "layouts": self.layouts,
         }
         save_tensors(path, "masks", {name: self._together(name) for name in self}, description)
 
@@ -381,7 +406,42 @@ class Masks(Mapping[str, Tensor]):
             description["shapes"],
             granularity=description["granularity"],
             unscored=description.get("unscored"),
+            layouts=description.get("layouts"),
         )
+
+    def report(self) -> str:
+        """What is pruned where, as text: a table by kind of layer, and what is in danger.
+
+        The table has the number of tensors, weights and pruned weights of each kind, its sparsity, and that of its tensor which
+        loses least and of the one which loses most. Below it are tensors that lose more than 95 %, and of weights outputs that no
+        input reaches any more and inputs that no output reads. All processes must ask for that of divided masks.
+
+        Example:
+            >>> print(Masks({"layers.0.up.weight": torch.ones(4, 8) > 0, "layers.1.up.weight": torch.zeros(4, 8) > 0}).report())
+            total sparsity 50.00%: 32 of 64 weights pruned
+              layers of layers.*   tensors   weights   pruned   sparsity   lowest   highest
+             ───────────────────────────────────────────────────────────────────────────────
+              up                         2        64       32     50.00%    0.00%   100.00%
+            1 of 2 tensors lose more than 95 %, 1 of them all: layers.1.up.weight (100.0 %)
+            4 of 8 outputs without any input: layers.*.up (4 of 8)
+            8 of 16 inputs that nothing reads: layers.*.up (8 of 16)
+        """
+        from lrp_prune.pruning.report import report
+
+        return report(self)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """A figure of each tensor's sparsity, in the order of the model, coloured by kind of layer.
+
+        Args:
+            path: a file to write it to; its ending says in which format. None writes none.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from lrp_prune.pruning.report import plot
+
+        return plot(self, path)
 
     def __repr__(self) -> str:
         return (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrp_prune.pruning import bits
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
+from lrp_prune.pruning.emptied import tell_emptied
 from lrp_prune.pruning.floors import limits_of, resolved_floor, within_limits
 from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
 from lrp_prune.pruning.masks import Masks
@@ -148,8 +149,12 @@ def select(
                 unscored.update({name: existing.unscored[name]} if name in existing.unscored else {})
                 shardings.update({name: existing.shardings[name]} if name in existing.shardings else {})
     granularity = relevance.granularity
-    masks = Masks.from_bits(chosen, shapes, granularity=granularity, shardings=shardings, unscored=unscored)
+    layouts = {**(existing.layouts if existing is not None else {}), **relevance.layouts}
+    masks = Masks.from_bits(
+        chosen, shapes, granularity=granularity, shardings=shardings, unscored=unscored, layouts=layouts
+    )
     tell_unscored(groups, relevance, masks)
+    tell_emptied(groups, masks, existing, scope)
     return masks
 
 
