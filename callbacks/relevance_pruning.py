@@ -51,6 +51,10 @@ class RelevancePruning(CollectingCallback):
     Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
     validation and score the weights right before they are pruned.
 
+    By default all weights are ranked together by relevance and contribution, each divided by its tensor's mean, so that what
+    matters least anywhere goes first. No tensor is pruned below half of the average density, so that no layer is emptied which
+    a saturated output hardly depends on.
+
     Several of these callbacks may work in one training, on different weights, each with a ``name`` of its own.
 
     The zeros are kept by :class:`~lrp_prune.pruning.keeping.MaskKeeper`. Parameters keep their names, so the

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.propagation import propagating
-from lrp_prune.models.batches import laid_together, to_device
+from lrp_prune.models.batches import laid_together, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.outputs import logits_by
 from lrp_prune.models.padding import counted_tokens
@@ -45,6 +46,9 @@ STRENGTHS = (0.5, 1.0)
 
 _ENTRIES = 1 << 28
 """Entries of layers' outputs that are kept at a time, of the dense model: 1 GB in float32."""
+
+_BATCHES, _SAMPLES = 16, 256
+"""So many batches are looked at, or more if they have fewer samples."""
 
 _Normalization = nn.modules.batchnorm._NormBase
 
@@ -144,7 +148,7 @@ def recalibrate(
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
         masks: what is to be pruned.
-        batches: reference samples.
+        batches: reference samples, of which the first 16 batches are looked at, or as many as have 256 samples.
         target: what is explained, which tells how outputs are compared: by the Kullback-Leibler divergence where they are
             choices, else by squares. A function of model and batch is run in the model's place, and its values are compared.
         strengths: what to try beside nothing.
@@ -183,9 +187,15 @@ def recalibrate(
 
 
 def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Batches to fit scales to, and others to judge them by: a quarter; of a single batch both are made."""
+    """Batches to fit scales to, and others to judge them by: a quarter; of a single batch both are made.
+
+    Two numbers for each channel take no more than some thousand tokens; what there is beyond that costs time.
+    """
     if not batches:
         raise ValueError("no batch was seen: recalibration needs at least one reference sample")
+    counts = list(accumulate(samples_in(batch) for batch in batches))
+    enough = next((index + 1 for index, count in enumerate(counts) if count >= _SAMPLES), len(batches))
+    batches = batches[: max(enough, _BATCHES)]
     if len(batches) == 1:
         return batches, batches
     number = max(len(batches) // 4, 1)
