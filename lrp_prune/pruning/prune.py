@@ -17,6 +17,7 @@ from lrp_prune.names import resolve
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.recalibration import enough
 from lrp_prune.pruning.recalibration import recalibrate as measure
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scopes import parse_scope
@@ -56,7 +57,8 @@ def prune(
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
-        batches: reference samples, see :func:`lrp_prune.attribute`, gone through once a round. ``magnitude`` and ``random``
+        batches: reference samples, see :func:`lrp_prune.attribute`, gone through once a round, and the first of them once more to
+            recalibrate. ``magnitude`` and ``random``
             need none; if there is one, the first shows whether the model computes with weights before it uses them.
         sparsity: the fraction to prune, of all that ``include`` and ``exclude`` ask for (see :func:`select`), in all or by
             pattern of parameter names.
@@ -97,10 +99,11 @@ def prune(
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize, floor)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     check_batches(batches)
-    again = rounds > 1 or recalibrate is not False
-    reference = list(batches) if again else batches
-    recalibrates = _recalibrates(model, recalibrate, reference)
+    reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, options.get("granularity", "weight"))
+    recalibrates = _recalibrates(model, recalibrate, reference)
+    if recalibrates and isinstance(reference, Iterator):  # gone through once
+        reference = _Remembering(reference)
     which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds
@@ -142,9 +145,29 @@ def _recalibrates(model: nn.Module, asked: bool | None, reference: Any) -> bool:
         raise ValueError(
             "recalibrate=True needs whole weights, and this model is divided among processes: leave it out, or prune before"
         )
-    if asked and not reference:
+    if asked and _is_empty(reference):
         raise ValueError("recalibrate=True needs batches: pass some, or recalibrate=False")
-    return not divided and bool(reference)
+    return not divided and not _is_empty(reference)
+
+
+def _is_empty(batches: Any) -> bool:
+    return isinstance(batches, list | tuple) and not batches
+
+
+class _Remembering:
+    """Batches that can be gone through once, of which those are kept that recalibration looks at."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self.kept: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.kept is None:
+            self.kept = enough(self._batches)
+            yield from self.kept
+            yield from self._batches
+        else:
+            yield from self.kept
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -156,6 +155,7 @@ def recalibrate(
 
     Raises:
         ValueError: there is no batch, or a batch does not fit the model.
+        FloatingPointError: the dense model's output is not finite.
 
     Example:
         >>> import lrp_prune
@@ -175,7 +175,7 @@ def recalibrate(
     if any(map(is_sharded, module.parameters())):
         warnings.warn("models that are divided among processes are not recalibrated yet", UserWarning, stacklevel=2)
         return Recalibration(0.0, {})
-    fitted, judged = _parts(list(batches))
+    fitted, judged = _parts(enough(batches))
     candidates = [_Candidate(strength) for strength in (0.0, *strengths)]
     for group in _groups(module, fitted, masks, target):
         _go(module, masks, group, candidates[1:], target, fitting=True)
@@ -186,16 +186,25 @@ def recalibrate(
     return _best(candidates, together)
 
 
-def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Batches to fit scales to, and others to judge them by: a quarter; of a single batch both are made.
+def enough(batches: Iterable[Any]) -> list[Any]:
+    """The first batches, as many as are looked at.
 
     Two numbers for each channel take no more than some thousand tokens; what there is beyond that costs time.
     """
+    found: list[Any] = []
+    samples = 0
+    for batch in batches:
+        found.append(batch)
+        samples += samples_in(batch)
+        if len(found) >= _BATCHES and samples >= _SAMPLES:
+            break
+    return found
+
+
+def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Batches to fit scales to, and others to judge them by: a quarter; of a single batch both are made."""
     if not batches:
         raise ValueError("no batch was seen: recalibration needs at least one reference sample")
-    counts = list(accumulate(samples_in(batch) for batch in batches))
-    enough = next((index + 1 for index, count in enumerate(counts) if count >= _SAMPLES), len(batches))
-    batches = batches[: max(enough, _BATCHES)]
     if len(batches) == 1:
         return batches, batches
     number = max(len(batches) // 4, 1)
@@ -254,6 +263,8 @@ def _go(
 
     with _normalizing(module, kept):
         expected = _passing(module, batch, dense, target)
+    if not all(bool(torch.isfinite(entry).all()) for entry in expected):
+        raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
     for candidate in candidates:
         uses = PrunedUses(masks, dense, candidate.channels, candidate.strength, counted, fitting)
         inputs = {name: iter(values) for name, values in norms.items()}

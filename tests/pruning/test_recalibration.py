@@ -15,7 +15,7 @@ import lrp_prune
 from lrp_prune import Masks
 from lrp_prune.pruning import scorer
 from lrp_prune.pruning.moments import PairedMoments
-from lrp_prune.pruning.recalibration import Recalibration, recalibrate
+from lrp_prune.pruning.recalibration import Recalibration, enough, recalibrate
 
 
 def masks_of(model: nn.Module, sparsity: float, seed: int = 0) -> Masks:
@@ -288,3 +288,16 @@ def test_a_saturated_classifier_does_not_collapse() -> None:
         sparse = copy.deepcopy(model)
         lrp_prune.prune(sparse, batches, sparsity=sparsity)
         assert accuracy(sparse) > 0.97
+
+
+def test_batches_that_can_be_gone_through_once_are_enough() -> None:
+    torch.manual_seed(0)
+    model, _ = MODELS["mlp"]()
+    batches = [(torch.randn(20, 12), torch.randint(5, (20,))) for _ in range(20)]
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    masks = lrp_prune.prune(one, iter(batches), sparsity=0.7)
+    expected = lrp_prune.prune(other, batches, sparsity=0.7)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    assert len(enough(iter(batches))) == 16
+    assert len(enough(iter([(x[:2], y[:2]) for x, y in batches]))) == 20
