@@ -1,7 +1,7 @@
 """One shot or several rounds without training: batches in, pruned model out."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
+from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import local_part
 from lrp_prune.targets import Inferred
 from lrp_prune.unscored import UnscoredWeightsWarning
@@ -36,6 +37,7 @@ def prune(
     schedule: Schedule = "linear",
     chunks: int = 1,
     floor: float | None = None,
+    relevance: Relevance | None = None,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -64,6 +66,8 @@ def prune(
         floor: with scope ``"global"``, the share that each tensor keeps of the average density, see :func:`select`; None for
             the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by relevance cannot empty
             a layer that a saturated output hardly depends on.
+        relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
+            again: for several sparsities, say.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -84,6 +88,7 @@ def prune(
     selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize, floor)
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     check_batches(batches)
+    _check_granularity(relevance, options.get("granularity", "weight"))
     reference = batches if rounds == 1 else list(batches)
     check_chunks(chunks, reference, options.get("granularity", "weight"))
     which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
@@ -95,16 +100,24 @@ def prune(
             scores = scorer(method, model, **options)
             if index == 0 and options.get("granularity", "weight") == "weight":
                 check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
-            if scores.needs_data:
+            given = relevance if index == 0 else None
+            if scores.needs_data and given is None:
                 collect(scores, reference, model, chunks)
             with _once(told=index > 0):
-                relevance = scores.compute()
-                check_included(which.get("include"), relevance, relevance.unscored)
-                groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
-                masks = select(relevance, sparsity=target, existing=masks, **selection)
+                found = scores.compute() if given is None else given
+                check_included(which.get("include"), found, found.unscored)
+                groups_of(found, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
+                masks = select(found, sparsity=target, existing=masks, **selection)
             zero(masks)
     assert masks is not None
     return masks
+
+
+def _check_granularity(relevance: Relevance | None, granularity: str | Sequence[str]) -> None:
+    """Refuse relevance of other things than those that are to be pruned."""
+    kinds = ",".join(granularities_of(granularity))
+    if relevance is not None and relevance.granularity != kinds:
+        raise ValueError(f"the relevance is about {relevance.granularity}s: pass granularity={relevance.granularity!r}")
 
 
 @contextmanager
