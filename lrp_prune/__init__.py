@@ -1,9 +1,9 @@
 """Prune, dissect and correct PyTorch models by layer-wise relevance propagation (LRP).
 
 Data flows one way: a model and batches give a :class:`Relevance` (:func:`attribute`), a relevance gives :class:`Masks`
-(:func:`select`), masks give a pruned model; :func:`prune` does all three. ``lrp_prune.correction`` turns the contrast of two
-relevances into a reversible :class:`Patch`, ``lrp_prune.circuits`` finds and evaluates circuits on ``lrp_prune.tasks``. The
-Lightning callbacks are in ``lrp_prune.callbacks``.
+(:func:`select`), masks give a pruned model; :func:`prune` does all three, and :func:`compare` by several methods side by side.
+``lrp_prune.correction`` turns the contrast of two relevances into a reversible :class:`Patch`, ``lrp_prune.circuits`` finds and
+evaluates circuits on ``lrp_prune.tasks``. The Lightning callbacks are in ``lrp_prune.callbacks``.
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ from lrp_prune.pruning import Masks, merge_adapters, prune, select
 from lrp_prune.relevance import Relevance
 
 __all__ = [
+    "Comparison",
     "Composite",
     "CorrectedModule",
     "Estimate",
@@ -26,6 +27,7 @@ __all__ = [
     "Relevance",
     "attribute",
     "attributing",
+    "compare",
     "estimate",
     "merge_adapters",
     "prune",
@@ -43,6 +45,14 @@ def __getattr__(name: str) -> object:
         from lrp_prune.module import CorrectedModule
 
         return CorrectedModule
+    if name == "compare":
+        from lrp_prune.pruning.comparing import compare
+
+        return compare
+    if name == "Comparison":
+        from lrp_prune.pruning.comparison import Comparison
+
+        return Comparison
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,15 +19,19 @@ from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.recalibration import enough
 from lrp_prune.pruning.recalibration import recalibrate as measure
+from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
+from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.sharding import is_sharded, local_part
 from lrp_prune.targets import Inferred
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 _logger = logging.getLogger("lrp_prune")
+_ONE_ROUND = 0.6
+"""Up to here a second scoring gains nothing, on any model of the panel (tests/benchmarks/panel.py)."""
 
 
 def prune(
@@ -38,12 +42,13 @@ def prune(
     scope: str | None = None,
     ranking: str = "absolute",
     normalize: str | None = "auto",
-    rounds: int = 1,
-    schedule: Schedule = "linear",
+    rounds: int | None = None,
+    schedule: Schedule = "cubic",
     chunks: int = 1,
     floor: float | None = None,
     recalibrate: bool | None = None,
     existing: Masks | None = None,
+    relevance: Relevance | None = None,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -67,7 +72,8 @@ def prune(
         ranking: ``"absolute"`` or ``"ascending"``.
         normalize: None, ``"mean"``, ``"sum"`` or ``"max"``; ``"auto"`` for the method's best.
         rounds: in how many rounds. Each scores the model as it is pruned by then, so that weights which stand in for
-            pruned ones are seen to matter; what is pruned stays pruned.
+            pruned ones are seen to matter; what is pruned stays pruned. None: one, and two beyond 60 % where the model is
+            recalibrated between them.
         schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
         chunks: in how many passes over the batches the weights are scored, see :func:`lrp_prune.attribute`.
         floor: with scope ``"global"``, the share that each tensor keeps of the average density, see :func:`select`; None for
@@ -79,6 +85,8 @@ def prune(
             of models that are divided among processes. Of several rounds each begins with the dense model's weights, which are
             kept beside the model until then.
         existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
+        relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
+            again: for several sparsities, say.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -96,11 +104,16 @@ def prune(
         >>> lrp_prune.prune(model, batches, sparsity=0.5).sparsity
         0.5
     """
-    selection = selection_options(method, options.get("granularity", "weight"), scope, ranking, normalize, floor)
-    targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
+    granularity = options.get("granularity", "weight")
+    selection = selection_options(method, granularity, scope, ranking, normalize, floor)
     check_batches(batches)
+    if rounds is None:
+        whole = granularity == "weight" and isinstance(parse_scope(selection["scope"]), str) and existing is None
+        rounds = 2 if whole and _highest(sparsity) > _ONE_ROUND and _recalibrates(model, recalibrate, batches) else 1
+    targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
+    _check_granularity(relevance, granularity)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
-    check_chunks(chunks, reference, options.get("granularity", "weight"))
+    check_chunks(chunks, reference, granularity)
     recalibrates = _recalibrates(model, recalibrate, reference)
     if recalibrates and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
@@ -108,21 +121,22 @@ def prune(
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds
     masks = existing
-    with _kept(model, recalibrates and rounds > 1) as restore, _undone_on_error(model) as zero:
+    with _beginning_again(model, recalibrates and rounds > 1) as restore, _undone_on_error(model) as zero:
         for index, target in enumerate(targets):
             scores = scorer(method, model, **options)
-            if index == 0 and options.get("granularity", "weight") == "weight":
+            if index == 0 and granularity == "weight":
                 check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
-            if scores.needs_data:
+            given = relevance if index == 0 else None
+            if scores.needs_data and given is None:
                 collect(scores, reference, model, chunks)
             with _once(told=index > 0):
-                relevance = scores.compute()
-                check_included(which.get("include"), relevance, relevance.unscored)
-                groups_of(relevance, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
-                masks = select(relevance, sparsity=target, existing=masks, **selection)
+                scored = scores.compute() if given is None else given
+                check_included(which.get("include"), scored, scored.unscored)
+                groups_of(scored, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
+                masks = select(scored, sparsity=target, existing=masks, **selection)
             if recalibrates:
                 restore()
-                explained = options["target"] if callable(options["target"]) else relevance.target
+                explained = options["target"] if callable(options["target"]) else scored.target
                 found = measure(model, masks, reference, explained)
             zero(masks)
             if recalibrates:
@@ -150,6 +164,12 @@ def _recalibrates(model: nn.Module, asked: bool | None, reference: Any) -> bool:
     return not divided and not _is_empty(reference)
 
 
+def _highest(sparsity: float | Mapping[str, float]) -> float:
+    """The highest of the sparsities; 0 of what is none, which is refused later."""
+    values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+    return max((value for value in values if isinstance(value, int | float)), default=0.0)
+
+
 def _is_empty(batches: Any) -> bool:
     return isinstance(batches, list | tuple) and not batches
 
@@ -171,24 +191,20 @@ class _Remembering:
 
 
 @contextmanager
-def _kept(model: nn.Module, needed: bool) -> Iterator[Callable[[], None]]:
-    """Keeps all weights and statistics beside the model, to begin again with them; and leaves it with them if it fails."""
+def _beginning_again(model: nn.Module, needed: bool) -> Iterator[Callable[[], None]]:
+    """Yields what puts all weights back as they are now, which is done as well if something fails."""
     if not needed:
         yield lambda: None
         return
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-
-    try:
+    with restored(model, always=False) as restore:
         yield restore
-    except BaseException:
-        restore()
-        raise
+
+
+def _check_granularity(relevance: Relevance | None, granularity: str | Sequence[str]) -> None:
+    """Refuse relevance of other things than those that are to be pruned."""
+    kinds = ",".join(granularities_of(granularity))
+    if relevance is not None and relevance.granularity != kinds:
+        raise ValueError(f"the relevance is about {relevance.granularity}s: pass granularity={relevance.granularity!r}")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ TRAINED_SPARSITIES = (0.8, 0.9)
 ROUNDS = 4
 METHODS: dict[str, dict[str, Any]] = {
     "lrp": {},
-    "lrp, two rounds": {"rounds": 2, "schedule": "cubic"},
+    "lrp, one round": {"rounds": 1},
     "lrp, not recalibrated": {"recalibrate": False},
     "lrp, no floor, not recalibrated": {"floor": 0.0, "recalibrate": False},
     "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},

@@ -1,0 +1,200 @@
+"""Methods side by side on one model: what each costs in the number that the user cares for."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.models.batches import check_batches
+from lrp_prune.models.states import unchanged_buffers, undisturbed
+from lrp_prune.pruning.comparison import Comparison
+from lrp_prune.pruning.prune import prune
+from lrp_prune.pruning.restoring import restored
+from lrp_prune.pruning.schedules import sparsity_schedule
+from lrp_prune.pruning.scopes import check_reachable, check_sparsity, check_units_scope, parse_scope
+from lrp_prune.pruning.scorers import METHODS, scorer, selection_options
+from lrp_prune.relevance import Relevance
+from lrp_prune.targets import Inferred
+
+Methods = Sequence[str | Mapping[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
+
+_OWN = ("model", "batches", "sparsity", "relevance")
+# What belongs to prune itself; everything else is an option of the scorer.
+_OF_PRUNE = frozenset(inspect.signature(prune).parameters) - {"options"}
+
+
+def compare(
+    model: nn.Module,
+    batches: Iterable[Any],
+    evaluate: Callable[[nn.Module], float],
+    methods: Methods = ("lrp", "wanda", "magnitude", "random"),
+    sparsities: Sequence[float] = (0.5, 0.7, 0.8),
+    *,
+    higher_is_better: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Prune a model by each method to each sparsity, evaluate it, and put it back as it was.
+
+    Each cell of the result is what ``evaluate(model)`` gives after :func:`~lrp_prune.prune` with the same arguments; the scores
+    of a method are collected once for all sparsities. The model comes out bit for bit as it went in, also if something fails:
+    one copy of its weights is kept meanwhile, in the memory of the CPU. ``evaluate`` is called with the model in evaluation mode
+    and with the same state of the random generators each time; modes, generators and buffers are as before afterwards.
+
+    Args:
+        model: see :func:`~lrp_prune.prune`.
+        batches: reference samples, from which relevance is collected; gone through once, and kept in a list.
+        evaluate: from the model to a number, on held-out data. Called first on the dense model, then once for each method and
+            sparsity.
+        methods: names of methods, or mappings from a label to ``{"method": name, ...}`` with further arguments of
+            :func:`~lrp_prune.prune` for this one.
+        sparsities: to prune to, each from the dense model.
+        higher_is_better: False for a loss or a perplexity.
+        progress: show a progress bar.
+        **options: of :func:`~lrp_prune.prune`, for all methods.
+
+    Returns:
+        The scores, to be printed, plotted or taken as they are.
+
+    Raises:
+        ValueError: for arguments that are wrong for one of the methods, before anything is scored; if ``evaluate`` gives no
+            number; and what :func:`~lrp_prune.prune` raises.
+
+    Example:
+        >>> import torch, lrp_prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> inputs, labels = torch.randn(64, 4), torch.randint(2, (64,))
+        >>> def accuracy(model):
+        ...     return float((model(inputs).argmax(1) == labels).float().mean())
+        >>> found = lrp_prune.compare(model, [(inputs, labels)], accuracy, ("lrp", "random"), (0.5,), progress=False)
+        >>> list(found.scores), list(found.scores["lrp"])
+        (['lrp', 'random'], [0.5])
+        >>> found.dense == accuracy(model)
+        True
+    """
+    entries = _entries(methods, options)
+    rates = _rates(sparsities)
+    check_batches(batches)
+    scores: dict[str, dict[float, float]] = {label: {} for label in entries}
+    reached: dict[str, dict[float, float]] = {label: {} for label in entries}
+    with undisturbed(model):  # a loader draws from the global random generator whenever it is gone through
+        reference = list(batches)
+        for label, entry in entries.items():
+            _check(label, entry, rates, model, reference)
+        with _bar(1 + len(entries) * len(rates), progress) as step, restored(model, always=True) as restore:
+            step("dense")
+            dense = _evaluated(model, evaluate)
+            restore()  # statistics of batch normalizations, which an evaluation may have moved
+            for label, entry in entries.items():
+                step(f"{label}: scoring", 0)
+                relevance = _scored(model, reference, entry)
+                for rate in rates:
+                    step(f"{label} at {100 * rate:g} %")
+                    masks = prune(model, reference, rate, relevance=relevance, **entry)
+                    reached[label][rate] = masks.sparsity
+                    scores[label][rate] = _evaluated(model, evaluate)
+                    restore()
+    return Comparison(scores, dense, reached, higher_is_better)
+
+
+def _entries(methods: Methods, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of :func:`prune` by label."""
+    if isinstance(methods, str):
+        raise ValueError(f"methods must be several, got {methods!r}: pass [{methods!r}]")
+    target = Inferred()  # once for all methods
+    found: dict[str, dict[str, Any]] = {}
+    for each in [methods] if isinstance(methods, Mapping) else methods:
+        for label, own in ({each: {"method": each}} if isinstance(each, str) else each).items():
+            if not isinstance(own, Mapping) or "method" not in own:
+                raise ValueError(f"methods[{label!r}] must be a mapping with a 'method', got {own!r}")
+            if label in found:
+                raise ValueError(
+                    f"methods has {label!r} twice: give each a label, {{'label': {{'method': {label!r}, ...}}}}"
+                )
+            found[label] = {**options, **own}
+            if found[label].get("target") is None:
+                found[label]["target"] = target
+    if not found:
+        raise ValueError(f"methods is empty: choose some of {tuple(METHODS)}")
+    for label, entry in found.items():
+        for name in _OWN:
+            if name in entry:
+                way_out = "give sparsities=, numbers in [0, 1)" if name == "sparsity" else "compare has its own"
+                raise ValueError(f"{name!r} is no option of {label!r}: {way_out}")
+    return found
+
+
+def _rates(sparsities: Sequence[float]) -> list[float]:
+    if isinstance(sparsities, int | float | Mapping):
+        raise ValueError(f"sparsities must be several numbers in [0, 1), got {sparsities!r}")
+    rates = [check_sparsity(rate, "each of sparsities") for rate in sparsities]
+    if not rates or len(set(rates)) < len(rates):
+        raise ValueError(f"sparsities must be different numbers in [0, 1), at least one, got {list(sparsities)!r}")
+    return rates
+
+
+def _check(
+    label: str, entry: Mapping[str, Any], rates: Sequence[float], model: nn.Module, reference: list[Any]
+) -> None:
+    """Raise now what would be raised after other methods had been scored."""
+    granularity = entry.get("granularity", "weight")
+    given = {name: entry[name] for name in ("scope", "ranking", "normalize", "floor") if name in entry}
+    try:
+        defaults = {"scope": None, "ranking": "absolute", "normalize": "auto"}
+        selection = selection_options(entry["method"], granularity, **{**defaults, **given})
+        scope = parse_scope(selection["scope"])
+        check_units_scope(",".join([granularity] if isinstance(granularity, str) else granularity), selection["scope"])
+        for rate in rates:
+            check_reachable(scope, rate)
+            sparsity_schedule(entry.get("schedule", "cubic"), rate, entry.get("rounds") or 1)
+        check_chunks(entry.get("chunks", 1), reference, granularity)
+        needs_data = scorer(model=model, **_of_scorer(entry)).needs_data
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"method {label!r}: {error}") from error
+    if needs_data and not reference:
+        raise ValueError(f"method {label!r} needs reference samples, and there is no batch")
+
+
+def _of_scorer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name == "method" or name not in _OF_PRUNE}
+
+
+def _scored(model: nn.Module, reference: list[Any], entry: Mapping[str, Any]) -> Relevance:
+    scores = scorer(model=model, **_of_scorer(entry))
+    if scores.needs_data:
+        collect(scores, reference, model, entry.get("chunks", 1))
+    return scores.compute()
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    with undisturbed(model), unchanged_buffers(model):
+        value = evaluate(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"evaluate must give a number, got a {type(value).__name__}: return one metric, such as the accuracy"
+        ) from error
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar of one process; yields what says what comes next, and how many steps that is."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not distributed or torch.distributed.get_rank() == 0
+    with tqdm(total=total, disable=not (shown and first), leave=False) as bar:
+        pending = 0
+
+        def step(what: str, steps: int = 1) -> None:
+            nonlocal pending
+            bar.update(pending)
+            bar.set_description(what)
+            pending = steps
+
+        yield step
+        bar.update(pending)
