@@ -151,7 +151,9 @@ def _check(
         check_units_scope(",".join([granularity] if isinstance(granularity, str) else granularity), selection["scope"])
         for rate in rates:
             check_reachable(scope, rate)
-            sparsity_schedule(entry.get("schedule", "cubic"), rate, entry.get("rounds") or 1)
+            sparsity_schedule(
+                entry.get("schedule", "cubic"), rate, 1 if entry.get("rounds") is None else entry["rounds"]
+            )
         check_chunks(entry.get("chunks", 1), reference, granularity)
         needs_data = scorer(model=model, **_of_scorer(entry)).needs_data
     except (ValueError, TypeError) as error:

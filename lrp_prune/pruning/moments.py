@@ -67,7 +67,7 @@ class PairedMoments:
         if not shifted:
             squares, products = squares + self.count * mean_p**2, products + self.count * mean_p * mean_t
         known = squares > 1e-12 * self.count
-        scale = torch.where(known, products / squares.clamp(min=1e-300), 1.0).clamp(0.0, _LARGEST)
+        scale = torch.where(known, products / squares.clamp(min=1e-300), 1.0).clamp(_SMALLEST, _LARGEST)
         scale = 1 + strength * (scale - 1)
         shift = strength * (mean_t - scale * mean_p) if shifted else torch.zeros_like(scale)
         return scale, shift
@@ -81,5 +81,5 @@ class PairedMoments:
         )
 
 
-_LARGEST = 5.0
-"""Scales beyond this come from channels of which next to nothing is left, and would blow up what is: noise."""
+_SMALLEST, _LARGEST = 0.05, 5.0
+"""Scales below this would prune channels that the masks keep; those beyond come from channels of which next to nothing is left, and would blow up what is: noise."""

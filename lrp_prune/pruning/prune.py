@@ -117,6 +117,8 @@ def prune(
     recalibrates = _recalibrates(model, recalibrate, reference)
     if recalibrates and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
+    if recalibrate is None and not recalibrates and not _is_empty(reference):
+        _logger.info("not recalibrated: the model is divided among processes")
     which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds

@@ -80,6 +80,9 @@ def select(
     Relevance of a sharded model is selected from by all its processes together, and the masks are divided as it is: the
     same as in one process, whatever the number of processes, up to scores that tie within rounding.
 
+    Tensors that lose more than 95 % where less was asked for are named in a warning
+    (:class:`~lrp_prune.pruning.EmptiedWeightsWarning`).
+
     Returns:
         Masks of the selected parameters, and of those in ``existing``.
 

@@ -129,7 +129,8 @@ def test_relevance_is_collected_once_for_all_sparsities(monkeypatch):
     pruning = sys.modules["lrp_prune.pruning.prune"]
     monkeypatch.setattr(pruning, "collect", lambda *args: pytest.fail("collected again"))
     drawn = (batch for batch in BATCHES)
-    lrp_prune.compare(Network(), drawn, loss, ("lrp", "wanda", "magnitude"), (0.3, 0.5, 0.7), progress=False)
+    methods = ("lrp", "wanda", "magnitude")
+    lrp_prune.compare(Network(), drawn, loss, methods, (0.3, 0.5, 0.7), progress=False, rounds=1)
     assert len(collected) == 2
 
 
@@ -239,7 +240,7 @@ def test_processes_that_share_a_model_compare_together(tmp_path: Path) -> None:
         with torch.no_grad():
             return sum(float(model(**batch).loss) for batch in batches)
 
-    options = {"methods": ("lrp", "magnitude"), "sparsities": (0.5, 0.8), "progress": False}
+    options = {"methods": ("lrp", "magnitude"), "sparsities": (0.5, 0.8), "progress": False, "recalibrate": False}
     methods = ({"lrp": {"method": "lrp", "matmul_dtype": None}}, "magnitude")
     expected = lrp_prune.compare(build("llama"), batches, evaluate, **{**options, "methods": methods})
 

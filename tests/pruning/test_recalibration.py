@@ -210,14 +210,31 @@ def test_prune_recalibrates_and_leaves_kept_weights_alone_if_told_so() -> None:
     model, batches = MODELS["mlp"]()
     batches = [(x[0], torch.randint(5, (64,))) for x in batches]
     one, other = copy.deepcopy(model), copy.deepcopy(model)
-    masks = lrp_prune.prune(one, batches, sparsity=0.7)
-    same = lrp_prune.prune(other, batches, sparsity=0.7, recalibrate=False)
+    masks = lrp_prune.prune(one, batches, sparsity=0.6)
+    same = lrp_prune.prune(other, batches, sparsity=0.6, recalibrate=False)
     assert all(torch.equal(masks[name], same[name]) for name in masks)
     expected = applied(model, masks, recalibrate(model, masks, batches, "class"))
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in one.state_dict().items())
     for key, mask in same.items():
         assert torch.equal(other.get_parameter(key)[mask], model.get_parameter(key)[mask])
     assert not torch.equal(one[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize(("sparsity", "rounds"), [(0.6, 1), ({"0": 0.3, "2": 0.7}, 2), (0.8, 2)])
+def test_beyond_sixty_percent_it_is_scored_twice(sparsity: Any, rounds: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    alone, other = copy.deepcopy(model), copy.deepcopy(model)
+    with caplog.at_level("INFO", "lrp_prune"):
+        masks = lrp_prune.prune(model, batches, sparsity=sparsity)
+    assert sum("recalibrated" in record.message or "strength" in record.message for record in caplog.records) == rounds
+    expected = lrp_prune.prune(other, batches, sparsity=sparsity, rounds=rounds)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+    caplog.clear()
+    with caplog.at_level("INFO", "lrp_prune"):
+        lrp_prune.prune(alone, batches, sparsity=sparsity, recalibrate=False)
+    assert not any(record.message.startswith("round") for record in caplog.records)
 
 
 def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
