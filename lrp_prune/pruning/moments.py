@@ -82,4 +82,5 @@ class PairedMoments:
 
 
 _SMALLEST, _LARGEST = 0.05, 5.0
-"""Scales below this would prune channels that the masks keep; those beyond come from channels of which next to nothing is left, and would blow up what is: noise."""
+"""Scales below would prune channels that the masks keep; those beyond come from channels of which next to nothing is left, and
+would blow up what is: noise."""
