@@ -88,10 +88,11 @@ def figure(found: Sequence[dict[str, Any]], path: Path) -> Path:
         axis.grid(alpha=0.3)
     for axis in axes[len(cases) :]:
         axis.set_visible(False)
-    drawn.supxlabel("sparsity")
+    for axis in axes[max(len(cases) - 4, 0) : len(cases)]:
+        axis.set_xlabel("sparsity")
     drawn.supylabel("share of the dense advantage")
     if len(cases):
         handles, labels = axes[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    drawn.savefig(path, dpi=110)
+    drawn.savefig(path, dpi=75)
     return path
