@@ -1,12 +1,13 @@
 """What is refused, or warned about, before anything is collected or pruned."""
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -191,6 +192,29 @@ def check_validation(trainer: Trainer, name: str, what: str) -> None:
             f"{name} {what} at the end of validations, but this training has none: give it a validation loader and a "
             "validation_step (and limit_val_batches > 0), or call trainer.validate afterwards"
         )
+
+
+def checked_key(callback: Callback, key: str, way_out: str) -> str:
+    """A callback's state key; refuses a second callback with the same one, and says what to do about it.
+
+    Lightning refuses it as well, when the trainer is made, but says neither which callbacks nor what to do. It asks all of them
+    for their keys in one function; where there is none of that name any more, its own message is left.
+
+    Args:
+        callback: whose key is asked for, as a property.
+        key: the key.
+        way_out: what makes it another one.
+    """
+    asking = sys._getframe(2)
+    if asking.f_code.co_name == "_validate_callbacks_list":
+        same = [other for other in asking.f_locals.get("callbacks", ()) if type(other) is type(callback)]
+        known = asking.f_locals.get("seen_callbacks", ())
+        if len(same) > 1 and key in known:
+            raise MisconfigurationException(
+                f"there are {len(same)} {type(callback).__name__} callbacks, two of which would have the same state in a "
+                f"checkpoint: leave one out, or {way_out}"
+            )
+    return key
 
 
 def check_other_pruning(trainer: Trainer, name: str) -> None:

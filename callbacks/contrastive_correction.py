@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.unsharding import make_ordinary
-from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy, check_validation
+from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy, check_validation, checked_key
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
@@ -187,7 +187,10 @@ class ContrastiveCorrection(CollectingCallback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(behaviour=self._behaviour)
+        key = self._generate_state_key(behaviour=self._behaviour)
+        return checked_key(
+            self, key, "give each a behaviour of its own, as in ContrastiveCorrection(behaviour='toxicity')"
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class RelevancePruning(CollectingCallback):
             that a ranking by relevance cannot empty a layer that a saturated output hardly depends on.
         recalibrate: after each round, before the training goes on, scale what is kept, channel by channel, to the outputs from
             before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
-            that relevance was collected on, which are read once more.
+            that relevance was collected on, which are read once more. Off by default: where training goes on, it makes no
+            difference that could be measured. Not for models that are divided among processes.
         guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
@@ -205,7 +206,8 @@ class RelevancePruning(CollectingCallback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**self._identity)
+        way_out = "give each a name, as in RelevancePruning(..., name='attention')"
+        return _checks.checked_key(self, self._generate_state_key(**self._identity), way_out)
 
     @override
     def state_dict(self) -> dict[str, Any]:

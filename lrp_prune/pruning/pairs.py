@@ -28,8 +28,7 @@ class Place(NamedTuple):
     Args:
         name: the parameter's.
         layout: of the part in it.
-        axis: of the part, along which it has output channels; None for a convolution, whose groups tell.
-        groups: of a transposed convolution.
+        axis: of the part, along which it has output channels (of a transposed convolution with groups those of one).
         bias: what is added to its channels, if that is a parameter.
     """
 

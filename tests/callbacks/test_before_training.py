@@ -303,6 +303,24 @@ def test_lightnings_own_pruning_is_refused_beside_ours(first: bool, make_trainer
     )
 
 
+@pytest.mark.parametrize(
+    ("make", "way_out"),
+    [
+        (lambda: RelevancePruning(0.5), "there are 2 RelevancePruning callbacks, .* give each a name"),
+        (
+            lambda: ContrastiveCorrection(),
+            "there are 2 ContrastiveCorrection callbacks, .* give each a behaviour of its own",
+        ),
+    ],
+)
+def test_the_same_callback_twice_is_answered_by_what_to_do(
+    make: Callable[[], Callback], way_out: str, make_trainer: Callable[..., Any]
+) -> None:
+    with pytest.raises(MisconfigurationException, match=way_out):
+        make_trainer(callbacks=[make(), make()])
+    make_trainer(callbacks=[make()])
+
+
 def test_what_is_explained_is_in_the_table(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr("lrp_prune.callbacks.relevance_pruning.show", lambda trainer, text: shown.append(text))
