@@ -178,11 +178,11 @@ def recalibrate(
     fitted, judged = _parts(enough(batches))
     candidates = [_Candidate(strength) for strength in (0.0, *strengths)]
     for group in _groups(module, fitted, masks, target):
-        _go(module, masks, group, candidates[1:], target, fitting=True)
+        _compare(module, masks, group, candidates[1:], target, fitting=True)
     for candidate in candidates if together else ():
         candidate.take_together()
     for batch in judged:
-        _go(module, masks, batch, candidates, target, fitting=False)
+        _compare(module, masks, batch, candidates, target, fitting=False)
     return _best(candidates, together)
 
 
@@ -251,9 +251,11 @@ def _passing(module: nn.Module, batch: Any, uses: Any, target: Any = "") -> list
     return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _go(
+def _compare(
     module: nn.Module, masks: Masks, batch: Any, candidates: Sequence[_Candidate], target: Any, fitting: bool
 ) -> None:
+    """Run a batch dense, and as each candidate would have it: to fit scales to it, or to judge by it those that are known."""
+    batch = to_device(batch, next(module.parameters()).device)
     counted = counted_tokens(module, batch, 0)
     dense = DenseOutputs(masks, counted)
     norms: dict[str, list[Tensor]] = {}

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from sharding import together
 from small_models import batch_for, build
 from torch import Tensor, nn
 
@@ -305,6 +307,28 @@ def test_a_saturated_classifier_does_not_collapse() -> None:
         sparse = copy.deepcopy(model)
         lrp_prune.prune(sparse, batches, sparsity=sparsity)
         assert accuracy(sparse) > 0.97
+
+
+def test_processes_come_to_one_result_from_batches_of_their_own(tmp_path: Path) -> None:
+    """Also where one of them has more than the other."""
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    masks = masks_of(model, 0.6)
+
+    def measured(mesh: Any) -> Any:
+        rank = torch.distributed.get_rank()
+        mine = batches[:3] if rank == 0 else batches[2:]
+        found = recalibrate(model, masks, mine, "regression", strengths=(1.0,), together=True)
+        return found.strength, found.divergences, list(found.scales.values()), list(found.shifts.values())
+
+    one, other = together(measured, 2, tmp_path)
+    assert one[0] == other[0] == 1 and one[1] == other[1]
+    for mine, theirs in zip((*one[2], *one[3]), (*other[2], *other[3]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    # The first layer's inputs are the same whatever the scales are: the moments are those of all batches that were fitted to.
+    alone = recalibrate(model, masks, [batches[0], batches[1], batches[2], batches[3]], "regression", strengths=(1.0,))
+    assert [scale.shape for scale in one[2]] == [scale.shape for scale in alone.scales.values()]
+    torch.testing.assert_close(one[2][0], alone.scales[next(iter(alone.scales))], rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_can_be_gone_through_once_are_enough() -> None:

@@ -1,0 +1,72 @@
+"""Rounds in a training that scale what they keep, before the training goes on."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+
+import lrp_prune
+from lrp_prune.callbacks import RelevancePruning
+
+
+class Seen(Callback):
+    """The weights at the first batch after a round."""
+
+    def __init__(self, pruning: RelevancePruning) -> None:
+        self.pruning, self.weights = pruning, {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.pruning.round == 1 and not self.weights:
+            self.weights = copy.deepcopy(pl_module.state_dict())
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_round_scales_what_it_keeps_as_prune_does(
+    reference: bool, corrected: bool, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    module, loader = make_module("none"), make_loader(seed=2)  # a training that changes no weight
+    dense = copy.deepcopy(module)
+    pruning = RelevancePruning(sparsity=0.6, recalibrate=True, reference=loader if reference else None)
+    seen = Seen(pruning)
+    trained = lrp_prune.CorrectedModule(module) if corrected else module
+    make_trainer(callbacks=[pruning, seen], max_epochs=3).fit(trained, make_loader(), loader)
+    buffers = {name: value for name, value in seen.weights.items() if "running" in name or "num_batches" in name}
+    assert pruning.masks is not None and buffers
+    masks = {name.removeprefix("module."): mask for name, mask in pruning.masks.items()}
+    weights = {name.removeprefix("module."): value for name, value in seen.weights.items()}
+    assert all(not weights[name][~mask].any() for name, mask in masks.items())
+    kept = [weights[name][mask] / dense.state_dict()[name][mask] for name, mask in masks.items()]
+    assert any((scale - 1).abs().max() > 1e-3 for scale in kept)
+    assert all(not module.state_dict()[name][~mask].any() for name, mask in masks.items())
+
+
+def test_off_by_default_and_the_table_says_what_was_done(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("lrp_prune.callbacks.relevance_pruning.show", lambda trainer, text: shown.append(text))
+    for recalibrate in (False, True):
+        pruning = RelevancePruning(sparsity=0.6, recalibrate=recalibrate)
+        module = make_module("none")
+        before = copy.deepcopy(module.state_dict())
+        make_trainer(callbacks=[pruning], max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+        masks = pruning.masks
+        assert masks is not None
+        unchanged = all(
+            torch.equal(module.state_dict()[name][mask], before[name][mask]) for name, mask in masks.items()
+        )
+        assert unchanged != recalibrate
+    assert ["recalibrated: at strength" in text for text in shown] == [False, True]
+
+
+def test_averages_keep_the_zeros(make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]) -> None:
+    pruning = RelevancePruning(sparsity=0.6, rounds=2, recalibrate=True)
+    module = make_module()
+    make_trainer(callbacks=[pruning, WeightAveraging()], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
+    assert pruning.masks is not None
+    assert all(not module.state_dict()[name][~mask].any() for name, mask in pruning.masks.items())
