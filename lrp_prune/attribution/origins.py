@@ -38,7 +38,7 @@ class Layout(NamedTuple):
         """The same entries of a tensor that is laid out as the parameter is."""
         if self == (tuple(tensor.size()), tuple(tensor.stride()), 0):
             return tensor
-        return tensor.as_strided(self.size, self.stride, self.offset)
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
     def once(self, tensor: Tensor) -> Tensor:
         """A tensor of this size, without the repetitions of entries that stand at several places (of what was expanded)."""

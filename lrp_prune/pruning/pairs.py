@@ -1,6 +1,6 @@
 """Pairs of a layer's outputs: dense, and as they will be with masks and scales, product by product in one forward each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,24 @@ class DenseOutputs(WeightUses):
         super().__init__(lambda use: [])
         self._masks = masks
         self.made: dict[Place, list[Tensor]] = {}
+        self.looked_up: set[str] = set()
+        """Parameters that rows are taken from, as of an embedding."""
+        self._used: dict[str, set[tuple[Layout, Place | None]]] = {}
+        self._whole: dict[str, Layout] = {}
+        self._tied: set[Place] | None = None
+
+    def is_alone(self, place: Place) -> bool:
+        """Whether nothing else uses these entries, so that scaling them changes these outputs and no others."""
+        if self._tied is None:
+            self._tied = set()
+            for name, used in self._used.items():
+                if name in self.looked_up or len(used) > 1:
+                    self._tied |= _tied(used, self._whole[name], name in self.looked_up)
+        return place not in self._tied
+
+    def _note(self, name: str, whole: Layout, layout: Layout | None, place: Place | None) -> None:
+        self._whole[name] = whole
+        self._used.setdefault(name, set()).add((whole if layout is None else layout, place))
 
     @property
     def entries(self) -> int:
@@ -72,6 +90,11 @@ class DenseOutputs(WeightUses):
             return None
         result = call.run()
         place = place_of(found, call, result, self._masks)
+        self._note(found.origin.name, found.origin.parameter, found.origin.layout, place)
+        bias = _bias_of(call)
+        origin = None if bias is None else marked(bias)
+        if origin is not None:
+            self._note(origin.name, origin.parameter, origin.layout, place)
         if place is not None:
             self.made.setdefault(place, []).append(result.detach())
         return result
@@ -103,7 +126,7 @@ class PrunedUses(WeightUses):
         super().__init__(lambda use: [])
         self._masks, self._channels, self._strength = masks, channels, strength
         self._counted, self._fitting = counted, fitting
-        self._dense: dict[Place, Iterator[Tensor]] = {place: iter(made) for place, made in dense.made.items()}
+        self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
 
     def observed(self, call: Call) -> Any:
         """The product as it will be."""
@@ -113,7 +136,7 @@ class PrunedUses(WeightUses):
         with torch.no_grad():
             result = found.form.forward(found.activation.detach(), self._masked(found.weight))
             place = place_of(found, call, result, self._masks) if self._strength else None
-            if place is not None:
+            if place is not None and self._is_alone(place):
                 result = self._scaled(place, found, result)
             if result._is_view():
                 result = result.clone()
@@ -165,12 +188,27 @@ def place_of(found: Product, call: Call, result: Tensor, masks: Masks) -> Place 
     axis = channel_axis(form, weight, result)
     if axis is None or len(origin.layout.size) != weight.dim():
         return None
-    vectors = [entry for entry in (*call.args, *call.kwargs.values()) if isinstance(entry, Tensor) and entry.dim() == 1]
-    bias = marked(vectors[0]) if vectors else None
-    placed = None
-    if bias is not None and bias.layout is not None and not bias.scaled and len(vectors[0]) == result.shape[axis]:
-        placed = BiasPlace(bias.name, bias.layout)
+    bias, placed = _bias_of(call), None
+    if bias is not None:
+        added = marked(bias)
+        if added is None or added.layout is None or added.scaled or len(bias) != result.shape[axis]:
+            return None  # what is added is no parameter as it is, and would not be scaled with the rest
+        placed = BiasPlace(added.name, added.layout)
     return Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+
+
+def _bias_of(call: Call) -> Tensor | None:
+    """What a layer adds to its channels."""
+    entries = (*call.args, *call.kwargs.values())
+    return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)
+
+
+def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool) -> set[Place]:
+    """The places whose entries of a parameter something else uses as well."""
+    count = torch.empty_strided(whole.size, whole.stride, dtype=torch.int8).fill_(int(looked_up))
+    for layout, _ in used:
+        layout.once(layout.on(count)).add_(1)
+    return {place for layout, place in used if place is not None and bool((layout.on(count) > 1).any())}
 
 
 def _laid_out(masks: Masks, origin: Any) -> Tensor:

@@ -141,8 +141,9 @@ def recalibrate(
     """How the channels of a dense model have to be scaled and shifted once masks are applied to it.
 
     Each batch is run once dense, and once for each strength with masks in the products; the model itself stays as it is. Of
-    layers whose outputs are of other tokens when pruned (experts with a router), of recurrent steps, and of weights that are
-    scaled before they are used nothing is known: they keep their scale.
+    layers whose outputs are of other tokens when pruned (experts with a router), of recurrent steps, of weights that are
+    scaled before they are used, and of those that something else uses as well (tied ones), nothing is known: they keep their
+    scale.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -241,10 +242,14 @@ def _passing(module: nn.Module, batch: Any, uses: Any, target: Any = "") -> list
         unchanged_configuration(profile_of(module).config),
     ):
         batch = to_device(batch, next(module.parameters()).device)
-        with propagating(module, composite_of("gradient"), None, "ignore", uses, named=False):
+        with propagating(module, composite_of("gradient"), None, "ignore", uses, named=False) as propagation:
             if callable(target):
-                return [target(module, batch).detach().reshape(1)]
-            logits, output = logits_by(module, call_of(module, batch))
+                logits, output = target(module, batch).reshape(1), None
+            else:
+                logits, output = logits_by(module, call_of(module, batch))
+            if isinstance(uses, DenseOutputs):
+                found = ((root.parameter, root.ids) for root in propagation.roots())
+                uses.looked_up.update(name for name, ids in found if name is not None and ids is not None)
     if logits is not None:
         return [logits.detach()]
     leaves = tree_leaves(output)

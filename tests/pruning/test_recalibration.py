@@ -192,6 +192,97 @@ def test_language_models(name: str) -> None:
     assert all(not sparse.get_parameter(key)[~mask].any() for key, mask in masks.items())
 
 
+class Tied(nn.Module):
+    """Weights that are used a second time: by another layer, transposed, or as an embedding; and one with a buffer added."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.second, self.third = how, nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.table = nn.Embedding(8, 8)
+        self.register_buffer("shift", torch.linspace(-2, 2, 8))
+        if how == "another bias":
+            self.second.weight = self.first.weight
+        elif how == "one bias":
+            self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        if self.how == "transposed":
+            hidden = F.linear(hidden, self.first.weight.T, self.second.bias)
+        elif self.how == "embedding":
+            hidden = F.linear(hidden, self.table.weight) + self.table(x.argmax(-1))
+        elif self.how == "a buffer is added":
+            hidden = F.linear(hidden, self.second.weight, self.shift)
+        else:
+            hidden = self.second(hidden)
+        result: Tensor = self.third(hidden.relu())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("how", "left_alone"),
+    [
+        ("another bias", {"first.weight"}),
+        ("transposed", {"first.weight"}),
+        ("one bias", {"first.weight", "second.weight"}),
+        ("embedding", {"table.weight"}),
+        ("a buffer is added", {"second.weight"}),
+        ("nothing", set()),
+    ],
+)
+def test_what_something_else_uses_as_well_keeps_its_scale(how: str, left_alone: set[str]) -> None:
+    torch.manual_seed(0)
+    model = Tied(how).eval()
+    batches = [(torch.randn(64, 8),) for _ in range(4)]
+    names = ["first", "third"] + ["second"] * (how != "another bias") + ["table"] * (how == "embedding")
+    if how in ("transposed", "embedding"):
+        names.remove("second")
+    masks = lrp_prune.select(scorer("random", model, include=names).compute(), 0.4, scope="layer")
+    found = recalibrate(model, masks, batches, "regression", strengths=(1.0,))
+    assert found.strength == 1
+    scaled = {place.name for place in found.scales}
+    assert scaled == {f"{name}.weight" for name in names} - left_alone
+    with torch.no_grad():
+        mended, dense = applied(model, masks, found)(batches[-1][0]), model(batches[-1][0])
+    if how != "embedding":  # whose rows are pruned, which no product shows
+        off = float((mended - dense).square().mean() / dense.var(correction=0))
+        assert off == pytest.approx(found.divergences[1.0], rel=1e-3)
+
+
+def test_parameters_that_are_parts_of_one_memory() -> None:
+    """As those are that were flattened: their entries do not begin where the memory does."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+    class Itself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            other = x.roll(1, 1)  # so that queries are a part of the projection, and keys with values another
+            result: Tensor = self.attention(x, other, other, need_weights=False)[0]
+            return result
+
+    plain = Itself().eval()
+    flat = copy.deepcopy(plain)
+    memory = torch.cat([torch.zeros(5), *(parameter.detach().reshape(-1) for parameter in flat.parameters())])
+    start = 5
+    for parameter in flat.parameters():
+        parameter.data = memory[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    batches, masks = [(torch.randn(16, 5, 8),)], masks_of(plain, 0.5)
+    results = []
+    for entry in (plain, flat):
+        found = recalibrate(entry, masks, batches, "regression", strengths=(1.0,))
+        assert found.strength == 1 and len(found.scales) > 1
+        masks.apply_(entry)
+        found.apply_(entry)
+        results.append(entry.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
 def test_padding_is_not_fitted_to() -> None:
     model = build("bert").eval()
     batch = {key: value.clone() for key, value in batch_for("bert").items()}
