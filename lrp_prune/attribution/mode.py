@@ -19,6 +19,7 @@ from lrp_prune.attribution.composed import PARTS
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.endings import Endings, ends_in_numbers
 from lrp_prune.attribution.functional import replaced
+from lrp_prune.attribution.marking import mark_made, mark_taken
 from lrp_prune.attribution.nested import tensors_in
 from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, Operation, node_kind
 from lrp_prune.attribution.origins import (
@@ -27,7 +28,6 @@ from lrp_prune.attribution.origins import (
     mark,
     marked,
     note_source,
-    of_operation,
     origin_of_parameter,
     source_of,
 )
@@ -187,9 +187,9 @@ class PropagationMode(TorchFunctionMode):
         else:
             result = self._apply(call)
         if constant is not None and func.__name__ == "__setitem__":
-            self._mark_made(func, "plain", (args[0], args[2]), {}, args[0])
+            mark_made(func, "plain", (args[0], args[2]), {}, args[0])
         elif constant is not None and isinstance(result, Tensor) and not result.requires_grad:
-            self._mark_made(func, operation.kind, args, kwargs, result)
+            mark_made(func, operation.kind, args, kwargs, result)
         self._finish(func, operation.kind, call, result, before)
         return result
 
@@ -333,49 +333,9 @@ class PropagationMode(TorchFunctionMode):
         args, kwargs, constant = self._without_parameters(args, kwargs)
         result = func(*args, **kwargs)
         if constant is not None:
-            self._mark_taken(func, args, kwargs, constant, result)
+            mark_taken(func, args, kwargs, constant, result)
         self._finish(func, "plain", Call(func, _FIRST, args, kwargs), result)
         return result
-
-    def _mark_taken(self, func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any) -> None:
-        """Mark what a function without a rule made of constants: views and copies of one of them, as a rule."""
-        name = getattr(func, "__name__", "")
-        several = isinstance(result, tuple | list)
-        for index, entry in enumerate(result if several else (result,)):
-            if not isinstance(entry, Tensor) or not entry.is_floating_point() or entry.requires_grad:
-                continue
-            origin = marked(constant)
-            viewed = entry.untyped_storage()._cdata == constant.untyped_storage()._cdata
-            if origin is None or not (viewed or name in tags.ELEMENTWISE_COPIES) or _writes(name):
-                self._mark_made(func, "plain", args, kwargs, entry)
-                continue
-
-            def again(stand_in: Tensor, index: int = index) -> Any:
-                made = func(*_replaced(args, constant, stand_in), **_replaced(kwargs, constant, stand_in))
-                return made[index] if several else made
-
-            mark(entry, derive(origin, constant, entry, name in tags.ELEMENTWISE_COPIES, name, again))
-
-    def _mark_made(self, func: Any, kind: str, args: Any, kwargs: Any, result: Tensor) -> None:
-        """Mark what a function computed from constants."""
-        name, operands = getattr(func, "__name__", ""), [*args, *kwargs.values()]
-        if name.endswith("_like") or name.startswith("new_"):
-            return  # it has the shape of a parameter, and nothing else
-        if any(result is operand and (kind == "dropout" or marked(operand) is None) for operand in operands):
-            return  # nothing was done; or a buffer was written to, which stays what it is
-        flat = [entry for value in operands for entry in (value if isinstance(value, tuple | list) else (value,))]
-
-        def again(carrier: Tensor, stand_in: Tensor) -> Any:
-            return func(*_replaced(args, carrier, stand_in), **_replaced(kwargs, carrier, stand_in))
-
-        origin = of_operation(name, kind, flat, result, again)
-        if origin is not None:
-            mark(result, origin)
-            return
-        sources = (source_of(entry) for entry in flat if isinstance(entry, Tensor) and not entry.requires_grad)
-        source = next((found for found in sources if found is not None), None)
-        if source is not None and result.is_floating_point():
-            note_source(result, source)
 
     def _finish(self, func: Any, kind: str, call: Call, result: Any, before: Call | None = None) -> None:
         """Account for a function that has run.
@@ -449,20 +409,6 @@ class PropagationMode(TorchFunctionMode):
 
         converted = tuple(convert(value) for value in args)
         return converted, {name: convert(value) for name, value in kwargs.items()}, found
-
-
-def _writes(name: str) -> bool:
-    """Whether a function changes its argument in place, by its name."""
-    return name.endswith("_") and not name.endswith("__")
-
-
-def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
-    """Arguments with one tensor in another's place."""
-    if isinstance(values, dict):
-        return {name: _replaced(value, old, new) for name, value in values.items()}
-    if isinstance(values, tuple | list) and not isinstance(values, torch.Size):
-        return type(values)(_replaced(value, old, new) for value in values)
-    return new if values is old else values
 
 
 def _cause(func: Any, kind: str, result: Any) -> str:

@@ -15,28 +15,20 @@ batches that it has not yet been fitted to.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lrp_prune.attribution.composites import composite_of
-from lrp_prune.attribution.propagation import propagating
 from lrp_prune.models.batches import laid_together, samples_in, to_device
-from lrp_prune.models.calling import call_of
-from lrp_prune.models.outputs import logits_by
 from lrp_prune.models.padding import counted_tokens
-from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.pairs import DenseOutputs, Place, PrunedUses
+from lrp_prune.pruning.passes import Normalization, divergence, normalizing, outputs_of
 from lrp_prune.sharding import is_sharded
 from lrp_prune.targets import Target
 
@@ -49,8 +41,6 @@ _ENTRIES = 1 << 28
 _BATCHES, _SAMPLES = 16, 256
 """So many batches are looked at, or more if they have fewer samples."""
 
-_Normalization = nn.modules.batchnorm._NormBase
-
 
 @dataclass
 class Recalibration:
@@ -60,7 +50,7 @@ class Recalibration:
         strength: how much of the least squares was best; 0: nothing is changed.
         divergences: strength -> how far outputs are from the dense model's, on batches that were not yet seen.
         scales: per place in a weight, ``[channels]``.
-        shifts: bias -> ``[channels]``, beside the scale.
+        shifts: per place, of its bias, beside the scale.
         normalizations: module -> change of the running mean, and factor of the running variance.
     """
 
@@ -94,7 +84,7 @@ class Recalibration:
                 bias.mul_(scale.to(bias)).add_(self.shifts[place].to(bias))
         for name, (moved, factor) in self.normalizations.items():
             module = modules[name]
-            assert isinstance(module, _Normalization)
+            assert isinstance(module, Normalization)
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.add_(moved.to(module.running_mean))
             module.running_var.mul_(factor.to(module.running_var))
@@ -222,7 +212,7 @@ def _groups(module: nn.Module, batches: list[Any], masks: Masks, target: Any) ->
     while batches:
         if size is None:
             uses = DenseOutputs(masks, None)
-            _passing(module, batches[0], uses, target)
+            outputs_of(module, batches[0], uses, target)
             size = max(1, _ENTRIES // max(uses.entries, 1))
         together, number = batches[0], 1
         for batch in batches[1:size]:
@@ -232,28 +222,6 @@ def _groups(module: nn.Module, batches: list[Any], masks: Masks, target: Any) ->
             together, number = both, number + 1
         batches = batches[number:]
         yield together
-
-
-def _passing(module: nn.Module, batch: Any, uses: Any, target: Any = "") -> list[Tensor]:
-    """What the model says of a batch: its logits if they are known, else all that it returns of floats, or a target's value."""
-    with (
-        torch.inference_mode(False),
-        undisturbed(module),
-        unchanged_configuration(profile_of(module).config),
-    ):
-        batch = to_device(batch, next(module.parameters()).device)
-        with propagating(module, composite_of("gradient"), None, "ignore", uses, named=False) as propagation:
-            if callable(target):
-                logits, output = target(module, batch).reshape(1), None
-            else:
-                logits, output = logits_by(module, call_of(module, batch))
-            if isinstance(uses, DenseOutputs):
-                found = ((root.parameter, root.ids) for root in propagation.roots())
-                uses.looked_up.update(name for name, ids in found if name is not None and ids is not None)
-    if logits is not None:
-        return [logits.detach()]
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _compare(
@@ -268,8 +236,8 @@ def _compare(
     def kept(name: str, x: Tensor) -> None:
         norms.setdefault(name, []).append(x.detach())
 
-    with _normalizing(module, kept):
-        expected = _passing(module, batch, dense, target)
+    with normalizing(module, kept):
+        expected = outputs_of(module, batch, dense, target)
     if not all(bool(torch.isfinite(entry).all()) for entry in expected):
         raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
     for candidate in candidates:
@@ -279,71 +247,14 @@ def _compare(
         def moved(name: str, x: Tensor, candidate: _Candidate = candidate, inputs: Any = inputs) -> Any:
             return candidate.normalized(name, x, next(inputs.get(name, iter(())), None), fitting)
 
-        with _normalizing(module, moved):
-            found = _passing(module, batch, uses, target)
+        with normalizing(module, moved):
+            found = outputs_of(module, batch, uses, target)
         if not fitting:
-            candidate.divergences.append(_divergence(expected, found, target, counted))
+            candidate.divergences.append(divergence(expected, found, target, counted))
 
 
 def _by_place(x: Tensor) -> Tensor:
     return x.detach().movedim(1, -1).reshape(-1, x.shape[1])
-
-
-@contextmanager
-def _normalizing(module: nn.Module, told: Any) -> Iterator[None]:
-    """Show the inputs of batch normalizations, and let them use other statistics where these are given back."""
-
-    def hook(name: str) -> Any:
-        def after(norm: Any, args: Any, output: Tensor) -> Tensor | None:
-            change = told(name, args[0])
-            if change is None:
-                return None
-            mean, var = (norm.running_mean + change[0].to(args[0]), norm.running_var * change[1].to(args[0]))
-            return F.batch_norm(args[0], mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
-
-        return after
-
-    handles = [
-        entry.register_forward_hook(hook(name))
-        for name, entry in named_modules(module).items()
-        if isinstance(entry, _Normalization) and entry.running_mean is not None and not _of_instances(entry)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _of_instances(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.instancenorm._InstanceNorm)
-
-
-_CHOICES = frozenset({"next_token", "token", "last_token", "class", "span"})
-
-
-def _divergence(expected: Sequence[Tensor], found: Sequence[Tensor], target: Any, counted: Tensor | None) -> float:
-    """How far outputs are from the dense model's: in nats where they are choices, else as a share of the variance."""
-    total = 0.0
-    for dense, pruned in zip(expected, found, strict=True):
-        dense, pruned = dense.float(), pruned.float()
-        if counted is not None and dense.shape[:2] == counted.shape:
-            dense, pruned = dense[counted], pruned[counted]
-        if (
-            not callable(target)
-            and target in _CHOICES
-            and len(expected) == 1
-            and dense.dim() > 1
-            and dense.shape[-1] > 1
-        ):
-            along = 1 if dense.dim() > 3 else -1
-            total += float(
-                F.kl_div(pruned.log_softmax(along), dense.log_softmax(along), reduction="sum", log_target=True)
-            ) / max(dense.numel() // dense.shape[along], 1)
-        else:
-            spread = float((dense - dense.mean()).square().mean())
-            total += float((pruned - dense).square().mean()) / max(spread, 1e-12)
-    return total
 
 
 def _best(candidates: list[_Candidate], together: bool) -> Recalibration:

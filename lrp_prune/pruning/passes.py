@@ -1,0 +1,105 @@
+"""Runs of a model that recalibration compares: its outputs with other products and statistics, and how far apart they are."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lrp_prune.attribution.composites import composite_of
+from lrp_prune.attribution.propagation import propagating
+from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.batches import to_device
+from lrp_prune.models.calling import call_of
+from lrp_prune.models.outputs import logits_by
+from lrp_prune.models.profile import profile_of
+from lrp_prune.models.states import unchanged_configuration, undisturbed
+from lrp_prune.names import named_modules
+from lrp_prune.pruning.pairs import DenseOutputs
+
+Normalization = nn.modules.batchnorm._NormBase
+
+Change = tuple[Tensor, Tensor]
+"""A difference of means, and a quotient of variances."""
+
+_CHOICES = frozenset({"next_token", "token", "last_token", "class", "span"})
+"""Targets of models that choose: their outputs are compared as distributions."""
+
+
+def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any) -> list[Tensor]:
+    """What the model says of a batch: its logits if they are known, else all that it returns of floats, or a target's value."""
+    with (
+        torch.inference_mode(False),
+        undisturbed(module),
+        unchanged_configuration(profile_of(module).config),
+    ):
+        batch = to_device(batch, next(module.parameters()).device)
+        with propagating(module, composite_of("gradient"), None, "ignore", uses, named=False) as propagation:
+            if callable(target):
+                logits, output = target(module, batch).reshape(1), None
+            else:
+                logits, output = logits_by(module, call_of(module, batch))
+            if isinstance(uses, DenseOutputs):
+                found = ((root.parameter, root.ids) for root in propagation.roots())
+                uses.looked_up.update(name for name, ids in found if name is not None and ids is not None)
+    if logits is not None:
+        return [logits.detach()]
+    leaves = tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def normalizing(module: nn.Module, told: Callable[[str, Tensor], Change | None]) -> Iterator[None]:
+    """Show the inputs of batch normalizations, and let them use other statistics where these are given back."""
+
+    def hook(name: str) -> Any:
+        def after(norm: Any, args: Any, output: Tensor) -> Tensor | None:
+            change = told(name, args[0])
+            if change is None:
+                return None
+            mean, var = (norm.running_mean + change[0].to(args[0]), norm.running_var * change[1].to(args[0]))
+            return F.batch_norm(args[0], mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+        return after
+
+    handles = [
+        entry.register_forward_hook(hook(name))
+        for name, entry in named_modules(module).items()
+        if isinstance(entry, Normalization) and entry.running_mean is not None and not _of_instances(entry)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_instances(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.instancenorm._InstanceNorm)
+
+
+def divergence(expected: Sequence[Tensor], found: Sequence[Tensor], target: Any, counted: Tensor | None) -> float:
+    """How far outputs are from the dense model's: in nats where they are choices, else as a share of the variance."""
+    total = 0.0
+    for dense, pruned in zip(expected, found, strict=True):
+        dense, pruned = dense.float(), pruned.float()
+        if counted is not None and dense.shape[:2] == counted.shape:
+            dense, pruned = dense[counted], pruned[counted]
+        if (
+            not callable(target)
+            and target in _CHOICES
+            and len(expected) == 1
+            and dense.dim() > 1
+            and dense.shape[-1] > 1
+        ):
+            along = 1 if dense.dim() > 3 else -1
+            total += float(
+                F.kl_div(pruned.log_softmax(along), dense.log_softmax(along), reduction="sum", log_target=True)
+            ) / max(dense.numel() // dense.shape[along], 1)
+        else:
+            spread = float((dense - dense.mean()).square().mean())
+            total += float((pruned - dense).square().mean()) / max(spread, 1e-12)
+    return total
