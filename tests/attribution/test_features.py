@@ -6,22 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_for, build, forward
+from small_models import Single, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import UnruledOperationError, UnruledOperationWarning
 
 PROTOTYPES = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
-
-
-class Single(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def explained(function: Callable[[Tensor], Tensor], x: Tensor, composite: str) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import Single
 from torch import Tensor, nn
 
 import lrp_prune
@@ -182,15 +183,6 @@ def in_single_precision(x: Tensor) -> Tensor:
     copy = memory.as_strided(x.shape, x.stride())
     copy[0 if len(x) == 1 else slice(None)] = x[0] if len(x) == 1 else x
     return copy
-
-
-class Single(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def gradients(function: Callable[[Tensor], Tensor], x: Tensor, seeds: list[Tensor], composite: str) -> list[Tensor]:

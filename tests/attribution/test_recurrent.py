@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from recurrent_layers import Explicit
+from recurrent_layers import Explicit, LastStep
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -339,19 +339,8 @@ def test_masked_tokens_do_not_count(statistic: str) -> None:
 
 
 def _small() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """An LSTM of 240 weights and a linear head of 18."""
-
-    class Small(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.r, self.o = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.o(self.r(x)[0][:, -1])
-            return result
-
     torch.manual_seed(0)
-    return Small(), (torch.randn(16, 7, 4), torch.randint(3, (16,)))
+    return LastStep(), (torch.randn(16, 7, 4), torch.randint(3, (16,)))
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "row"])

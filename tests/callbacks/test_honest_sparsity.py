@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from recurrent_layers import LastStep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -43,18 +44,6 @@ class Module(LightningModule):
         self.before = copy.deepcopy(self.state_dict())
 
 
-class Recurrent(nn.Module):
-    """An LSTM of 240 weights and a linear head of 18."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.r, self.o = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.o(self.r(x)[0][:, -1])
-        return result
-
-
 class Halves(nn.Module):
     """A body and a head, and a layer beside them that is never used."""
 
@@ -82,7 +71,7 @@ def _fit(make_trainer: Any, module: Module, *callbacks: Any, **arguments: Any) -
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reports_the_sparsity_that_a_recurrent_model_has(method: str, make_trainer: Any) -> None:
     torch.manual_seed(0)
-    module = Module(Recurrent())
+    module = Module(LastStep())
     pruning = RelevancePruning(sparsity=0.5, rounds=2, schedule="linear", method=method)
     trainer = _fit(make_trainer, module, pruning)
     zeros = sum(int((value == 0).sum()) for name, value in module.named_parameters() if "weight" in name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from recurrent_layers import LastStep
 from sharding import together
 from small_models import batch_for, build
 from torch import Tensor, nn
@@ -89,20 +90,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
     "attention": lambda: (
         nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True), [(torch.randn(16, 5, 16),) for _ in range(4)],
     ),
-    "lstm": lambda: (Last(nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 3)), [(torch.randn(32, 7, 6),) for _ in range(4)]),
+    "lstm": lambda: (LastStep(nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 3)), [(torch.randn(32, 7, 6),) for _ in range(4)]),
 }  # fmt: skip
-
-
-class Last(nn.Module):
-    """The last step's output of a recurrent layer, read by another."""
-
-    def __init__(self, recurrent: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.recurrent, self.head = recurrent, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.head(self.recurrent(x)[0][:, -1])
-        return result
 
 
 @pytest.mark.parametrize("name", MODELS)

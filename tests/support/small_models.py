@@ -158,3 +158,14 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     output = model(**batch, **({"use_cache": False} if caches else {}))
     logits: Tensor = output.logits if hasattr(output, "logits") else output.pooler_output
     return logits[:, -1] if logits.dim() == 3 else logits
+
+
+class Single(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
