@@ -5,8 +5,11 @@ Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a,
 :math:`G(a^2, d^2)`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lrp_prune.attribution.rules import Call
 
@@ -37,19 +40,36 @@ class Form:
         result: Tensor = self.call.with_operands(operands).run()
         return result
 
+    def in_one_precision(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation with all its tensors, a bias too, in the activation's precision.
+
+        In the backward pass no autocast brings them together, and the activation or the gradient may have been kept in another one.
+        """
+        dtype = activation.dtype
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        operands = self.call.operands()
+        operands[self._activation], operands[self._weight] = activation, weight
+        call = self.call.with_operands(operands)
+        result: Tensor = call.function(*tree_map(cast, call.args), **tree_map(cast, call.kwargs))
+        return result
+
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the activation."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_()
-            result = self.forward(leaf, weight)
+            result = self.in_one_precision(leaf, weight)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
 
     def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """``G(activation, d)``, in the shape of the weight."""
         with torch.enable_grad():
-            leaf = torch.zeros_like(weight).requires_grad_()
-            result = self.forward(activation.to(weight.dtype), leaf)
+            # In the precision of what is contracted: squares do not fit into the weights' float16.
+            leaf = torch.zeros_like(weight, dtype=activation.dtype).requires_grad_()
+            result = self.in_one_precision(activation, leaf)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
 

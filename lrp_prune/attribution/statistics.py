@@ -276,7 +276,7 @@ def input_energy(use: Use, activation: Tensor) -> Tensor:
     if use.form.channel_dim == -1:
         energy = activation.reshape(-1, activation.shape[-1]).square().sum(0)
         return energy.reshape([-1 if axis == use.form.in_axis else 1 for axis in range(2)]).expand(use.weight.shape)
-    ones = torch.ones_like(use.form.forward(activation, use.weight.to(activation.dtype)))
+    ones = torch.ones_like(use.form.in_one_precision(activation, use.weight))
     return use.form.contract(activation.square(), ones, use.weight)
 
 

@@ -82,6 +82,35 @@ def test_sums_are_float32_in_autocast_and_in_bfloat16(name: str, statistic: str)
             assert torch.cosine_similarity(other[weight].flatten(), expected[weight].flatten(), dim=0) > 0.98
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("statistic", ["geometric", "squared_token", "abs_sample", "input_norm"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_with_biases_work_in_every_precision(dtype: torch.dtype, statistic: str, transposed: bool) -> None:
+    """Autocast casts biases in the forward alone, and what is kept for the backward has a precision of its own."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            last = nn.ConvTranspose2d(8, 8, 3, groups=2) if transposed else nn.Conv2d(8, 8, 3, groups=2)
+            self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), last, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+            self.body(torch.zeros(1, 1, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    x, y = 3 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0])
+    options = {"target": "class", "composite": "epsilon", "statistic": statistic}
+    expected = lrp_prune.attribute(model, [(x, y)], **options)
+    mixed = lrp_prune.attribute(model, [(x, y)], forward_context=lambda: torch.autocast("cpu", dtype), **options)
+    low = lrp_prune.attribute(copy.deepcopy(model).to(dtype), [(x.to(dtype), y)], **options)
+    for other in (mixed, low):
+        for name in expected:
+            assert other[name].dtype == torch.float32
+            assert torch.cosine_similarity(other[name].flatten(), expected[name].flatten(), dim=0) > 0.995, name
+
+
 def test_sums_can_be_kept_on_another_device() -> None:
     model, batch = build("llama"), batch_for("llama")
     expected = lrp_prune.attribute(model, [batch], **EXACT)

@@ -17,7 +17,7 @@ class HangError(AssertionError):
     """A process did not come to its end in time."""
 
 
-def run(function: Callable[[], Any], processes: int, directory: Path, limit: float = 60.0) -> list[Any]:
+def run(function: Callable[[], Any], processes: int, directory: Path, limit: float = 300.0) -> list[Any]:
     """Call a function in new processes, as ``torchrun`` would start them, and return what each gave or raised.
 
     Args:

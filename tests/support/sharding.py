@@ -19,7 +19,7 @@ def device_type(processes: int) -> str:
     return "cuda" if torch.cuda.device_count() >= processes else "cpu"
 
 
-def together(function: Callable[[Any], Any], processes: int, directory: Path, limit: float = 120.0) -> list[Any]:
+def together(function: Callable[[Any], Any], processes: int, directory: Path, limit: float = 300.0) -> list[Any]:
     """Call ``function(mesh)`` in so many processes with a mesh of all of them; see :func:`processes.run`."""
 
     def call() -> Any:
