@@ -1,30 +1,26 @@
 """On a GPU, where there is one: the CPU's relevance and masks, every precision, and the strategies with nccl on one card.
 
-Each test is a process of its own: tests that fork would fail in one that has started CUDA.
+Each test is a process of its own, since tests that fork would fail in one that has started CUDA.
 """
 
 import copy
-import os
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Asking whether there is a GPU must not start CUDA here.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-
 import labelled_models
 import pytest
 import small_models
 import torch
-from processes import run
+from processes import GPUS, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lrp_prune
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 
 
 def on_a_gpu(function: Callable[[], Any], directory: Path, limit: float = 300.0) -> Any:
@@ -38,7 +34,7 @@ def on_a_gpu(function: Callable[[], Any], directory: Path, limit: float = 300.0)
         except Exception:
             return AssertionError(traceback.format_exc())
 
-    (result,) = run(call, 1, directory, limit)
+    (result,) = run(call, 1, directory, limit, gpus=True)
     if isinstance(result, Exception):
         raise result
     return result

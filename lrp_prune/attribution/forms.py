@@ -43,7 +43,7 @@ class Form:
     def in_one_precision(self, activation: Tensor, weight: Tensor) -> Tensor:
         """The operation with all its tensors, a bias too, in the activation's precision.
 
-        In the backward pass no autocast brings them together, and the activation or the gradient may have been kept in another one.
+        In the backward pass no autocast brings them together, and the activation may have been kept in another one.
         """
         dtype = activation.dtype
 

@@ -304,7 +304,8 @@ def test_a_model_that_is_itself_parametrized(change: str) -> None:
     else:
         parametrize.register_parametrization(layer, "weight", Masked())
     x = torch.randn(5, 8)
-    relevance = lrp_prune.attribute(layer.eval(), [x], target=_target, statistic="signed", composite="gradient")
+    options = {"statistic": "signed", "composite": "gradient", "matmul_dtype": None}
+    relevance = lrp_prune.attribute(layer.eval(), [x], target=_target, **options)
     (name,) = relevance
     weight = layer.weight.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), weight)

@@ -49,7 +49,7 @@ def trainer(processes: int, directory: Path, saving: dict[str, Any], **arguments
 
 
 def results(function: Any, processes: int, directory: Path) -> list[Any]:
-    found = run(function, processes, directory)
+    found = run(function, processes, directory, gpus=device_type(processes) == "cuda")
     for result in found:
         if isinstance(result, Exception):
             raise result

@@ -1,4 +1,8 @@
-"""Processes of a distributed run, forked from this one: no import is done twice, and one that hangs is killed."""
+"""Processes of a distributed run, forked from this one: no import is done twice, and one that hangs is killed.
+
+A process that has started CUDA cannot be forked. So this one never sees a GPU (:data:`GPUS` counts those of the machine), and its
+children do if they are asked to.
+"""
 
 import os
 import pickle
@@ -12,12 +16,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def _hide_gpus() -> tuple[int, str | None]:
+    """How many GPUs this process would see (asked of the driver, which starts nothing), and by which setting; none from now on."""
+    number, setting = torch.cuda.device_count(), os.environ.get(_VISIBLE)
+    os.environ[_VISIBLE] = ""
+    return number, setting
+
+
+GPUS, _SETTING = _hide_gpus()
+"""How many GPUs the machine has for children that are asked to see them."""
+
 
 class HangError(AssertionError):
     """A process did not come to its end in time."""
 
 
-def run(function: Callable[[], Any], processes: int, directory: Path, limit: float = 300.0) -> list[Any]:
+def run(
+    function: Callable[[], Any], processes: int, directory: Path, limit: float = 300.0, gpus: bool = False
+) -> list[Any]:
     """Call a function in new processes, as ``torchrun`` would start them, and return what each gave or raised.
 
     Args:
@@ -25,6 +46,7 @@ def run(function: Callable[[], Any], processes: int, directory: Path, limit: flo
         processes: how many.
         directory: of the results and logs.
         limit: seconds.
+        gpus: whether they see the machine's GPUs.
 
     Raises:
         HangError: a process was still running after that time.
@@ -34,6 +56,8 @@ def run(function: Callable[[], Any], processes: int, directory: Path, limit: flo
 
     def call(rank: int) -> Callable[[], None]:
         def called() -> None:
+            if gpus:
+                _show_gpus()
             try:
                 outcome = function()
             except Exception as error:
@@ -55,6 +79,13 @@ def run(function: Callable[[], Any], processes: int, directory: Path, limit: flo
         raise HangError(f"statuses {statuses} after {limit} s:\n{logs}")
     assert statuses == [0] * processes, logs
     return [pickle.loads((directory / f"result.{rank}").read_bytes()) for rank in range(processes)]
+
+
+def _show_gpus() -> None:
+    if _SETTING is None:
+        os.environ.pop(_VISIBLE, None)
+    else:
+        os.environ[_VISIBLE] = _SETTING
 
 
 def fork(function: Callable[[], None], log: Path, rank: int, processes: int, port: int) -> int:

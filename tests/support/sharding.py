@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import run
+from processes import GPUS, run
 from torch import Tensor, nn
-
-# Asking how many GPUs there are must not start CUDA in the parent: its children are forked.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def device_type(processes: int) -> str:
-    """What that many processes run on."""
-    return "cuda" if torch.cuda.device_count() >= processes else "cpu"
+    """What that many processes run on, and what they are compared with: one GPU is for tests of one card."""
+    return "cuda" if max(processes, 2) <= GPUS else "cpu"
 
 
 def together(function: Callable[[Any], Any], processes: int, directory: Path, limit: float = 300.0) -> list[Any]:
@@ -26,7 +23,7 @@ def together(function: Callable[[Any], Any], processes: int, directory: Path, li
         with mesh(processes) as made:
             return function(made)
 
-    results = run(call, processes, directory, limit)
+    results = run(call, processes, directory, limit, gpus=device_type(processes) == "cuda")
     for result in results:
         if isinstance(result, Exception):
             raise result
