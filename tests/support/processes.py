@@ -22,7 +22,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def _hide_gpus() -> tuple[int, str | None]:
-    """How many GPUs this process would see (asked of the driver, which starts nothing), and by which setting; none from now on."""
+    """How many GPUs this process would see (the driver tells, nothing is started), and by which setting; none from now on."""
     number, setting = torch.cuda.device_count(), os.environ.get(_VISIBLE)
     os.environ[_VISIBLE] = ""
     return number, setting
