@@ -124,7 +124,7 @@ def _adopt(mode: PropagationMode, name: str, parameter: Tensor) -> None:
     mode._origins[id(parameter)] = origin_of_parameter(name, parameter)
 
 
-def _groups(module: nn.Module) -> list[Any]:
+def groups_of_parameters(module: nn.Module) -> list[Any]:
     """FSDP's groups of parameters; torch has no public way to read their flags."""
     state = module._get_fsdp_state()  # type: ignore[operator]  # of FSDPModule
     if hasattr(state, "_fsdp_param_groups"):
@@ -139,7 +139,7 @@ def refuse_inference_tensors(modules: Iterable[nn.Module]) -> None:
         RuntimeError: if there is one, with what to do.
     """
     for module in modules:
-        for entry in (entry for group in _groups(module) for entry in group.fsdp_params):
+        for entry in (entry for group in groups_of_parameters(module) for entry in group.fsdp_params):
             gathered = getattr(entry, "_unsharded_param", None)
             if gathered is not None and gathered.is_inference():
                 raise RuntimeError(
@@ -152,7 +152,7 @@ def refuse_inference_tensors(modules: Iterable[nn.Module]) -> None:
 @contextmanager
 def _gradients_unsynchronized(modules: list[nn.Module]) -> Iterator[None]:
     """No gradient is reduced in a backward; each flag comes out as it went in."""
-    groups = [group for module in modules for group in _groups(module)]
+    groups = [group for module in modules for group in groups_of_parameters(module)]
     before = [[getattr(group, flag) for flag in _FLAGS] for group in groups]
     for module in modules:
         module.set_requires_gradient_sync(False, recurse=False)  # type: ignore[operator]  # of FSDPModule
@@ -166,7 +166,7 @@ def _gradients_unsynchronized(modules: list[nn.Module]) -> Iterator[None]:
 
 def _forget_pass(modules: list[nn.Module]) -> None:
     """Bring FSDP out of the middle of a forward or backward; gradients that wait for their reduction stay."""
-    groups = [group for module in modules for group in _groups(module)]
+    groups = [group for module in modules for group in groups_of_parameters(module)]
     waiting = [getattr(group, "_partial_reduce_output", None) for group in groups]
     for module in modules:
         reset = getattr(module, "reset_iter_state", None)  # torch 2.12

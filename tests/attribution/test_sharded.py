@@ -10,6 +10,7 @@ from small_models import build
 from torch import nn
 
 import lrp_prune
+from lrp_prune.attribution.unsharding import groups_of_parameters
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -274,7 +275,7 @@ def test_gradients_in_an_accumulation_window_are_untouched(tmp_path: Path, synch
             (g.reduce_grads, g.all_reduce_grads)
             for m in model.modules()
             if hasattr(m, "unshard")
-            for g in m._get_fsdp_state()._fsdp_param_groups
+            for g in groups_of_parameters(m)
         }
         assert flags == {(True, True)}
         return gradients + [parameter.to_local().clone() for parameter in model.parameters()]

@@ -1,6 +1,6 @@
 """Prunes a panel of trained models by every method, and says what is left of each: the evidence for a default.
 
-    python tests/benchmarks/panel.py --quick                 # one seed, one shot
+    python tests/benchmarks/panel.py --quick                 # ten minutes: one seed, one shot, few methods, no SmolLM2
     python tests/benchmarks/panel.py                         # three seeds, one shot and in rounds with training; hours, resumable
     python tests/benchmarks/panel.py --report                # table and figure of what there is
 
@@ -60,6 +60,9 @@ TRAINED_METHODS = (
     "magnitude, global, not recalibrated", "random",
 )  # fmt: skip
 
+QUICK = ("lrp", "lrp, not recalibrated", "wanda", "magnitude", "random")
+QUICK_SPARSITIES = (0.5, 0.8, 0.9)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,14 +75,14 @@ class Row:
     rounds: int
 
 
-def rows(names: list[str], methods: list[str], seeds: range, trained: bool) -> Iterator[Row]:
+def rows(chosen: list[Case], methods: list[str], seeds: range, sparsities: list[float], trained: bool) -> Iterator[Row]:
     """All rows, those of one trained model after each other."""
-    for case, seed in itertools.product(names, seeds):
-        for method, sparsity in itertools.product(methods, SPARSITIES):
-            yield Row(case, seed, method, sparsity, 1)
-        for method, sparsity in itertools.product(methods if trained else (), TRAINED_SPARSITIES):
+    for case, seed in itertools.product(chosen, seeds):
+        for method, sparsity in itertools.product(methods, sparsities):
+            yield Row(case.name, seed, method, sparsity, 1)
+        for method, sparsity in itertools.product(methods if trained and case.epochs else (), TRAINED_SPARSITIES):
             if method in TRAINED_METHODS:
-                yield Row(case, seed, method, sparsity, ROUNDS)
+                yield Row(case.name, seed, method, sparsity, ROUNDS)
 
 
 def trained_model(case: Case, seed: int, folder: Path) -> tuple[nn.Module, Data]:
@@ -87,6 +90,8 @@ def trained_model(case: Case, seed: int, folder: Path) -> tuple[nn.Module, Data]
     data = case.data(seed)
     torch.manual_seed(seed)
     model, path = case.build(), folder / f"{case.name}-{seed}.pt"
+    if not case.epochs:
+        return model.eval(), data
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval(), data
@@ -126,7 +131,8 @@ def run(todo: list[Row], results: Path, models: Path) -> None:
         case, (_, model, data, dense) = by_name[row.case], held
         sparse, seconds = pruned(case, model, data, row)
         score = score_of(case, sparse, data.held_out)
-        share = (score - case.chance) / (dense - case.chance) if math.isfinite(score) else 0.0
+        chance = case.chance() if callable(case.chance) else case.chance
+        share = (score - chance) / (dense - chance) if math.isfinite(score) else 0.0
         with results.open("a") as file:
             file.write(json.dumps({**asdict(row), "share": max(share, 0.0), "dense": dense, "seconds": seconds}) + "\n")
 
@@ -140,9 +146,11 @@ def done(results: Path) -> dict[Row, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, one shot")
+    parser.add_argument("--quick", action="store_true", help="one seed, one shot, five methods, three sparsities")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases()], help="models; all by default")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all by default")
+    parser.add_argument("--sparsities", nargs="+", type=float, choices=SPARSITIES, help="in one shot; all by default")
+    parser.add_argument("--one-shot", action="store_true", help="no rounds with training")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, of data and models")
     parser.add_argument("--report", action="store_true", help="only table and figure of what there is")
     parser.add_argument("--output", type=Path, default=Path("outputs/panel"))
@@ -153,10 +161,16 @@ def main() -> None:
     results = arguments.output / "results.jsonl"
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
-        names = arguments.cases or [case.name for case in cases()]
-        seeds = range(1 if arguments.quick else arguments.seeds)
-        methods = arguments.methods or list(METHODS)
-        run(list(rows(names, methods, seeds, not arguments.quick)), results, arguments.output / "models")
+        quick = arguments.quick
+        chosen = [case for case in cases() if case.name in (arguments.cases or ()) or not arguments.cases]
+        if quick and not arguments.cases:
+            chosen = [case for case in chosen if case.epochs]
+        methods = arguments.methods or list(QUICK if quick else METHODS)
+        sparsities = arguments.sparsities or list(QUICK_SPARSITIES if quick else SPARSITIES)
+        todo = rows(
+            chosen, methods, range(1 if quick else arguments.seeds), sparsities, not (quick or arguments.one_shot)
+        )
+        run(list(todo), results, arguments.output / "models")
     found = list(done(results).values())
     print(table(found))
     print(f"figure: {figure(found, arguments.output / 'panel.png')}")

@@ -1,5 +1,6 @@
 """The models of the panel: each is made and trained here in seconds to a minute, and judged on data that it has not seen."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +38,10 @@ class Case:
         data: from a seed.
         loss: of a model on a batch, for the training.
         score: of a model's outputs on a batch: sum over what is judged, and how many that is; higher is better.
-        chance: the score of a model that knows nothing.
-        epochs: of the training.
+        chance: the score of a model that knows nothing, or what computes it.
+        epochs: of the training; none: the model comes trained, and is pruned in one shot alone.
         rate: the training's largest learning rate.
+        include: weights that are pruned; None: those that are by default.
         target: what is explained; None: inferred.
     """
 
@@ -48,8 +50,8 @@ class Case:
     data: Callable[[int], Data]
     loss: Callable[[nn.Module, Batch], Tensor]
     score: Callable[[nn.Module, Batch], tuple[float, int]]
-    chance: float
-    epochs: int = 10
+    chance: float | Callable[[], float]
+    epochs: float = 10
     rate: float = 2e-3
     include: tuple[str, ...] | None = None
     target: Any = None
@@ -429,6 +431,68 @@ def _mixture() -> nn.Module:
     return tf.MixtralForCausalLM(config)
 
 
+@functools.cache
+def _turned_vit() -> dict[str, Tensor]:
+    """A ViT that has learnt digits that lie on their left side: what the LoRA case starts from."""
+    torch.manual_seed(100)
+    model = _vit()
+    turned = [
+        {"pixel_values": batch["pixel_values"].rot90(1, (2, 3)), "labels": batch["labels"]}
+        for batch in digits((1, 8, 8), "pixel_values")(100).train
+    ]
+    case = Case("turned", _vit, lambda seed: Data(turned, turned, turned), class_loss, accuracy, 0.1, 10)
+    for _ in train(case, model, turned, case.epochs, case.rate, 100):
+        pass
+    return model.state_dict()
+
+
+def _lora() -> nn.Module:
+    """The same with adapters of rank 8 at queries and values, and a classifier of its own, to learn digits upright."""
+    from peft import LoraConfig, get_peft_model
+
+    model = _vit()
+    model.load_state_dict(_turned_vit())
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+@functools.cache
+def _language_model() -> Any:
+    from language_model import load_model
+
+    return load_model()
+
+
+def _smollm2() -> nn.Module:
+    model: nn.Module = copy.deepcopy(_language_model()[0])
+    return model
+
+
+def token_windows(manual: bool) -> Callable[[int], Data]:
+    """Windows of SmolLM2's tokens, of speeches or of Python's manual; what is held out is of other texts."""
+
+    def make(seed: int) -> Data:
+        speeches()  # its folder is on the path from here on
+        from pydoc_data.topics import topics
+
+        from language_model import batches, load_documents, split_documents, windows
+
+        tokenizer = _language_model()[1]
+        calibration, held_out = split_documents(list(topics.values()) if manual else load_documents())
+        reference = batches(windows(calibration, tokenizer, 8, 256, seed=seed), 1)
+        return Data(reference, reference, batches(windows(held_out, tokenizer, 12, 256, seed=0), 1))
+
+    return make
+
+
+def token_guess(manual: bool) -> float:
+    """The log-likelihood of tokens by their frequency alone in what is held out: no model does worse with good reason."""
+    ids = torch.cat([batch["input_ids"].flatten() for batch in token_windows(manual)(0).held_out])
+    shares = torch.bincount(ids).double() / len(ids)
+    return float((shares * shares.clamp(min=1e-12).log()).sum())
+
+
 def unigram(number: int) -> float:
     """The log-likelihood of characters by their frequency alone."""
     ids, size = characters()
@@ -471,4 +535,9 @@ def cases() -> list[Case]:
             character_windows(96, 6000), own_loss, likelihood, guess, 2,
         ),
         Case("mixture", _mixture, character_windows(96, 6000), own_loss, likelihood, guess, 1.5),
+        Case("lora", _lora, digits((1, 8, 8), "pixel_values"), class_loss, accuracy, 0.1, 15, 4e-3),
+        *(
+            Case(name, _smollm2, token_windows(manual), own_loss, likelihood, functools.partial(token_guess, manual), 0)
+            for name, manual in (("smollm2-speeches", False), ("smollm2-manual", True))
+        ),
     ]  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-SIMPLE = ("wanda, not recalibrated", "wanda", "magnitude", "magnitude, not recalibrated")
+SIMPLE = ("wanda, not recalibrated", "wanda", "magnitude", "magnitude, not recalibrated", "magnitude, global",
+          "magnitude, global, not recalibrated")  # fmt: skip
 
 
 def _mean(found: Sequence[dict[str, Any]], **wanted: Any) -> float | None:
@@ -19,11 +20,20 @@ def _unique(found: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return list(dict.fromkeys(entry[name] for entry in found))
 
 
+def _complete(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each model and seed all methods at all sparsities or nothing: means over different models compare nothing."""
+    wanted = {(entry["method"], entry["sparsity"]) for entry in found}
+    have: dict[tuple[str, int], set[Any]] = {}
+    for entry in found:
+        have.setdefault((entry["case"], entry["seed"]), set()).add((entry["method"], entry["sparsity"]))
+    return [entry for entry in found if have[entry["case"], entry["seed"]] == wanted]
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Mean share of the dense advantage, mean rank and worst case, by method and sparsity; one shot, and in rounds."""
     lines = []
     for rounds in sorted(_unique(found, "rounds")):
-        here = [entry for entry in found if entry["rounds"] == rounds]
+        here = _complete([entry for entry in found if entry["rounds"] == rounds])
         sparsities, methods, cases = (sorted(_unique(here, "sparsity")), _unique(here, "method"), _unique(here, "case"))
         lines += [
             f"{len(cases)} models, {len(_unique(here, 'seed'))} seeds, "

@@ -144,9 +144,9 @@ def batch_for(name: str, samples: int = 2, tokens: int = 7, dtype: torch.dtype =
     """Inputs for the model of that name, without labels."""
     generator = torch.Generator().manual_seed(1)
     if name in ("vit", "clip_vision"):
-        return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=generator, dtype=dtype)}
+        return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=generator).to(dtype)}
     if name == "resnet":
-        return {"pixel_values": torch.randn(samples, 3, 32, 32, generator=generator, dtype=dtype)}
+        return {"pixel_values": torch.randn(samples, 3, 32, 32, generator=generator).to(dtype)}
     ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=generator)
     encoder_decoder = name in ("t5", "marian", "pegasus", "bart")
     return {"input_ids": ids, "decoder_input_ids": ids} if encoder_decoder else {"input_ids": ids}
