@@ -40,7 +40,7 @@ class Composite:
     Args:
         name: what results are labelled with.
         rules: kind of operation -> rule, or the name of one. Kinds: ``activation``, ``product`` (of two activations),
-            ``linear`` (products of an activation with a weight or constant: linear layers, convolutions), ``matmul`` (of two
+            ``linear`` (products of an activation with a weight or constant, but for ``convolution``), ``matmul`` (of two
             activations), ``softmax``, ``attention`` (``scaled_dot_product_attention``), ``normalization``, ``statistic``
             (roots, reciprocals, norms, variances), ``division``, ``dropout``.
 
@@ -91,12 +91,13 @@ class Composite:
         Raises:
             ValueError: if it has a rule of its own for linear layers.
         """
-        rule = self._chosen("linear")
-        if rule not in (rules.gradient, rules.uniform):  # which are one where there is one activation
-            raise ValueError(
-                f"composite {self.name!r} has a rule of its own for 'linear' ({getattr(rule, '__name__', rule)}), and what "
-                "relevance weights have then is not known: leave it out, or use lrp_prune.attributing for activations"
-            )
+        for kind in ("linear", "convolution"):
+            rule = self._chosen(kind)
+            if rule not in (rules.gradient, rules.uniform):  # which are one where there is one activation
+                raise ValueError(
+                    f"composite {self.name!r} has a rule of its own for {kind!r} ({getattr(rule, '__name__', rule)}), and what "
+                    "relevance weights have then is not known: leave it out, or use lrp_prune.attributing for activations"
+                )
 
     @property
     def scales(self) -> bool:

@@ -21,7 +21,7 @@ from lrp_prune.attribution.endings import Endings, ends_in_numbers
 from lrp_prune.attribution.functional import replaced
 from lrp_prune.attribution.marking import mark_made, mark_taken
 from lrp_prune.attribution.nested import tensors_in
-from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, Operation, node_kind
+from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, PRODUCTS, Operation, node_kind
 from lrp_prune.attribution.origins import (
     Origin,
     derive,
@@ -223,7 +223,7 @@ class PropagationMode(TorchFunctionMode):
                 return identity_of_power(call) if is_activation(call.operand(0)) else call.run()
         elif kind == "einsum":
             call, kind = _einsum(call)
-        if kind == "matmul":
+        if kind in PRODUCTS:
             result = self._uses.observed(call)
             if result is not None:
                 return result
@@ -232,8 +232,8 @@ class PropagationMode(TorchFunctionMode):
         active = sum(map(is_activation, call.operands()))
         if kind == "plain" or not active:
             return call.run()
-        if kind == "matmul" and active == 1:
-            kind = "linear"
+        if kind in PRODUCTS:
+            kind = "matmul" if active > 1 else "convolution" if kind == "convolution" else "linear"
         if kind == "norm_pool":
             return norm_pool(call)
         if kind == "composed":

@@ -4,13 +4,14 @@ Batch normalisation with running statistics is an affine map, and is propagated 
 backward of it is wrong on the CPU for one image whose output's gradient lies in memory like ``[height, width, channels]``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrp_prune.attribution import functional
+from lrp_prune.attribution.operations import Signature
 from lrp_prune.attribution.rules import Call, detached, is_activation
 
 
@@ -39,20 +40,14 @@ def constant_statistic(call: Call) -> Any:
 
     Batch normalisation's mean is one as well, whether it is the running one or that of the batch.
     """
-    x, name = call.operand(0), call.function.__name__
+    x = call.operand(0)
     if _scaled_by_activations(call):
         return _with_activations(call, constant_statistic, 0.5)
-    if name == "batch_norm":
-        return _affine(call, _channels(*call.args, **call.kwargs))
-    if name == "instance_norm":
-        channels = _channels(*call.args, **call.kwargs)
-        if not channels.measured:
+    if _keeps_statistics(call):
+        channels = _channels(call)
+        if _signature(call).over == "batch" or not channels.measured:
             return _affine(call, channels)
-        statistic = _Statistic(
-            (*x.shape[:2], x[0, 0].numel()), channels.eps, _per_channel(channels.weight, x), centered=True
-        )
-    else:
-        statistic = _STATISTICS[name](*call.args, **call.kwargs)
+    statistic = _STATISTICS[_signature(call).over](call)
 
     def inverse_deviation(rows: Tensor) -> Tensor:
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -68,11 +63,11 @@ def constant_statistic(call: Call) -> Any:
 
 def plain(call: Call) -> Any:
     """The plain gradient, also where torch's own backward gets the order of the gradient's memory wrong."""
-    if call.function.__name__ not in ("batch_norm", "instance_norm"):
+    if not _keeps_statistics(call):
         return call.run()
     if _scaled_by_activations(call):
         return _with_activations(call, plain, 1.0)
-    channels = _channels(*call.args, **call.kwargs)
+    channels = _channels(call)
     if not channels.measured:
         return _affine(call, channels)
     return functional.contiguous_gradient(call.operand(0), _function(_without_buffers(call)))
@@ -80,8 +75,13 @@ def plain(call: Call) -> Any:
 
 def _scale_and_shift(call: Call) -> list[tuple[int, str]]:
     """Where the arguments ``weight`` and ``bias`` are."""
-    first = 1 if call.function.__name__ in ("batch_norm", "instance_norm") else 2
-    return [(first, "weight"), *([(first + 1, "bias")] if call.function.__name__ != "rms_norm" else [])]
+    arguments = _signature(call).arguments
+    return [(arguments.index(name), name) for name in ("weight", "bias") if name in arguments]
+
+
+def _keeps_statistics(call: Call) -> bool:
+    """Whether it may use statistics that were measured before, as batch and instance normalisation do."""
+    return "running_mean" in _signature(call).arguments
 
 
 def _scaled_by_activations(call: Call) -> bool:
@@ -113,8 +113,7 @@ def _with_activations(call: Call, rule: Callable[[Call], Any], share: float) -> 
 
 def _aligned(call: Call, values: Tensor) -> Tensor:
     """Scale or shift in a shape that broadcasts to the input."""
-    per_channel = call.function.__name__ not in ("layer_norm", "rms_norm")
-    aligned = _per_channel(values, call.operand(0)) if per_channel else values
+    aligned = _per_channel(values, call.operand(0)) if _signature(call).per_channel else values
     assert aligned is not None
     return aligned
 
@@ -147,65 +146,52 @@ def _without_buffers(call: Call) -> Call:
     return call.with_arguments({(3, "running_mean"): None, (4, "running_var"): None})
 
 
-def _channels(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool = False,
-    momentum: float = 0.0,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-    *,
-    use_input_stats: bool = False,  # what instance_norm calls ``training``
-) -> _Channels:
-    measured = training or use_input_stats or running_mean is None
-    return _Channels(weight, running_mean, running_var, measured, eps)
+def _channels(call: Call) -> _Channels:
+    """The arguments of batch and instance normalisation."""
+    given = _arguments(call)
+    mean = given.get("running_mean")
+    measured = bool(given.get("training") or given.get("use_input_stats")) or mean is None
+    return _Channels(given.get("weight"), mean, given.get("running_var"), measured, given.get("eps", 1e-5))
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
-    **__: Any,
-) -> _Statistic:
-    count = len(normalized_shape)
-    return _Statistic((*input.shape[:-count], input.shape[-count:].numel()), eps, weight, centered=True)
+def _last_statistic(call: Call) -> _Statistic:
+    """Of layer and RMS norm: over the last dimensions."""
+    x, given = call.operand(0), _arguments(call)
+    count, eps, centered = len(given["normalized_shape"]), given.get("eps"), _signature(call).centered
+    if eps is None:
+        eps = 1e-5 if centered else torch.finfo(x.dtype).eps
+    shape = (*x.shape[:-count], x.shape[-count:].numel())
+    return _Statistic(shape, eps, given.get("weight"), centered)
 
 
-def _rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> _Statistic:
-    count = len(normalized_shape)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _Statistic((*input.shape[:-count], input.shape[-count:].numel()), eps, weight, centered=False)
+def _group_statistic(call: Call) -> _Statistic:
+    x, given = call.operand(0), _arguments(call)
+    shape = (x.shape[0], given["num_groups"], x[0].numel() // given["num_groups"])
+    return _Statistic(shape, given.get("eps", 1e-5), _per_channel(given.get("weight"), x), centered=True)
 
 
-def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
-    **__: Any,
-) -> _Statistic:
-    shape = (input.shape[0], num_groups, input[0].numel() // num_groups)
-    return _Statistic(shape, eps, _per_channel(weight, input), centered=True)
+def _position_statistic(call: Call) -> _Statistic:
+    x, channels = call.operand(0), _channels(call)
+    return _Statistic((*x.shape[:2], x[0, 0].numel()), channels.eps, _per_channel(channels.weight, x), centered=True)
 
 
 def _per_channel(weight: Tensor | None, input: Tensor) -> Tensor | None:
     return None if weight is None else weight.reshape(-1, *(1,) * (input.dim() - 2))
 
 
-_STATISTICS: dict[str, Callable[..., _Statistic]] = {
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
+_STATISTICS: dict[str, Callable[[Call], _Statistic]] = {
+    "last": _last_statistic,
+    "groups": _group_statistic,
+    "positions": _position_statistic,
 }
-NAMES: frozenset[str] = frozenset({"batch_norm", "instance_norm", *_STATISTICS})
-"""The functions whose arguments are known here."""
+"""By what shares a statistic, see :class:`~lrp_prune.attribution.operations.Signature`."""
+
+
+def _signature(call: Call) -> Signature:
+    assert call.operation.signature is not None
+    return call.operation.signature
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """The arguments that were given, by name."""
+    return {**dict(zip(_signature(call).arguments, call.args, strict=False)), **call.kwargs}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.attribution.operations import PRODUCTS
 from lrp_prune.unscored import RESCALED, computed
 
 _MARK = "_lrp_prune_origin"
@@ -168,7 +169,7 @@ def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bo
     return made._replace(
         rescaled=rescaled,
         arithmetic=kind != "plain" or any(origin.scaled or origin.arithmetic for origin in origins),
-        product=kind in ("matmul", "einsum") or any(origin.product for origin in origins),
+        product=kind in PRODUCTS or any(origin.product for origin in origins),
     )
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrp_prune.attribution import normalization
 from lrp_prune.attribution.composites import RULES
-from lrp_prune.attribution.operations import KINDS, OPERATIONS, Operation, Place
+from lrp_prune.attribution.operations import KINDS, OPERATIONS, ROWS, Operation, Place
 from lrp_prune.attribution.rules import Call, Rule
 
 ModuleRule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -21,7 +20,7 @@ MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
 
 _TWO: tuple[Place, ...] = ((0, "input"), (1, "other"))
 _OPERANDS: dict[str, tuple[Place, ...]] = {
-    **dict.fromkeys(("product", "linear", "matmul", "division"), _TWO),
+    **dict.fromkeys(("product", "linear", "convolution", "matmul", "division"), _TWO),
     "attention": ((0, "query"), (1, "key"), (2, "value")),
 }
 """Where operands are expected of kinds that have several."""
@@ -119,12 +118,13 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
         handle = RegisteredRule(REGISTERED, function)
         REGISTERED[function] = adapted
     elif rule in KINDS:
-        if rule == "normalization" and function.__name__ not in normalization.NAMES:
+        row = ROWS.get(function.__name__, Operation("plain"))
+        if rule == "normalization" and row.signature is None:
             raise ValueError(
                 f"what {function.__name__} normalises over cannot be told from its arguments: give a rule as a function"
             )
         handle = RegisteredRule(OPERATIONS, function)
-        OPERATIONS[function] = Operation("matmul" if rule == "linear" else rule, _OPERANDS.get(rule, ((0, "input"),)))
+        OPERATIONS[function] = Operation(rule, _OPERANDS.get(rule, ((0, "input"),)), signature=row.signature)
     elif rule in RULES:
         handle = RegisteredRule(REGISTERED, function)
         REGISTERED[function] = RULES[rule]

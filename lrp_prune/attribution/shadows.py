@@ -13,41 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lrp_prune.attribution.operations import channels_of
+
 NOTHING = 0
 """The number of entries that are constants, padding say."""
 MIXED = -1
 """The number of entries that depend on more than one unit, or on none that is known."""
 
 _MARK = "_lrp_prune_shadow"
-
-_COPYING = frozenset(
-    "to float half bfloat16 double type type_as contiguous clone alias requires_grad_ view_as_real".split()
-)
-_MOVING = frozenset(
-    """
-    view reshape transpose swapaxes swapdims permute movedim moveaxis flatten unflatten ravel squeeze unsqueeze expand expand_as
-    view_as reshape_as broadcast_to __getitem__ chunk split tensor_split split_with_sizes unsafe_split unsafe_chunk hsplit vsplit
-    dsplit unbind narrow select index_select gather take_along_dim roll flip fliplr flipud rot90 t repeat tile repeat_interleave
-    cat concat concatenate stack hstack vstack dstack column_stack row_stack pad constant_pad_nd pixel_shuffle pixel_unshuffle
-    channel_shuffle native_channel_shuffle im2col diagonal tril triu atleast_1d atleast_2d atleast_3d unfold
-    """.split()
-)
-_POOLING = frozenset(
-    f"{kind}_pool{dims}d{suffix}"
-    for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp")
-    for dims in (1, 2, 3)
-    for suffix in ("", "_with_indices")
-)
-_REDUCING = frozenset("mean sum amax amin max min nanmean nansum median cumsum norm var std".split())
-_ELEMENTWISE = frozenset(
-    """
-    abs neg negative square sqrt pow sign clamp clamp_min clamp_max clip nan_to_num masked_fill
-    where lerp maximum minimum fmax fmin
-    """.split()
-)
-_ELEMENTWISE_KINDS = frozenset("activation clip power sum statistic".split())
-_NOT_ELEMENTWISE = frozenset("cdist pairwise_distance dist index_add scatter_add".split())
-"""Sums of other kinds."""
 
 
 class Shadow(NamedTuple):
@@ -218,24 +191,25 @@ class Shadows:
         name, kind, outputs = call.name, call.kind, call.outputs
         own = self.of(call.args[0]) if call.args else None
         first, rest = outputs[0], [None] * (len(outputs) - 1)
-        if name in _COPYING or kind == "dropout":
+        channels = channels_of(name, kind)
+        if channels == "copied":
             return [own, *rest]
-        if name in _MOVING or name == "__get__":
+        if channels == "moved" or name == "__get__":
             return _moved(call, self.of)
         if first is None:
             return None
         if kind == "normalization" and own is not None:
             return [self._normalized(own, call), *rest]
-        if own is not None and (name in _POOLING or name.startswith(("upsample", "_upsample"))):
+        if own is not None and channels == "pooled":
             dims = [dim for dim in range(own.numbers.dim()) if dim > (0 if own.numbers.dim() == 2 else 1)]
             return [Shadow(self._together(own, dims, call), own.zero), *rest]
         several = sum(self.of(value) is not None for value in call.tensors) > 1
-        reducing = name in _REDUCING or (kind == "statistic" and first.shape != call.args[0].shape)
+        reducing = channels == "reduced" or (kind == "statistic" and first.shape != call.args[0].shape)
         if own is not None and reducing and not several:
             return [self._reduced(own, call), *rest]
         if kind in ("product", "division"):
             return [self._product(call, first), *rest]
-        if name in _ELEMENTWISE or (kind in _ELEMENTWISE_KINDS and name not in _NOT_ELEMENTWISE):
+        if channels == "entrywise":
             return [self._elementwise(call, first), *rest]
         return None
 

@@ -244,5 +244,4 @@ def _bias_of(call: Call) -> Tensor | None:
 
 def _is_layer(call: Call) -> bool:
     """Whether the second operand is a weight by the function's own account."""
-    name = call.function.__name__
-    return len(call.operation.operands) == 2 and (name == "linear" or name.startswith("conv"))
+    return call.operation.kind in ("linear", "convolution")
