@@ -5,10 +5,13 @@ Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a,
 :math:`G(a^2, d^2)`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.rules import Call
+from lrp_prune.attribution.operations import Place
+from lrp_prune.attribution.rules.call import Call
 
 
 class Form:
@@ -36,6 +39,28 @@ class Form:
         operands[self._activation], operands[self._weight] = activation, weight
         result: Tensor = self.call.with_operands(operands).run()
         return result
+
+    def product(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation, without what is added to the product."""
+        place, summand = self._added()
+        if place is None or summand is None:
+            return self.forward(activation, weight)
+        nothing = None if place[1] == "bias" else torch.zeros_like(summand, dtype=activation.dtype)
+        return self._adding(place, nothing).forward(activation, weight)
+
+    def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
+        """What is added to the product, in the output's shape; None where nothing is."""
+        place, summand = self._added()
+        if place is None or summand is None:
+            return None
+        return self._adding(place, summand.to(activation.dtype)).forward(torch.zeros_like(activation), weight)
+
+    def _added(self) -> tuple[Place | None, Any]:
+        place = self.call.operation.added
+        return place, None if place is None else self.call.argument(*place)
+
+    def _adding(self, place: Place, value: Tensor | None) -> "Form":
+        return type(self)(self.call.with_arguments({place: value}), self._activation, self._weight)
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the activation."""

@@ -4,6 +4,7 @@ One row for a function's name, with these columns:
 
 * *kind*: composites give rules to kinds;
 * *operands*: where the tensors are that the kind is about;
+* *added*: where what is added to a product is;
 * *data*: where parameters and constants may be data like any input: added, joined, or selected;
 * *linear*: whether it is linear in its input, or picks from it, so that its plain gradient times input is the relevance;
 * *channels*: what becomes of the channels of its input;
@@ -86,6 +87,27 @@ class Operation(NamedTuple):
     linear: bool = False
     channels: str = ""
     signature: Signature | None = None
+    added: Place | None = None
+
+    @property
+    def enters(self) -> bool:
+        """Whether operands enter as they are."""
+        return self.kind in ("sum", "join")
+
+    @property
+    def adds(self) -> bool:
+        """Whether operands are summed."""
+        return self.kind == "sum"
+
+    @property
+    def drops(self) -> bool:
+        """Whether it draws random numbers, and is off."""
+        return self.kind == "dropout"
+
+    @property
+    def runs_in_steps(self) -> bool:
+        """Whether it is a recurrent layer, which is written out step by step."""
+        return self.kind == "recurrent"
 
 
 def _rows(names: str, *columns: Any, **named: Any) -> dict[str, Operation]:
@@ -106,7 +128,7 @@ def _normalized(arguments: str, over: str, centered: bool = True) -> Operation:
 
 
 _INPUT_AND_WEIGHT: tuple[Place, ...] = ((0, "input"), (1, "weight"))
-_AFTER_INPUT: tuple[Place, ...] = ((1, "mat1"), (2, "mat2"))
+_BIAS: Place = (2, "bias")
 _RUNNING = "weight bias running_mean running_var"
 
 ROWS: dict[str, Operation] = {
@@ -137,9 +159,12 @@ ROWS: dict[str, Operation] = {
     **_rows("mul multiply", "product", _TWO),
     **_rows("div divide true_divide", "division", _TWO),
     **_rows("prod cumprod", "factors"),
-    "linear": Operation("linear", _INPUT_AND_WEIGHT),
+    "linear": Operation("linear", _INPUT_AND_WEIGHT, added=_BIAS),
     **_rows(
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", "convolution", _INPUT_AND_WEIGHT
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+        "convolution",
+        _INPUT_AND_WEIGHT,
+        added=_BIAS,
     ),
     **_rows("matmul vdot cross inner kron", "matmul", _TWO),
     **_rows("mm bmm _grouped_mm grouped_mm", "matmul", ((0, "input"), (1, "mat2"))),
@@ -148,11 +173,11 @@ ROWS: dict[str, Operation] = {
     **_rows("vecdot", "matmul", ((0, "x"), (1, "y"))),
     **_rows("tensordot", "matmul", ((0, "a"), (1, "b"))),
     **_rows("outer", "matmul", ((0, "input"), (1, "vec2"))),
-    **_rows("bilinear", "matmul", ((0, "input1"), (1, "input2"))),
-    **_rows("addmm", "matmul", _AFTER_INPUT, data=_FIRST),
-    **_rows("addmv", "matmul", ((1, "mat"), (2, "vec")), data=_FIRST),
-    **_rows("addbmm baddbmm", "matmul", ((1, "batch1"), (2, "batch2")), data=_FIRST),
-    **_rows("addcmul", "matmul", ((1, "tensor1"), (2, "tensor2")), data=_FIRST),
+    **_rows("bilinear", "matmul", ((0, "input1"), (1, "input2")), added=(3, "bias")),
+    **_rows("addmm", "matmul", ((1, "mat1"), (2, "mat2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addmv", "matmul", ((1, "mat"), (2, "vec")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addbmm baddbmm", "matmul", ((1, "batch1"), (2, "batch2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addcmul", "matmul", ((1, "tensor1"), (2, "tensor2")), data=_FIRST, added=_FIRST[0]),
     **_rows("lp_pool1d lp_pool2d lp_pool3d", "norm_pool", channels="pooled"),
     **_rows("glu cosine_similarity addcdiv", "composed"),
     **_rows("lerp", "composed", channels="entrywise"),

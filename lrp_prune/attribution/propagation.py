@@ -16,7 +16,6 @@ from lrp_prune.attribution.checkpoints import propagating_checkpoints
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.constants import Constants
 from lrp_prune.attribution.endings import Endings
-from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.places import Places
@@ -219,14 +218,15 @@ def propagating(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(running)
-        ruled = composite.rule("activation") is not plain_gradient
+        composite.check_fits(modules)
+        ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
         for module in modules.values() if ruled or tracer is not None else ():
             if is_activation_module(module):
-                stack.enter_context(_whole(module, mode, ruled))
+                stack.enter_context(_whole(module, mode))
         for module in modules.values() if MODULE_RULES else ():
             if type(module) in MODULE_RULES:
                 stack.enter_context(_replaced(module, mode, MODULE_RULES[type(module)]))
-        if named or audit is not None or composite.has_own_rules:
+        if named or audit is not None or composite.is_placed:
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
@@ -341,11 +341,11 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
 
 
 @contextmanager
-def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[None]:
+def _whole(module: nn.Module, mode: PropagationMode) -> Iterator[None]:
     """Treat an activation module of several operations as one.
 
-    It gets the identity rule as a whole if ``ruled``, else its plain gradient; either way its output's channels are those of
-    its input.
+    It gets the rule for activations as a whole, or its plain gradient; either way its output's channels are those of its
+    input.
     """
     original = module.forward
 
@@ -358,11 +358,7 @@ def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[No
             or not args[0].requires_grad
         ):
             return original(*args, **kwargs)
-        if ruled:
-            with mode.acting(False):
-                result = identity_rule(args[0], original, mode.kept)
-        else:
-            result = original(args[0])
+        result = mode.whole(original, args[0])
         mode.rule_applied(original, args[0], result)
         return result
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrp_prune.attribution.batch_layout import BatchLayout
 from lrp_prune.attribution.operands import energy_of
+from lrp_prune.attribution.rules.linear import Message, part_of
 from lrp_prune.attribution.seen import Seen
 from lrp_prune.attribution.uses import Use
 from lrp_prune.statistics import Statistic, power_of
@@ -80,7 +81,7 @@ class WeightStatistic:
             dtype = torch.float32
         if use.all_tokens:
             pass
-        elif activation.numel() <= d.numel() or self.statistic.contributing:
+        elif use.messages is not None or activation.numel() <= d.numel() or self.statistic.contributing:
             activation = self._batch.counted_activation(activation)
         else:
             d = self._batch.only_counted(d)
@@ -90,6 +91,8 @@ class WeightStatistic:
         self.add(contracted(use, activation, d, dtype), use)
 
     def _by_sample(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
+        if use.messages is not None:
+            return self._by_sample_and_sign(use, use.messages, activation, dtype)
         samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
         contributions = [
             use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
@@ -98,8 +101,19 @@ class WeightStatistic:
 
     def _by_token(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
         power = self.statistic.power
+        if use.messages is not None:
+            return _by_sign(use, use.messages, activation, power, dtype)
         a = self._batch.shared((power, dtype), activation, lambda a: power_of(a, power, dtype))
         return use.form.contract(a, power_of(d, power, dtype), use.weight)
+
+    def _by_sample_and_sign(self, use: Use, found: list[Message], activation: Tensor, dtype: torch.dtype) -> Tensor:
+        activations = self._batch.by_sample(activation, self.name)
+        gradients = [self._batch.by_sample(message.d, self.name) for message in found]
+        total = torch.zeros_like(use.weight, dtype=dtype)
+        for index, of_sample in enumerate(activations):
+            own = [message._replace(d=d[index][None]) for message, d in zip(found, gradients, strict=True)]
+            total += _by_sign(use, own, of_sample[None], 0, dtype).abs_()
+        return total
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
         """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
@@ -176,6 +190,21 @@ class WeightStatistic:
         if sums is None or self.unscored is not None:
             return None
         return self.statistic.weighted(sums, self._weight().to(sums.device, sums.dtype))
+
+
+def _by_sign(use: Use, found: list[Message], activation: Tensor, power: int, dtype: torch.dtype) -> Tensor:
+    """What is contracted under a rule with terms: each message by itself, at the entries that it is about.
+
+    At a token, an entry of the weight is in one message only, so that powers of messages add.
+    """
+    total = torch.zeros_like(use.weight, dtype=dtype)
+    for message in found:
+        a = power_of(part_of(activation, message.input), power, dtype)
+        contribution = use.form.contract(a, power_of(message.d, power, dtype), use.weight).to(dtype)
+        total += (
+            contribution if message.weight == "whole" else contribution * (part_of(use.weight, message.weight) != 0)
+        )
+    return total
 
 
 def input_energy(use: Use, activation: Tensor) -> Tensor:

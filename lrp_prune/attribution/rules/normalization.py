@@ -5,14 +5,16 @@ backward of it is wrong on the CPU for one image whose output's gradient lies in
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrp_prune.attribution import functional
 from lrp_prune.attribution.operations import Signature
-from lrp_prune.attribution.rules import Call, detached, is_activation
+from lrp_prune.attribution.rules.call import Call, detached, is_activation
+from lrp_prune.attribution.rules.rule import Rule
 
 
 class _Statistic(NamedTuple):
@@ -35,42 +37,54 @@ class _Channels(NamedTuple):
     eps: float
 
 
-def constant_statistic(call: Call) -> Any:
+@dataclass(frozen=True)
+class ConstantStatistic(Rule):
     """The deviation that a normalisation divides by is a constant (AttnLRP, prop. 3.4; the identity rule of LRP for norms).
 
     Batch normalisation's mean is one as well, whether it is the running one or that of the batch.
     """
-    x = call.operand(0)
-    if _scaled_by_activations(call):
-        return _with_activations(call, constant_statistic, 0.5)
-    if _keeps_statistics(call):
-        channels = _channels(call)
-        if _signature(call).over == "batch" or not channels.measured:
-            return _affine(call, channels)
-    statistic = _STATISTICS[_signature(call).over](call)
 
-    def inverse_deviation(rows: Tensor) -> Tensor:
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        spread = (
-            wide.var(-1, keepdim=True, unbiased=False) if statistic.centered else wide.square().mean(-1, keepdim=True)
+    kinds: ClassVar[tuple[str, ...] | None] = ("normalization",)
+
+    def __call__(self, call: Call) -> Any:
+        x = call.operand(0)
+        if _scaled_by_activations(call):
+            return _with_activations(call, self, 0.5)
+        if _keeps_statistics(call):
+            channels = _channels(call)
+            if _signature(call).over == "batch" or not channels.measured:
+                return _affine(call, channels)
+        statistic = _STATISTICS[_signature(call).over](call)
+
+        def inverse_deviation(rows: Tensor) -> Tensor:
+            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            spread = (
+                wide.var(-1, keepdim=True, unbiased=False)
+                if statistic.centered
+                else wide.square().mean(-1, keepdim=True)
+            )
+            return torch.rsqrt(spread + statistic.eps)
+
+        return functional.constant_statistic(
+            x, _function(call), inverse_deviation, statistic.shape, statistic.weight, statistic.centered
         )
-        return torch.rsqrt(spread + statistic.eps)
-
-    return functional.constant_statistic(
-        x, _function(call), inverse_deviation, statistic.shape, statistic.weight, statistic.centered
-    )
 
 
-def plain(call: Call) -> Any:
+@dataclass(frozen=True)
+class PlainNormalization(Rule):
     """The plain gradient, also where torch's own backward gets the order of the gradient's memory wrong."""
-    if not _keeps_statistics(call):
-        return call.run()
-    if _scaled_by_activations(call):
-        return _with_activations(call, plain, 1.0)
-    channels = _channels(call)
-    if not channels.measured:
-        return _affine(call, channels)
-    return functional.contiguous_gradient(call.operand(0), _function(_without_buffers(call)))
+
+    kinds: ClassVar[tuple[str, ...] | None] = ("normalization",)
+
+    def __call__(self, call: Call) -> Any:
+        if not _keeps_statistics(call):
+            return call.run()
+        if _scaled_by_activations(call):
+            return _with_activations(call, self, 1.0)
+        channels = _channels(call)
+        if not channels.measured:
+            return _affine(call, channels)
+        return functional.contiguous_gradient(call.operand(0), _function(_without_buffers(call)))
 
 
 def _scale_and_shift(call: Call) -> list[tuple[int, str]]:
@@ -195,3 +209,6 @@ def _signature(call: Call) -> Signature:
 def _arguments(call: Call) -> dict[str, Any]:
     """The arguments that were given, by name."""
     return {**dict(zip(_signature(call).arguments, call.args, strict=False)), **call.kwargs}
+
+
+constant_statistic, plain_normalization = ConstantStatistic(), PlainNormalization()
