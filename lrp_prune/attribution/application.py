@@ -60,7 +60,7 @@ class Application:
             **dict.fromkeys(("sum", "join", "plain"), Call.run),
             **dict.fromkeys(("linear", "convolution", "matmul"), self._contracted),
             "embedding": self._looked_up,
-            "dropout": lambda call: self.ruled(call).ruled(),  # whatever it gets, so that no random number is drawn
+            "dropout": self._by_rule,  # whatever it gets, so that no random number is drawn
             "norm_pool": norm_pool,
             "composed": self._composed,
             "factors": self._factors,
@@ -77,18 +77,23 @@ class Application:
             return way(call)
         if not any(map(is_activation, call.operands())):
             return call.run()
+        return self._by_rule(call)
+
+    def _by_rule(self, call: Call) -> Any:
+        if not self._placed:  # which is most of all calls, and a call less takes less time
+            return self._rule(call.operation.kind)(call)
         return self.ruled(call).ruled()
 
     def ruled(self, call: Call, kind: str | None = None) -> Call:
         """The call with the rule that it has; of another kind than its own if one is given."""
         kind = call.operation.kind if kind is None else kind
         if not self._placed:
-            return call._replace(rule=self._rule(kind, "", None, None))
-        call = call._replace(depth=self._depths.of(call))
-        return call._replace(rule=self._rule(kind, call.name, call.module, call.depth))
+            return call._replace(rule=self._rule(kind))
+        depth = self._depths.of(call)
+        return call._replace(depth=depth, rule=self._rule(kind, call.name, call.module, depth))
 
-    def _rule(self, kind: str, name: str, module: nn.Module | None, depth: int | None) -> Rule:
-        key = (kind, name, type(module), depth)
+    def _rule(self, kind: str, name: str = "", module: nn.Module | None = None, depth: int | None = None) -> Rule:
+        key = (kind, name, type(module), depth) if self._placed else kind
         rule = self._rules.get(key)
         if rule is None:
             rule = self._rules[key] = self._composite.rule(kind, name, module, depth)

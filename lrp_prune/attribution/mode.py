@@ -21,7 +21,8 @@ from lrp_prune.attribution.endings import Endings, ends_in_numbers
 from lrp_prune.attribution.looking import Unchecked
 from lrp_prune.attribution.marking import mark_made, mark_taken
 from lrp_prune.attribution.nested import tensors_in
-from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, Operation, node_kind
+from lrp_prune.attribution.nodes import NO_GRADIENT_NODES, node_kind
+from lrp_prune.attribution.operations import OPERATIONS, Operation
 from lrp_prune.attribution.origins import (
     Origin,
     derive,
@@ -32,12 +33,12 @@ from lrp_prune.attribution.origins import (
     source_of,
 )
 from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.recurrent import recurrent
 from lrp_prune.attribution.registry import REGISTERED
 from lrp_prune.attribution.resolving import written_by
 from lrp_prune.attribution.roots import Roots
 from lrp_prune.attribution.rules import Call, is_activation
-from lrp_prune.attribution.shadows import Call as Finished
+from lrp_prune.attribution.rules.recurrent import recurrent
+from lrp_prune.attribution.shadow import Call as Finished
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.uses import WeightUses
 
@@ -141,18 +142,20 @@ class PropagationMode(TorchFunctionMode):
         if self.audit is not None:
             self.audit.arrive((args, kwargs))
         registered = REGISTERED.get(func)
-        operation = OPERATIONS.get(func) if registered is None else Operation("registered")
+        operation = OPERATIONS.get(func)
+        if registered is not None:
+            operation = (operation or Operation(""))._replace(kind="registered", functional=None)
         if operation is None:
             if isinstance(func, FunctionType) and func not in self._inside:
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
-        given = Call(func, operation, args, kwargs)
+        given = args, kwargs
         args, kwargs, constant = self._without_parameters(args, kwargs)
         call = before = self._called(func, operation, args, kwargs)
         if registered is not None:
             result = registered(call)
         elif operation.runs_in_steps:
-            result = recurrent(call, given, self._application.ruled, self._uses)
+            result = recurrent(call, Call(func, operation, *given), self._application.ruled, self._uses)
         elif operation.functional is not None or written_by(func):
             result, before = self._in_place(call)
         else:
@@ -167,7 +170,7 @@ class PropagationMode(TorchFunctionMode):
     def _called(
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call:
-        return Call(func, operation, args, kwargs, self.kept, self._places.name, self._places.module)
+        return Call(func, operation, args, kwargs, self.kept, *self._places.innermost)
 
     def whole(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The result of an activation module of several operations, by the rule for activations.

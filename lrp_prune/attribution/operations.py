@@ -14,7 +14,6 @@ Python functions of torch that call others (``F.multi_head_attention_forward``, 
 looks inside them. Functions that work in place have the row of the one that does not.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -273,12 +272,6 @@ _OF_KIND = {
     "statistic": "entrywise",
     "dropout": "copied",
 }
-_OTHER_NODES = """
-    AccumulateGrad UnsafeView ReshapeAlias Slice SelectBackwardAutogradNestedTensor ToCopy CopyBackwards CopySlices Copy
-    AsStrided Lift LiftFresh SplitCopy Clamp ClampMin ClampMax PackPaddedSequence MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D
-    MkldnnMaxPool3D GridSampler2D
-""".split()
-"""Autograd nodes that go by other names than functions do, or are part of one; a clip picks the entry or a bound."""
 
 
 def channels_of(name: str, kind: str) -> str:
@@ -290,27 +283,6 @@ def channels_of(name: str, kind: str) -> str:
     """
     row = ROWS.get(name) or PLAIN_ROWS.get(name)
     return _OF_KIND.get(kind, "") if row is None else row.channels
-
-
-def _node(name: str) -> str:
-    """What autograd calls a function's node: ``max_pool2d`` is ``MaxPool2D``."""
-    return re.sub(r"(?:^_?|_|(?<=\d))([a-z])", lambda found: found[1].upper(), name)
-
-
-LINEAR_NODES = frozenset(
-    {_node(name) for table in (ROWS, PLAIN_ROWS) for name, row in table.items() if row.linear}.union(_OTHER_NODES)
-)
-"""Autograd nodes that are linear in their input, or pick from it: their plain gradient times input is the relevance."""
-
-NO_GRADIENT_NODES = frozenset({"WarnNotImplemented", "NotImplemented"})
-"""Autograd nodes of operations without a gradient, such as quantized ones: nothing comes out of them."""
-
-
-def node_kind(node: Any) -> str:
-    """``MulBackward0`` -> ``Mul``."""
-    name: str = node.name().rpartition("::")[2]
-    stem = name.rstrip("0123456789")
-    return stem.removesuffix("Backward") or stem
 
 
 _OWNERS: tuple[Any, ...] = (torch, Tensor, F, torch._C._nn, torch._C._VariableFunctions, torch.special, torch.linalg)

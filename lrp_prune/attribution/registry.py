@@ -109,6 +109,10 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
     if isinstance(function, type):
         return _register_module(function, rule)
     _check_visible(function)
+    return _register_function(function, rule)
+
+
+def _register_function(function: Callable[..., Any], rule: str | Callable[..., Any]) -> RegisteredRule:
     if not isinstance(rule, str):
         handle = RegisteredRule(REGISTERED, function)
         REGISTERED[function] = rule if isinstance(rule, Rule) else _adapted(rule)

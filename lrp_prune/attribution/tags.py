@@ -10,11 +10,8 @@ A tag survives views, casts, dropout and what works within a channel.
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from lrp_prune.attribution.facts import Fact
 from lrp_prune.attribution.operations import channels_of
-
-_MARK = "_lrp_prune_tag"
 
 _PUT_CONSTANTS = frozenset("masked_fill nan_to_num clamp".split())
 """Functions that replace some entries by constants, and leave the others what they are."""
@@ -32,26 +29,21 @@ class Tag:
     statistic: bool = False
 
 
-def tag_of(value: Any) -> Tag | None:
-    """The tag of a tensor, if it has one."""
-    return getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+_FACT: Fact[Tag] = Fact("tag")
+tag_of = _FACT.of
+
+
+def clear_tag(value: Any) -> None:
+    """Take a tensor's tag off."""
+    _FACT.note(value, None)
 
 
 def set_tag(value: Any, tag: Tag | None) -> None:
     """Tag a tensor, or each tensor of a list; nothing is tagged with nothing."""
     if tag is None:
         return
-    if isinstance(value, Tensor):
-        setattr(value, _MARK, tag)
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            set_tag(entry, tag)
-
-
-def clear_tag(value: Any) -> None:
-    """Take a tensor's tag off."""
-    if tag_of(value) is not None:
-        delattr(value, _MARK)
+    for entry in value if isinstance(value, tuple | list) else (value,):
+        _FACT.note(entry, tag)
 
 
 def is_gate(value: Any) -> bool:

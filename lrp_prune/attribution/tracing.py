@@ -19,7 +19,8 @@ from lrp_prune.attribution.blocks import Blocks
 from lrp_prune.attribution.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.attribution.operations import PRODUCTS
 from lrp_prune.attribution.origins import Origin, marked
-from lrp_prune.attribution.shadows import NOTHING, Call, Shadow, Shadows, cast_shadow, per_channel, units_in
+from lrp_prune.attribution.shadow import NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
+from lrp_prune.attribution.shadows import Shadows
 from lrp_prune.attribution.tags import tag_of
 from lrp_prune.attribution.unit_table import UnitTable
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.batch_layout import BatchLayout
-from lrp_prune.attribution.shadows import NOTHING
+from lrp_prune.attribution.shadow import NOTHING
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.attribution.unit_table import Group, layer_of

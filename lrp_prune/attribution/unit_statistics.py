@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.attribution.batch_layout import BatchLayout
-from lrp_prune.attribution.shadows import distinct
+from lrp_prune.attribution.shadow import distinct
 from lrp_prune.attribution.tracing import by_weight, channel_axis
 from lrp_prune.attribution.uses import Use
 from lrp_prune.statistics import Statistic, power_of

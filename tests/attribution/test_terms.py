@@ -176,6 +176,38 @@ def test_units_and_deeper_layers_follow_the_rule_as_well() -> None:
     torch.testing.assert_close(next(iter(units.values())).double(), of_units.mean(0), rtol=1e-5, atol=1e-7)
 
 
+def test_blocks_are_found_and_follow_the_rule() -> None:
+    """What a layer writes onto a stream, times what comes back to it there."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 6, bias=False), nn.Linear(6, 5, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), Block(), Block(), nn.Linear(5, 2, bias=False)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    found = {}
+    for name, rule in (("plain", "gradient"), ("none", Gamma(0.0)), ("gamma", Gamma(GAMMA))):
+        found[name] = lrp_prune.attribute(
+            model, [x], lambda m, b: m(b).sum(), Composite(name, {"linear": rule}, base="epsilon"), "signed", "block"
+        )
+    assert list(found["gamma"]) == list(found["plain"]) and len(found["plain"]) == 2
+    stream = model[:3](x).detach()
+    written = stream - model[:2](x).detach()
+    z = stream @ model[3].weight.detach().T
+    shares = gamma_shares(stream[:, None] * model[3].weight.detach(), torch.zeros(4, 2).double())
+    of_stream = (shares * z[..., None]).sum(1)
+    last = list(found["gamma"])[-1]
+    expected = (of_stream / stream * written).sum(1).mean()
+    torch.testing.assert_close(found["gamma"][last].double()[0], expected, rtol=1e-4, atol=1e-6)
+    for name in found["plain"]:
+        torch.testing.assert_close(found["none"][name], found["plain"][name], rtol=1e-4, atol=1e-6)
+
+
 def test_gamma_zero_is_the_plain_gradient_and_a_large_one_leaves_out_what_counters() -> None:
     made = linear(True)
     found = {}
