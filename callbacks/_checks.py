@@ -27,7 +27,8 @@ from lrp_prune.pruning.keys import RANKINGS
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
 from lrp_prune.pruning.scopes import Structure, layout_of, parse_scope
 from lrp_prune.pruning.scorers import METHODS, PROPAGATING, selection_options
-from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, granularities_of
+from lrp_prune.relevance import NORMALIZATIONS, granularities_of
+from lrp_prune.statistics import OF_RELEVANCE, Statistic
 from lrp_prune.targets import checked
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
@@ -79,7 +80,8 @@ def check_collection(
     check_choice("method", method, METHODS, optional=False)
     if not isinstance(composite, Composite):
         check_choice("composite", composite, COMPOSITES)
-    check_choice("statistic", statistic, STATISTICS)
+    if not isinstance(statistic, Statistic):
+        check_choice("statistic", statistic, OF_RELEVANCE)
     try:
         granularities_of(granularity)
     except (ValueError, TypeError) as error:

@@ -13,7 +13,8 @@ from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._distributed import agree, gathered
 from lrp_prune.correction import Search
 from lrp_prune.module import CorrectedModule
-from lrp_prune.relevance import STATISTICS, Relevance
+from lrp_prune.relevance import Relevance
+from lrp_prune.statistics import OF_RELEVANCE
 
 
 class _InnerCollection(Collection):
@@ -55,7 +56,7 @@ class ReferenceSets:
             raise MisconfigurationException(
                 f"general and undesired are both validation loader {general}: their contrast is nothing"
             )
-        check_choice("guard_statistic", guard_statistic, STATISTICS)
+        check_choice("guard_statistic", guard_statistic, OF_RELEVANCE)
 
         def collection(source: int | Iterable[Any], target: Any, **changes: Any) -> Collection:
             index = source if isinstance(source, int) else None

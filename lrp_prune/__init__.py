@@ -14,6 +14,7 @@ from lrp_prune.members import Member
 from lrp_prune.planning import Estimate, estimate
 from lrp_prune.pruning import Masks, merge_adapters, prune, select
 from lrp_prune.relevance import Relevance
+from lrp_prune.statistics import Statistic
 
 __all__ = [
     "Comparison",
@@ -25,6 +26,7 @@ __all__ = [
     "Patch",
     "Propagation",
     "Relevance",
+    "Statistic",
     "attribute",
     "attributing",
     "compare",

@@ -12,14 +12,12 @@ from torch import Tensor
 from lrp_prune.contributions import INPUTS, Contributions
 from lrp_prune.members import Member
 from lrp_prune.sharding import Sharding
+from lrp_prune.statistics import Statistic
 from lrp_prune.storage import Together, load_tensors, save_tensors
 from lrp_prune.unscored import together
 
 Granularity = Literal["weight", "neuron", "head", "block", "embedding"]
-Statistic = Literal["signed", "abs_sample", "abs_token", "squared_token", "geometric"]
 GRANULARITIES: tuple[str, ...] = ("weight", "neuron", "head", "block", "embedding")
-STATISTICS: tuple[str, ...] = ("signed", "abs_sample", "abs_token", "squared_token", "geometric")
-_OF_SQUARES = ("squared_token", "input_norm")
 _MEAN_WEIGHTS = "::mean_weights"
 NORMALIZATIONS: tuple[str, ...] = ("mean", "sum", "max", "total")
 
@@ -51,8 +49,8 @@ class Relevance(Mapping[str, Tensor]):
     r"""Relevance of weights or units, averaged over reference samples.
 
     Stored are additive sums over samples, so that batches and ranks add; reading gives
-    :math:`\bar R = s \, (\mathrm{sums} / n)^{1/p}` with the number of samples ``n``, ``p = 2`` for ``squared_token``
-    and else 1, and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
+    :math:`\bar R = s \, (\mathrm{sums} / n)^{1/p}` with the number of samples ``n``, the statistic's root ``p`` (2 for
+    ``squared_token``), and a scale ``s`` per tensor that normalisation sets (SparC3, arXiv 2506.13727, eq. 1, for
     ``signed``).
 
     At weight granularity the keys are canonical parameter names and each tensor has its parameter's shape; at any
@@ -66,7 +64,7 @@ class Relevance(Mapping[str, Tensor]):
     Args:
         sums: the sums over samples, by name. Kept, not copied.
         granularity: what a value is about.
-        statistic: how tokens and samples were reduced.
+        statistic: how tokens and samples were reduced: a :class:`~lrp_prune.statistics.Statistic`, or the name of one.
         composite: the rules that propagated it.
         num_samples: samples in ``sums``.
         target: what was explained, in words.
@@ -79,9 +77,9 @@ class Relevance(Mapping[str, Tensor]):
             matter is unknown, so that they are never pruned; but a sparsity is the share of everything that was asked for.
         layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
             ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
-        inputs: for ``geometric``, sums over samples and tokens of the squares of what each weight multiplies, in shapes
-            that broadcast to the weights'.
-        mean_weights: for ``geometric``, the mean absolute weight for each of the ``inputs``.
+        inputs: of statistics with contributions (``geometric``), sums over samples and tokens of the squares of what each
+            weight multiplies, in shapes that broadcast to the weights'.
+        mean_weights: of the same, the mean absolute weight for each of the ``inputs``.
         derived: the values are no sums over samples any more (a difference); they are not merged.
         scales: a factor for each tensor, from normalisation or multiplication.
         shardings: how each parameter that is divided among processes is; the ``sums`` of these are this process's parts.
@@ -101,7 +99,7 @@ class Relevance(Mapping[str, Tensor]):
         sums: Mapping[str, Tensor],
         *,
         granularity: str = "weight",
-        statistic: str = "abs_token",
+        statistic: str | Statistic | Mapping[str, Any] = "abs_token",
         composite: str = "attnlrp",
         num_samples: int = 1,
         target: str = "",
@@ -122,7 +120,8 @@ class Relevance(Mapping[str, Tensor]):
         self._sums = dict(sums)
         self._scales = dict(scales or {})
         self.granularity = granularity
-        self.statistic = statistic
+        self._reading = _statistic_of(statistic)
+        self.statistic = self._reading.name
         self.composite = composite
         self.num_samples = num_samples
         self.target = target
@@ -139,8 +138,10 @@ class Relevance(Mapping[str, Tensor]):
         self.derived = derived
         known = {*self.parameter_shapes, *(name + INPUTS for name in inputs or ())}
         self.shardings = {key: sharding for key, sharding in (shardings or {}).items() if key in known}
-        if statistic == "geometric" and not derived and set(inputs or ()) != set(self._sums):
-            raise ValueError("relevance of statistic 'geometric' needs inputs and mean_weights for every tensor")
+        if self._reading.contributing and not derived and set(inputs or ()) != set(self._sums):
+            raise ValueError(
+                f"relevance of statistic {self.statistic!r} needs inputs and mean_weights for every tensor"
+            )
         self._contributions = Contributions(inputs or {}, mean_weights or {}, num_samples, self.shardings)
 
     def kinds(self) -> dict[str, list[str]]:
@@ -187,16 +188,11 @@ class Relevance(Mapping[str, Tensor]):
 
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
-        if not self.derived and self.statistic == "geometric":
-            shape = self._sums[name].shape
-            shares = self._contributions.shares(name, shape, None if sums.shape == shape else index)
-            # (|W|^3 G A^(1/2))^(1/3) = (|W| G^(1/2))^(2/3) (|W| A^(1/2))^(1/3)
-            values = (values * (shares / self.num_samples)).pow_(1 / 3)
-        elif not self.derived:
-            if self.num_samples > 1:
-                values = values / self.num_samples
-            if self.statistic in _OF_SQUARES:
-                values = values.sqrt()
+        if not self.derived:
+            shape, shares = self._sums[name].shape, None
+            if self._reading.contributing:
+                shares = self._contributions.shares(name, shape, None if sums.shape == shape else index)
+            values = self._reading.read(values, self.num_samples, shares)
         scale = self._scales.get(name, 1.0)
         return values if scale == 1.0 else values * scale
 
@@ -216,7 +212,7 @@ class Relevance(Mapping[str, Tensor]):
     def _description(self) -> dict[str, Any]:
         return {
             "granularity": self.granularity,
-            "statistic": self.statistic,
+            "statistic": self._reading.to_plain(),
             "composite": self.composite,
             "num_samples": self.num_samples,
             "target": self.target,
@@ -272,6 +268,8 @@ class Relevance(Mapping[str, Tensor]):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise ValueError(f"cannot merge relevance with {what} {mine!r} and {theirs!r}")
+        if self._reading != other._reading:
+            raise ValueError(f"cannot merge relevance with statistic {self._reading} and {other._reading}")
         if self.derived or other.derived or self._scales or other._scales:
             raise ValueError("cannot merge normalised, scaled or subtracted relevance: merge first, normalise then")
         # A tensor that only some batches reach (a mixture's expert) is in one of the two: absent means a sum of zero.
@@ -389,6 +387,13 @@ class Relevance(Mapping[str, Tensor]):
             name: tuple(map(Member.from_list, entries)) for name, entries in description["members"].items()
         }
         return cls(parts[""], inputs=parts[INPUTS], mean_weights=parts[_MEAN_WEIGHTS], **description)
+
+
+def _statistic_of(given: str | Statistic | Mapping[str, Any]) -> Statistic:
+    """A statistic by its name, by its fields as files hold them, or itself."""
+    if isinstance(given, Statistic):
+        return given
+    return Statistic.named(given) if isinstance(given, str) else Statistic(**given)
 
 
 def _summed(mine: Tensor | None, theirs: Tensor | None) -> Tensor:

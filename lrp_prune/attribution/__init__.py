@@ -2,9 +2,10 @@
 
 from lrp_prune.attribution.audit import UnruledOperationError, UnruledOperationWarning
 from lrp_prune.attribution.collect import RelevanceAccumulator, attribute
-from lrp_prune.attribution.composites import COMPOSITES, RULES, Composite
+from lrp_prune.attribution.composites import COMPOSITES, Composite, Where
 from lrp_prune.attribution.propagation import Propagation, attributing
 from lrp_prune.attribution.registry import register_rule
+from lrp_prune.attribution.rules import RULES, AlphaBeta, Gamma, Group, Rule, Term, Terms
 from lrp_prune.targets import (
     ClassLogit,
     LastToken,
@@ -18,18 +19,25 @@ from lrp_prune.targets import (
 __all__ = [
     "COMPOSITES",
     "RULES",
+    "AlphaBeta",
     "ClassLogit",
     "Composite",
+    "Gamma",
+    "Group",
     "LastToken",
     "LogitDifference",
     "NextToken",
     "Propagation",
     "RelevanceAccumulator",
     "RepetitionMargin",
+    "Rule",
     "Target",
+    "Term",
+    "Terms",
     "TokenMargin",
     "UnruledOperationError",
     "UnruledOperationWarning",
+    "Where",
     "attribute",
     "attributing",
     "register_rule",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.attribution.nested import tensors_in
-from lrp_prune.attribution.operations import LINEAR_NODES, NO_GRADIENT_NODES, node_kind
+from lrp_prune.attribution.nodes import LINEAR_NODES, NO_GRADIENT_NODES, node_kind
 from lrp_prune.attribution.places import Places
 
 # What a sharded model puts around its modules: the identity, which tells when a backward pass comes by.

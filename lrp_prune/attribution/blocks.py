@@ -5,18 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lrp_prune.attribution.facts import Fact
+from lrp_prune.attribution.operations import channels_of
 from lrp_prune.attribution.origins import marked
-from lrp_prune.attribution.shadows import Call, keeps_zero
+from lrp_prune.attribution.shadow import Call
+from lrp_prune.attribution.shadows import keeps_zero
 
-_MARK = "_lrp_prune_written"
-_KEEPING = frozenset(
-    """
-    to float half bfloat16 double type type_as contiguous clone view reshape transpose swapaxes permute movedim flatten unflatten
-    squeeze unsqueeze expand view_as reshape_as __getitem__ pad roll
-    """.split()
-)
 _SUMMING = frozenset("add sub subtract".split())
-_LAYERS = ("_Observed", "Convolution", "Addmm", "Mm", "Linear")
+_LAYERS = ("_Observed", "_Ruled", "Convolution", "Addmm", "Mm", "Linear")
 _FAR = 4096
 """Nodes of the graph that are looked at in search of the stream."""
 
@@ -58,7 +54,7 @@ class Blocks:
         assert own is not None
         if call.kind == "sum" and call.name in _SUMMING:
             return self._summed(call, active, written)
-        if call.name in _KEEPING or call.kind == "dropout":
+        if len(active) == 1 and channels_of(call.name, call.kind) in ("copied", "moved"):
             return own
         if call.kind in ("product", "division"):
             whole = [value for value in written if value.shape == result.shape]  # a gate of the branch is broadcast
@@ -100,18 +96,8 @@ def _with(written: Written, constants: Iterable[Tensor]) -> Written:
     return {weight: others | shifts for weight, others in written.items()}
 
 
-def _written(value: Any) -> Written | None:
-    found: Written | None = getattr(value, _MARK, None) if isinstance(value, Tensor) else None
-    return found
-
-
-def _set(value: Any, written: Written | None) -> None:
-    if not isinstance(value, Tensor):
-        return
-    if written is not None:
-        setattr(value, _MARK, written)
-    elif hasattr(value, _MARK):
-        delattr(value, _MARK)
+_FACT: Fact[Written] = Fact("written")
+_written, _set = _FACT.of, _FACT.note
 
 
 def _is_stream_of(stream: Tensor, branch: Tensor) -> bool:

@@ -25,6 +25,7 @@ from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance
 from lrp_prune.sharding import device_of, fsdp_modules
+from lrp_prune.statistics import Statistic
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 
@@ -59,7 +60,7 @@ class RelevanceAccumulator:
         *,
         target: str | Target | Callable[[nn.Module, Any], Tensor] | Inferred | None = None,
         composite: str | Composite | None = None,
-        statistic: str | None = None,
+        statistic: str | Statistic | None = None,
         granularity: str | Sequence[str] = "weight",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -197,7 +198,7 @@ def attribute(
     batches: Iterable[Any],
     target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
     composite: str | Composite | None = None,
-    statistic: str | None = None,
+    statistic: str | Statistic | None = None,
     granularity: str | Sequence[str] = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -221,9 +222,9 @@ def attribute(
             scalar; None: the model's own ``relevance_target(batch)``, else :class:`~lrp_prune.targets.Inferred`.
         composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"`` or ``"geometric"`` (weights); None:
-            ``"geometric"`` for weights, ``"abs_token"`` for units. So :func:`attribute` and then :func:`lrp_prune.select` do by
-            default what :func:`lrp_prune.prune` does.
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"``, ``"geometric"`` (weights) or a
+            :class:`~lrp_prune.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for
+            units. So :func:`attribute` and then :func:`lrp_prune.select` do by default what :func:`lrp_prune.prune` does.
         granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes
             them: hidden units, filters), ``"head"`` (what a head writes to the output projection), ``"block"`` (what a layer
             writes onto a residual stream), ``"embedding"`` (rows of embeddings); or several kinds of units, whose groups

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.statistics import BatchLayout, InputNorm, WeightStatistic
+from lrp_prune.attribution.batch_layout import BatchLayout
+from lrp_prune.attribution.statistics import WeightStatistic
 from lrp_prune.attribution.uses import Use
 from lrp_prune.sharding import Sharding, all_reduced, device_of, local_part
+from lrp_prune.statistics import Statistic
 from lrp_prune.unscored import DIVIDED
 
 
@@ -24,7 +26,7 @@ class DividedStatistic(WeightStatistic):
         name: str,
         parameter: Tensor,
         sharding: Sharding,
-        statistic: str,
+        statistic: Statistic,
         batch: BatchLayout,
         matmul_dtype: torch.dtype | None,
         device: torch.device | str | None,
@@ -109,7 +111,3 @@ class DividedStatistic(WeightStatistic):
         self.inputs, self._inputs_sum = self._inputs_sum, None
         self._parameter = local_part(self._sharded)
         return super().finish()
-
-
-class DividedInputNorm(DividedStatistic, InputNorm):
-    """As :class:`DividedStatistic`, from the forward alone."""

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.facts import Fact
 from lrp_prune.attribution.nested import tensors_in
 from lrp_prune.attribution.places import Places
 
-_MARK = "_lrp_prune_ending"
 _NUMBERS = frozenset("item tolist numpy __float__ __int__ __array__".split())
 
 
@@ -37,9 +37,9 @@ class Ending(NamedTuple):
         return f"{self.operation} in {self.place}"
 
 
-def ending_of(value: Any) -> Ending | None:
-    """Why a tensor carries no relevance, if it is known."""
-    return getattr(value, _MARK, None)
+_FACT: Fact[Ending] = Fact("ending")
+ending_of = _FACT.of
+"""Why a tensor carries no relevance, if it is known."""
 
 
 class Endings:
@@ -81,8 +81,7 @@ class Endings:
         if ends_in_numbers(function):
             self._numbers[found] = None
         for entry in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(entry, Tensor):
-                setattr(entry, _MARK, found)
+            _FACT.note(entry, found)
 
     def has_no_gradient(self, function: Any, places: Places) -> None:
         """A function was met through which no gradient goes, though its result seems to have one."""

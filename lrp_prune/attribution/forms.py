@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from lrp_prune.attribution.rules import Call
+from lrp_prune.attribution.operations import Place
+from lrp_prune.attribution.rules.call import Call
 
 
 class Form:
@@ -40,27 +40,39 @@ class Form:
         result: Tensor = self.call.with_operands(operands).run()
         return result
 
-    def in_one_precision(self, activation: Tensor, weight: Tensor) -> Tensor:
-        """The operation with all its tensors, a bias too, in the activation's precision.
+    def product(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation, without what is added to the product, in the activation's precision.
 
-        In the backward pass no autocast brings them together, and the activation may have been kept in another one.
+        In the backward pass no autocast brings tensors together, and the activation may have been kept in another precision.
         """
-        dtype = activation.dtype
+        weight = weight.to(activation.dtype)
+        place, summand = self._added()
+        if place is None or summand is None:
+            return self.forward(activation, weight)
+        nothing = None if place[1] == "bias" else torch.zeros_like(summand, dtype=activation.dtype)
+        return self._adding(place, nothing).forward(activation, weight)
 
-        def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
+        """What is added to the product, in the output's shape; None where nothing is."""
+        place, summand = self._added()
+        if place is None or summand is None:
+            return None
+        return self._adding(place, summand.to(activation.dtype)).forward(
+            torch.zeros_like(activation), weight.to(activation.dtype)
+        )
 
-        operands = self.call.operands()
-        operands[self._activation], operands[self._weight] = activation, weight
-        call = self.call.with_operands(operands)
-        result: Tensor = call.function(*tree_map(cast, call.args), **tree_map(cast, call.kwargs))
-        return result
+    def _added(self) -> tuple[Place | None, Any]:
+        place = self.call.operation.added
+        return place, None if place is None else self.call.argument(*place)
+
+    def _adding(self, place: Place, value: Tensor | None) -> "Form":
+        return type(self)(self.call.with_arguments({place: value}), self._activation, self._weight)
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the activation."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_()
-            result = self.in_one_precision(leaf, weight)
+            result = self.product(leaf, weight)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
 
@@ -69,7 +81,7 @@ class Form:
         with torch.enable_grad():
             # In the precision of what is contracted: squares do not fit into the weights' float16.
             leaf = torch.zeros_like(weight, dtype=activation.dtype).requires_grad_()
-            result = self.in_one_precision(activation, leaf)
+            result = self.product(activation, leaf)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
 

@@ -15,6 +15,18 @@ from torch.autograd.function import once_differentiable
 _bypass = torch._C.DisableTorchFunction
 
 
+def own_memory(result: Tensor) -> Tensor:
+    """The result of a product as a tensor of its own, in the same memory.
+
+    That of a linear layer with a bias is a view of what was multiplied, which autograd lets nobody change in place; a
+    residual stream may be added to it.
+    """
+    if not result._is_view():
+        return result
+    storage = result.untyped_storage()
+    return result.new_empty(0).set_(storage, result.storage_offset(), result.shape, result.stride())
+
+
 class ScaledGradient(Function):
     """The identity, whose gradient is multiplied by a constant. For operands of an operation, never for its result."""
 

@@ -5,20 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrp_prune.attribution.operations import channels_of
 from lrp_prune.attribution.origins import derive, mark, marked, note_source, of_operation, source_of
-from lrp_prune.attribution.tags import ELEMENTWISE_COPIES
 
 
 def mark_taken(func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any) -> None:
     """Mark what a function without a rule made of constants: views and copies of one of them, as a rule."""
     name = getattr(func, "__name__", "")
+    copied = channels_of(name, "plain") == "copied"
     several = isinstance(result, tuple | list)
     for index, entry in enumerate(result if several else (result,)):
         if not isinstance(entry, Tensor) or not entry.is_floating_point() or entry.requires_grad:
             continue
         origin = marked(constant)
         viewed = entry.untyped_storage()._cdata == constant.untyped_storage()._cdata
-        if origin is None or not (viewed or name in ELEMENTWISE_COPIES) or _writes(name):
+        if origin is None or not (viewed or copied) or _writes(name):
             mark_made(func, "plain", args, kwargs, entry)
             continue
 
@@ -26,7 +27,7 @@ def mark_taken(func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any)
             made = func(*_replaced(args, constant, stand_in), **_replaced(kwargs, constant, stand_in))
             return made[index] if several else made
 
-        mark(entry, derive(origin, constant, entry, name in ELEMENTWISE_COPIES, name, again))
+        mark(entry, derive(origin, constant, entry, copied, name, again))
 
 
 def mark_made(func: Any, kind: str, args: Any, kwargs: Any, result: Tensor) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lrp_prune.attribution import tags
+from lrp_prune.attribution.application import Application
 from lrp_prune.attribution.audit import Audit
-from lrp_prune.attribution.composed import PARTS
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.endings import Endings, ends_in_numbers
-from lrp_prune.attribution.functional import replaced
+from lrp_prune.attribution.looking import Unchecked
 from lrp_prune.attribution.marking import mark_made, mark_taken
 from lrp_prune.attribution.nested import tensors_in
-from lrp_prune.attribution.operations import NO_GRADIENT_NODES, OPERATIONS, Operation, node_kind
+from lrp_prune.attribution.nodes import NO_GRADIENT_NODES, node_kind
+from lrp_prune.attribution.operations import OPERATIONS, Operation
 from lrp_prune.attribution.origins import (
     Origin,
     derive,
@@ -32,46 +33,19 @@ from lrp_prune.attribution.origins import (
     source_of,
 )
 from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.recurrent import recurrent
 from lrp_prune.attribution.registry import REGISTERED
+from lrp_prune.attribution.resolving import written_by
 from lrp_prune.attribution.roots import Roots
-from lrp_prune.attribution.rules import (
-    Call,
-    Rule,
-    detached,
-    identity,
-    is_activation,
-    share_of_factors,
-    stop_gate,
-    uniform,
-)
-from lrp_prune.attribution.scales import identity_of_power, norm_pool, power, share_of_power
-from lrp_prune.attribution.shadows import Call as Finished
+from lrp_prune.attribution.rules import Call, is_activation
+from lrp_prune.attribution.rules.recurrent import recurrent
+from lrp_prune.attribution.shadow import Call as Finished
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.uses import WeightUses
 
 _FIRST = Operation("plain")
 _OPERATORS = (torch._ops.OpOverloadPacket, torch._ops.OpOverload)
 _RULELESS = frozenset({"plain", "sum", "join", "embedding"})
-_WRITING = frozenset({"__setitem__", "copy_"})
-"""Functions that write into their first operand, besides those that have a twin that does not."""
-
-
-def _unchecked(function: FunctionType, cache: dict[int, dict[str, Any]]) -> FunctionType:
-    """The same Python function, blind to overrides: its body runs, and what it calls is seen by the mode.
-
-    torch's Python functions first ask ``has_torch_function`` and then hand themselves to the mode, which would go on for ever.
-    """
-    namespace = cache.get(id(function.__globals__))
-    if namespace is None:
-        namespace = dict(function.__globals__)
-        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-            if name in namespace:
-                namespace[name] = lambda *_: False
-        cache[id(function.__globals__)] = namespace
-    copy = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+_ACTIVATION = Operation("activation")
 
 
 class PropagationMode(TorchFunctionMode):
@@ -104,8 +78,7 @@ class PropagationMode(TorchFunctionMode):
         kept: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._composite = composite
-        self._scales = composite.scales
+        self._scales = composite.needs("statistics")
         self._origins = {id(parameter): origin_of_parameter(name, parameter) for name, parameter in parameters.items()}
         self._parameters = parameters
         self._places = places
@@ -116,10 +89,9 @@ class PropagationMode(TorchFunctionMode):
         self.audit = audit
         self.kept = kept
         self._acting = 0
-        self._rules: dict[str, Rule] = {}
         self._inside: list[Any] = []
-        self._copies: dict[Any, FunctionType] = {}
-        self._namespaces: dict[int, dict[str, Any]] = {}
+        self._unchecked = Unchecked()
+        self._application = Application(composite, roots, uses, tracer, self._is_own, lambda: self)
 
     @contextmanager
     def acting(self, on: bool = True) -> Iterator[None]:
@@ -157,7 +129,7 @@ class PropagationMode(TorchFunctionMode):
 
         To be called where the mode is entered. Entered once more, it would be on within its own rules in recomputed layers.
         """
-        return tuple(self._unchecked(torch.autograd.grad)(target, list(tensors), allow_unused=True))
+        return tuple(self._unchecked.of(torch.autograd.grad)(target, list(tensors), allow_unused=True))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,22 +142,24 @@ class PropagationMode(TorchFunctionMode):
         if self.audit is not None:
             self.audit.arrive((args, kwargs))
         registered = REGISTERED.get(func)
-        operation = OPERATIONS.get(func) if registered is None else Operation("registered")
+        operation = OPERATIONS.get(func)
+        if registered is not None:
+            operation = (operation or Operation(""))._replace(kind="registered", functional=None)
         if operation is None:
             if isinstance(func, FunctionType) and func not in self._inside:
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
-        given = Call(func, operation, args, kwargs)
+        given = args, kwargs
         args, kwargs, constant = self._without_parameters(args, kwargs)
-        call = before = Call(func, operation, args, kwargs, self.kept, self._places.name)
+        call = before = self._called(func, operation, args, kwargs)
         if registered is not None:
             result = registered(call)
-        elif operation.kind == "recurrent":
-            result = recurrent(call, given, self._rule, self._uses)
-        elif operation.functional is not None or func.__name__ in _WRITING:
+        elif operation.runs_in_steps:
+            result = recurrent(call, Call(func, operation, *given), self._application.ruled, self._uses)
+        elif operation.functional is not None or written_by(func):
             result, before = self._in_place(call)
         else:
-            result = self._apply(call)
+            result = self._application.apply(call)
         if constant is not None and func.__name__ == "__setitem__":
             mark_made(func, "plain", (args[0], args[2]), {}, args[0])
         elif constant is not None and isinstance(result, Tensor) and not result.requires_grad:
@@ -193,8 +167,26 @@ class PropagationMode(TorchFunctionMode):
         self._finish(func, operation.kind, call, result, before)
         return result
 
+    def _called(
+        self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        return Call(func, operation, args, kwargs, self.kept, *self._places.innermost)
+
+    def whole(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The result of an activation module of several operations, by the rule for activations.
+
+        Args:
+            function: the module's forward.
+            x: its argument.
+        """
+        call = self._called(function, _ACTIVATION, (x,), {})
+        if self._application.leaves(call):
+            return function(x)  # its operations are seen one by one
+        with self.acting(False):
+            return self._application.ruled(call).ruled()
+
     def _look_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        copy = self._unchecked(func)
+        copy = self._unchecked.of(func)
         self._inside.append(func)
         try:
             with self:
@@ -202,75 +194,12 @@ class PropagationMode(TorchFunctionMode):
         finally:
             self._inside.pop()
 
-    def _unchecked(self, func: Callable[..., Any]) -> FunctionType:
-        copy = self._copies.get(func)
-        if copy is None:
-            assert isinstance(func, FunctionType)
-            copy = self._copies[func] = _unchecked(func, self._namespaces)
-        return copy
-
-    def _apply(self, call: Call) -> Any:
-        kind = call.operation.kind
-        if kind == "embedding":
-            return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
-        if call.operation.data:
-            call = self._roots.with_data(call)
-        if kind in ("sum", "join", "plain"):
-            return call.run()
-        if kind == "power":
-            call, kind = power(call)
-            if kind == "activation" and self._rule(kind) is identity and len(call.operation.operands) == 2:
-                return identity_of_power(call) if is_activation(call.operand(0)) else call.run()
-        elif kind == "einsum":
-            call, kind = _einsum(call)
-        if kind == "matmul":
-            result = self._uses.observed(call)
-            if result is not None:
-                return result
-        if kind == "dropout":
-            return self._rule(kind)(call)
-        active = sum(map(is_activation, call.operands()))
-        if kind == "plain" or not active:
-            return call.run()
-        if kind == "matmul" and active == 1:
-            kind = "linear"
-        if kind == "norm_pool":
-            return norm_pool(call)
-        if kind == "composed":
-            return self._composed(call)
-        if kind == "factors":
-            if self._rule("product") not in (uniform, stop_gate):
-                return call.run()
-            return share_of_power(call) if call.operation.kind == "power" else share_of_factors(call)
-        if kind == "clip":
-            bounded = any(isinstance(call.argument(*place), Tensor) for place in call.operation.data[1:])
-            return call.run() if bounded else self._rule("activation")(call)
-        return self._rule(kind)(call)
-
-    def _composed(self, call: Call) -> Any:
-        """The value of the one operation, and the relevance of those that it stands for."""
-        with self:
-            stand_in = PARTS[call.function.__name__](*call.args, **call.kwargs)
-        constant = call._replace(
-            args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
-        )
-        result = replaced(stand_in, constant.run)
-        if self._tracer is not None:
-            self._tracer.carry(stand_in, result)
-        return result
-
     def _is_own(self, origin: Origin | None) -> bool:
         """Whether a parameter is one of the module that runs."""
         if origin is None:
             return False
         own = (self._origins.get(id(parameter)) for parameter in self._places.module._parameters.values())
         return any(found is not None and found.name == origin.name for found in own)
-
-    def _rule(self, kind: str) -> Rule:
-        rule = self._rules.get(kind)
-        if rule is None:
-            rule = self._rules[kind] = self._composite.rule(kind)
-        return rule
 
     def _in_place(self, call: Call) -> tuple[Any, Call]:
         """An in-place operation: of what is only added or assigned as it is, of others the twin on a copy, written back.
@@ -281,11 +210,11 @@ class PropagationMode(TorchFunctionMode):
             The result, and the call with its arguments as they were before.
         """
         target, functional = call.operand(0), call.operation.functional
-        if call.operation.kind == "dropout":
+        if call.operation.drops:
             return target, call
-        if call.operation.kind in ("sum", "join"):
+        if call.operation.enters:
             call, before = self._roots.with_data(call, written=True), call
-            if self._tracer is not None and call.operation.kind == "sum" and is_activation(target):
+            if self._tracer is not None and call.operation.adds and is_activation(target):
                 copy = target.clone()  # what it was made of is seen from its node, and it is about to get another
                 self.carry(target, copy)
                 before = call._replace(args=tuple(copy if arg is target else arg for arg in call.args))
@@ -300,7 +229,7 @@ class PropagationMode(TorchFunctionMode):
         before = target.clone()
         self.carry(target, before)
         args = tuple(before if arg is target else arg for arg in call.args)
-        result = self._apply(call._replace(function=functional, operation=twin, args=args))
+        result = self._application.apply(call._replace(function=functional, operation=twin, args=args))
         return target.copy_(result), call._replace(args=args)
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -418,12 +347,3 @@ def _cause(func: Any, kind: str, result: Any) -> str:
     if kind in _RULELESS:
         return "detached" if result.is_floating_point() else "integers"
     return "registered" if kind == "registered" else "rule"
-
-
-def _einsum(call: Call) -> tuple[Call, str]:
-    """A contraction is a product of matrices, with its tensors as operands, given one by one or as a list."""
-    tensors = call.args[1:]
-    if len(tensors) == 1 and isinstance(tensors[0], tuple | list):
-        tensors = tuple(tensors[0])
-    operands = tuple((index + 1, f"operand{index}") for index in range(len(tensors)))
-    return call._replace(operation=Operation("matmul", operands), args=(call.args[0], *tensors)), "matmul"

@@ -6,17 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.batch_layout import BatchLayout
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.forms import Form
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.roots import Root
-from lrp_prune.attribution.statistics import (
-    MAGNITUDES,
-    BatchLayout,
-    InputNorm,
-    RowStatistic,
-    WeightStatistic,
-)
+from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units
 from lrp_prune.attribution.unit_table import layer_of
@@ -24,7 +19,8 @@ from lrp_prune.attribution.uses import Observer, Use, WeightUses
 from lrp_prune.members import Member
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
-from lrp_prune.relevance import STATISTICS, Relevance, granularities_of
+from lrp_prune.relevance import Relevance, granularities_of
+from lrp_prune.statistics import Statistic, statistic_of
 from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described, patterns_of
 
 
@@ -48,7 +44,7 @@ class ObserverTable:
         self,
         model: nn.Module,
         *,
-        statistic: str,
+        statistic: str | Statistic,
         granularity: str | Sequence[str],
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
@@ -56,12 +52,10 @@ class ObserverTable:
         accumulate_on: str | torch.device | None,
         matmul_dtype: str | torch.dtype | None,
     ) -> None:
-        if statistic not in (*STATISTICS, "input_norm", "structure"):
-            raise ValueError(f"statistic must be one of {STATISTICS}, got {statistic!r}")
+        statistic = statistic_of(statistic)
         kinds = granularities_of(granularity)
         granularity = ",".join(kinds)
-        if statistic == "geometric" and granularity != "weight":
-            raise ValueError(f"statistic 'geometric' is about weights, not {granularity}s: use 'squared_token'")
+        statistic.check_suits(granularity)
         if isinstance(matmul_dtype, str) and matmul_dtype != "auto":
             matmul_dtype = getattr(torch, matmul_dtype)
         self._model, self._statistic, self._granularity = unwrap(model), statistic, granularity
@@ -92,12 +86,12 @@ class ObserverTable:
     @property
     def backward_needed(self) -> bool:
         """Whether anything is propagated, or the forward tells all."""
-        return self._statistic not in ("input_norm", "structure")
+        return self._statistic.backward_needed
 
     @property
     def kept(self) -> torch.dtype | None:
         """The precision in which rules may keep activations: that in which relevance passes all of the weights."""
-        if self._granularity != "weight" or self._statistic not in MAGNITUDES:
+        if self._granularity != "weight" or not self._statistic.of_magnitudes:
             return None
         wanted = {self._matmul_dtype(parameter) for parameter in self.parameters.values()}
         return wanted.pop() if len(wanted) == 1 else None
@@ -158,10 +152,9 @@ class ObserverTable:
         found = self._statistics.get(name)
         if found is None:
             parameter = self.parameters[name]
-            kind = InputNorm if self._statistic == "input_norm" else WeightStatistic
             dtype = self._matmul_dtype(parameter)
             options = (self._statistic, self.batch, dtype, self._device, self._used.get(name))
-            found = self._statistics[name] = kind(name, parameter, *options)
+            found = self._statistics[name] = WeightStatistic(name, parameter, *options)
         assert isinstance(found, WeightStatistic)
         return found
 

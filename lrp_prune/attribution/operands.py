@@ -1,4 +1,4 @@
-"""What is multiplied for a statistic: powers of activations and gradients, made once where uses share an activation."""
+"""What is multiplied for a statistic, made once where uses share an activation."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -34,16 +34,6 @@ class Latest:
     def forget(self) -> None:
         """Let go of the tensor."""
         self._source, self._key, self._made = None, None, {}
-
-
-def power_of(tensor: Tensor, power: int, dtype: torch.dtype) -> Tensor:
-    """``|x| ** power`` in ``dtype``, or ``x`` itself for 0."""
-    converted = tensor.to(dtype)
-    if power == 0:
-        return converted
-    if converted is tensor:
-        return tensor.abs() if power == 1 else tensor.square()
-    return converted.abs_() if power == 1 else converted.square_()
 
 
 def energy_of(activation: Tensor) -> Tensor:

@@ -1,8 +1,17 @@
-"""Which torch functions are which kind of operation, as far as relevance is concerned.
+"""The table of operations: what each torch function is, as far as relevance is concerned.
 
-Composites give rules to *kinds*; this table says which functions belong to a kind and where their operands are. Python
-functions of torch that call others (``F.multi_head_attention_forward``, ``F.normalize``, ...) do not appear: the
-mode looks inside them.
+One row for a function's name, with these columns:
+
+* *kind*: composites give rules to kinds;
+* *operands*: where the tensors are that the kind is about;
+* *added*: where what is added to a product is;
+* *data*: where parameters and constants may be data like any input: added, joined, or selected;
+* *linear*: whether it is linear in its input, or picks from it, so that its plain gradient times input is the relevance;
+* *channels*: what becomes of the channels of its input;
+* *signature*: the arguments of functions of which more has to be known.
+
+Python functions of torch that call others (``F.multi_head_attention_forward``, ``F.normalize``, ...) do not appear: the mode
+looks inside them. Functions that work in place have the row of the one that does not.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +25,7 @@ KINDS = (
     "activation",
     "product",
     "linear",
+    "convolution",
     "matmul",
     "softmax",
     "attention",
@@ -26,103 +36,258 @@ KINDS = (
 )
 """The kinds of operation that a composite can give a rule to."""
 
+PRODUCTS = frozenset({"linear", "convolution", "matmul", "einsum"})
+"""Kinds of contractions of two tensors: with a weight the first two, mostly."""
+
 Place = tuple[int, str]
 """Where an argument is: its position and its name."""
 
+_FIRST: tuple[Place, ...] = ((0, "input"),)
+_TWO: tuple[Place, ...] = ((0, "input"), (1, "other"))
+
+
+class Signature(NamedTuple):
+    """What is known of a function's arguments.
+
+    Args:
+        arguments: their names, in order.
+        over: what shares a statistic, of normalisations: the last dimensions (``"last"``), the channels of a group
+            (``"groups"``), the positions of a channel (``"positions"``), or these in the whole batch (``"batch"``).
+        centered: whether a normalisation subtracts the mean.
+    """
+
+    arguments: tuple[str, ...]
+    over: str = ""
+    centered: bool = True
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether scale and shift have an entry for each channel, in place of one for each of the last dimensions."""
+        return self.over != "last"
+
 
 class Operation(NamedTuple):
-    """One torch function.
+    """One torch function: the columns are told in the module's docstring.
 
     Args:
         kind: one of :data:`KINDS`, or what has no rule because it needs none: ``sum`` and ``join`` (what enters as it is, and
-            may be data), ``embedding``, ``plain``; the mode tells ``power`` and ``einsum`` apart further, ``factors`` are
-            products of many, ``clip`` is an activation that is no gate, ``norm_pool`` is homogeneous, and ``composed`` is
-            propagated as the simpler operations that it stands for.
-        operands: where the tensors are that the kind is about.
+            may be data), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of many) and ``clip`` are one
+            or another of these, as their operands tell, ``norm_pool`` is homogeneous, and ``composed`` is propagated as
+            the simpler operations that it stands for.
         functional: the twin that changes nothing in place.
-        data: where parameters and constants may be data like any input: added, joined, or selected.
+        channels: ``"copied"`` (entries keep their places), ``"moved"`` (or are put elsewhere), ``"entrywise"`` (a function of
+            each entry), ``"pooled"`` (within a channel), ``"reduced"`` (over some dimensions); empty where they mix.
     """
 
     kind: str
-    operands: tuple[Place, ...] = ((0, "input"),)
+    operands: tuple[Place, ...] = _FIRST
     functional: Callable[..., Any] | None = None
     data: tuple[Place, ...] = ()
+    linear: bool = False
+    channels: str = ""
+    signature: Signature | None = None
+    added: Place | None = None
+
+    @property
+    def enters(self) -> bool:
+        """Whether operands enter as they are."""
+        return self.kind in ("sum", "join")
+
+    @property
+    def adds(self) -> bool:
+        """Whether operands are summed."""
+        return self.kind == "sum"
+
+    @property
+    def drops(self) -> bool:
+        """Whether it draws random numbers, and is off."""
+        return self.kind == "dropout"
+
+    @property
+    def runs_in_steps(self) -> bool:
+        """Whether it is a recurrent layer, which is written out step by step."""
+        return self.kind == "recurrent"
 
 
-_ACTIVATIONS = """
-    relu gelu silu sigmoid tanh elu selu celu leaky_relu relu6 hardtanh hardswish hardsigmoid mish softplus softsign
-    log_sigmoid logsigmoid hardshrink softshrink tanhshrink threshold expit prelu
-    exp exp2 expm1 log log2 log10 log1p erf erfc sin cos tan sinh cosh asin acos atan asinh acosh atanh square
-    rrelu log_ndtr ndtr logit erfinv sinc round floor ceil trunc fix frac sign heaviside
-""".split()
-_STATISTICS = "sqrt rsqrt reciprocal var std var_mean std_mean linalg_vector_norm linalg_norm norm_except_dim".split()
-_SOFTMAX = "softmax _softmax softmin".split()
-_DROPOUT = "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout".split()
-_NORMALIZATION = "layer_norm rms_norm group_norm batch_norm instance_norm".split()
-_COMPOSED = "glu cosine_similarity lerp addcdiv".split()
-_CLIPS = "clamp clip clamp_min clamp_max".split()
-_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-_LINEAR = """
-    nanmean quantile nanquantile trapezoid trapz cumulative_trapezoid block_diag rot90 take put max_unpool2d max_unpool3d
-    cummax cummin pdist ldexp
-""".split()
-"""Functions that are linear in their input, or pick from it, though not all of their autograd nodes tell."""
+def _rows(names: str, *columns: Any, **named: Any) -> dict[str, Operation]:
+    return dict.fromkeys(names.split(), Operation(*columns, **named))
 
-_RECURRENT = "lstm gru rnn_tanh rnn_relu".split()
 
-_FIRST_TWO: tuple[Place, ...] = ((0, "input"), (1, "other"))
-_SUMS: dict[str, tuple[Place, ...]] = {
-    **dict.fromkeys("add sub subtract rsub".split(), _FIRST_TWO),
-    # A distance is a norm of a difference, and its relevance that of both sides together.
-    "cdist": ((0, "x1"), (1, "x2")),
-    "pairwise_distance": ((0, "x1"), (1, "x2")),
-    "dist": _FIRST_TWO,
-    "hypot": _FIRST_TWO,
-    "index_add": ((0, "input"), (3, "source")),
-    "scatter_add": ((0, "input"), (3, "src")),
-}
-_JOINS: dict[str, tuple[Place, ...]] = {
-    **dict.fromkeys(
-        "cat concat concatenate stack hstack vstack dstack row_stack column_stack".split(), ((0, "tensors"),)
+def _joined(operands: tuple[Place, ...], kind: str = "join", channels: str = "", linear: bool = True) -> Operation:
+    """What enters as it is, and may be data."""
+    return Operation(kind, operands, None, operands, linear, channels)
+
+
+def _summed(operands: tuple[Place, ...] = _TWO, channels: str = "entrywise", linear: bool = True) -> Operation:
+    return _joined(operands, "sum", channels, linear)
+
+
+def _normalized(arguments: str, over: str, centered: bool = True) -> Operation:
+    return Operation("normalization", signature=Signature(tuple(arguments.split()), over, centered))
+
+
+_INPUT_AND_WEIGHT: tuple[Place, ...] = ((0, "input"), (1, "weight"))
+_BIAS: Place = (2, "bias")
+_RUNNING = "weight bias running_mean running_var"
+
+ROWS: dict[str, Operation] = {
+    **_rows(
+        """
+        relu gelu silu sigmoid tanh elu selu celu leaky_relu relu6 hardtanh hardswish hardsigmoid mish softplus softsign
+        log_sigmoid logsigmoid hardshrink softshrink tanhshrink threshold expit prelu
+        exp exp2 expm1 log log2 log10 log1p erf erfc sin cos tan sinh cosh asin acos atan asinh acosh atanh square
+        rrelu log_ndtr ndtr logit erfinv sinc round floor ceil trunc fix frac sign heaviside
+        """,
+        "activation",
+        channels="entrywise",
     ),
-    **dict.fromkeys("maximum minimum fmax fmin".split(), _FIRST_TWO),
-    "where": ((1, "input"), (2, "other")),
-    "index_put": ((0, "input"), (2, "values")),
-    "index_copy": ((0, "input"), (3, "source")),
-    "masked_scatter": ((0, "input"), (2, "source")),
-    "scatter": ((0, "input"), (3, "src")),
-    "slice_scatter": ((0, "input"), (1, "src")),
-    "select_scatter": ((0, "input"), (1, "src")),
-    "diagonal_scatter": ((0, "input"), (1, "src")),
+    **_rows(
+        "clamp clip clamp_min clamp_max", "clip", data=((0, "input"), (1, "min"), (2, "max")), channels="entrywise"
+    ),
+    **_rows("sqrt rsqrt reciprocal", "statistic", channels="entrywise"),
+    **_rows("var std", "statistic", channels="reduced"),
+    **_rows("var_mean std_mean linalg_vector_norm linalg_norm norm_except_dim", "statistic", channels="entrywise"),
+    **_rows("pow", "power", _TWO, channels="entrywise"),
+    **_rows("softmax _softmax softmin", "softmax"),
+    **_rows("dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout", "dropout", channels="copied"),
+    "batch_norm": _normalized(f"input {_RUNNING} training momentum eps cudnn_enabled", "batch"),
+    "instance_norm": _normalized(f"input {_RUNNING} use_input_stats momentum eps cudnn_enabled", "positions"),
+    "layer_norm": _normalized("input normalized_shape weight bias eps", "last"),
+    "rms_norm": _normalized("input normalized_shape weight eps", "last", centered=False),
+    "group_norm": _normalized("input num_groups weight bias eps", "groups"),
+    **_rows("mul multiply", "product", _TWO),
+    **_rows("div divide true_divide", "division", _TWO),
+    **_rows("prod cumprod", "factors"),
+    "linear": Operation("linear", _INPUT_AND_WEIGHT, added=_BIAS),
+    **_rows(
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+        "convolution",
+        _INPUT_AND_WEIGHT,
+        added=_BIAS,
+    ),
+    **_rows("matmul vdot cross inner kron", "matmul", _TWO),
+    **_rows("mm bmm _grouped_mm grouped_mm", "matmul", ((0, "input"), (1, "mat2"))),
+    **_rows("mv", "matmul", ((0, "input"), (1, "vec"))),
+    **_rows("dot", "matmul", ((0, "input"), (1, "tensor"))),
+    **_rows("vecdot", "matmul", ((0, "x"), (1, "y"))),
+    **_rows("tensordot", "matmul", ((0, "a"), (1, "b"))),
+    **_rows("outer", "matmul", ((0, "input"), (1, "vec2"))),
+    **_rows("bilinear", "matmul", ((0, "input1"), (1, "input2")), added=(3, "bias")),
+    **_rows("addmm", "matmul", ((1, "mat1"), (2, "mat2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addmv", "matmul", ((1, "mat"), (2, "vec")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addbmm baddbmm", "matmul", ((1, "batch1"), (2, "batch2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addcmul", "matmul", ((1, "tensor1"), (2, "tensor2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("lp_pool1d lp_pool2d lp_pool3d", "norm_pool", channels="pooled"),
+    **_rows("glu cosine_similarity addcdiv", "composed"),
+    **_rows("lerp", "composed", channels="entrywise"),
+    **_rows("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", "recurrent", ()),
+    # Sums, and distances: norms of a difference, whose relevance is that of both sides together.
+    **dict.fromkeys(("add", "sub", "subtract", "rsub"), _summed()),
+    **dict.fromkeys(("cdist", "pairwise_distance"), _summed(((0, "x1"), (1, "x2")), "", linear=False)),
+    "dist": _summed(channels="", linear=False),
+    "hypot": _summed(linear=False),
+    "index_add": _summed(((0, "input"), (3, "source")), ""),
+    "scatter_add": _summed(((0, "input"), (3, "src")), ""),
+    **dict.fromkeys(
+        "cat concat concatenate stack hstack vstack dstack row_stack column_stack".split(),
+        _joined(((0, "tensors"),), channels="moved"),
+    ),
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), _joined(_TWO, channels="entrywise")),
+    "where": _joined(((1, "input"), (2, "other")), channels="entrywise"),
+    "index_put": _joined(((0, "input"), (2, "values"))),
+    "index_copy": _joined(((0, "input"), (3, "source"))),
+    "masked_scatter": _joined(((0, "input"), (2, "source"))),
+    "scatter": _joined(((0, "input"), (3, "src"))),
+    **dict.fromkeys(("slice_scatter", "select_scatter", "diagonal_scatter"), _joined(((0, "input"), (1, "src")))),
+    **_rows(
+        """
+        max_unpool2d max_unpool3d quantile nanquantile trapezoid trapz cumulative_trapezoid block_diag take put cummax
+        cummin ldexp
+        """,
+        "plain",
+        linear=True,
+    ),
+    **_rows("pdist", "plain"),  # of which the same is true as of other distances
+    **_rows("nanmean", "plain", linear=True, channels="reduced"),
+    **_rows("rot90", "plain", linear=True, channels="moved"),
 }
-_PRODUCTS: dict[str, tuple[Place, ...]] = {"mul": _FIRST_TWO, "multiply": _FIRST_TWO}
-_DIVISIONS: dict[str, tuple[Place, ...]] = {"div": _FIRST_TWO, "divide": _FIRST_TWO, "true_divide": _FIRST_TWO}
-_MATMULS: dict[str, tuple[Place, ...]] = {
-    "linear": ((0, "input"), (1, "weight")),
-    "matmul": _FIRST_TWO,
-    "mm": ((0, "input"), (1, "mat2")),
-    "bmm": ((0, "input"), (1, "mat2")),
-    "mv": ((0, "input"), (1, "vec")),
-    "dot": ((0, "input"), (1, "tensor")),
-    "vdot": _FIRST_TWO,
-    "vecdot": ((0, "x"), (1, "y")),
-    "cross": _FIRST_TWO,
-    "tensordot": ((0, "a"), (1, "b")),
-    "outer": ((0, "input"), (1, "vec2")),
-    "inner": _FIRST_TWO,
-    "kron": _FIRST_TWO,
-    "addmm": ((1, "mat1"), (2, "mat2")),
-    "addmv": ((1, "mat"), (2, "vec")),
-    "addbmm": ((1, "batch1"), (2, "batch2")),
-    "baddbmm": ((1, "batch1"), (2, "batch2")),
-    "addcmul": ((1, "tensor1"), (2, "tensor2")),
-    "bilinear": ((0, "input1"), (1, "input2")),
-    "_grouped_mm": ((0, "input"), (1, "mat2")),
-    "grouped_mm": ((0, "input"), (1, "mat2")),
-    **{name: ((0, "input"), (1, "weight")) for name in _CONVOLUTIONS},
+"""The rows of functions that have a kind of their own, or that the audit would not know by their autograd nodes."""
+
+PLAIN_ROWS: dict[str, Operation] = {
+    **_rows(
+        "to float half bfloat16 double type type_as contiguous clone detach alias requires_grad_ view_as_real",
+        "plain",
+        linear=True,
+        channels="copied",
+    ),
+    **_rows(
+        """
+        view reshape transpose swapaxes swapdims permute movedim moveaxis flatten unflatten ravel squeeze unsqueeze expand
+        expand_as view_as reshape_as broadcast_to __getitem__ chunk split tensor_split split_with_sizes unsafe_split unsafe_chunk
+        hsplit vsplit dsplit unbind narrow select index_select gather take_along_dim roll flip fliplr flipud t repeat
+        tile repeat_interleave pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col
+        diagonal tril triu atleast_1d atleast_2d atleast_3d unfold
+        """,
+        "plain",
+        linear=True,
+        channels="moved",
+    ),
+    **_rows("abs neg negative nan_to_num masked_fill", "plain", linear=True, channels="entrywise"),
+    **_rows("sum mean nansum max min amax amin median cumsum", "plain", linear=True, channels="reduced"),
+    **_rows("norm", "plain", channels="reduced"),  # looked into
+    **_rows(
+        " ".join(
+            f"{kind}_pool{dims}d{suffix}"
+            for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
+            for dims in (1, 2, 3)
+            for suffix in ("", "_with_indices")
+        )
+        + """
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+        upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+        _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+        """,
+        "plain",
+        linear=True,
+        channels="pooled",
+    ),
+    **_rows(
+        """
+        index index_fill masked_select scatter_reduce diag trace col2im reflection_pad1d reflection_pad2d
+        replication_pad1d replication_pad2d topk sort kthvalue aminmax fill zero fft_r2c fft_c2c fft_c2r conj
+        conj_physical real imag complex view_as_complex fractional_max_pool2d fractional_max_pool3d segment_reduce
+        embedding_bag nested_tensor_from_mask
+        """,
+        "plain",
+        linear=True,
+    ),
 }
+"""The rows of functions that need no rule, and that the mode lets pass."""
+
+_OF_KIND = {
+    "activation": "entrywise",
+    "clip": "entrywise",
+    "power": "entrywise",
+    "sum": "entrywise",
+    "statistic": "entrywise",
+    "dropout": "copied",
+}
+
+
+def channels_of(name: str, kind: str) -> str:
+    """What becomes of the channels of a function's input: see :class:`Operation`.
+
+    Args:
+        name: the function's, without the underscore of those that work in place.
+        kind: its kind, which tells of functions that rules were registered for.
+    """
+    row = ROWS.get(name) or PLAIN_ROWS.get(name)
+    return _OF_KIND.get(kind, "") if row is None else row.channels
+
 
 _OWNERS: tuple[Any, ...] = (torch, Tensor, F, torch._C._nn, torch._C._VariableFunctions, torch.special, torch.linalg)
+_OWN_NAMES = frozenset({"pow", "lp_pool1d", "lp_pool2d", "lp_pool3d"})
+"""Rows whose functions are named one by one below."""
 
 
 def _functions(name: str) -> Iterable[Callable[..., Any]]:
@@ -135,53 +300,27 @@ def _functions(name: str) -> Iterable[Callable[..., Any]]:
 
 def _build() -> dict[Callable[..., Any], Operation]:
     table: dict[Callable[..., Any], Operation] = {}
-
-    def enter(
-        name: str, kind: str, operands: tuple[Place, ...] = ((0, "input"),), data: tuple[Place, ...] = ()
-    ) -> None:
+    for name, row in ROWS.items():
+        if name in _OWN_NAMES:
+            continue
         for function in _functions(name):
-            table[function] = Operation(kind, operands, None, data)
+            table[function] = row
         twin = next(iter(_functions(name)), None)
         for function in _functions(f"{name}_") if twin is not None else ():
-            table[function] = Operation(kind, operands, twin, data)
-
-    for kind, names in (
-        ("activation", _ACTIVATIONS),
-        ("statistic", _STATISTICS),
-        ("softmax", _SOFTMAX),
-        ("dropout", _DROPOUT),
-        ("normalization", _NORMALIZATION),
-        ("plain", _LINEAR),
-        ("composed", _COMPOSED),
-        ("factors", ("prod", "cumprod")),
-    ):
-        for name in names:
-            enter(name, kind)
-    for kind, entries in (("product", _PRODUCTS), ("division", _DIVISIONS), ("matmul", _MATMULS)):
-        for name, operands in entries.items():
-            summand = ((0, "input"),) if name.startswith(("add", "baddbmm")) else ()
-            enter(name, kind, operands, summand)
-    for kind, entries in (("sum", _SUMS), ("join", _JOINS)):
-        for name, operands in entries.items():
-            enter(name, kind, operands, operands)
-    for name in _CLIPS:
-        enter(name, "clip", data=((0, "input"), (1, "min"), (2, "max")))
+            table[function] = row._replace(functional=twin)
     for function in (torch.linalg.vector_norm, torch.linalg.norm, torch.linalg.matrix_norm):
-        table[function] = Operation("statistic")
+        table[function] = ROWS["linalg_norm"]
     for function in (torch.pow, Tensor.pow):
-        table[function] = Operation("power", _FIRST_TWO)
-    table[Tensor.pow_] = Operation("power", _FIRST_TWO, functional=torch.pow)
-    table[Tensor.where] = Operation("join", ((0, "self"), (2, "other")), None, ((0, "self"), (2, "other")))
+        table[function] = ROWS["pow"]
+    table[Tensor.pow_] = ROWS["pow"]._replace(functional=torch.pow)
+    table[Tensor.where] = _joined(((0, "self"), (2, "other")), channels="entrywise")
     # Assigned to parts of a tensor.
-    table[Tensor.__setitem__] = Operation("join", ((0, "input"), (2, "value")), None, ((0, "input"), (2, "value")))
-    table[Tensor.copy_] = Operation("join", ((0, "input"), (1, "src")), None, ((0, "input"), (1, "src")))
+    table[Tensor.__setitem__] = _joined(((0, "input"), (2, "value")))
+    table[Tensor.copy_] = _joined(((0, "input"), (1, "src")))
     table[torch.einsum] = Operation("einsum")
-    for name in _RECURRENT:
-        enter(name, "recurrent", ())
-        enter(f"{name}_cell", "recurrent", ())
-    table[F.softsign] = Operation("activation")
+    table[F.softsign] = ROWS["softsign"]
     for function in (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d):
-        table[function] = Operation("norm_pool")
+        table[function] = ROWS[function.__name__]
     table[torch.embedding] = Operation("embedding", ((0, "weight"), (1, "indices")))
     table[F.embedding] = Operation("embedding", ((1, "weight"), (0, "input")))
     table[torch.embedding_bag] = Operation("embedding", ((0, "weight"), (1, "indices")))
@@ -191,33 +330,3 @@ def _build() -> dict[Callable[..., Any], Operation]:
 
 OPERATIONS: dict[Callable[..., Any], Operation] = _build()
 """Every torch function with a kind. Extended by :func:`lrp_prune.attribution.register_rule`, never at import of a model."""
-
-LINEAR_NODES = frozenset(
-    """
-    AccumulateGrad Add Sub Rsub Neg Sum Mean Nansum View UnsafeView Reshape ReshapeAlias Transpose T Permute Expand
-    Slice Select SelectBackwardAutogradNestedTensor Index IndexSelect IndexAdd IndexPut IndexCopy IndexFill
-    Cat Stack Split SplitWithSizes Unbind UnsafeSplit Squeeze Unsqueeze Clone ToCopy CopyBackwards CopySlices Copy
-    AsStrided Alias Repeat RepeatInterleave Gather Scatter ScatterAdd ScatterReduce MaskedFill MaskedScatter MaskedSelect
-    Where ConstantPadNd Roll Flip Triu Tril Cumsum Diagonal Diag Trace Movedim Swapaxes Unfold Im2Col Col2Im
-    MaxPool2DWithIndices MaxPool3DWithIndices MaxPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
-    AdaptiveMaxPool2D AdaptiveMaxPool3D MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D MkldnnMaxPool3D
-    UpsampleBilinear2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleBicubic2D UpsampleLinear1D
-    UpsampleTrilinear3D UpsampleBilinear2DAa UpsampleBicubic2DAa GridSampler2D
-    ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D PixelShuffle PixelUnshuffle ChannelShuffle
-    Max Min Amax Amin Maximum Minimum Topk Sort Clamp ClampMin ClampMax Median Kthvalue Aminmax Fill Zero
-    FftR2C FftC2C FftC2R FractionalMaxPool2D FractionalMaxPool3D MaxUnpool2D MaxUnpool3D
-    Detach Lift LiftFresh Conj ConjPhysical Real Imag Complex ViewAsReal ViewAsComplex SplitCopy Narrow
-    SegmentReduce PackPaddedSequence EmbeddingBag Hstack NestedTensorFromMask Contiguous Chunk Abs
-    """.split()
-)
-"""Autograd nodes that are linear in their input, or pick from it: their plain gradient times input is the relevance."""
-
-NO_GRADIENT_NODES = frozenset({"WarnNotImplemented", "NotImplemented"})
-"""Autograd nodes of operations without a gradient, such as quantized ones: nothing comes out of them."""
-
-
-def node_kind(node: Any) -> str:
-    """``MulBackward0`` -> ``Mul``."""
-    name: str = node.name().rpartition("::")[2]
-    stem = name.rstrip("0123456789")
-    return stem.removesuffix("Backward") or stem

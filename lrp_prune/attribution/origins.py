@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.attribution.facts import Fact
+from lrp_prune.attribution.operations import PRODUCTS
 from lrp_prune.unscored import RESCALED, computed
-
-_MARK = "_lrp_prune_origin"
-_SOURCE = "_lrp_prune_source"
 
 _ELEMENTWISE = frozenset(
     "abs neg negative sign clamp clip clamp_min clamp_max round floor ceil trunc fix absolute".split()
@@ -105,24 +104,16 @@ def origin_of_parameter(name: str, parameter: Tensor) -> Origin:
     return Origin(name, layout, layout)
 
 
-def mark(result: Tensor, origin: Origin) -> None:
-    """Attach an origin; the mark lives and dies with the Python object of an intermediate tensor."""
-    setattr(result, _MARK, origin)
-
-
-def marked(tensor: Tensor) -> Origin | None:
-    """The origin that was attached, if any."""
-    return getattr(tensor, _MARK, None)
-
-
-def note_source(result: Tensor, origin: Origin) -> None:
-    """Remember what a constant was computed from: it is no part of the parameter, but made of it."""
-    setattr(result, _SOURCE, origin)
+_ORIGIN: Fact[Origin] = Fact("origin")
+_SOURCE: Fact[Origin] = Fact("source")
+mark, marked = _ORIGIN.note, _ORIGIN.of
+note_source = _SOURCE.note
+"""Remembers what a constant was computed from: it is no part of the parameter, but made of it."""
 
 
 def source_of(tensor: Tensor) -> Origin | None:
     """The parameter that a constant is a part of, or was computed from."""
-    return marked(tensor) or getattr(tensor, _SOURCE, None)
+    return marked(tensor) or _SOURCE.of(tensor)
 
 
 def derive(
@@ -168,7 +159,7 @@ def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bo
     return made._replace(
         rescaled=rescaled,
         arithmetic=kind != "plain" or any(origin.scaled or origin.arithmetic for origin in origins),
-        product=kind in ("matmul", "einsum") or any(origin.product for origin in origins),
+        product=kind in PRODUCTS or any(origin.product for origin in origins),
     )
 
 

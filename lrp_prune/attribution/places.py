@@ -25,6 +25,11 @@ class Places:
         self._running: list[tuple[str, nn.Module]] = []
 
     @property
+    def innermost(self) -> tuple[str, nn.Module]:
+        """The name and the innermost module itself; the model where none is followed."""
+        return self._running[-1] if self._running else ("", self._model)
+
+    @property
     def name(self) -> str:
         """The innermost module's name; empty for the model itself, and where none runs."""
         return self._running[-1][0] if self._running else ""

@@ -16,16 +16,16 @@ from lrp_prune.attribution.checkpoints import propagating_checkpoints
 from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.constants import Constants
 from lrp_prune.attribution.endings import Endings
-from lrp_prune.attribution.functional import identity_rule
 from lrp_prune.attribution.mode import PropagationMode
 from lrp_prune.attribution.modules import is_activation_module
 from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.registry import MODULE_RULES, ModuleRule
+from lrp_prune.attribution.registry import MODULE_RULES
 from lrp_prune.attribution.roots import Root, Roots
 from lrp_prune.attribution.rules import gradient as plain_gradient
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unsharding import unsharding
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.attribution.wrapping import replaced, whole
 from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
 
@@ -198,18 +198,13 @@ def propagating(
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
     running = eager(model)  # before it is unwrapped
     model, modules = unwrap(model), named_modules(model)
-    wanted = [name for name in modules if name and _matching(name, latent)]
-    for pattern in latent or ():
-        if not any(_matching(name, [pattern]) for name in modules):
-            raise ValueError(
-                f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
-            )
+    composite.check_fits(modules)
+    wanted = _latent(modules, latent)
     data = Constants(model) if constants else None
     roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)
     audit = Audit(places, unruled) if not composite.is_plain and unruled != "ignore" else None
-    tracing = tracer is not None or composite.traced
-    parameters = named_parameters(model)
-    mode = PropagationMode(composite, parameters, places, roots, uses, endings, tracing, tracer, audit, kept)
+    known = (composite, named_parameters(model), places, roots, uses, endings)
+    mode = PropagationMode(*known, tracer is not None or composite.traced, tracer, audit, kept)
     propagation = Propagation(mode, roots, endings)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
@@ -219,14 +214,13 @@ def propagating(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(running)
-        ruled = composite.rule("activation") is not plain_gradient
-        for module in modules.values() if ruled or tracer is not None else ():
-            if is_activation_module(module):
-                stack.enter_context(_whole(module, mode, ruled))
-        for module in modules.values() if MODULE_RULES else ():
+        ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
+        for module in modules.values():
+            if (ruled or tracer is not None) and is_activation_module(module):
+                stack.enter_context(whole(module, mode))
             if type(module) in MODULE_RULES:
-                stack.enter_context(_replaced(module, mode, MODULE_RULES[type(module)]))
-        if named or audit is not None or composite.has_own_rules:
+                stack.enter_context(replaced(module, mode, MODULE_RULES[type(module)]))
+        if named or audit is not None or composite.is_placed:
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
@@ -234,6 +228,16 @@ def propagating(
         _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
         stack.enter_context(mode)
         yield propagation
+
+
+def _latent(modules: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
+    """The modules whose outputs' relevance is wanted."""
+    for pattern in patterns or ():
+        if not any(_matching(name, [pattern]) for name in modules):
+            raise ValueError(
+                f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
+            )
+    return [name for name in modules if name and _matching(name, patterns)]
 
 
 def _matching(name: str, patterns: Sequence[str] | None) -> bool:
@@ -338,64 +342,3 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
         return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
 
     return hook
-
-
-@contextmanager
-def _whole(module: nn.Module, mode: PropagationMode, ruled: bool) -> Iterator[None]:
-    """Treat an activation module of several operations as one.
-
-    It gets the identity rule as a whole if ``ruled``, else its plain gradient; either way its output's channels are those of
-    its input.
-    """
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if (
-            not mode.is_acting
-            or len(args) != 1
-            or kwargs
-            or not isinstance(args[0], Tensor)
-            or not args[0].requires_grad
-        ):
-            return original(*args, **kwargs)
-        if ruled:
-            with mode.acting(False):
-                result = identity_rule(args[0], original, mode.kept)
-        else:
-            result = original(args[0])
-        mode.rule_applied(original, args[0], result)
-        return result
-
-    with _calling(module, forward):
-        yield
-
-
-@contextmanager
-def _replaced(module: nn.Module, mode: PropagationMode, rule: ModuleRule) -> Iterator[None]:
-    """Let a module's own rule compute what it returns, out of the mode's sight."""
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not mode.is_acting:
-            return original(*args, **kwargs)
-        with mode.acting(False):
-            result = rule(original, args, kwargs)
-        mode.module_ruled(module, result)
-        return result
-
-    with _calling(module, forward):
-        yield
-
-
-@contextmanager
-def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for this one instance, by an attribute of it."""
-    original, own = module.forward, "forward" in module.__dict__
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = original
-        else:
-            del module.forward

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrp_prune.attribution import normalization
-from lrp_prune.attribution.composites import RULES
-from lrp_prune.attribution.operations import KINDS, OPERATIONS, Operation, Place
-from lrp_prune.attribution.rules import Call, Rule
+from lrp_prune.attribution.operations import KINDS, OPERATIONS, ROWS, Operation, Place
+from lrp_prune.attribution.rules import RULES, Call, Own, Rule
 
 ModuleRule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Computes what a module returns, from its forward and its arguments."""
@@ -21,7 +19,7 @@ MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
 
 _TWO: tuple[Place, ...] = ((0, "input"), (1, "other"))
 _OPERANDS: dict[str, tuple[Place, ...]] = {
-    **dict.fromkeys(("product", "linear", "matmul", "division"), _TWO),
+    **dict.fromkeys(("product", "linear", "convolution", "matmul", "division"), _TWO),
     "attention": ((0, "query"), (1, "key"), (2, "value")),
 }
 """Where operands are expected of kinds that have several."""
@@ -64,9 +62,10 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
             * a kind of operation (``"activation"``, ``"statistic"``, ...): the composite's rule for that kind applies. Kinds
               with several operands take the first ones;
             * the name of a rule (``"identity"``, ``"stop"``, ``"gradient"``, ...): it always applies;
-            * a callable ``rule(function, args, kwargs)`` that returns the operation's result, built so that its gradient
-              times input is the relevance. Parameters among the arguments are detached. Weights that such an operation
-              multiplies are not scored by :func:`lrp_prune.attribute`.
+            * a :class:`~lrp_prune.attribution.Rule`, or a callable ``rule(function, args, kwargs)`` that returns the
+              operation's result, built so that its gradient times input is the relevance. Parameters among the arguments are
+              detached. Weights that such an operation multiplies are not scored by :func:`lrp_prune.attribute`: a rule in a
+              composite is the way to that.
 
             For a module class the rule is about the module as a whole, whatever it runs: ``"activation"`` (an elementwise
             function, which gets the composite's rule for those), ``"gradient"`` (its own gradient, as of a
@@ -110,27 +109,36 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
     if isinstance(function, type):
         return _register_module(function, rule)
     _check_visible(function)
+    return _register_function(function, rule)
+
+
+def _register_function(function: Callable[..., Any], rule: str | Callable[..., Any]) -> RegisteredRule:
     if not isinstance(rule, str):
-        given = rule
-
-        def adapted(call: Call) -> Any:
-            return given(call.function, call.args, call.kwargs)
-
         handle = RegisteredRule(REGISTERED, function)
-        REGISTERED[function] = adapted
+        REGISTERED[function] = rule if isinstance(rule, Rule) else _adapted(rule)
     elif rule in KINDS:
-        if rule == "normalization" and function.__name__ not in normalization.NAMES:
+        row = ROWS.get(function.__name__, Operation("plain"))
+        if rule == "normalization" and row.signature is None:
             raise ValueError(
                 f"what {function.__name__} normalises over cannot be told from its arguments: give a rule as a function"
             )
         handle = RegisteredRule(OPERATIONS, function)
-        OPERATIONS[function] = Operation("matmul" if rule == "linear" else rule, _OPERANDS.get(rule, ((0, "input"),)))
+        OPERATIONS[function] = Operation(rule, _OPERANDS.get(rule, ((0, "input"),)), signature=row.signature)
     elif rule in RULES:
         handle = RegisteredRule(REGISTERED, function)
         REGISTERED[function] = RULES[rule]
     else:
         raise ValueError(f"rule must be a callable, a kind {KINDS} or a rule {tuple(RULES)}, got {rule!r}")
     return handle
+
+
+def _adapted(given: Callable[..., Any]) -> Rule:
+    """A function of function, arguments and keyword arguments as a rule."""
+
+    def adapted(call: Call) -> Any:
+        return given(call.function, call.args, call.kwargs)
+
+    return Own(adapted)
 
 
 def _register_module(kind: type, rule: str | Callable[..., Any]) -> RegisteredRule:

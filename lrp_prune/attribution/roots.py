@@ -73,9 +73,9 @@ class Roots:
         origin = marked(table)
         named = None if origin is None else origin.name.removesuffix(".weight")
         if named is None and self._constants is not None:
-            named = self._constants.name_of(table, call.module)
+            named = self._constants.name_of(table, call.name)
         leaf = looked_up.detach().requires_grad_()
-        root = Root((call.module if own else "") or named or f"{call.module or 'model'}.constant", leaf)
+        root = Root((call.name if own else "") or named or f"{call.name or 'model'}.constant", leaf)
         if origin is not None:
             root.parameter, root.ids = origin.name, None if isinstance(rows, tuple) else call.operand(1)
         self._record(root)
@@ -95,9 +95,9 @@ class Roots:
         joined = call.operation.kind not in _ADDING
         if written:
             if isinstance(values[0], Tensor) and not values[0].requires_grad:
-                self._adopt(values[0], call.module, joined)
+                self._adopt(values[0], call.name, joined)
             places, values = places[1:], values[1:]
-        made = [self._data(value, call.module, joined) for value in values]
+        made = [self._data(value, call.name, joined) for value in values]
         if all(new is old for new, old in zip(made, values, strict=True)):
             return call
         return call.with_arguments(dict(zip(places, made, strict=True)))

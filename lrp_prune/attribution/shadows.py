@@ -7,146 +7,26 @@ change along what they bring together; elementwise functions combine the shadows
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-NOTHING = 0
-"""The number of entries that are constants, padding say."""
-MIXED = -1
-"""The number of entries that depend on more than one unit, or on none that is known."""
-
-_MARK = "_lrp_prune_shadow"
-
-_COPYING = frozenset(
-    "to float half bfloat16 double type type_as contiguous clone alias requires_grad_ view_as_real".split()
+from lrp_prune.attribution.operations import channels_of
+from lrp_prune.attribution.shadow import (
+    MIXED,
+    NOTHING,
+    Call,
+    Merge,
+    Shadow,
+    alike,
+    cast_shadow,
+    compact,
+    shadow_of,
+    together,
+    units_in,
 )
-_MOVING = frozenset(
-    """
-    view reshape transpose swapaxes swapdims permute movedim moveaxis flatten unflatten ravel squeeze unsqueeze expand expand_as
-    view_as reshape_as broadcast_to __getitem__ chunk split tensor_split split_with_sizes unsafe_split unsafe_chunk hsplit vsplit
-    dsplit unbind narrow select index_select gather take_along_dim roll flip fliplr flipud rot90 t repeat tile repeat_interleave
-    cat concat concatenate stack hstack vstack dstack column_stack row_stack pad constant_pad_nd pixel_shuffle pixel_unshuffle
-    channel_shuffle native_channel_shuffle im2col diagonal tril triu atleast_1d atleast_2d atleast_3d unfold
-    """.split()
-)
-_POOLING = frozenset(
-    f"{kind}_pool{dims}d{suffix}"
-    for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp")
-    for dims in (1, 2, 3)
-    for suffix in ("", "_with_indices")
-)
-_REDUCING = frozenset("mean sum amax amin max min nanmean nansum median cumsum norm var std".split())
-_ELEMENTWISE = frozenset(
-    """
-    abs neg negative square sqrt pow sign clamp clamp_min clamp_max clip nan_to_num masked_fill
-    where lerp maximum minimum fmax fmin
-    """.split()
-)
-_ELEMENTWISE_KINDS = frozenset("activation clip power sum statistic".split())
-_NOT_ELEMENTWISE = frozenset("cdist pairwise_distance dist index_add scatter_add".split())
-"""Sums of other kinds."""
-
-
-class Shadow(NamedTuple):
-    """Unit numbers of an activation's entries, int32, in a shape that broadcasts to it.
-
-    ``zero`` says whether the entries of a unit are zero once all that the unit owns is zero.
-    """
-
-    numbers: Tensor
-    zero: bool = True
-
-    @property
-    def known(self) -> bool:
-        """Whether some entry belongs to a unit."""
-        return bool((self.numbers > NOTHING).any())
-
-
-Merge = Callable[[Tensor, Tensor], Tensor]
-"""From the numbers of two operands of a sum or product, both of units, to the numbers of the result."""
-
-
-class Call(NamedTuple):
-    """A function that has just run: its name (without the underscore of those that work in place), kind and arguments."""
-
-    name: str
-    kind: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
-
-    @property
-    def outputs(self) -> list[Tensor | None]:
-        """What it returned, None in the place of what is no tensor."""
-        entries = list(self.result) if isinstance(self.result, tuple | list) else [self.result]
-        return [entry if isinstance(entry, Tensor) else None for entry in entries]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [value for value in tree_flatten((self.args, self.kwargs))[0] if isinstance(value, Tensor)]
-
-
-def shadow_of(value: Any, space: str) -> Shadow | None:
-    """The shadow of a tensor among the units of one kind (``space``), if it has one."""
-    found: Shadow | None = getattr(value, _MARK + space, None) if isinstance(value, Tensor) else None
-    return found
-
-
-def cast_shadow(value: Any, space: str, shadow: Shadow | None) -> None:
-    """Give a tensor its shadow, or take it away."""
-    if not isinstance(value, Tensor):
-        return
-    if shadow is not None:
-        setattr(value, _MARK + space, shadow)
-    elif hasattr(value, _MARK + space):
-        delattr(value, _MARK + space)
-
-
-def compact(numbers: Tensor) -> Tensor:
-    """The same numbers with one entry along each dimension that repeats it by its stride."""
-    for dim, (size, stride) in enumerate(zip(numbers.shape, numbers.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            numbers = numbers.narrow(dim, 0, 1)
-    return numbers
-
-
-def alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the shape that they broadcast to."""
-    both: tuple[Tensor, Tensor] = torch.broadcast_tensors(first, second)  # type: ignore[no-untyped-call]  # torch's
-    return both
-
-
-def distinct(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers that occur, in ascending order, and for each entry which of them it is."""
-    found: tuple[Tensor, Tensor] = torch.unique(numbers, return_inverse=True)
-    return found
-
-
-def units_in(numbers: Tensor) -> Tensor:
-    """The units that occur among numbers, in ascending order."""
-    return distinct(numbers[numbers > NOTHING])[0]
-
-
-def per_channel(shadow: Shadow, channels: int, dim: int) -> Tensor:
-    """The number of each channel ``[channels]``, padding apart; :data:`MIXED` where it changes within the channel."""
-    numbers = shadow.numbers
-    apart = together(numbers, [axis for axis in range(numbers.dim()) if axis != dim % numbers.dim()])
-    return apart.reshape(-1).expand(channels)
-
-
-def together(numbers: Tensor, dims: Sequence[int]) -> Tensor:
-    """The numbers with one entry along these dimensions: that of all of them, padding apart, or :data:`MIXED`."""
-    for dim in dims:
-        if numbers.shape[dim] > 1:
-            high = numbers.amax(dim, keepdim=True)
-            low = torch.where(numbers == NOTHING, high, numbers).amin(dim, keepdim=True)
-            numbers = torch.where(low == high, high, MIXED)
-    return numbers
 
 
 class Shadows:
@@ -218,24 +98,25 @@ class Shadows:
         name, kind, outputs = call.name, call.kind, call.outputs
         own = self.of(call.args[0]) if call.args else None
         first, rest = outputs[0], [None] * (len(outputs) - 1)
-        if name in _COPYING or kind == "dropout":
+        channels = channels_of(name, kind)
+        if channels == "copied":
             return [own, *rest]
-        if name in _MOVING or name == "__get__":
+        if channels == "moved" or name == "__get__":
             return _moved(call, self.of)
         if first is None:
             return None
         if kind == "normalization" and own is not None:
             return [self._normalized(own, call), *rest]
-        if own is not None and (name in _POOLING or name.startswith(("upsample", "_upsample"))):
+        if own is not None and channels == "pooled":
             dims = [dim for dim in range(own.numbers.dim()) if dim > (0 if own.numbers.dim() == 2 else 1)]
             return [Shadow(self._together(own, dims, call), own.zero), *rest]
         several = sum(self.of(value) is not None for value in call.tensors) > 1
-        reducing = name in _REDUCING or (kind == "statistic" and first.shape != call.args[0].shape)
+        reducing = channels == "reduced" or (kind == "statistic" and first.shape != call.args[0].shape)
         if own is not None and reducing and not several:
             return [self._reduced(own, call), *rest]
         if kind in ("product", "division"):
             return [self._product(call, first), *rest]
-        if name in _ELEMENTWISE or (kind in _ELEMENTWISE_KINDS and name not in _NOT_ELEMENTWISE):
+        if channels == "entrywise":
             return [self._elementwise(call, first), *rest]
         return None
 

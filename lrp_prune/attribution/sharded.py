@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lrp_prune.attribution.divided import DividedInputNorm, DividedStatistic
+from lrp_prune.attribution.divided import DividedStatistic
 from lrp_prune.attribution.observers import ObserverTable
-from lrp_prune.attribution.statistics import InputNorm, RowStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
 from lrp_prune.attribution.tags import set_tag, tag_of
 from lrp_prune.attribution.unit_observers import Units
 from lrp_prune.attribution.unsharding import own_modules
@@ -72,9 +72,8 @@ class ShardedTable(ObserverTable):
 
     def _divided(self, name: str) -> DividedStatistic:
         plain = super()._weight(name)  # for the options that it chooses
-        kind = DividedInputNorm if isinstance(plain, InputNorm) else DividedStatistic
         options = (plain.statistic, self.batch, plain.operand_dtype, self._device)
-        return kind(name, self.parameters[name], self.shardings[name], *options)
+        return DividedStatistic(name, self.parameters[name], self.shardings[name], *options)
 
     @contextmanager
     def passing(self) -> Iterator[None]:

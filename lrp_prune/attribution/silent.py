@@ -8,7 +8,6 @@ import warnings
 
 from torch import Tensor
 
-from lrp_prune.attribution import rules
 from lrp_prune.attribution.composites import Composite
 from lrp_prune.relevance import Relevance
 from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
@@ -38,8 +37,7 @@ def in_blocks(silent: Tensor) -> bool:
 
 def stops_within(composite: Composite) -> bool:
     """Whether a composite keeps relevance from queries and keys, or from gates."""
-    chosen = {"product": rules.stop_gate, "attention": rules.attention_to_values, "softmax": rules.stop}
-    return any(composite.rule(kind) is rule for kind, rule in chosen.items())
+    return any(rule.stops for kind in ("product", "attention", "softmax") for rule in composite.rules_of(kind))
 
 
 def tell_silent(relevance: Relevance, composite: Composite) -> None:

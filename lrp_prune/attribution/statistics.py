@@ -1,98 +1,21 @@
-r"""Statistics: how relevance at the uses of weights is reduced over tokens and samples, and where the sums are kept.
+"""Sums: where a statistic of relevance is kept for one weight, or for the rows of one embedding.
 
-With the activation ``a`` ``[tokens, in]`` and the propagated gradient ``d`` ``[tokens, out]`` of a use, the relevance of a
-weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.13727, eq. 8, in gradient form). Summed are
-
-=================  ==========================================================================
-``signed``         :math:`W \cdot (d^T a)`
-``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
-``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
-``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
-``geometric``      :math:`|W|^3 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
-=================  ==========================================================================
-
-``geometric`` is the weighted geometric mean :math:`R^{2/3} C^{1/3}` of relevance as in ``squared_token`` and of what
-a weight contributes to its layer's output, :math:`|W_{ji}| \, \|a_i\|_2` (all that Wanda looks at), as a share of the
-mean contribution in its tensor. Relevance vanishes where a softmax or a gate is saturated, although removing the
-weights would end the saturation; a contribution does not, but says nothing of what becomes of it.
-
-The factor ``W`` is applied once, when the sums are read. It is the weight that is *used*: of ``weight * mask`` or
-``weight / sigma`` these values, though the sums are in the parameter's shape.
+The factor ``W`` of the formulas (:mod:`lrp_prune.statistics`) is applied once, when the sums are read. It is the weight that
+is *used*: of ``weight * mask`` or ``weight / sigma`` these values, though the sums are in the parameter's shape.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.operands import Latest, energy_of, power_of
+from lrp_prune.attribution.batch_layout import BatchLayout
+from lrp_prune.attribution.operands import energy_of
+from lrp_prune.attribution.rules.linear import Message, part_of
 from lrp_prune.attribution.seen import Seen
 from lrp_prune.attribution.uses import Use
+from lrp_prune.statistics import Statistic, power_of
 from lrp_prune.unscored import SEVERAL
-
-
-class BatchLayout:
-    """How the batch at hand is laid out in samples and tokens."""
-
-    def __init__(self) -> None:
-        self.samples = 1
-        self.counted: Tensor | None = None
-        """``[samples, tokens]``: which tokens enter statistics; None for all."""
-        self._latest, self._latest_counted = Latest(), Latest()
-
-    def by_sample(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor with the samples as its first dimension.
-
-        Raises:
-            ValueError: if the rows cannot be told apart by sample.
-        """
-        if tensor.shape[0] == self.samples:
-            return tensor
-        if tensor.dim() == 2 and tensor.shape[0] % self.samples == 0:
-            return tensor.reshape(self.samples, -1, tensor.shape[-1])
-        raise ValueError(
-            f"statistic 'abs_sample' needs to tell samples apart, but {name} is used with {tensor.shape[0]} rows for "
-            f"{self.samples} samples: use 'abs_token' or 'squared_token', or batches of one sample"
-        )
-
-    def shared(self, what: Hashable, activation: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """``make(activation)``, made once for all uses of an activation that follow each other."""
-        return self._latest.made(what, activation, make)
-
-    def counted_activation(self, activation: Tensor) -> Tensor:
-        """As :meth:`only_counted`, made once for all uses of an activation that follow each other."""
-        return self._latest_counted.made("counted", activation, self.only_counted)
-
-    def finish(self) -> None:
-        """Let go of the batch."""
-        self.counted = None
-        self._latest.forget()
-        self._latest_counted.forget()
-
-    def only_counted(self, tensor: Tensor) -> Tensor:
-        """The tensor with zeros at tokens that do not count; as it is where it has other rows than tokens."""
-        mask = self.counted
-        if mask is None:
-            return tensor
-        if tensor.shape[:2] == mask.shape:
-            return tensor * mask.reshape(*mask.shape, *(1,) * (tensor.dim() - 2)).to(tensor.dtype)
-        if tensor.dim() == 2 and tensor.shape[0] == mask.numel():
-            return tensor * mask.reshape(-1, 1).to(tensor.dtype)
-        return tensor
-
-
-_POWERS = {
-    "signed": (0, 0),
-    "abs_token": (1, 1),
-    "squared_token": (2, 2),
-    "geometric": (2, 2),
-    "input_norm": (2, 0),
-}
-"""The powers of absolute values of activation and gradient that are contracted; 0 for the values themselves."""
-
-
-MAGNITUDES = ("abs_token", "squared_token", "geometric")
-"""Statistics in which nothing cancels: rounding the gradients changes them no more than rounding what is multiplied."""
 
 
 class WeightStatistic:
@@ -101,7 +24,7 @@ class WeightStatistic:
     Args:
         name: canonical name.
         parameter: the weight. Only its layout is used until :meth:`finish`.
-        statistic: see the module's docstring.
+        statistic: what is summed.
         batch: tells samples and tokens apart.
         matmul_dtype: dtype in which the contraction is multiplied, and in the statistics of magnitudes the gradient
             that goes on; None for the operands' own.
@@ -109,20 +32,19 @@ class WeightStatistic:
         used: the values of the weight as it is used, where that is not seen at its uses (with an adapter beside it).
     """
 
-    backward_needed = True
-
     def __init__(
         self,
         name: str,
         parameter: Tensor,
-        statistic: str,
+        statistic: Statistic,
         batch: BatchLayout,
         matmul_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         used: Callable[[], Tensor] | None = None,
     ) -> None:
         self.name, self.statistic, self._batch, self.operand_dtype = name, statistic, batch, matmul_dtype
-        self.propagated_dtype = matmul_dtype if statistic in MAGNITUDES else None
+        self.backward_needed = statistic.backward_needed
+        self.propagated_dtype = matmul_dtype if statistic.of_magnitudes else None
         self._parameter, self._device = parameter, device
         self.sums: Tensor | None = None
         self.inputs: Tensor | None = None
@@ -133,7 +55,12 @@ class WeightStatistic:
         self._passed = False
 
     def forward(self, use: Use, activation: Tensor) -> None:
-        """Nothing is known yet."""
+        """Of statistics that look at the forward alone, add the squares of one use's activations."""
+        if self.backward_needed:
+            return
+        with torch.no_grad():
+            activation = activation.detach()
+            self.add(input_energy(use, activation if use.all_tokens else self._batch.only_counted(activation)), use)
 
     def make_room(self) -> None:
         """Allocate the sums ahead of the first backward pass.
@@ -154,35 +81,48 @@ class WeightStatistic:
             dtype = torch.float32
         if use.all_tokens:
             pass
-        elif activation.numel() <= d.numel() or self.statistic == "geometric":
+        elif use.messages is not None or activation.numel() <= d.numel() or self.statistic.contributing:
             activation = self._batch.counted_activation(activation)
         else:
             d = self._batch.only_counted(d)
-        if self.statistic == "geometric":
+        if self.statistic.contributing:
             self._add_inputs(use, activation)
-        if self.statistic == "abs_sample":
-            samples = zip(
-                self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True
-            )
-            contributions = [
-                use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_()
-                for a, gradient in samples
-            ]
-            contribution = torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
-        else:
-            of_activation, of_gradient = _POWERS[self.statistic]
-            a = self._batch.shared((of_activation, dtype), activation, lambda a: power_of(a, of_activation, dtype))
-            contribution = use.form.contract(a, power_of(d, of_gradient, dtype), use.weight)
-        self.add(contribution, use)
+        contracted = self._by_sample if self.statistic.by_sample else self._by_token
+        self.add(contracted(use, activation, d, dtype), use)
+
+    def _by_sample(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
+        if use.messages is not None:
+            return self._by_sample_and_sign(use, use.messages, activation, dtype)
+        samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
+        contributions = [
+            use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
+        ]
+        return torch.stack(contributions).sum(0) if len(contributions) > 1 else contributions[0]
+
+    def _by_token(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
+        power = self.statistic.power
+        if use.messages is not None:
+            return _by_sign(use, use.messages, activation, power, dtype)
+        a = self._batch.shared((power, dtype), activation, lambda a: power_of(a, power, dtype))
+        return use.form.contract(a, power_of(d, power, dtype), use.weight)
+
+    def _by_sample_and_sign(self, use: Use, found: list[Message], activation: Tensor, dtype: torch.dtype) -> Tensor:
+        activations = self._batch.by_sample(activation, self.name)
+        gradients = [self._batch.by_sample(message.d, self.name) for message in found]
+        total = torch.zeros_like(use.weight, dtype=dtype)
+        for index, of_sample in enumerate(activations):
+            own = [message._replace(d=d[index][None]) for message, d in zip(found, gradients, strict=True)]
+            total += _by_sign(use, own, of_sample[None], 0, dtype).abs_()
+        return total
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
         """Add the lookup of rows ``ids`` with propagated gradient ``d`` ``[..., features]``: an activation of one."""
-        if self.statistic == "abs_sample":
+        if self.statistic.by_sample:
             raise ValueError(
-                f"{self.name} is an embedding: statistic 'abs_sample' is not defined for lookups, use 'abs_token'"
+                f"{self.name} is an embedding: statistic {self.statistic.name!r} is not defined for lookups, use 'abs_token'"
             )
-        rows = power_of(d.reshape(-1, d.shape[-1]), _POWERS[self.statistic][1], torch.float32)
-        if self.statistic == "geometric":
+        rows = power_of(d.reshape(-1, d.shape[-1]), self.statistic.power, torch.float32)
+        if self.statistic.contributing:
             counts = torch.bincount(ids.reshape(-1), minlength=self._parameter.shape[0]).reshape(-1, 1).to(rows)
             self.inputs = counts if self.inputs is None else self.inputs + counts
         sums = self._allocated()
@@ -249,25 +189,22 @@ class WeightStatistic:
         sums, self.sums = self.sums, None
         if sums is None or self.unscored is not None:
             return None
-        weight = self._weight().to(sums.device, sums.dtype)
-        if self.statistic == "signed":
-            return sums.mul_(weight)
-        squared = _POWERS.get(self.statistic, (1, 1))[0] == 2
-        if self.statistic == "geometric":
-            sums.mul_(weight.abs())
-        return sums.mul_(weight.square() if squared else weight.abs())
+        return self.statistic.weighted(sums, self._weight().to(sums.device, sums.dtype))
 
 
-class InputNorm(WeightStatistic):
-    r"""Wanda (arXiv 2306.11695): :math:`|W_{ji}| \cdot \|a_i\|_2`, from the forward alone, over attended tokens."""
+def _by_sign(use: Use, found: list[Message], activation: Tensor, power: int, dtype: torch.dtype) -> Tensor:
+    """What is contracted under a rule with terms: each message by itself, at the entries that it is about.
 
-    backward_needed = False
-
-    def forward(self, use: Use, activation: Tensor) -> None:
-        """Add the squares of one use's activations."""
-        with torch.no_grad():
-            activation = activation.detach()
-            self.add(input_energy(use, activation if use.all_tokens else self._batch.only_counted(activation)), use)
+    At a token, an entry of the weight is in one message only, so that powers of messages add.
+    """
+    total = torch.zeros_like(use.weight, dtype=dtype)
+    for message in found:
+        a = power_of(part_of(activation, message.input), power, dtype)
+        contribution = use.form.contract(a, power_of(message.d, power, dtype), use.weight).to(dtype)
+        total += (
+            contribution if message.weight == "whole" else contribution * (part_of(use.weight, message.weight) != 0)
+        )
+    return total
 
 
 def input_energy(use: Use, activation: Tensor) -> Tensor:
@@ -276,31 +213,31 @@ def input_energy(use: Use, activation: Tensor) -> Tensor:
     if use.form.channel_dim == -1:
         energy = activation.reshape(-1, activation.shape[-1]).square().sum(0)
         return energy.reshape([-1 if axis == use.form.in_axis else 1 for axis in range(2)]).expand(use.weight.shape)
-    ones = torch.ones_like(use.form.in_one_precision(activation, use.weight))
+    ones = torch.ones_like(use.form.product(activation, use.weight))
     return use.form.contract(activation.square(), ones, use.weight)
 
 
 class RowStatistic:
     """Sums of the rows of an embedding: the relevance of each entry of a vocabulary."""
 
-    def __init__(self, name: str, rows: int, statistic: str) -> None:
+    def __init__(self, name: str, rows: int, statistic: Statistic) -> None:
         self.name, self.statistic = name, statistic
         self.sums = torch.zeros(rows, dtype=torch.float32)
 
     def add_rows(self, ids: Tensor, relevance: Tensor) -> None:
-        """Add the relevance ``[..., features]`` of the rows that were looked up; of ``input_norm`` the rows themselves."""
-        if self.statistic == "structure":
+        """Add the relevance ``[..., features]`` of the rows that were looked up, or the rows alone."""
+        if not self.statistic.counted:
             return
-        if self.statistic == "input_norm":
-            relevance = relevance.to(torch.float32).square()
+        power = self.statistic.power
+        if not self.statistic.propagated:  # a row is as large as its entries are together
+            relevance, power = power_of(relevance, power, torch.float32), 0
         values = relevance.to(torch.float32).sum(-1)
-        if self.statistic == "abs_sample":
+        if self.statistic.by_sample:
             samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(
                 1, ids.reshape(ids.shape[0], -1).cpu(), values.reshape(ids.shape[0], -1).cpu()
             )
             self.sums += samples.abs().sum(0)
             return
-        power = 0 if self.statistic == "input_norm" else _POWERS[self.statistic][1]
         values = power_of(values, power, torch.float32)
         self.sums.index_add_(0, ids.reshape(-1).cpu(), values.reshape(-1).cpu())
 

@@ -10,34 +10,14 @@ A tag survives views, casts, dropout and what works within a channel.
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from lrp_prune.attribution.facts import Fact
+from lrp_prune.attribution.operations import channels_of
 
-_MARK = "_lrp_prune_tag"
-
-KEEPING = frozenset(
-    """
-    to float half bfloat16 double type type_as contiguous clone view reshape transpose swapaxes permute movedim flatten
-    unflatten squeeze unsqueeze dropout alpha_dropout feature_dropout expand expand_as view_as reshape_as __getitem__
-    masked_fill nan_to_num clamp chunk split tensor_split split_with_sizes narrow select unbind index_select flip roll
-    repeat repeat_interleave tile
-    """.split()
-)
-"""Functions that keep a tag: they move, cast, select or repeat entries, or replace some by constants."""
-
-CHANNELWISE = frozenset(
-    """
-    batch_norm max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
-    max_pool2d_with_indices mul multiply div divide abs clamp clamp_min clamp_max square pow
-    """.split()
-)
-"""Functions besides activations that work within a channel: what comes out is no gate any more, but may be a pattern."""
+_PUT_CONSTANTS = frozenset("masked_fill nan_to_num clamp".split())
+"""Functions that replace some entries by constants, and leave the others what they are."""
 
 _REDUCING = frozenset("mean sum amax amin".split())
 """Functions of a statistic whose result is one."""
-
-ELEMENTWISE_COPIES = frozenset("to float half bfloat16 double type type_as contiguous clone detach alias".split())
-"""Functions that keep shape and meaning of each entry."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +29,21 @@ class Tag:
     statistic: bool = False
 
 
-def tag_of(value: Any) -> Tag | None:
-    """The tag of a tensor, if it has one."""
-    return getattr(value, _MARK, None) if isinstance(value, Tensor) else None
+_FACT: Fact[Tag] = Fact("tag")
+tag_of = _FACT.of
+
+
+def clear_tag(value: Any) -> None:
+    """Take a tensor's tag off."""
+    _FACT.note(value, None)
 
 
 def set_tag(value: Any, tag: Tag | None) -> None:
     """Tag a tensor, or each tensor of a list; nothing is tagged with nothing."""
     if tag is None:
         return
-    if isinstance(value, Tensor):
-        setattr(value, _MARK, tag)
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            set_tag(entry, tag)
-
-
-def clear_tag(value: Any) -> None:
-    """Take a tensor's tag off."""
-    if tag_of(value) is not None:
-        delattr(value, _MARK)
+    for entry in value if isinstance(value, tuple | list) else (value,):
+        _FACT.note(entry, tag)
 
 
 def is_gate(value: Any) -> bool:
@@ -111,8 +86,9 @@ def after(name: str, kind: str, operands: list[Any], active: list[bool]) -> Tag 
     # With constants: one minus a gate is a gate, a deviation plus a small number a deviation.
     if kind in ("sum", "join"):
         return Tag(gate=first.gate, statistic=first.statistic) if first.gate or first.statistic else None
-    if name in KEEPING or kind == "dropout":
+    channels = channels_of(name, kind)
+    if channels in ("copied", "moved") or name in _PUT_CONSTANTS:
         return first
-    if name in CHANNELWISE:
+    if channels in ("entrywise", "pooled") or kind in ("product", "division") or name == "batch_norm":
         return Tag(pattern=first.pattern and kind in ("product", "division"), statistic=first.statistic)
     return Tag(statistic=True) if first.statistic and name in _REDUCING else None

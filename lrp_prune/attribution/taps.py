@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.rules import Call, Rule, is_activation
 from lrp_prune.attribution.uses import Observer, Use, WeightUses
 
@@ -24,25 +23,25 @@ class RecurrentProduct:
 
     Args:
         uses: finds what observes the weight.
-        weight: ``[out, in]``.
+        call: of the product, with its rule: ``linear(state, weight)`` with a weight ``[out, in]``.
         bias: ``[out]``, or None.
         places: samples and tokens.
         active: tensors that relevance flows to through the steps; it is known to all when it has left the last of them.
         valid: which places ``[samples, tokens]`` are no padding; None for all.
-        rule: the composite's own rule for products with weights, or None.
     """
 
     def __init__(
         self,
         uses: WeightUses,
-        weight: Tensor,
+        call: Call,
         bias: Tensor | None,
         places: tuple[int, int],
         active: Sequence[Tensor],
         valid: Tensor | None = None,
-        rule: Rule | None = None,
     ) -> None:
-        self._weight, self._bias, self._valid, self._rule = uses.effective(weight), bias, valid, rule
+        weight: Tensor = call.operand(1)
+        self._call, self._weight, self._bias, self._valid = call, uses.effective(weight), bias, valid
+        self._plain = call.rule is None or call.rule.is_plain_for_one
         self._states: list[Tensor] = [weight] * places[1]
         self._use, self._observers = uses.of_linear(weight, all_tokens=valid is not None)
         self._showing = uses.showing
@@ -50,7 +49,9 @@ class RecurrentProduct:
         self._taps: tuple[Tensor, ...] | None = None
         if late and active:
             shape = (*places, weight.shape[0])
-            self._taps = _tapped(weight.new_zeros(shape), self._shown_states, self._use, late, *active).unbind(1)
+            self._taps = _tapped(
+                weight.new_zeros(shape), self._shown_states, self._use, call.rule, late, *active
+            ).unbind(1)
 
     def at(self, token: int) -> Callable[[Tensor], Tensor]:
         """The product at a step."""
@@ -63,9 +64,9 @@ class RecurrentProduct:
         return product
 
     def _multiplied(self, state: Tensor) -> Tensor:
-        if self._rule is None or not is_activation(state):
+        if self._plain or not is_activation(state):
             return F.linear(state, self._weight, self._bias)
-        result: Tensor = self._rule(Call(F.linear, OPERATIONS[F.linear], (state, self._weight), {}))
+        result: Tensor = self._call._replace(args=(state, self._weight)).ruled()
         return result if self._bias is None else result + self._bias
 
     def shown(self) -> None:
@@ -90,10 +91,12 @@ class _Tap(Function):
         zeros: Tensor,
         states: Callable[[], Tensor],
         use: Use,
+        rule: Rule | None,
         observers: list[Observer],
         *active: Tensor,
     ) -> Tensor:
-        ctx.states, ctx.use, ctx.observers, ctx.none = states, use, observers, [None] * len(active)
+        ctx.states, ctx.use, ctx.rule, ctx.observers = states, use, rule, observers
+        ctx.none = [None] * len(active)
         return zeros
 
     @staticmethod
@@ -101,10 +104,11 @@ class _Tap(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
             states = ctx.states()
+            use = ctx.use.told(ctx.rule, states, d)
             for observer in ctx.observers:
                 # Those of weights do not look at what goes on to the states: it does so step by step.
-                observer.backward(ctx.use, states, d, states)
-        return None, None, None, None, *ctx.none
+                observer.backward(use, states, d, states)
+        return None, None, None, None, None, *ctx.none
 
 
 _tapped: Callable[..., Tensor] = _Tap.apply

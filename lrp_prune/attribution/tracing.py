@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lrp_prune.attribution.blocks import Blocks
 from lrp_prune.attribution.forms import Convolution, Form, TransposedConvolution
+from lrp_prune.attribution.operations import PRODUCTS
 from lrp_prune.attribution.origins import Origin, marked
-from lrp_prune.attribution.shadows import NOTHING, Call, Shadow, Shadows, cast_shadow, per_channel, units_in
+from lrp_prune.attribution.shadow import NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
+from lrp_prune.attribution.shadows import Shadows
 from lrp_prune.attribution.tags import tag_of
 from lrp_prune.attribution.unit_table import UnitTable
 
@@ -232,7 +234,7 @@ def _is_attended(call: Call) -> bool:
     """Whether a function's result is what attention heads write: a pattern times values."""
     if call.kind == "attention":
         return True
-    if call.kind not in ("matmul", "einsum"):
+    if call.kind not in PRODUCTS:
         return False
     # Where a rule has stopped the pattern, it is no activation any more, but still a pattern.
     operands = [value for value in call.tensors if value.requires_grad or tag_of(value) is not None]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.shadows import NOTHING
-from lrp_prune.attribution.statistics import BatchLayout
+from lrp_prune.attribution.batch_layout import BatchLayout
+from lrp_prune.attribution.shadow import NOTHING
 from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.attribution.unit_table import Group, layer_of
@@ -17,6 +17,7 @@ from lrp_prune.attribution.uses import Observer, Use
 from lrp_prune.members import Member
 from lrp_prune.models.wording import listed
 from lrp_prune.names import matches
+from lrp_prune.statistics import Statistic
 from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
 
 UNIT_KINDS: tuple[str, ...] = ("block", "head", "neuron")
@@ -57,7 +58,7 @@ class UnitObservers:
 
     Args:
         kinds: of units, some of :data:`UNIT_KINDS`.
-        statistic: see :mod:`~lrp_prune.attribution.unit_statistics`; ``"structure"`` finds units and sums nothing.
+        statistic: see :mod:`~lrp_prune.attribution.unit_statistics`; ``structure`` finds units and sums nothing.
         batch: tells samples and tokens apart.
         parameters: all of the model, by canonical name.
         choice: which units are wanted.
@@ -66,7 +67,7 @@ class UnitObservers:
     def __init__(
         self,
         kinds: Sequence[str],
-        statistic: str,
+        statistic: Statistic,
         batch: BatchLayout,
         parameters: Mapping[str, nn.Parameter],
         choice: Choice,

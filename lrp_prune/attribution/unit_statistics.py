@@ -2,7 +2,7 @@ r"""Statistics of units: what arrives at their channels in the layers that read 
 
 With the activation ``a`` of a layer's input channels and the propagated gradient ``d`` of the same channels, the relevance of a
 unit ``u`` at a token is :math:`R_u = \sum_{c \in u} a_c d_c`. Reduced over tokens and samples as weights are
-(:mod:`lrp_prune.attribution.statistics`), and summed over the layers that read the unit. ``input_norm`` is
+(:mod:`lrp_prune.statistics`), and summed over the layers that read the unit. ``input_norm`` is
 :math:`\sum_{c \in u} \|w_c\|^2 \|a_c\|^2` with the weights :math:`w_c` by which the channel is read: Wanda's
 (arXiv 2306.11695) squared contributions, summed over a unit's.
 """
@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.operands import power_of
-from lrp_prune.attribution.shadows import distinct
-from lrp_prune.attribution.statistics import BatchLayout
+from lrp_prune.attribution.batch_layout import BatchLayout
+from lrp_prune.attribution.shadow import distinct
 from lrp_prune.attribution.tracing import by_weight, channel_axis
 from lrp_prune.attribution.uses import Use
+from lrp_prune.statistics import Statistic, power_of
 
 
 class ReadStatistic:
@@ -24,7 +24,7 @@ class ReadStatistic:
 
     Args:
         name: the layer's, in messages.
-        statistic: see the module's docstring.
+        statistic: what is summed.
         batch: tells samples and tokens apart.
         units: for a use, the number of the unit of each input channel; below 0 where there is none.
     """
@@ -32,14 +32,14 @@ class ReadStatistic:
     operand_dtype: torch.dtype | None = None
     propagated_dtype: torch.dtype | None = None
 
-    def __init__(self, name: str, statistic: str, batch: BatchLayout, units: Callable[[Use], Tensor]) -> None:
+    def __init__(self, name: str, statistic: Statistic, batch: BatchLayout, units: Callable[[Use], Tensor]) -> None:
         self.name, self.statistic, self._batch, self._units = name, statistic, batch, units
-        self.backward_needed = statistic not in ("input_norm", "structure")
+        self.backward_needed = statistic.backward_needed
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Add what the forward alone tells."""
-        if self.statistic != "input_norm":
+        if self.backward_needed or not self.statistic.counted:
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
             axis = _axis(use, activation)
@@ -56,12 +56,11 @@ class ReadStatistic:
         relevance = self._batch.only_counted(_wide(activation) * _wide(input_gradient)).movedim(axis, -1)
         units = self._units(use).to(relevance.device)
         relevance, numbers = _by_unit(relevance, units)
-        if self.statistic == "abs_sample":
+        if self.statistic.by_sample:
             samples = self._batch.by_sample(relevance, self.name)
             reduced = samples.reshape(samples.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
         else:
-            power = {"signed": 0, "abs_token": 1, "squared_token": 2}[self.statistic]
-            reduced = power_of(relevance.reshape(-1, len(numbers)), power, relevance.dtype).sum(0)
+            reduced = power_of(relevance.reshape(-1, len(numbers)), self.statistic.power, relevance.dtype).sum(0)
         self._add(numbers, reduced)
 
     def _add(self, numbers: Tensor, values: Tensor) -> None:
@@ -73,7 +72,7 @@ class ReadStatistic:
     @property
     def reached(self) -> bool:
         """Whether it knows anything of the units: what nothing is propagated to is not known to be irrelevant."""
-        return bool(self._parts) or self.statistic == "structure"
+        return bool(self._parts) or not self.statistic.counted
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The numbers of the units, and their sums; handed over."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.shadows import NOTHING, alike, units_in
+from lrp_prune.attribution.shadow import NOTHING, alike, units_in
 from lrp_prune.members import NOBODY, Member
 
 

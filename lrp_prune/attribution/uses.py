@@ -15,10 +15,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.forms import Convolution, Form, form_of
+from lrp_prune.attribution.functional import own_memory
 from lrp_prune.attribution.operands import Latest
 from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.origins import Origin, marked
-from lrp_prune.attribution.rules import Call, is_activation
+from lrp_prune.attribution.rules.call import Call, is_activation
+from lrp_prune.attribution.rules.linear import Message, Terms, Watching, messages, ruled
 from lrp_prune.attribution.tracing import Reading, UnitTracer
 
 
@@ -32,6 +34,7 @@ class Use:
         reading: the units that it reads, where units are followed.
         all_tokens: whether padding is none of the activation's, so that all of its tokens count.
         constant: whether it is no activation, but a constant, which nothing is propagated to.
+        messages: how relevance comes back to it by the terms of the layer's rule; None for the plain gradient.
     """
 
     def __init__(
@@ -42,9 +45,21 @@ class Use:
         reading: Reading | None = None,
         all_tokens: bool = False,
         constant: bool = False,
+        messages: list[Message] | None = None,
     ) -> None:
         self.form, self.weight, self.origin, self.reading = form, weight, origin, reading
-        self.all_tokens, self.constant = all_tokens, constant
+        self.all_tokens, self.constant, self.messages = all_tokens, constant, messages
+
+    def coming_back(self, weight: Tensor, messages: list[Message] | None = None) -> "Use":
+        """The use as it is seen in backward."""
+        return Use(self.form, weight, self.origin, self.reading, self.all_tokens, messages=messages)
+
+    def told(self, rule: Any, activation: Tensor, d: Tensor) -> "Use":
+        """The use in backward, with the messages of a rule for its layer, if that has terms."""
+        if not isinstance(rule, Terms):
+            return self.coming_back(self.weight)
+        found = messages(rule.groups, self.form, activation, self.weight, d)
+        return self.coming_back(self.weight, found)
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -91,13 +106,7 @@ class _Observed(Function):
     ) -> Tensor:
         ctx.save_for_backward(kept, weight)
         ctx.use, ctx.observers, ctx.dtype = use, observers, activation.dtype
-        result = use.form.forward(activation, weight)
-        # Of a linear layer with a bias it is a view of what was multiplied, which autograd lets nobody change in place; a
-        # residual stream may be added to it. The same memory, as a tensor of its own.
-        if not result._is_view():
-            return result
-        storage = result.untyped_storage()
-        return result.new_empty(0).set_(storage, result.storage_offset(), result.shape, result.stride())
+        return own_memory(use.form.forward(activation, weight))
 
     @staticmethod
     @once_differentiable
@@ -108,13 +117,22 @@ class _Observed(Function):
             if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
                 d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
-            use = Use(ctx.use.form, weight, ctx.use.origin, ctx.use.reading, ctx.use.all_tokens)
+            use = ctx.use.coming_back(weight)
             for observer in ctx.observers:
                 observer.backward(use, activation, d, gradient)
         return gradient, None, None, None, None
 
 
 _observed: Callable[..., Tensor] = _Observed.apply
+
+
+def _watching(use: Use, observers: list[Observer]) -> Watching:
+    def watching(found: list[Message], activation: Tensor, weight: Tensor, d: Tensor, input_gradient: Tensor) -> None:
+        coming_back = use.coming_back(weight, found)
+        for observer in observers:
+            observer.backward(coming_back, activation, d, input_gradient)
+
+    return watching
 
 
 def _agreed(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
@@ -209,7 +227,7 @@ class WeightUses:
         return Product(activation, weight, origin, form)
 
     def observed(self, call: Call) -> Any:
-        """The result of a product of one activation and one weight, observed; None for other calls."""
+        """The result of a product of one activation and one weight by its rule, observed; None for other calls."""
         if self._observers is None:
             return None
         found = self._product(call)
@@ -223,7 +241,12 @@ class WeightUses:
             for observer in observers:
                 observer.forward(use, activation)
         late = [observer for observer in observers if observer.backward_needed]
-        result = _observed(activation, self._kept(activation, use, late), weight, use, late) if late else call.run()
+        if isinstance(call.rule, Terms):
+            result = ruled(activation, weight, form, call.rule, _watching(use, late) if late else None)
+        elif late:
+            result = _observed(activation, self._kept(activation, use, late), weight, use, late)
+        else:
+            result = call.run()
         if self._tracer is not None and reading is not None:
             self._tracer.writes(form, weight, origin, reading, _bias_of(call), result)
         return result
@@ -244,5 +267,4 @@ def _bias_of(call: Call) -> Tensor | None:
 
 def _is_layer(call: Call) -> bool:
     """Whether the second operand is a weight by the function's own account."""
-    name = call.function.__name__
-    return len(call.operation.operands) == 2 and (name == "linear" or name.startswith("conv"))
+    return call.operation.kind in ("linear", "convolution")

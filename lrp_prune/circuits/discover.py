@@ -17,7 +17,8 @@ from lrp_prune.circuits.sites import find_sites, kinds_of, passing
 from lrp_prune.models.batches import to_device
 from lrp_prune.models.subject import forwarded
 from lrp_prune.pruning import scorer
-from lrp_prune.relevance import NORMALIZATIONS, STATISTICS, Relevance
+from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.statistics import OF_RELEVANCE
 from lrp_prune.tasks.task import Task
 
 METHODS: tuple[str, ...] = (*COMPOSITES, "activation", "wanda", "random")
@@ -267,7 +268,7 @@ def check_options(
 ) -> None:
     """Refuse values of :func:`discover`'s options that can be known to be wrong without a model."""
     for what, value, choices in (
-        ("statistic", statistic, (*STATISTICS, None)),
+        ("statistic", statistic, (*OF_RELEVANCE, None)),
         ("ranking", ranking, RANKINGS),
         ("normalize", normalize, (*NORMALIZATIONS, None)),
     ):

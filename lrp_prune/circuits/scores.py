@@ -16,7 +16,7 @@ gradient ``g`` that a composite propagates to it, the contribution of a unit at 
 ``activation``               :math:`\|a\|_2`
 ===========================  =====================================================================================
 
-How tokens and samples are reduced is the statistic, see :mod:`lrp_prune.attribution.statistics`.
+How tokens and samples are reduced is the statistic, see :mod:`lrp_prune.statistics`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +29,7 @@ from lrp_prune.circuits.explaining import COMPOSITES, CONTRASTED, DEPENDS_ON_ABL
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import NOT_ALIGNED, Site, passing
 from lrp_prune.pruning import scorer
+from lrp_prune.statistics import statistic_of
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
 
@@ -42,7 +43,8 @@ class UnitScores:
     """
 
     def __init__(self, sites: Sequence[Site], statistic: str, skip_first: int = 0) -> None:
-        self._sites, self._statistic, self._skip_first = sites, statistic, skip_first
+        self._sites, self._statistic, self._skip_first = sites, statistic_of(statistic), skip_first
+        self._statistic.check_suits("unit")
         self._sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
         self._samples = 0
 
@@ -55,22 +57,12 @@ class UnitScores:
                 by_token = tensor.detach().double().reshape(samples, -1, site.units, tensor.shape[-1] // site.units)
                 by_token = by_token[:, self._skip_first :]
                 values = by_token.square().sum(-1).sqrt() if norm else by_token.sum(-1)
-                self._sums[site.name] += self._reduced(values).cpu()
+                self._sums[site.name] += self._statistic.reduced(values).cpu()
         self._samples += samples
-
-    def _reduced(self, values: Tensor) -> Tensor:
-        if self._statistic == "signed":
-            return values.sum((0, 1))
-        if self._statistic == "abs_sample":
-            return values.sum(1).abs().sum(0)
-        return (values.abs() if self._statistic == "abs_token" else values.square()).sum((0, 1))
 
     def compute(self) -> dict[str, Tensor]:
         """The means over samples, by site."""
-        means = {name: sums / self._samples for name, sums in self._sums.items()}
-        if self._statistic == "squared_token":
-            means = {name: values.sqrt() for name, values in means.items()}
-        return {name: values.float() for name, values in means.items()}
+        return {name: self._statistic.read(sums, self._samples).float() for name, sums in self._sums.items()}
 
 
 def unit_scores(

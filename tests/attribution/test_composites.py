@@ -22,9 +22,10 @@ class Everything(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.norm, self.drop = nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.Dropout(0.5)
+        self.filters = nn.Conv1d(3, 3, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.layer(x))
+        x = self.norm(self.filters(self.layer(x)))
         x = self.drop(torch.sigmoid(x)) * x
         x = torch.softmax(x @ x.transpose(-1, -2), -1) @ x
         x = F.scaled_dot_product_attention(x, x, x)
@@ -43,8 +44,10 @@ def test_each_kind_asks_its_rule(kind: str) -> None:
     with lrp_prune.attributing(model, Composite("mine", {kind: rule})) as propagation:
         propagation.relevance(model(torch.randn(2, 3, 4)).sum())
     assert asked
-    expected = {"linear": {"layer"}, "normalization": {"norm"}, "dropout": {"drop"}}.get(kind, {""})
-    assert {call.module for call in asked} == expected
+    expected = {"linear": {"layer"}, "convolution": {"filters"}, "normalization": {"norm"}, "dropout": {"drop"}}.get(
+        kind, {""}
+    )
+    assert {call.name for call in asked} == expected
 
 
 def test_a_rule_for_products_of_matrices_is_asked_for_two_activations_only_and_the_same_by_both() -> None:
@@ -75,7 +78,7 @@ def test_a_rule_for_linear_layers_is_honoured_where_it_can_be_and_refused_where_
         return 0.5 * call.run() + 0.5 * call.run().detach()
 
     model, x = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Conv1d(2, 2, 1, bias=False)), torch.randn(1, 2, 4)
-    with lrp_prune.attributing(model, Composite("halved", {"linear": halved})) as propagation:
+    with lrp_prune.attributing(model, Composite("halved", {"linear": halved, "convolution": halved})) as propagation:
         value = model(x).sum()
         torch.testing.assert_close(propagation.relevance(value)["input"].sum(), value / 4)
     for refused in (halved, "stop"):
@@ -114,6 +117,8 @@ def test_a_rule_by_name_is_the_rule_itself(name: str) -> None:
         "attention_uniform": "attention",
         "attention_to_values": "attention",
         "attention_gradient": "attention",
+        "gamma": "linear",
+        "alpha_beta": "convolution",
     }
     kind = kinds.get(name, "product")
     results = []
@@ -156,7 +161,7 @@ def test_a_rule_knows_the_module_that_runs_in_each_batch() -> None:
     seen: list[str] = []
 
     def rule(call: Call) -> Any:
-        seen.append(call.module)
+        seen.append(call.name)
         return rules.identity(call)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh()))
@@ -182,7 +187,7 @@ def test_a_rule_knows_the_module_that_runs_beside_one_that_failed_before_it_ran(
     seen: list[str] = []
 
     def rule(call: Call) -> Any:
-        seen.append(call.module)
+        seen.append(call.name)
         return rules.identity(call)
 
     model = nn.Sequential(Careful(), nn.Sigmoid())
@@ -215,7 +220,7 @@ def test_a_rule_knows_the_module_that_runs_also_after_an_error_and_in_layers_tha
     seen: list[tuple[str, str]] = []
 
     def rule(call: Call) -> Any:
-        seen.append((call.function.__name__, call.module))
+        seen.append((call.function.__name__, call.name))
         return rules.identity(call)
 
     model, layers = Recomputed(), [("tanh", "layers.0"), ("tanh", "layers.1")]

@@ -2,7 +2,8 @@
 
 import torch
 
-from lrp_prune.attribution.operands import Latest, energy_of, power_of
+from lrp_prune.attribution.operands import Latest, energy_of
+from lrp_prune.statistics import power_of
 
 
 class _Counted:
@@ -48,5 +49,6 @@ def test_powers_and_energy_leave_the_operand():
     assert torch.equal(power_of(tensor, 1, torch.float32), tensor.abs())
     assert torch.equal(power_of(tensor, 2, torch.bfloat16), tensor.square().bfloat16())
     assert torch.equal(power_of(tensor, 2, torch.float32), tensor.square())
+    assert torch.equal(power_of(tensor, 3, torch.float32), tensor.abs() ** 3)
     assert torch.equal(energy_of(tensor), torch.tensor([5.0, 10.0]))
     assert torch.equal(tensor, before)

@@ -14,7 +14,7 @@ import lrp_prune
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.pruning.checking import check_uses
-from lrp_prune.relevance import STATISTICS
+from lrp_prune.statistics import OF_RELEVANCE
 from lrp_prune.unscored import CONSTANTS, UnscoredWeightsWarning
 
 
@@ -191,7 +191,7 @@ def _name(model: nn.Sequential) -> str:
 
 
 @pytest.mark.parametrize("kind", SCALED)
-@pytest.mark.parametrize("statistic", [*STATISTICS, "wanda", "magnitude"])
+@pytest.mark.parametrize("statistic", [*OF_RELEVANCE, "wanda", "magnitude"])
 def test_scores_are_those_of_the_weight_that_is_used(kind: str, statistic: str) -> None:
     """The same model with that weight as a plain parameter has the same scores."""
     model, x = SCALED[kind](), torch.randn(5, 8, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_scores_are_those_of_the_weight_that_is_used(kind: str, statistic: str) 
     )
     plain[0].weight.data.copy_(_used(model))
     torch.testing.assert_close(plain(x), model(x))
-    if statistic in STATISTICS:
+    if statistic in OF_RELEVANCE:
         options = {
             "target": _target,
             "statistic": statistic,

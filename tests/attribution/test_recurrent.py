@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lrp_prune
 from lrp_prune.pruning import METHODS, scorer
-from lrp_prune.relevance import STATISTICS
+from lrp_prune.statistics import OF_RELEVANCE
 from lrp_prune.unscored import GATES
 
 KINDS: dict[str, Any] = {
@@ -128,7 +128,7 @@ def test_relevance_stays_bounded_over_many_steps(kind: str) -> None:
         assert relevance.abs().sum() < 100
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("statistic", OF_RELEVANCE)
 @pytest.mark.parametrize(("kind", "shape"), LAYERS)
 def test_weights_are_scored_as_the_steps_written_out(kind: str, shape: str, statistic: str) -> None:
     layer = _layer(kind, shape)

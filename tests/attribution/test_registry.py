@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.attribution import UnruledOperationError, registry
+from lrp_prune import Composite
+from lrp_prune.attribution import Gamma, UnruledOperationError, registry
 from lrp_prune.attribution.operations import OPERATIONS
 
 
@@ -213,6 +214,24 @@ def test_what_no_rule_can_be_asked_for_is_refused() -> None:
     assert _tables() == before
     # F.normalize is a Python function as well, but asks for overrides itself.
     lrp_prune.register_rule(F.normalize, "identity").remove()
+
+
+def test_a_rule_object_is_registered_as_it_is() -> None:
+    """By itself or by its name, and it knows the operands of the function; in a composite it is the same."""
+    layer, x = nn.Conv2d(2, 3, 3, bias=False), torch.randn(1, 2, 4, 4)
+    found = []
+
+    def add(composite: Any) -> None:
+        with lrp_prune.attributing(layer, composite) as propagation:
+            found.append(propagation.relevance(layer(x).square().sum())["input"])
+
+    for rule in (Gamma(0.25), "gamma"):
+        with lrp_prune.register_rule(torch.conv2d, rule):
+            add("attnlrp")
+    add(Composite("gamma", {"convolution": Gamma(0.25)}))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    with lrp_prune.attributing(layer) as propagation:
+        assert not torch.allclose(propagation.relevance(layer(x).square().sum())["input"], found[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("padding", [0, 1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import RelevanceAccumulator
-from lrp_prune.relevance import STATISTICS
+from lrp_prune.statistics import OF_RELEVANCE
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 
@@ -53,7 +53,7 @@ def _expected(statistic: str, weight: Tensor, a: Tensor, d: Tensor) -> Tensor:
     }[statistic]
 
 
-@pytest.mark.parametrize("statistic", [statistic for statistic in STATISTICS if statistic != "geometric"])
+@pytest.mark.parametrize("statistic", [statistic for statistic in OF_RELEVANCE if statistic != "geometric"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
     model, batch = build(name).double(), batch_for(name)
@@ -67,7 +67,7 @@ def test_statistics_equal_their_definition(name: str, statistic: str) -> None:
         torch.testing.assert_close(relevance[weight_name].double(), value, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("statistic", [statistic for statistic in STATISTICS if statistic != "geometric"])
+@pytest.mark.parametrize("statistic", [statistic for statistic in OF_RELEVANCE if statistic != "geometric"])
 def test_convolutions_count_each_position_as_a_token(statistic: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten()).double()
     x, c = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
@@ -334,3 +334,51 @@ def test_geometric_of_experts_and_convolutions() -> None:
         torch.testing.assert_close(
             results[0][name], results[1][name] ** (2 / 3) * share ** (1 / 3), rtol=1e-3, atol=1e-6
         )
+
+
+def _cubed(granularity: str) -> tuple[lrp_prune.Relevance, nn.Sequential, Tensor]:
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    statistic = lrp_prune.Statistic("cubed_token", power=3)
+    return (
+        lrp_prune.attribute(
+            model, [x, x], lambda m, b: m(b).sum(), "gradient", statistic, granularity, matmul_dtype=None
+        ),
+        model,
+        x,
+    )
+
+
+def test_a_statistic_of_ones_own_is_summed_read_merged_and_kept(tmp_path: Any) -> None:
+    """The third root of the mean of cubes, of weights and of units; also from a file, and not with another one's of its name."""
+    relevance, model, x = _cubed("weight")
+    hidden, last = model[0](x).relu().detach(), model[2].weight.detach()
+    by_token = (hidden[:, None, :] * last).abs() ** 3
+    torch.testing.assert_close(relevance["2.weight"].double(), by_token.mean(0) ** (1 / 3), rtol=1e-6, atol=0)
+    assert relevance.statistic == "cubed_token"
+    relevance.save(tmp_path / "cubed")
+    loaded = lrp_prune.Relevance.load(tmp_path / "cubed")
+    torch.testing.assert_close((loaded + relevance)["2.weight"], relevance["2.weight"])
+    units, model, x = _cubed("neuron")
+    of_units = (model[0](x).relu() * model[2].weight.sum(0)).detach().abs() ** 3
+    torch.testing.assert_close(next(iter(units.values())).double(), of_units.mean(0) ** (1 / 3), rtol=1e-6, atol=0)
+    other = relevance._replace(relevance._sums, statistic=lrp_prune.Statistic("cubed_token", power=5))
+    with pytest.raises(ValueError, match=r"cannot merge relevance with statistic .*power=3.*power=5"):
+        relevance + other
+
+
+def test_statistics_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"statistic 'odd': power must be .* got -1"):
+        lrp_prune.Statistic("odd", power=-1)
+    with pytest.raises(ValueError, match=r"0 where samples are summed first, got 2"):
+        lrp_prune.Statistic("both", power=2, by_sample=True)
+    with pytest.raises(
+        ValueError, match=r"statistic must be one of \('signed', .*'geometric'\) or a Statistic, got 'odd'"
+    ):
+        lrp_prune.attribute(nn.Linear(2, 2), [torch.ones(1, 2)], statistic="odd")
+    shares = lrp_prune.Statistic("shares", power=1, contributing=True)
+    with pytest.raises(ValueError, match="statistic 'shares' is about weights, not heads: use 'squared_token'"):
+        lrp_prune.attribute(nn.Linear(2, 2), [torch.ones(1, 2)], statistic=shares, granularity="head")

@@ -14,7 +14,7 @@ import lrp_prune
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.names import named_modules, named_parameters, resolve
 from lrp_prune.pruning import METHODS, scorer
-from lrp_prune.relevance import STATISTICS
+from lrp_prune.statistics import OF_RELEVANCE
 
 QUERIES = ["*.q_proj"]
 
@@ -101,7 +101,7 @@ def test_masks_go_from_the_bare_model_to_the_adapted_one_and_back() -> None:
     assert all(not bare.get_parameter(name)[~mask].any() for name, mask in of_adapted.items())
 
 
-@pytest.mark.parametrize("statistic", [*STATISTICS, "wanda", "magnitude"])
+@pytest.mark.parametrize("statistic", [*OF_RELEVANCE, "wanda", "magnitude"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_weights_with_adapters_are_scored_as_merged_ones(name: str, statistic: str) -> None:
     model, batch = _adapted(name), batch_for(name)

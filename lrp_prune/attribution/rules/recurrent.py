@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.packed import Packing
-from lrp_prune.attribution.rules import Call, Rule, gradient, is_activation, uniform
+from lrp_prune.attribution.rules import Call, is_activation
 from lrp_prune.attribution.tags import Tag, set_tag
 from lrp_prune.attribution.taps import RecurrentProduct
 from lrp_prune.attribution.uses import WeightUses
@@ -50,21 +50,27 @@ State = tuple[Tensor, ...]
 
 
 class Rules:
-    """What the steps are made of: the composite's rules, and the model's weights."""
+    """What the steps are made of: the composite's rules, and the model's weights.
 
-    def __init__(self, rule: Callable[[str], Rule], uses: WeightUses) -> None:
-        self._rule, self.uses = rule, uses
+    Args:
+        call: of the recurrent function.
+        ruled: gives a call the rule that the composite has for it.
+        uses: connects observers to weights.
+    """
+
+    def __init__(self, call: Call, ruled: Callable[[Call], Call], uses: WeightUses) -> None:
+        self._call, self._ruled, self.uses = call._replace(kwargs={}), ruled, uses
 
     def activation(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """``function(x)`` by the rule for activations."""
-        result: Tensor = self._called("activation", function, x)
+        result: Tensor = self._called(function, x)
         return result
 
     def gated(self, x: Tensor, signal: Tensor) -> Tensor:
         """``sigmoid(x) * signal`` by the rule for products, which is told which is the gate."""
         gate = 0.5 * self.activation(torch.tanh, 0.5 * x)
         set_tag(gate, Tag(gate=True))
-        product: Tensor = self._called("product", torch.mul, gate, signal)
+        product: Tensor = self._called(torch.mul, gate, signal)
         return 0.5 * signal + product
 
     @cached_property
@@ -75,23 +81,21 @@ class Rules:
             product = self.gated(gate, signal.clone())
             return torch.autograd.grad(product, gate, allow_unused=True)[0] is None
 
-    @cached_property
-    def own_linear(self) -> Rule | None:
-        """The composite's rule for products with weights, if it is not the plain gradient."""
-        rule = self._rule("linear")
-        return None if rule in (gradient, uniform) else rule
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``, its weight observed."""
-        call = Call(F.linear, OPERATIONS[F.linear], (x, weight), {})
+        call = self.of(F.linear, x, weight)
         result: Tensor | None = self.uses.observed(call)
         if result is None:
-            result = self._called("linear", F.linear, x, weight)
+            result = call.ruled() if is_activation(x) else call.run()
         return result if bias is None else result + bias
 
-    def _called(self, kind: str, function: Callable[..., Any], *operands: Tensor) -> Any:
-        call = Call(function, OPERATIONS[function], operands, {})
-        return self._rule(kind)(call) if any(map(is_activation, operands)) else call.run()
+    def of(self, function: Callable[..., Any], *operands: Tensor) -> Call:
+        """A call of a step, with its rule."""
+        return self._ruled(self._call._replace(function=function, operation=OPERATIONS[function], args=operands))
+
+    def _called(self, function: Callable[..., Any], *operands: Tensor) -> Any:
+        call = self.of(function, *operands)
+        return call.ruled() if any(map(is_activation, operands)) else call.run()
 
 
 class _Layer(NamedTuple):
@@ -136,20 +140,20 @@ def _elman(function: Callable[..., Tensor]) -> Step:
 _STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _elman(torch.tanh), "rnn_relu": _elman(torch.relu)}
 
 
-def recurrent(call: Call, given: Call, rule: Callable[[str], Rule], uses: WeightUses) -> Any:
+def recurrent(call: Call, given: Call, ruled: Callable[[Call], Call], uses: WeightUses) -> Any:
     """The result of a recurrent function of torch, with a graph by the rules.
 
     Args:
         call: of the function, with parameters detached.
         given: as the model made it; what torch computes depends in its last bit on which tensors require grad.
-        rule: the composite's rule for a kind of operation.
+        ruled: gives a call the rule that the composite has for it.
         uses: connects observers to weights.
     """
     cell, arguments = call.function.__name__.endswith("_cell"), _arguments(call)
     x, state = next(iter(arguments.values())), _states(arguments)
     if not any(map(is_activation, (x, *state))):
         return call.run()
-    step, rules = _STEPS[call.function.__name__.removesuffix("_cell")], Rules(rule, uses)
+    step, rules = _STEPS[call.function.__name__.removesuffix("_cell")], Rules(call, ruled, uses)
     if step in (_lstm, _gru) and rules.stops_gates:
         for weight in (arguments["w_ih"], arguments["w_hh"]) if cell else arguments["params"]:
             if weight.dim() == 2 and weight.shape[0] != state[0].shape[-1]:  # a projection comes after the gates
@@ -189,7 +193,7 @@ def _one_step(rules: Rules, step: Step, arguments: dict[str, Any], state: State)
     layer = _Layer(arguments["w_ih"], arguments["w_hh"], arguments.get("b_ih"), arguments.get("b_hh"), None)
     x = rules.linear(arguments["input"].to(layer.ih.dtype), layer.ih, layer.bias_ih)
     active = _active(x, *state)
-    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, (x.shape[0], 1), active, rule=rules.own_linear)
+    product = RecurrentProduct(rules.uses, rules.of(F.linear, x, layer.hh), layer.bias_hh, (x.shape[0], 1), active)
     state = step(rules, x, product.at(0), tuple(entry.to(x.dtype) for entry in state))
     product.shown()
     return state
@@ -238,9 +242,11 @@ def _one_layer(
         pre = rules.linear(x.to(layer.ih.dtype), layer.ih, layer.bias_ih)
     places, active = (pre.shape[0], pre.shape[1]), _active(pre, *state)
     valid = None if packing is None else packing.valid
-    rest = (places, active, valid, rules.own_linear)
-    product = RecurrentProduct(rules.uses, layer.hh, layer.bias_hh, *rest)
-    projection = None if layer.hr is None else RecurrentProduct(rules.uses, layer.hr, None, *rest)
+    rest = (places, active, valid)
+    product = RecurrentProduct(rules.uses, rules.of(F.linear, x, layer.hh), layer.bias_hh, *rest)
+    projection = (
+        None if layer.hr is None else RecurrentProduct(rules.uses, rules.of(F.linear, x, layer.hr), None, *rest)
+    )
     state = tuple(entry.to(pre.dtype) for entry in state)
     outputs: list[Tensor] = [pre] * places[1]
     steps = pre.unbind(1)  # taken one by one, each would make a gradient as large as all of them

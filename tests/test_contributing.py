@@ -1,0 +1,51 @@
+"""What CONTRIBUTING.md shows runs, and the files and names that it sends people to are there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lrp_prune
+from lrp_prune.attribution import RULES
+from lrp_prune.statistics import STATISTICS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def _section(title: str) -> dict[str, Any]:
+    """The names that the code of a section makes."""
+    (section,) = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, scope)
+    assert len(scope) > 1, f"{title} shows no code"
+    return scope
+
+
+def test_the_rule_gives_weights_its_relevance() -> None:
+    composite = _section("A rule for an operation")["composite"]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 9, bias=False), nn.Flatten()).double()
+    x = torch.randn(1, 1, 9, dtype=torch.float64)
+    relevance = lrp_prune.attribute(
+        model, [x], lambda m, b: m(b).square().sum() / 2, composite, "signed", include=["*"], matmul_dtype=None
+    )
+    z = model(x).detach().view(2, 1)
+    contributions = x[0] * model[0].weight.detach()[:, 0]
+    positive = contributions.clamp(min=0)
+    expected = positive / positive.sum(1, keepdim=True) * z.square()
+    torch.testing.assert_close(relevance["0.weight"][:, 0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_statistic_is_taken() -> None:
+    assert _section("A statistic")["relevance"].statistic == "cubed_token"
+
+
+def test_what_is_referred_to_is_there() -> None:
+    paths = re.findall(r"`((?:lrp_prune|tests)/[\w/.]+)`", TEXT)
+    assert len(paths) >= 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert "gamma" in RULES and "signed" in STATISTICS
