@@ -23,7 +23,7 @@ from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import is_sharded, sharding_of
+from lrp_prune.sharding import sharding_of
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 
@@ -114,15 +114,7 @@ class Pruner:
     def recalibration(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any
     ) -> Recalibration:
-        """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes.
-
-        Raises:
-            MisconfigurationException: the model is divided among processes.
-        """
-        if any(map(is_sharded, pl_module.parameters())):
-            raise MisconfigurationException(
-                "recalibrate=True needs whole weights, and this model is divided among processes: leave it out"
-            )
+        """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes."""
         found, failure = None, None
         try:
             with _uncorrected(pl_module), torch.inference_mode(False), trainer.precision_plugin.val_step_context():

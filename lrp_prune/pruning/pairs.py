@@ -13,6 +13,7 @@ from lrp_prune.attribution.tracing import channel_axis
 from lrp_prune.attribution.uses import Product, WeightUses
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.pruning.processes import Turn, Turns
 
 
 class BiasPlace(NamedTuple):
@@ -52,13 +53,14 @@ class DenseOutputs(WeightUses):
 
     Args:
         masks: what is to be pruned.
-        counted: ``[samples, tokens]``, which are no padding; None for all.
     """
 
-    def __init__(self, masks: Masks, counted: Tensor | None) -> None:
+    def __init__(self, masks: Masks) -> None:
         super().__init__(lambda use: [])
         self._masks = masks
         self.made: dict[Place, list[Tensor]] = {}
+        self.order: list[Turn] = []
+        """What was kept, and how many channels it has."""
         self.looked_up: set[str] = set()
         """Parameters that rows are taken from, as of an embedding."""
         self._used: dict[str, set[tuple[Layout, Place | None]]] = {}
@@ -88,7 +90,7 @@ class DenseOutputs(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        result = call.run()
+        result = _computed(found)
         place = place_of(found, call, result, self._masks)
         self._note(found.origin.name, found.origin.parameter, found.origin.layout, place)
         bias = _bias_of(call)
@@ -96,20 +98,22 @@ class DenseOutputs(WeightUses):
         if origin is not None:
             self._note(origin.name, origin.parameter, origin.layout, place)
         if place is not None:
-            self.made.setdefault(place, []).append(result.detach())
-        return result
+            self.made.setdefault(place, []).append(result.clone())  # the model may write into what it gets
+            self.order.append((place, int(result.shape[_channels_of(found, result)])))
+        return _given(found.activation, lambda: result)
 
 
 class PrunedUses(WeightUses):
-    """Products with masked weights, scaled and shifted by what is known so far.
+    """Products of a model that masks are applied to, scaled and shifted by what is known so far.
 
     Args:
-        masks: what is to be pruned.
+        masks: what is pruned.
         dense: the same batch's outputs of the dense model.
         channels: moments of each place.
         strength: see :meth:`PairedMoments.fit`.
         counted: ``[samples, tokens]``, which are no padding; None for all.
-        fitting: whether moments are added to, or what is known is only used.
+        turns: sums moments over processes; None: what is known is only used.
+        adding: whether this batch counts.
     """
 
     replaces_values = True
@@ -121,11 +125,12 @@ class PrunedUses(WeightUses):
         channels: dict[Place, PairedMoments],
         strength: float,
         counted: Tensor | None,
-        fitting: bool = True,
+        turns: Turns | None = None,
+        adding: bool = True,
     ) -> None:
         super().__init__(lambda use: [])
         self._masks, self._channels, self._strength = masks, channels, strength
-        self._counted, self._fitting = counted, fitting
+        self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
 
     def observed(self, call: Call) -> Any:
@@ -133,49 +138,47 @@ class PrunedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        with torch.no_grad():
-            result = found.form.forward(found.activation.detach(), self._masked(found.weight))
-            place = place_of(found, call, result, self._masks) if self._strength else None
-            if place is not None and self._is_alone(place):
-                result = self._scaled(place, found, result)
-            if result._is_view():
-                result = result.clone()
-        return _given(found.activation, result)
+        result = _computed(found)
+        place = place_of(found, call, result, self._masks) if self._strength else None
+        if place is not None and self._is_alone(place):
+            with torch.no_grad():
+                result = self._scaled(place, result, _channels_of(found, result))
+        return _given(found.activation, lambda: result)
 
-    def effective(self, weight: Tensor) -> Tensor:
-        """With zeros where it is pruned."""
-        return self._masked(weight)
-
-    def _masked(self, weight: Tensor) -> Tensor:
-        origin = marked(weight)
-        if origin is None or origin.layout is None or origin.name not in self._masks:
-            return weight
-        return weight * origin.layout.on(_laid_out(self._masks, origin)).to(weight.device)
-
-    def _scaled(self, place: Place, found: Product, result: Tensor) -> Tensor:
-        axis = channel_axis(found.form, found.weight, result)
-        assert axis is not None
-        dense = next(self._dense.get(place, iter(())), None)
+    def _scaled(self, place: Place, result: Tensor, axis: int) -> Tensor:
         width = int(result.shape[axis])
-        moments = (
-            self._channels.get(place) if not self._fitting else self._channels.setdefault(place, PairedMoments(width))
-        )
-        if self._fitting and moments is not None and dense is not None and dense.shape == result.shape:
-            moments.add(self._rows(result, axis), self._rows(dense, axis))
+        if self._turns is not None:
+            fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
+            if self._adding and dense is not None and dense.shape == result.shape:
+                fresh.add(self._rows(result, axis), self._rows(dense, axis))
+            whole = self._turns.summed(place, fresh)
+            if whole is not None:
+                self._channels.setdefault(place, PairedMoments(width)).merge([whole])
+        moments = self._channels.get(place)
         if moments is None or not moments.count:
             return result
         scale, shift = moments.fit(self._strength, place.bias is not None)
-        shape = [width if dim == axis % result.dim() else 1 for dim in range(result.dim())]
+        shape = [width if dim == axis else 1 for dim in range(result.dim())]
         return result * scale.to(result).reshape(shape) + shift.to(result).reshape(shape)
 
     def _rows(self, outputs: Tensor, axis: int) -> Tensor:
-        if (
-            self._counted is not None
-            and outputs.shape[:2] == self._counted.shape
-            and axis % outputs.dim() == outputs.dim() - 1
-        ):
+        if self._counted is not None and outputs.shape[:2] == self._counted.shape and axis == outputs.dim() - 1:
             return outputs[self._counted].reshape(-1, outputs.shape[-1])
         return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
+
+
+def _computed(found: Product) -> Tensor:
+    """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
+    with torch.no_grad():
+        result = found.form.forward(found.activation.detach(), found.weight)
+        return result.clone() if result._is_view() else result
+
+
+def _channels_of(found: Product, result: Tensor) -> int:
+    """The axis of a product's channels, which those have that are places."""
+    axis = channel_axis(found.form, found.weight, result)
+    assert axis is not None
+    return axis % result.dim()
 
 
 def place_of(found: Product, call: Call, result: Tensor, masks: Masks) -> Place | None:
@@ -211,21 +214,15 @@ def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool
     return {place for layout, place in used if place is not None and bool((layout.on(count) > 1).any())}
 
 
-def _laid_out(masks: Masks, origin: Any) -> Tensor:
-    """A mask in the parameter's own order in memory."""
-    mask = masks[origin.name]
-    if tuple(mask.stride()) == origin.parameter.stride:
-        return mask
-    return torch.empty_strided(origin.parameter.size, origin.parameter.stride, dtype=torch.bool).copy_(mask)
-
-
 class _Given(Function):
-    """A value that is computed from an activation, and through which nothing has to go back."""
+    """A value that is computed from an activation, and through which nothing has to go back.
+
+    It comes out of a function, since autograd takes what goes in and comes out as it is for a view, which nobody may write into.
+    """
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, value: Tensor) -> Tensor:
-        ctx.mark_non_differentiable()
-        return value.clone() if value.requires_grad else value
+    def forward(ctx: Any, activation: Tensor, value: Callable[[], Tensor]) -> Tensor:
+        return value()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
