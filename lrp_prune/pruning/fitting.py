@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Candidate:
             whole = turns.summed(name, fresh)
             if whole is not None:
                 self.norms.setdefault(name, PairedMoments(x.shape[1])).merge([whole])
-        return self.norms[name].change() if name in self.norms and self.norms[name].count else None
+        return self.norms[name].change() if name in self.norms and self.norms[name].told else None
 
 
 def _by_place(x: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ class Runs:
     processes: Processes
     device: torch.device
     advance: Callable[[int], Any]
+    seen: dict[str, bool] = field(default_factory=dict)
+    """Names of weights that are places, or have some, and whether something else uses one as well."""
 
     def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """Fit scales to batches, laid together to as few as memory allows."""
@@ -123,6 +125,9 @@ class Runs:
                 expected = outputs_of(self.model, batch, dense, self.target, choices)
             if not all(bool(torch.isfinite(entry).all()) for entry in expected):
                 raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
+        for key, _ in dense.order:
+            if isinstance(key, Place):
+                self.seen[key.name] = self.seen.get(key.name, False) or not dense.is_alone(key)
         turns = Turns(self.processes, [turn for turn in dense.order if _is_alone(turn, dense)]) if fitting else None
         with zeroed(self.model, self.masks):
             for candidate in candidates:

@@ -40,6 +40,11 @@ class PairedMoments:
         self.count = total
 
     @property
+    def told(self) -> bool:
+        """Whether there are enough pairs: two numbers are soon fitted to a few, and what comes of it is good for these alone."""
+        return self.count >= _FEWEST
+
+    @property
     def channels(self) -> int:
         """How many channels there are."""
         return self._means.shape[1]
@@ -96,6 +101,7 @@ class PairedMoments:
         )
 
 
+_FEWEST = 16
 _SMALLEST, _LARGEST = 0.05, 5.0
 """Scales below would prune channels that the masks keep; those beyond come from channels of which next to nothing is left, and
 would blow up what is: noise."""

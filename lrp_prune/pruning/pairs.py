@@ -91,15 +91,18 @@ class DenseOutputs(WeightUses):
         if found is None:
             return None
         result = _computed(found)
-        place = place_of(found, call, result, self._masks)
-        self._note(found.origin.name, found.origin.parameter, found.origin.layout, place)
+        parts = parts_of(found, call, result, self._masks)
+        for part in parts:
+            self._note(part.place.name, found.origin.parameter, part.place.layout, part.place)
+            # A copy: the model may write into what it gets.
+            self.made.setdefault(part.place, []).append(part.of(result).clone())
+            self.order.append((part.place, int(part.of(result).shape[part.axis])))
+        if not parts:
+            self._note(found.origin.name, found.origin.parameter, found.origin.layout, None)
         bias = _bias_of(call)
         origin = None if bias is None else marked(bias)
         if origin is not None:
-            self._note(origin.name, origin.parameter, origin.layout, place)
-        if place is not None:
-            self.made.setdefault(place, []).append(result.clone())  # the model may write into what it gets
-            self.order.append((place, int(result.shape[_channels_of(found, result)])))
+            self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
         return _given(found.activation, lambda: result)
 
 
@@ -139,13 +142,13 @@ class PrunedUses(WeightUses):
         if found is None:
             return None
         result = _computed(found)
-        place = place_of(found, call, result, self._masks) if self._strength else None
-        if place is not None and self._is_alone(place):
-            with torch.no_grad():
-                result = self._scaled(place, result, _channels_of(found, result))
+        with torch.no_grad():
+            for part in parts_of(found, call, result, self._masks) if self._strength else ():
+                if self._is_alone(part.place):
+                    self._scale_(part.place, part.of(result), part.axis)
         return _given(found.activation, lambda: result)
 
-    def _scaled(self, place: Place, result: Tensor, axis: int) -> Tensor:
+    def _scale_(self, place: Place, result: Tensor, axis: int) -> None:
         width = int(result.shape[axis])
         if self._turns is not None:
             fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
@@ -155,11 +158,11 @@ class PrunedUses(WeightUses):
             if whole is not None:
                 self._channels.setdefault(place, PairedMoments(width)).merge([whole])
         moments = self._channels.get(place)
-        if moments is None or not moments.count:
-            return result
+        if moments is None or not moments.told:
+            return
         scale, shift = moments.fit(self._strength, place.bias is not None)
         shape = [width if dim == axis else 1 for dim in range(result.dim())]
-        return result * scale.to(result).reshape(shape) + shift.to(result).reshape(shape)
+        result.mul_(scale.to(result).reshape(shape)).add_(shift.to(result).reshape(shape))
 
     def _rows(self, outputs: Tensor, axis: int) -> Tensor:
         if self._counted is not None and outputs.shape[:2] == self._counted.shape and axis == outputs.dim() - 1:
@@ -174,36 +177,75 @@ def _computed(found: Product) -> Tensor:
         return result.clone() if result._is_view() else result
 
 
-def _channels_of(found: Product, result: Tensor) -> int:
-    """The axis of a product's channels, which those have that are places."""
-    axis = channel_axis(found.form, found.weight, result)
-    assert axis is not None
-    return axis % result.dim()
+class Part(NamedTuple):
+    """What of a product's outputs belongs to a place.
+
+    Args:
+        place: the place.
+        rows: of the outputs along their first dimension; None: all of them.
+        axis: of what that gives, along which it has channels.
+    """
+
+    place: Place
+    rows: slice | int | None
+    axis: int
+
+    def of(self, result: Tensor) -> Tensor:
+        """The part of the outputs; a view."""
+        return result if self.rows is None else result[self.rows]
 
 
-def place_of(found: Product, call: Call, result: Tensor, masks: Masks) -> Place | None:
-    """The part of a weight that can be scaled by its output channels; None if it cannot."""
+def parts_of(found: Product, call: Call, result: Any, masks: Masks) -> list[Part]:
+    """The parts of a weight that can be scaled by their output channels: all of it, or each expert of a stack."""
     origin, form, weight = found.origin, found.form, found.weight
     if origin.name not in masks or origin.layout is None or origin.scaled or not isinstance(result, Tensor):
-        return None
-    if len(origin.parameter.size) == 3 and len(origin.layout.size) == 2:
-        return None  # an expert of a stack, which other tokens go to once the layers before it are pruned
+        return []
+    if len(origin.layout.size) != weight.dim():
+        return []
     axis = channel_axis(form, weight, result)
-    if axis is None or len(origin.layout.size) != weight.dim():
-        return None
+    if axis is None:
+        return _experts(found, call, origin.layout, result)
     bias, placed = _bias_of(call), None
     if bias is not None:
         added = marked(bias)
         if added is None or added.layout is None or added.scaled or len(bias) != result.shape[axis]:
-            return None  # what is added is no parameter as it is, and would not be scaled with the rest
+            return []  # what is added is no parameter as it is, and would not be scaled with the rest
         placed = BiasPlace(added.name, added.layout)
-    return Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+    place = Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+    return [Part(place, None, axis % result.dim())]
+
+
+def _experts(found: Product, call: Call, layout: Layout, result: Tensor) -> list[Part]:
+    """The layers of a stack ``[experts, in, out]``, each of which gets a run of the rows, or a batch of its own."""
+    name, stack = call.function.__name__, found.weight
+    if call.operand(1) is not stack or stack.dim() != 3:
+        return []
+    indices: list[slice | int]
+    ends = call.kwargs.get("offs")
+    if name in ("grouped_mm", "_grouped_mm") and isinstance(ends, Tensor) and result.dim() == 2:
+        stops = ends.tolist()
+        indices = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+    elif name in ("bmm", "matmul") and result.dim() == 3 and len(result) == len(stack):
+        indices = list(range(len(stack)))
+    else:
+        return []
+    places = [
+        Place(
+            found.origin.name,
+            Layout(layout.size[1:], layout.stride[1:], layout.offset + index * layout.stride[0]),
+            1,
+            None,
+        )
+        for index in range(len(stack))
+    ]
+    return [Part(place, index, 1) for place, index in zip(places, indices, strict=True)]
 
 
 def _bias_of(call: Call) -> Tensor | None:
     """What a layer adds to its channels."""
     entries = (*call.args, *call.kwargs.values())
-    return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)
+    vectors = (entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1)
+    return next((entry for entry in vectors if entry.is_floating_point()), None)
 
 
 def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool) -> set[Place]:

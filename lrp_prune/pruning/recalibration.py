@@ -33,6 +33,7 @@ from lrp_prune.pruning.passes import Normalization
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.sharding import device_of, local_part, mesh_of, sharding_of
 from lrp_prune.targets import Target
+from lrp_prune.unscored import patterns_of
 
 STRENGTHS = (0.5, 1.0)
 """How much of the least squares is tried, beside nothing."""
@@ -51,6 +52,7 @@ class Recalibration:
         scales: per place in a weight, ``[channels]``.
         shifts: per place, of its bias, beside the scale.
         normalizations: module -> change of the running mean, and factor of the running variance.
+        left_out: weights that keep their scale, each with the reason.
     """
 
     strength: float
@@ -58,11 +60,14 @@ class Recalibration:
     scales: dict[Place, Tensor] = field(default_factory=dict, repr=False)
     shifts: dict[Place, Tensor] = field(default_factory=dict, repr=False)
     normalizations: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         tried = ", ".join(f"{strength:g}: {value:.4g}" for strength, value in sorted(self.divergences.items()))
         done = f"at strength {self.strength:g}" if self.strength else "not recalibrated"
-        return f"{done} (divergence from the dense model by strength: {tried})"
+        names = patterns_of(self.left_out) if self.strength else []
+        left = f"; as they are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        return f"{done} (divergence from the dense model by strength: {tried}){left}"
 
     @property
     def parameters(self) -> list[str]:
@@ -131,9 +136,10 @@ def recalibrate(
     Each batch is run once dense, and once for each strength with the masks applied; then the model is as it was, bit for bit, as
     it is if anything fails. Of a model that ``fully_shard`` has divided every process gives its own batches, and each keeps the
     values of its own part meanwhile; moments are summed in the forward, so that the result is that of one process on all batches.
-    Of layers whose outputs are of other tokens when pruned (experts with a router), of recurrent steps, of weights that are
-    scaled before they are used, and of those that something else uses as well (tied ones), nothing is known: they keep their
-    scale.
+
+    Experts of a mixture are compared on the tokens that the dense model sends to them, and judged on those that reach them. Of
+    recurrent steps, of weights that are scaled before they are used, and of those that something else uses as well (tied ones)
+    nothing is known: they keep their scale, and are named in ``left_out``.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -176,7 +182,22 @@ def recalibrate(
     runs = Runs(module, masks, target, processes, device, lambda number: None)
     runs.fit(fitted, candidates[1:])
     runs.judge(judged, candidates)
-    return _best(candidates, processes)
+    result = _best(candidates, processes)
+    fitted_to = {place.name for place, moments in candidates[-1].channels.items() if moments.told}
+    pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
+    result.left_out = {name: _reason(runs.seen.get(name)) for name in pruned}
+    return result
+
+
+def _reason(tied: bool | None) -> str:
+    """Why a weight is not scaled.
+
+    Args:
+        tied: whether something else uses it as well; None if it has no channels.
+    """
+    if tied is None:
+        return "is in no product of which each output channel could be scaled by it alone"
+    return "is used by something else as well" if tied else "is reached by too few of the dense model's tokens"
 
 
 def enough(batches: Iterable[Any]) -> list[Any]:
@@ -212,11 +233,11 @@ def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
     chosen = next(candidate for candidate in candidates if candidate.strength == strength)
     result = Recalibration(strength, judged)
     for place, moments in chosen.channels.items() if strength else ():
-        if moments.count:
+        if moments.told:
             result.scales[place], shift = moments.fit(strength, place.bias is not None)
             if place.bias is not None:
                 result.shifts[place] = shift
-    result.normalizations = {name: moments.change() for name, moments in chosen.norms.items() if moments.count}
+    result.normalizations = {name: moments.change() for name, moments in chosen.norms.items() if moments.told}
     return result
 
 

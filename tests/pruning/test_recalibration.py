@@ -226,12 +226,12 @@ def test_weights_that_are_in_no_product_are_pruned_in_the_forecast() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
 def test_language_models(name: str) -> None:
-    """Views of fused and transposed weights, biases or none, shared embeddings; experts keep their scale."""
-    model, batch = build(name).eval(), batch_for(name)
+    """Views of fused and transposed weights, biases or none, shared embeddings; experts."""
+    model, batch = build(name).eval(), {key: value.repeat(16, 1) for key, value in batch_for(name).items()}
     masks = masks_of(model, 0.5)
     found = recalibrate(model, masks, [batch], "next_token", strengths=(1.0,))
     assert found.divergences[1.0] < found.divergences[0.0] or found.strength == 0
-    assert not any("experts" in place.name for place in found.scales)
+    assert any("experts" in name for name in found.parameters) == (name == "mixtral" and found.strength > 0)
     sparse = applied(model, masks, found)
     assert all(not sparse.get_parameter(key)[~mask].any() for key, mask in masks.items())
 
@@ -285,7 +285,10 @@ def test_what_something_else_uses_as_well_keeps_its_scale(how: str, left_alone: 
     found = recalibrate(model, masks, batches, "regression", strengths=(1.0,))
     assert found.strength == 1
     scaled = {place.name for place in found.scales}
-    assert scaled == {f"{name}.weight" for name in names} - left_alone
+    assert scaled == {f"{name}.weight" for name in names} - left_alone == set(masks) - set(found.left_out)
+    reasons = {name: "no product" if how == "a buffer is added" else "something else" for name in left_alone}
+    assert all(reasons[name] in reason for name, reason in found.left_out.items())
+    assert all(name in str(found) for name in left_alone)
     with torch.no_grad():
         mended, dense = applied(model, masks, found)(batches[-1][0]), model(batches[-1][0])
     off = float((mended - dense).square().mean() / dense.var(correction=0))
@@ -328,7 +331,7 @@ def test_parameters_that_are_parts_of_one_memory() -> None:
 
 def test_padding_is_not_fitted_to() -> None:
     model = build("bert").eval()
-    batch = {key: value.clone() for key, value in batch_for("bert").items()}
+    batch = {key: value.repeat(8, 1) for key, value in batch_for("bert").items()}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][:, -3:] = 0
     other = {**batch, "input_ids": batch["input_ids"].clone()}
