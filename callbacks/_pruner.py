@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import agree, check_equal
+from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.models.subject import subject_of
 from lrp_prune.module import CorrectedModule
@@ -118,7 +120,8 @@ class Pruner:
         found, failure = None, None
         try:
             with _uncorrected(pl_module), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
-                found = recalibrate(_inner(pl_module), masks, batches(), target, together=trainer.world_size > 1)
+                together, shown = trainer.world_size > 1, partial(beside, trainer)
+                found = recalibrate(_inner(pl_module), masks, batches(), target, together=together, progress=shown)
         except Exception as error:  # the other processes have to hear of it
             failure = error
         agree(trainer, failure)

@@ -76,14 +76,12 @@ class Runs:
     def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """Fit scales to batches, laid together to as few as memory allows."""
         for batch, number, adding in self._in_step(list(self._groups(batches))):
-            self._compare(batch, candidates, fitting=True, adding=adding)
-            self.advance(number * (1 + len(candidates)) if adding else 0)
+            self._compare(batch, candidates, True, adding, number)
 
     def judge(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """See how far the outputs are from the dense ones with what is known."""
         for batch, number, adding in self._in_step([(batch, 1) for batch in batches]):
-            self._compare(batch, candidates, fitting=False, adding=adding)
-            self.advance(number * (1 + len(candidates)) if adding else 0)
+            self._compare(batch, candidates, False, adding, number)
 
     def _groups(self, batches: list[Any]) -> Iterator[tuple[Any, int]]:
         """Batches laid together: what a layer gets depends on the scales of those before.
@@ -110,8 +108,8 @@ class Runs:
         for index in range(max(self.processes.gathered(len(groups)))):
             yield *groups[min(index, len(groups) - 1)], index < len(groups)
 
-    def _compare(self, batch: Any, candidates: Sequence[Candidate], fitting: bool, adding: bool) -> None:
-        """Run a batch dense, and as each candidate would have it."""
+    def _compare(self, batch: Any, candidates: Sequence[Candidate], fitting: bool, adding: bool, number: int) -> None:
+        """Run a batch, made of so many, dense, and as each candidate would have it."""
         with self.processes.agreeing():
             batch = to_device(batch, self.device)
             counted = counted_tokens(self.model, batch, 0)
@@ -125,6 +123,7 @@ class Runs:
                 expected = outputs_of(self.model, batch, dense, self.target, choices)
             if not all(bool(torch.isfinite(entry).all()) for entry in expected):
                 raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
+            self.advance(number if adding else 0)
         for key, _ in dense.order:
             if isinstance(key, Place):
                 self.seen[key.name] = self.seen.get(key.name, False) or not dense.is_alone(key)
@@ -148,6 +147,7 @@ class Runs:
                     found = outputs_of(self.model, batch, uses, self.target, again)
                     if not fitting and adding:
                         candidate.divergences.append(divergence(expected, found, self.target, counted))
+                    self.advance(number if adding else 0)
 
 
 def _is_alone(turn: Turn, dense: DenseOutputs) -> bool:

@@ -12,6 +12,7 @@ from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
+from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
@@ -47,6 +48,7 @@ def prune(
     recalibrate: bool | None = None,
     existing: Masks | None = None,
     relevance: Relevance | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -84,6 +86,7 @@ def prune(
         existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
         relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
             again: for several sparsities, say.
+        progress: show a progress bar of what is collected, and of what is recalibrated.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -125,7 +128,8 @@ def prune(
                 check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
             given = relevance if index == 0 else None
             if scores.needs_data and given is None:
-                collect(scores, reference, model, chunks)
+                with (bar if progress else no_bar)("Collecting relevance", chunks * number_of(reference)) as advance:
+                    collect(scores, Counted(reference, advance), model, chunks)
             with _once(told=index > 0):
                 scored = scores.compute() if given is None else given
                 check_included(which.get("include"), scored, scored.unscored)
@@ -134,7 +138,7 @@ def prune(
             if recalibrates:
                 restore()
                 explained = options["target"] if callable(options["target"]) else scored.target
-                found = measure(model, masks, reference, explained)
+                found = measure(model, masks, reference, explained, progress=progress)
             zero(masks)
             if recalibrates:
                 found.apply_(subject_of(model).module)

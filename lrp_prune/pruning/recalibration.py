@@ -26,6 +26,7 @@ from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.models.batches import samples_in
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
+from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Place
@@ -130,6 +131,7 @@ def recalibrate(
     target: str | Target | Callable[[nn.Module, Any], Tensor] = "",
     strengths: Sequence[float] = STRENGTHS,
     together: bool = False,
+    progress: bool | Progress = False,
 ) -> Recalibration:
     """How the channels of a dense model have to be scaled and shifted once masks are applied to it.
 
@@ -150,6 +152,7 @@ def recalibrate(
         strengths: what to try beside nothing.
         together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
             result. Those that a model is divided among do in any case.
+        progress: show a progress bar, or what shows another.
 
     Raises:
         ValueError: there is no batch, a batch does not fit the model, or the model is divided in another way than by
@@ -179,9 +182,11 @@ def recalibrate(
     with processes.agreeing():
         fitted, judged = _parts(enough(batches))
     candidates = [Candidate(strength) for strength in (0.0, *strengths)]
-    runs = Runs(module, masks, target, processes, device, lambda number: None)
-    runs.fit(fitted, candidates[1:])
-    runs.judge(judged, candidates)
+    shown = progress if callable(progress) else bar if progress else no_bar
+    with shown("Recalibrating", len(fitted) * len(candidates) + len(judged) * (1 + len(candidates))) as advance:
+        runs = Runs(module, masks, target, processes, device, advance)
+        runs.fit(fitted, candidates[1:])
+        runs.judge(judged, candidates)
     result = _best(candidates, processes)
     fitted_to = {place.name for place, moments in candidates[-1].channels.items() if moments.told}
     pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]

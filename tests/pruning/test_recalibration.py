@@ -1,7 +1,8 @@
 """Recalibration: channels are brought back to the dense model's, by what least squares say and only as far as it helps."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -398,6 +399,28 @@ def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
         lrp_prune.prune(model, batches, sparsity=0.8, rounds=3, target=failing)
     assert len(calls) == 21
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_progress_is_that_of_all_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = MODELS["mlp"]()
+    masks = masks_of(model, 0.6)
+    steps: list[int] = []
+
+    @contextmanager
+    def shown(what: str, total: float) -> Iterator[Callable[[int], None]]:
+        assert (what, total) == ("Recalibrating", 3 * (1 + 2) + 1 * (1 + 3))
+        yield steps.append
+        steps.append(0)
+
+    recalibrate(model, masks, batches, "regression", progress=shown)
+    assert steps == [3, 3, 3, 1, 1, 1, 1, 0]
+    labelled = [(x[0], torch.randint(5, (64,))) for x in batches]
+    for progress, expected in ((True, ["Collecting relevance", "Recalibrating"]), (False, [])):
+        capsys.readouterr()
+        lrp_prune.prune(copy.deepcopy(model), labelled, sparsity=0.5, progress=progress)
+        found = capsys.readouterr().err
+        assert [what for what in ("Collecting relevance", "Recalibrating") if what in found] == expected
+        assert bool(found) == progress
 
 
 def test_without_batches_nothing_is_recalibrated() -> None:
