@@ -1,6 +1,8 @@
-"""The progress of a collection, beside Lightning's own bars."""
+"""The progress of a collection, or of a recalibration, beside Lightning's own bars."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -16,9 +18,10 @@ class CollectionProgress:
     Args:
         trainer: whose progress bar decides.
         total: batches to come; infinite if unknown.
+        description: what is done.
     """
 
-    def __init__(self, trainer: Trainer, total: float) -> None:
+    def __init__(self, trainer: Trainer, total: float, description: str = _DESCRIPTION) -> None:
         self._tqdm: Any = None
         self._rich: Any = None
         bar = trainer.progress_bar_callback
@@ -28,11 +31,11 @@ class CollectionProgress:
         if isinstance(bar, RichProgressBar):
             if bar.progress is not None and count is not None:  # Lightning's rich bar has no tasks of unknown length
                 self._rich = bar.progress
-                self._task = bar.progress.add_task(f"[white]{_DESCRIPTION}", total=count)
+                self._task = bar.progress.add_task(f"[white]{description}", total=count)
         elif isinstance(bar, TQDMProgressBar):
             # Below the training bar and the validation bar.
             self._tqdm = Tqdm(
-                desc=_DESCRIPTION,
+                desc=description,
                 total=count,
                 position=2 * bar.process_position + 2,
                 leave=False,
@@ -40,12 +43,12 @@ class CollectionProgress:
                 file=sys.stdout,
             )
 
-    def advance(self) -> None:
-        """One more batch is done."""
+    def advance(self, batches: int = 1) -> None:
+        """One more batch is done, or several."""
         if self._tqdm is not None:
-            self._tqdm.update(1)
+            self._tqdm.update(batches)
         if self._rich is not None:
-            self._rich.update(self._task, advance=1)
+            self._rich.update(self._task, advance=batches)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -55,3 +58,13 @@ class CollectionProgress:
         if self._rich is not None:
             self._rich.remove_task(self._task)
             self._rich = None
+
+
+@contextmanager
+def beside(trainer: Trainer, description: str, total: float) -> Iterator[Callable[[int], None]]:
+    """A bar for the time of a context; yields what is told of batches."""
+    shown = CollectionProgress(trainer, total, description)
+    try:
+        yield shown.advance
+    finally:
+        shown.close()

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import agree, check_equal
+from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.models.subject import subject_of
 from lrp_prune.module import CorrectedModule
@@ -23,7 +25,7 @@ from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import is_sharded, sharding_of
+from lrp_prune.sharding import sharding_of
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 
@@ -114,19 +116,12 @@ class Pruner:
     def recalibration(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any
     ) -> Recalibration:
-        """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes.
-
-        Raises:
-            MisconfigurationException: the model is divided among processes.
-        """
-        if any(map(is_sharded, pl_module.parameters())):
-            raise MisconfigurationException(
-                "recalibrate=True needs whole weights, and this model is divided among processes: leave it out"
-            )
+        """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes."""
         found, failure = None, None
         try:
             with _uncorrected(pl_module), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
-                found = recalibrate(_inner(pl_module), masks, batches(), target, together=trainer.world_size > 1)
+                together, shown = trainer.world_size > 1, partial(beside, trainer)
+                found = recalibrate(_inner(pl_module), masks, batches(), target, together=together, progress=shown)
         except Exception as error:  # the other processes have to hear of it
             failure = error
         agree(trainer, failure)

@@ -94,7 +94,7 @@ class RelevancePruning(CollectingCallback):
         recalibrate: after each round, before the training goes on, scale what is kept, channel by channel, to the outputs from
             before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
             that relevance was collected on, which are read once more. Off by default: where training goes on, it makes no
-            difference that could be measured. Not for models that are divided among processes.
+            difference that could be measured.
         guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.

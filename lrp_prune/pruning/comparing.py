@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.states import unchanged_buffers, undisturbed
+from lrp_prune.progress import is_first
 from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
@@ -23,7 +23,7 @@ from lrp_prune.targets import Inferred
 
 Methods = Sequence[str | Mapping[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
 
-_OWN = ("model", "batches", "sparsity", "relevance")
+_OWN = ("model", "batches", "sparsity", "relevance", "progress")
 # What belongs to prune itself; everything else is an option of the scorer.
 _OF_PRUNE = frozenset(inspect.signature(prune).parameters) - {"options"}
 
@@ -95,7 +95,7 @@ def compare(
                 relevance = _scored(model, reference, entry)
                 for rate in rates:
                     step(f"{label} at {100 * rate:g} %")
-                    masks = prune(model, reference, rate, relevance=relevance, **entry)
+                    masks = prune(model, reference, rate, relevance=relevance, progress=False, **entry)
                     reached[label][rate] = masks.sparsity
                     scores[label][rate] = _evaluated(model, evaluate)
                     restore()
@@ -187,9 +187,7 @@ def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> floa
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[..., None]]:
     """A progress bar of one process; yields what says what comes next, and how many steps that is."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = not distributed or torch.distributed.get_rank() == 0
-    with tqdm(total=total, disable=not (shown and first), leave=False) as bar:
+    with tqdm(total=total, disable=not (shown and is_first()), leave=False) as bar:
         pending = 0
 
         def step(what: str, steps: int = 1) -> None:

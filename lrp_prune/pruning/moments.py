@@ -1,6 +1,6 @@
 """Moments of pairs of outputs, channel by channel, summed over batches and processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,16 +39,36 @@ class PairedMoments:
         self._means = self._means + apart * (count / total)
         self.count = total
 
-    def state(self) -> Tensor:
-        """All of it in one tensor ``[6, channels]``, for another process."""
-        counts = torch.full((1, self._means.shape[1]), float(self.count), dtype=torch.float64)
-        return torch.cat([counts, self._means, self._sums])
+    @property
+    def told(self) -> bool:
+        """Whether there are enough pairs: two numbers are soon fitted to a few, and what comes of it is good for these alone."""
+        return self.count >= _FEWEST
 
-    def merge(self, states: Sequence[Tensor]) -> None:
-        """Add what other processes have."""
-        for state in states:
-            if int(state[0, 0]):
-                self._merge(int(state[0, 0]), state[1:3], state[3:])
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+        return self._means.shape[1]
+
+    def merge(self, others: Sequence["PairedMoments"]) -> None:
+        """Add what others have."""
+        for other in others:
+            if other.count:
+                self._merge(other.count, other._means, other._sums)
+
+    def over(self, summed: Callable[[Tensor], Tensor]) -> "PairedMoments":
+        """Those of all processes together, in two sums of so many numbers as there are here, wherever the means are.
+
+        Args:
+            summed: gives the sum of a tensor over all processes.
+        """
+        whole = PairedMoments(self.channels)
+        weighed = summed(torch.cat([torch.full_like(self._means[:1], self.count), self.count * self._means]))
+        whole.count = int(weighed[0, 0]) if self.channels else 0
+        whole._means = weighed[1:] / max(whole.count, 1)
+        apart = self._means - whole._means
+        products = torch.stack([apart[0] ** 2, apart[1] ** 2, apart[0] * apart[1]])
+        whole._sums = summed(self._sums + self.count * products)
+        return whole
 
     def fit(self, strength: float, shifted: bool) -> tuple[Tensor, Tensor]:
         r"""Scale and shift of each channel that bring the pruned output closest to the dense one, in the least squares.
@@ -81,6 +101,7 @@ class PairedMoments:
         )
 
 
+_FEWEST = 16
 _SMALLEST, _LARGEST = 0.05, 5.0
 """Scales below would prune channels that the masks keep; those beyond come from channels of which next to nothing is left, and
 would blow up what is: noise."""

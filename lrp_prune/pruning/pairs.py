@@ -13,6 +13,7 @@ from lrp_prune.attribution.tracing import channel_axis
 from lrp_prune.attribution.uses import Product, WeightUses
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.pruning.processes import Turn, Turns
 
 
 class BiasPlace(NamedTuple):
@@ -52,13 +53,14 @@ class DenseOutputs(WeightUses):
 
     Args:
         masks: what is to be pruned.
-        counted: ``[samples, tokens]``, which are no padding; None for all.
     """
 
-    def __init__(self, masks: Masks, counted: Tensor | None) -> None:
+    def __init__(self, masks: Masks) -> None:
         super().__init__(lambda use: [])
         self._masks = masks
         self.made: dict[Place, list[Tensor]] = {}
+        self.order: list[Turn] = []
+        """What was kept, and how many channels it has."""
         self.looked_up: set[str] = set()
         """Parameters that rows are taken from, as of an embedding."""
         self._used: dict[str, set[tuple[Layout, Place | None]]] = {}
@@ -88,28 +90,33 @@ class DenseOutputs(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        result = call.run()
-        place = place_of(found, call, result, self._masks)
-        self._note(found.origin.name, found.origin.parameter, found.origin.layout, place)
+        result = _computed(found)
+        parts = parts_of(found, call, result, self._masks)
+        for part in parts:
+            self._note(part.place.name, found.origin.parameter, part.place.layout, part.place)
+            # A copy: the model may write into what it gets.
+            self.made.setdefault(part.place, []).append(part.of(result).clone())
+            self.order.append((part.place, int(part.of(result).shape[part.axis])))
+        if not parts:
+            self._note(found.origin.name, found.origin.parameter, found.origin.layout, None)
         bias = _bias_of(call)
         origin = None if bias is None else marked(bias)
         if origin is not None:
-            self._note(origin.name, origin.parameter, origin.layout, place)
-        if place is not None:
-            self.made.setdefault(place, []).append(result.detach())
-        return result
+            self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
+        return _given(found.activation, lambda: result)
 
 
 class PrunedUses(WeightUses):
-    """Products with masked weights, scaled and shifted by what is known so far.
+    """Products of a model that masks are applied to, scaled and shifted by what is known so far.
 
     Args:
-        masks: what is to be pruned.
+        masks: what is pruned.
         dense: the same batch's outputs of the dense model.
         channels: moments of each place.
         strength: see :meth:`PairedMoments.fit`.
         counted: ``[samples, tokens]``, which are no padding; None for all.
-        fitting: whether moments are added to, or what is known is only used.
+        turns: sums moments over processes; None: what is known is only used.
+        adding: whether this batch counts.
     """
 
     replaces_values = True
@@ -121,11 +128,12 @@ class PrunedUses(WeightUses):
         channels: dict[Place, PairedMoments],
         strength: float,
         counted: Tensor | None,
-        fitting: bool = True,
+        turns: Turns | None = None,
+        adding: bool = True,
     ) -> None:
         super().__init__(lambda use: [])
         self._masks, self._channels, self._strength = masks, channels, strength
-        self._counted, self._fitting = counted, fitting
+        self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
 
     def observed(self, call: Call) -> Any:
@@ -133,74 +141,111 @@ class PrunedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
+        result = _computed(found)
         with torch.no_grad():
-            result = found.form.forward(found.activation.detach(), self._masked(found.weight))
-            place = place_of(found, call, result, self._masks) if self._strength else None
-            if place is not None and self._is_alone(place):
-                result = self._scaled(place, found, result)
-            if result._is_view():
-                result = result.clone()
-        return _given(found.activation, result)
+            for part in parts_of(found, call, result, self._masks) if self._strength else ():
+                if self._is_alone(part.place):
+                    self._scale_(part.place, part.of(result), part.axis)
+        return _given(found.activation, lambda: result)
 
-    def effective(self, weight: Tensor) -> Tensor:
-        """With zeros where it is pruned."""
-        return self._masked(weight)
-
-    def _masked(self, weight: Tensor) -> Tensor:
-        origin = marked(weight)
-        if origin is None or origin.layout is None or origin.name not in self._masks:
-            return weight
-        return weight * origin.layout.on(_laid_out(self._masks, origin)).to(weight.device)
-
-    def _scaled(self, place: Place, found: Product, result: Tensor) -> Tensor:
-        axis = channel_axis(found.form, found.weight, result)
-        assert axis is not None
-        dense = next(self._dense.get(place, iter(())), None)
+    def _scale_(self, place: Place, result: Tensor, axis: int) -> None:
         width = int(result.shape[axis])
-        moments = (
-            self._channels.get(place) if not self._fitting else self._channels.setdefault(place, PairedMoments(width))
-        )
-        if self._fitting and moments is not None and dense is not None and dense.shape == result.shape:
-            moments.add(self._rows(result, axis), self._rows(dense, axis))
-        if moments is None or not moments.count:
-            return result
+        if self._turns is not None:
+            fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
+            if self._adding and dense is not None and dense.shape == result.shape:
+                fresh.add(self._rows(result, axis), self._rows(dense, axis))
+            whole = self._turns.summed(place, fresh)
+            if whole is not None:
+                self._channels.setdefault(place, PairedMoments(width)).merge([whole])
+        moments = self._channels.get(place)
+        if moments is None or not moments.told:
+            return
         scale, shift = moments.fit(self._strength, place.bias is not None)
-        shape = [width if dim == axis % result.dim() else 1 for dim in range(result.dim())]
-        return result * scale.to(result).reshape(shape) + shift.to(result).reshape(shape)
+        shape = [width if dim == axis else 1 for dim in range(result.dim())]
+        result.mul_(scale.to(result).reshape(shape)).add_(shift.to(result).reshape(shape))
 
     def _rows(self, outputs: Tensor, axis: int) -> Tensor:
-        if (
-            self._counted is not None
-            and outputs.shape[:2] == self._counted.shape
-            and axis % outputs.dim() == outputs.dim() - 1
-        ):
+        if self._counted is not None and outputs.shape[:2] == self._counted.shape and axis == outputs.dim() - 1:
             return outputs[self._counted].reshape(-1, outputs.shape[-1])
         return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
 
 
-def place_of(found: Product, call: Call, result: Tensor, masks: Masks) -> Place | None:
-    """The part of a weight that can be scaled by its output channels; None if it cannot."""
+def _computed(found: Product) -> Tensor:
+    """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
+    with torch.no_grad():
+        result = found.form.forward(found.activation.detach(), found.weight)
+        return result.clone() if result._is_view() else result
+
+
+class Part(NamedTuple):
+    """What of a product's outputs belongs to a place.
+
+    Args:
+        place: the place.
+        rows: of the outputs along their first dimension; None: all of them.
+        axis: of what that gives, along which it has channels.
+    """
+
+    place: Place
+    rows: slice | int | None
+    axis: int
+
+    def of(self, result: Tensor) -> Tensor:
+        """The part of the outputs; a view."""
+        return result if self.rows is None else result[self.rows]
+
+
+def parts_of(found: Product, call: Call, result: Any, masks: Masks) -> list[Part]:
+    """The parts of a weight that can be scaled by their output channels: all of it, or each expert of a stack."""
     origin, form, weight = found.origin, found.form, found.weight
     if origin.name not in masks or origin.layout is None or origin.scaled or not isinstance(result, Tensor):
-        return None
-    if len(origin.parameter.size) == 3 and len(origin.layout.size) == 2:
-        return None  # an expert of a stack, which other tokens go to once the layers before it are pruned
+        return []
+    if len(origin.layout.size) != weight.dim():
+        return []
     axis = channel_axis(form, weight, result)
-    if axis is None or len(origin.layout.size) != weight.dim():
-        return None
+    if axis is None:
+        return _experts(found, call, origin.layout, result)
     bias, placed = _bias_of(call), None
     if bias is not None:
         added = marked(bias)
         if added is None or added.layout is None or added.scaled or len(bias) != result.shape[axis]:
-            return None  # what is added is no parameter as it is, and would not be scaled with the rest
+            return []  # what is added is no parameter as it is, and would not be scaled with the rest
         placed = BiasPlace(added.name, added.layout)
-    return Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+    place = Place(origin.name, origin.layout, form.out_axis % weight.dim(), placed)
+    return [Part(place, None, axis % result.dim())]
+
+
+def _experts(found: Product, call: Call, layout: Layout, result: Tensor) -> list[Part]:
+    """The layers of a stack ``[experts, in, out]``, each of which gets a run of the rows, or a batch of its own."""
+    name, stack = call.function.__name__, found.weight
+    if call.operand(1) is not stack or stack.dim() != 3:
+        return []
+    indices: list[slice | int]
+    ends = call.kwargs.get("offs")
+    if name in ("grouped_mm", "_grouped_mm") and isinstance(ends, Tensor) and result.dim() == 2:
+        stops = ends.tolist()
+        indices = [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+    elif name in ("bmm", "matmul") and result.dim() == 3 and len(result) == len(stack):
+        indices = list(range(len(stack)))
+    else:
+        return []
+    places = [
+        Place(
+            found.origin.name,
+            Layout(layout.size[1:], layout.stride[1:], layout.offset + index * layout.stride[0]),
+            1,
+            None,
+        )
+        for index in range(len(stack))
+    ]
+    return [Part(place, index, 1) for place, index in zip(places, indices, strict=True)]
 
 
 def _bias_of(call: Call) -> Tensor | None:
     """What a layer adds to its channels."""
     entries = (*call.args, *call.kwargs.values())
-    return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)
+    vectors = (entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1)
+    return next((entry for entry in vectors if entry.is_floating_point()), None)
 
 
 def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool) -> set[Place]:
@@ -211,21 +256,15 @@ def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool
     return {place for layout, place in used if place is not None and bool((layout.on(count) > 1).any())}
 
 
-def _laid_out(masks: Masks, origin: Any) -> Tensor:
-    """A mask in the parameter's own order in memory."""
-    mask = masks[origin.name]
-    if tuple(mask.stride()) == origin.parameter.stride:
-        return mask
-    return torch.empty_strided(origin.parameter.size, origin.parameter.stride, dtype=torch.bool).copy_(mask)
-
-
 class _Given(Function):
-    """A value that is computed from an activation, and through which nothing has to go back."""
+    """A value that is computed from an activation, and through which nothing has to go back.
+
+    It comes out of a function, since autograd takes what goes in and comes out as it is for a view, which nobody may write into.
+    """
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, value: Tensor) -> Tensor:
-        ctx.mark_non_differentiable()
-        return value.clone() if value.requires_grad else value
+    def forward(ctx: Any, activation: Tensor, value: Callable[[], Tensor]) -> Tensor:
+        return value()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.uses import WeightUses
-from lrp_prune.models.batches import to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.outputs import logits_by
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.names import named_modules
+from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.pairs import DenseOutputs
 
 Normalization = nn.modules.batchnorm._NormBase
@@ -29,15 +29,15 @@ _CHOICES = frozenset({"next_token", "token", "last_token", "class", "span"})
 """Targets of models that choose: their outputs are compared as distributions."""
 
 
-def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any) -> list[Tensor]:
+def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, choices: Choices) -> list[Tensor]:
     """What the model says of a batch: its logits if they are known, else all that it returns of floats, or a target's value."""
     with (
         torch.inference_mode(False),
         undisturbed(module),
         unchanged_configuration(profile_of(module).config),
     ):
-        batch = to_device(batch, next(module.parameters()).device)
-        with propagating(module, composite_of("gradient"), None, "ignore", uses, named=False) as propagation:
+        plain = composite_of("gradient")
+        with propagating(module, plain, None, "ignore", uses, named=False) as propagation, choices:
             if callable(target):
                 logits, output = target(module, batch).reshape(1), None
             else:
@@ -66,7 +66,7 @@ def normalizing(module: nn.Module, told: Callable[[str, Tensor], Change | None])
         return after
 
     handles = [
-        entry.register_forward_hook(hook(name))
+        entry.register_forward_hook(hook(name), prepend=True)  # before its weights are divided again
         for name, entry in named_modules(module).items()
         if isinstance(entry, Normalization) and entry.running_mean is not None and not _of_instances(entry)
     ]

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
-from lrp_prune.names import resolve
+from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
@@ -24,8 +23,8 @@ from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.pruning.scorers import scorer, selection_options
 from lrp_prune.pruning.select import select
+from lrp_prune.pruning.zeroed import zero_
 from lrp_prune.relevance import Relevance, granularities_of
-from lrp_prune.sharding import is_sharded, local_part
 from lrp_prune.targets import Inferred
 from lrp_prune.unscored import UnscoredWeightsWarning
 
@@ -49,6 +48,7 @@ def prune(
     recalibrate: bool | None = None,
     existing: Masks | None = None,
     relevance: Relevance | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> Masks:
     """Prune a model in place, without training.
@@ -81,12 +81,12 @@ def prune(
             a layer that a saturated output hardly depends on.
         recalibrate: whether what is kept is scaled, channel by channel, to the outputs of the dense model on the same batches, by
             forward passes alone and only as far as it helps (see :func:`~lrp_prune.pruning.recalibrate`); biases and running
-            statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches, but not
-            of models that are divided among processes. Of several rounds each begins with the dense model's weights, which are
-            kept beside the model until then.
+            statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches. Of several
+            rounds each begins with the dense model's weights, which are kept beside the model until then.
         existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
         relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
             again: for several sparsities, say.
+        progress: show a progress bar of what is collected, and of what is recalibrated.
         **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
             ``include``, ``exclude``, ...
 
@@ -109,16 +109,14 @@ def prune(
     check_batches(batches)
     if rounds is None:
         whole = granularity == "weight" and isinstance(parse_scope(selection["scope"]), str) and existing is None
-        rounds = 2 if whole and _highest(sparsity) > _ONE_ROUND and _recalibrates(model, recalibrate, batches) else 1
+        rounds = 2 if whole and _highest(sparsity) > _ONE_ROUND and _recalibrates(recalibrate, batches) else 1
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
     _check_granularity(relevance, granularity)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, granularity)
-    recalibrates = _recalibrates(model, recalibrate, reference)
+    recalibrates = _recalibrates(recalibrate, reference)
     if recalibrates and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
-    if recalibrate is None and not recalibrates and not _is_empty(reference):
-        _logger.info("not recalibrated: the model is divided among processes")
     which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
     if options.get("target") is None:
         options["target"] = Inferred()  # once for all rounds
@@ -130,7 +128,8 @@ def prune(
                 check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
             given = relevance if index == 0 else None
             if scores.needs_data and given is None:
-                collect(scores, reference, model, chunks)
+                with (bar if progress else no_bar)("Collecting relevance", chunks * number_of(reference)) as advance:
+                    collect(scores, Counted(reference, advance), model, chunks)
             with _once(told=index > 0):
                 scored = scores.compute() if given is None else given
                 check_included(which.get("include"), scored, scored.unscored)
@@ -139,7 +138,7 @@ def prune(
             if recalibrates:
                 restore()
                 explained = options["target"] if callable(options["target"]) else scored.target
-                found = measure(model, masks, reference, explained)
+                found = measure(model, masks, reference, explained, progress=progress)
             zero(masks)
             if recalibrates:
                 found.apply_(subject_of(model).module)
@@ -148,22 +147,17 @@ def prune(
     return masks
 
 
-def _recalibrates(model: nn.Module, asked: bool | None, reference: Any) -> bool:
-    """Whether to recalibrate, which takes batches and whole weights.
+def _recalibrates(asked: bool | None, reference: Any) -> bool:
+    """Whether to recalibrate, which takes batches.
 
     Raises:
         ValueError: if it is asked for and cannot be.
     """
     if asked is False:
         return False
-    divided = any(map(is_sharded, model.parameters()))
-    if asked and divided:
-        raise ValueError(
-            "recalibrate=True needs whole weights, and this model is divided among processes: leave it out, or prune before"
-        )
     if asked and _is_empty(reference):
         raise ValueError("recalibrate=True needs batches: pass some, or recalibrate=False")
-    return not divided and not _is_empty(reference)
+    return not _is_empty(reference)
 
 
 def _highest(sparsity: float | Mapping[str, float]) -> float:
@@ -221,19 +215,10 @@ def _once(told: bool) -> Iterator[None]:
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[Any]:
     """Yields what applies masks, and restores the values that they zeroed if a later round fails."""
-    done: list[tuple[Masks, dict[str, Tensor]]] = []
-
-    def zero(masks: Masks) -> None:
-        parameters = resolve(masks, model)
-        values = {name: local_part(entry)[~masks.part(name, entry)] for name, entry in parameters.items()}
-        done.append((masks, values))
-        masks.apply_(model)
-
+    undo: list[Callable[[], None]] = []
     try:
-        yield zero
+        yield lambda masks: undo.append(zero_(model, masks))
     except BaseException:
-        with torch.no_grad():
-            for masks, values in reversed(done):
-                for name, parameter in resolve(masks, model).items():
-                    local_part(parameter)[~masks.part(name, parameter)] = values[name]
+        for entry in reversed(undo):
+            entry()
         raise

@@ -13,30 +13,31 @@ batches that it has not yet been fitted to.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.models.batches import laid_together, samples_in, to_device
-from lrp_prune.models.padding import counted_tokens
+from lrp_prune.attribution.origins import Layout
+from lrp_prune.attribution.sharded import shardings_of
+from lrp_prune.models.batches import samples_in
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
+from lrp_prune.progress import Progress, bar, no_bar
+from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.moments import PairedMoments
-from lrp_prune.pruning.pairs import DenseOutputs, Place, PrunedUses
-from lrp_prune.pruning.passes import Normalization, divergence, normalizing, outputs_of
-from lrp_prune.sharding import is_sharded
+from lrp_prune.pruning.pairs import Place
+from lrp_prune.pruning.passes import Normalization
+from lrp_prune.pruning.processes import Processes
+from lrp_prune.sharding import device_of, local_part, mesh_of, sharding_of
 from lrp_prune.targets import Target
+from lrp_prune.unscored import patterns_of
 
 STRENGTHS = (0.5, 1.0)
 """How much of the least squares is tried, beside nothing."""
-
-_ENTRIES = 1 << 28
-"""Entries of layers' outputs that are kept at a time, of the dense model: 1 GB in float32."""
 
 _BATCHES, _SAMPLES = 16, 256
 """So many batches are looked at, or more if they have fewer samples."""
@@ -52,6 +53,7 @@ class Recalibration:
         scales: per place in a weight, ``[channels]``.
         shifts: per place, of its bias, beside the scale.
         normalizations: module -> change of the running mean, and factor of the running variance.
+        left_out: weights that keep their scale, each with the reason.
     """
 
     strength: float
@@ -59,11 +61,14 @@ class Recalibration:
     scales: dict[Place, Tensor] = field(default_factory=dict, repr=False)
     shifts: dict[Place, Tensor] = field(default_factory=dict, repr=False)
     normalizations: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         tried = ", ".join(f"{strength:g}: {value:.4g}" for strength, value in sorted(self.divergences.items()))
         done = f"at strength {self.strength:g}" if self.strength else "not recalibrated"
-        return f"{done} (divergence from the dense model by strength: {tried})"
+        names = patterns_of(self.left_out) if self.strength else []
+        left = f"; as they are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        return f"{done} (divergence from the dense model by strength: {tried}){left}"
 
     @property
     def parameters(self) -> list[str]:
@@ -75,13 +80,18 @@ class Recalibration:
     def apply_(self, model: nn.Module) -> None:
         """Change a model in place, to which the masks have been applied."""
         parameters, modules = named_parameters(model), named_modules(model)
+        scaled: dict[str, list[_Part]] = {}
+        shifted: dict[str, list[_Part]] = {}
         for place, scale in self.scales.items():
-            weight = parameters[place.name].detach()
-            part = place.layout.on(weight)
-            part.mul_(place.along_weight(scale, part).to(part))
+            scaled.setdefault(place.name, []).append((place.layout, partial(place.along_weight, scale)))
             if place.bias is not None:
-                bias = place.bias.layout.on(parameters[place.bias.name].detach())
-                bias.mul_(scale.to(bias)).add_(self.shifts[place].to(bias))
+                bias, shift = place.bias, self.shifts[place]
+                scaled.setdefault(bias.name, []).append((bias.layout, partial(_as_it_is, scale)))
+                shifted.setdefault(bias.name, []).append((bias.layout, partial(_as_it_is, shift)))
+        for name, parts in scaled.items():
+            _change_(parameters[name], parts, Tensor.mul_, 1.0)
+        for name, parts in shifted.items():
+            _change_(parameters[name], parts, Tensor.add_, 0.0)
         for name, (moved, factor) in self.normalizations.items():
             module = modules[name]
             assert isinstance(module, Normalization)
@@ -90,34 +100,28 @@ class Recalibration:
             module.running_var.mul_(factor.to(module.running_var))
 
 
-class _Candidate:
-    """One strength: its moments so far, and how far its outputs were from the dense ones."""
+_Part = tuple[Layout, Callable[[Tensor], Tensor]]
+"""Where in a parameter, and from the entries there to what they are combined with."""
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-        self.channels: dict[Place, PairedMoments] = {}
-        self.norms: dict[str, PairedMoments] = {}
-        self.divergences: list[float] = []
 
-    def normalized(self, name: str, x: Tensor, dense: Tensor | None, fitting: bool) -> tuple[Tensor, Tensor] | None:
-        """How the statistics of a batch normalization have to move for what it gets."""
-        if self.strength == 0:
-            return None
-        if fitting and dense is not None and dense.shape == x.shape:
-            self.norms.setdefault(name, PairedMoments(x.shape[1])).add(_by_place(x), _by_place(dense))
-        return self.norms[name].change() if name in self.norms else None
+def _as_it_is(values: Tensor, part: Tensor) -> Tensor:
+    return values
 
-    def take_together(self) -> None:
-        """Add what the other processes have."""
-        for table in (self.channels, self.norms):
-            everyone = _gathered({name: moments.state() for name, moments in table.items()})
-            if len(everyone) == 1:
-                continue
-            rank = torch.distributed.get_rank()
-            for name in dict.fromkeys(name for theirs in everyone for name in theirs):
-                states = [theirs[name] for number, theirs in enumerate(everyone) if name in theirs and number != rank]
-                if states:
-                    table.setdefault(name, PairedMoments(states[0].shape[1])).merge(states)
+
+def _change_(
+    parameter: Tensor, parts: Sequence[_Part], combine: Callable[[Tensor, Tensor], Any], neutral: float
+) -> None:
+    """Combine parts of a parameter with values; of one that is divided among processes what of them is here.
+
+    That takes one tensor of the whole parameter's size for a while, as the parameter's own layer does in a forward.
+    """
+    here, sharding = local_part(parameter), sharding_of(parameter)
+    whole = here if sharding is None else torch.full(sharding.shape, neutral, dtype=here.dtype, device=here.device)
+    for layout, values in parts:
+        part = layout.on(whole)
+        combine(part, values(part).to(part))
+    if sharding is not None:
+        combine(here, sharding.part(whole))
 
 
 def recalibrate(
@@ -127,13 +131,17 @@ def recalibrate(
     target: str | Target | Callable[[nn.Module, Any], Tensor] = "",
     strengths: Sequence[float] = STRENGTHS,
     together: bool = False,
+    progress: bool | Progress = False,
 ) -> Recalibration:
     """How the channels of a dense model have to be scaled and shifted once masks are applied to it.
 
-    Each batch is run once dense, and once for each strength with masks in the products; the model itself stays as it is. Of
-    layers whose outputs are of other tokens when pruned (experts with a router), of recurrent steps, of weights that are
-    scaled before they are used, and of those that something else uses as well (tied ones), nothing is known: they keep their
-    scale.
+    Each batch is run once dense, and once for each strength with the masks applied; then the model is as it was, bit for bit, as
+    it is if anything fails. Of a model that ``fully_shard`` has divided every process gives its own batches, and each keeps the
+    values of its own part meanwhile; moments are summed in the forward, so that the result is that of one process on all batches.
+
+    Experts of a mixture are compared on the tokens that the dense model sends to them, and judged on those that reach them. Of
+    recurrent steps, of weights that are scaled before they are used, and of those that something else uses as well (tied ones)
+    nothing is known: they keep their scale, and are named in ``left_out``.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -142,10 +150,14 @@ def recalibrate(
         target: what is explained, which tells how outputs are compared: by the Kullback-Leibler divergence where they are
             choices, else by squares. A function of model and batch is run in the model's place, and its values are compared.
         strengths: what to try beside nothing.
-        together: whether all processes of a run do this at the same time, each on batches of its own, for one result.
+        together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
+            result. Those that a model is divided among do in any case.
+        progress: show a progress bar, or what shows another.
 
     Raises:
-        ValueError: there is no batch, or a batch does not fit the model.
+        ValueError: there is no batch, a batch does not fit the model, or the model is divided in another way than by
+            ``fully_shard``.
+        RuntimeError: another process has an error; or parameters were gathered in inference mode before.
         FloatingPointError: the dense model's output is not finite.
 
     Example:
@@ -163,18 +175,34 @@ def recalibrate(
     subject = subject_of(model)
     module = subject.module
     target = subject.own_target if subject.own_target is not None and not callable(target) else target
-    if any(map(is_sharded, module.parameters())):
-        warnings.warn("models that are divided among processes are not recalibrated yet", UserWarning, stacklevel=2)
-        return Recalibration(0.0, {})
-    fitted, judged = _parts(enough(batches))
-    candidates = [_Candidate(strength) for strength in (0.0, *strengths)]
-    for group in _groups(module, fitted, masks, target):
-        _compare(module, masks, group, candidates[1:], target, fitting=True)
-    for candidate in candidates if together else ():
-        candidate.take_together()
-    for batch in judged:
-        _compare(module, masks, batch, candidates, target, fitting=False)
-    return _best(candidates, together)
+    divided = bool(shardings_of(module))  # or refused, where they are divided in another way
+    mesh = mesh_of(module) if divided else None
+    device = next(module.parameters()).device if mesh is None else device_of(mesh)
+    processes = Processes(mesh) if mesh is not None or not together else Processes.of_run(device)
+    with processes.agreeing():
+        fitted, judged = _parts(enough(batches))
+    candidates = [Candidate(strength) for strength in (0.0, *strengths)]
+    shown = progress if callable(progress) else bar if progress else no_bar
+    with shown("Recalibrating", len(fitted) * len(candidates) + len(judged) * (1 + len(candidates))) as advance:
+        runs = Runs(module, masks, target, processes, device, advance)
+        runs.fit(fitted, candidates[1:])
+        runs.judge(judged, candidates)
+    result = _best(candidates, processes)
+    fitted_to = {place.name for place, moments in candidates[-1].channels.items() if moments.told}
+    pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
+    result.left_out = {name: _reason(runs.seen.get(name)) for name in pruned}
+    return result
+
+
+def _reason(tied: bool | None) -> str:
+    """Why a weight is not scaled.
+
+    Args:
+        tied: whether something else uses it as well; None if it has no channels.
+    """
+    if tied is None:
+        return "is in no product of which each output channel could be scaled by it alone"
+    return "is used by something else as well" if tied else "is reached by too few of the dense model's tokens"
 
 
 def enough(batches: Iterable[Any]) -> list[Any]:
@@ -202,86 +230,22 @@ def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     return batches[:-number], batches[-number:]
 
 
-def _groups(module: nn.Module, batches: list[Any], masks: Masks, target: Any) -> Iterator[Any]:
-    """Batches laid together to as few as memory allows: what a layer gets depends on the scales of those before.
-
-    Fitted batch by batch, the scales of one layer would be changed again when the next have been fitted to them; deep networks
-    with batch normalization amplify that. So as many as possible are run as one.
-    """
-    size: int | None = None
-    while batches:
-        if size is None:
-            uses = DenseOutputs(masks, None)
-            outputs_of(module, batches[0], uses, target)
-            size = max(1, _ENTRIES // max(uses.entries, 1))
-        together, number = batches[0], 1
-        for batch in batches[1:size]:
-            both = laid_together(together, batch)
-            if both is None:
-                break
-            together, number = both, number + 1
-        batches = batches[number:]
-        yield together
-
-
-def _compare(
-    module: nn.Module, masks: Masks, batch: Any, candidates: Sequence[_Candidate], target: Any, fitting: bool
-) -> None:
-    """Run a batch dense, and as each candidate would have it: to fit scales to it, or to judge by it those that are known."""
-    batch = to_device(batch, next(module.parameters()).device)
-    counted = counted_tokens(module, batch, 0)
-    dense = DenseOutputs(masks, counted)
-    norms: dict[str, list[Tensor]] = {}
-
-    def kept(name: str, x: Tensor) -> None:
-        norms.setdefault(name, []).append(x.detach())
-
-    with normalizing(module, kept):
-        expected = outputs_of(module, batch, dense, target)
-    if not all(bool(torch.isfinite(entry).all()) for entry in expected):
-        raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
-    for candidate in candidates:
-        uses = PrunedUses(masks, dense, candidate.channels, candidate.strength, counted, fitting)
-        inputs = {name: iter(values) for name, values in norms.items()}
-
-        def moved(name: str, x: Tensor, candidate: _Candidate = candidate, inputs: Any = inputs) -> Any:
-            return candidate.normalized(name, x, next(inputs.get(name, iter(())), None), fitting)
-
-        with normalizing(module, moved):
-            found = outputs_of(module, batch, uses, target)
-        if not fitting:
-            candidate.divergences.append(divergence(expected, found, target, counted))
-
-
-def _by_place(x: Tensor) -> Tensor:
-    return x.detach().movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def _best(candidates: list[_Candidate], together: bool) -> Recalibration:
+def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
     """The strength whose outputs are closest on batches that it was not fitted to."""
-    judged = {candidate.strength: _mean(candidate.divergences, together) for candidate in candidates}
+    judged = {candidate.strength: _mean(candidate.divergences, processes) for candidate in candidates}
     finite = {strength: value for strength, value in judged.items() if math.isfinite(value)}
     strength = min(finite, key=lambda entry: (finite[entry], entry)) if finite else 0.0
     chosen = next(candidate for candidate in candidates if candidate.strength == strength)
     result = Recalibration(strength, judged)
     for place, moments in chosen.channels.items() if strength else ():
-        if moments.count:
+        if moments.told:
             result.scales[place], shift = moments.fit(strength, place.bias is not None)
             if place.bias is not None:
                 result.shifts[place] = shift
-    result.normalizations = {name: moments.change() for name, moments in chosen.norms.items() if moments.count}
+    result.normalizations = {name: moments.change() for name, moments in chosen.norms.items() if moments.told}
     return result
 
 
-def _mean(values: Sequence[float], together: bool) -> float:
-    everyone = _gathered(list(values)) if together else [values]
-    flat = [value for theirs in everyone for value in theirs]
+def _mean(values: Sequence[float], processes: Processes) -> float:
+    flat = [value for theirs in processes.gathered(list(values)) for value in theirs]
     return float(sum(flat) / max(len(flat), 1))
-
-
-def _gathered(value: Any) -> list[Any]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, value)
-    return everyone

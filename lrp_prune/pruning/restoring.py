@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lrp_prune.sharding import local_part
+from lrp_prune.sharding import at_rest, local_part
 
 
 @contextmanager
@@ -17,10 +17,12 @@ def restored(model: nn.Module, always: bool) -> Iterator[Callable[[], None]]:
         model: the model.
         always: whether that is done at the end, too; else only if something fails.
     """
+    at_rest(model)
     tensors = [local_part(tensor) for tensor in (*model.parameters(), *model.buffers())]
     values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
     def restore() -> None:
+        at_rest(model)
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)

@@ -112,7 +112,9 @@ def pruned(case: Case, model: nn.Module, data: Data, row: Row) -> tuple[nn.Modul
         if options.get("method", "lrp") in ("lrp", "gradient"):
             options["target"] = case.target
         before, start = masks, time.perf_counter()
-        masks = lrp_prune.prune(model.eval(), data.reference, sparsity, unruled="ignore", existing=before, **options)
+        masks = lrp_prune.prune(
+            model.eval(), data.reference, sparsity, unruled="ignore", existing=before, progress=False, **options
+        )
         seconds += time.perf_counter() - start
         if row.rounds > 1:
             for _ in train(case, model, data.train, case.epochs / ROUNDS, case.rate / 2, row.seed + 100 * number):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
 
 import lrp_prune
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, _progress
 
 
 class Seen(Callback):
@@ -70,3 +70,35 @@ def test_averages_keep_the_zeros(make_module: Any, make_loader: Any, make_traine
     make_trainer(callbacks=[pruning, WeightAveraging()], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
     assert pruning.masks is not None
     assert all(not module.state_dict()[name][~mask].any() for name, mask in pruning.masks.items())
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar, None])
+def test_a_progress_bar_beside_the_trainers_own(
+    bar: Any, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    real = _progress.CollectionProgress
+
+    class Noted(real):  # type: ignore[valid-type, misc]
+        def __init__(self, trainer: Any, total: float, description: str = "Collecting relevance") -> None:
+            super().__init__(trainer, total, description)
+            self.shows, self.steps, self.open = (self._tqdm or self._rich) is not None, [0.0, total], True
+            if description == "Recalibrating":
+                made.append(self)
+
+        def advance(self, batches: int = 1) -> None:
+            super().advance(batches)
+            self.steps[0] += batches
+
+        def close(self) -> None:
+            super().close()
+            self.open = False
+
+    monkeypatch.setattr(_progress, "CollectionProgress", Noted)
+    pruning = RelevancePruning(sparsity=0.6, recalibrate=True, summary=False)
+    callbacks = [pruning, *([bar()] if bar is not None else [])]
+    trainer = make_trainer(callbacks=callbacks, enable_progress_bar=bar is not None, max_epochs=2)
+    trainer.fit(make_module("none"), make_loader(), make_loader(seed=2))
+    (shown,) = made
+    assert shown.shows == (bar is not None) and not shown.open
+    assert shown.steps[0] == shown.steps[1] > 0

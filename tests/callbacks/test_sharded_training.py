@@ -111,6 +111,82 @@ def test_sharded_trainings_prune_what_one_process_prunes(tmp_path: Path, options
             assert different == 0
 
 
+class Uneven(Classifier):
+    """Does not train; biases, and sizes that two processes cannot share equally; a batch normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 13),
+            torch.nn.ReLU(),
+            torch.nn.Linear(13, 11),
+            torch.nn.BatchNorm1d(11, momentum=0.0),
+            torch.nn.Linear(11, 4),
+        )
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import FSDPModule, fully_shard
+
+            if not isinstance(self.net, FSDPModule):
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def recalibrated(processes: int, directory: Path, strategy: str | None = None, **options: Any) -> Any:
+    """What a round leaves."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if pruner.round == 1 and not found:
+                found.update({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
+
+    pruner = RelevancePruning(sparsity=0.6, summary=False, recalibrate=True, **options)
+    arguments = {} if strategy is None else {"strategy": strategy}
+    made = trainer(processes, directory, max_epochs=2, callbacks=[pruner, Seen()], **arguments)
+    module = Uneven()
+    dense = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    made.fit(module, loader(), loader(seed=2))
+    masks = pruner.masks.gathered()
+    assert all(not found[name][~mask].any() for name, mask in masks.items())
+    kept = [found[name][mask] / dense[name][mask] for name, mask in masks.items()]
+    assert any((scale - 1).abs().max() > 1e-3 for scale in kept)
+    return {name: value for name, value in found.items() if "num_batches" not in name}
+
+
+@pytest.mark.parametrize("options", [{"method": "magnitude", "reference": True}, {}], ids=str)
+def test_sharded_trainings_recalibrate_as_others_do(tmp_path: Path, options: dict[str, Any]) -> None:
+    """With reference data as one process, with a validation's batches as processes with a whole model each."""
+    given = {**options, "reference": loader(16, seed=5)} if "reference" in options else options
+    if "reference" in options:
+        expected = results(lambda: recalibrated(1, tmp_path / "one", **given), 1, tmp_path / "one")[0]
+    else:
+        expected = results(lambda: recalibrated(2, tmp_path / "ddp", "ddp", **given), 2, tmp_path / "ddp")[0]
+    for found in results(lambda: recalibrated(2, tmp_path / "two", **given), 2, tmp_path / "two"):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_recalibrating_after_a_validation_in_inference_mode(tmp_path: Path) -> None:
+    """A method without data goes through the model for the first time when it recalibrates."""
+
+    def call() -> bool:
+        data = loader(32, seed=5)
+        pruner = RelevancePruning(0.6, method="magnitude", reference=data, summary=False, recalibrate=True)
+        made = trainer(2, tmp_path, max_epochs=2, callbacks=[pruner], num_sanity_val_steps=0)
+        module = Uneven()
+        made.validate(module, loader(seed=2), verbose=False)
+        made.fit(module, loader(), loader(seed=2))
+        before, masks = dict(Uneven().named_parameters()), pruner.masks.gathered()
+        return any(not torch.equal(whole(module.get_parameter(name)), before[name] * masks[name]) for name in masks)
+
+    assert results(call, 2, tmp_path) == [True, True]
+
+
 @pytest.mark.parametrize(("precision", "accumulate"), [("32-true", 2), ("bf16-mixed", 1), ("bf16-true", 1)])
 def test_zeros_stay_in_weights_gradients_and_moments(tmp_path: Path, precision: str, accumulate: int) -> None:
     def train() -> Any:

@@ -1,8 +1,8 @@
 """Recalibration: channels are brought back to the dense model's, by what least squares say and only as far as it helps."""
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from recurrent_layers import LastStep
-from sharding import together
 from small_models import batch_for, build
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ def test_moments_are_those_of_all_batches_together() -> None:
     for start, stop in ((0, 7), (7, 7), (7, 60)):
         parts.add(pruned[start:stop], dense[start:stop])
     other.add(pruned[60:], dense[60:])
-    parts.merge([other.state(), PairedMoments(3).state()])
+    parts.merge([other, PairedMoments(3)])
     for strength, shifted in ((1.0, True), (1.0, False), (0.5, True)):
         for mine, theirs in zip(parts.fit(strength, shifted), whole.fit(strength, shifted), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-6)
@@ -169,14 +168,71 @@ def test_what_does_not_help_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> N
     assert min(found.divergences, key=found.divergences.__getitem__) == 0.0
 
 
+def test_outputs_that_the_model_writes_into_count_as_they_came() -> None:
+    """Those of products, and what batch normalizations get."""
+
+    def made(in_place: bool) -> nn.Module:
+        torch.manual_seed(0)
+
+        class Adding(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.norm = nn.Conv2d(3, 8, 3), nn.Linear(16, 8), nn.BatchNorm1d(8)
+
+            def forward(self, images: Tensor) -> Tensor:
+                x = F.relu(self.first(images), inplace=in_place)
+                x = F.silu(self.second(x.flatten(2)).mean(1), inplace=in_place)
+                y = self.norm(x)
+                result: Tensor = x.add_(y) if in_place else x + y
+                return result
+
+        return Adding().eval()
+
+    batches = [(torch.randn(32, 3, 6, 6),) for _ in range(4)]
+    masks = masks_of(made(True), 0.6)
+    one, other = (recalibrate(made(entry), masks, batches, "regression", strengths=(1.0,)) for entry in (True, False))
+    assert one.divergences == pytest.approx(other.divergences) and len(one.scales) == 2
+    for place, scale in one.scales.items():
+        torch.testing.assert_close(scale, other.scales[place])
+    torch.testing.assert_close(one.normalizations, other.normalizations)
+
+
+class Looking(nn.Module):
+    """Weights that are used, but in no product: rows that are looked up, and a gate for each channel and channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.gates, self.head = nn.Embedding(20, 8), nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.head((self.table(ids) * self.gates).relu().mean(1))
+        return result
+
+
+def test_weights_that_are_in_no_product_are_pruned_in_the_forecast() -> None:
+    torch.manual_seed(0)
+    model = Looking().eval()
+    masks = lrp_prune.select(scorer("random", model, include=["table", "gates", "head"]).compute(), 0.5, scope="layer")
+    batches = [torch.randint(20, (32, 4)) for _ in range(4)]
+    found = recalibrate(model, masks, batches, "regression", strengths=(1.0,))
+    assert found.strength == 1 and found.parameters == ["head.weight", "head.bias"]
+    plain = copy.deepcopy(model)
+    masks.apply_(plain)
+    with torch.no_grad():
+        for strength, sparse in ((0.0, plain), (1.0, applied(model, masks, found))):
+            dense = model(batches[-1])
+            off = float((sparse(batches[-1]) - dense).square().mean() / dense.var(correction=0))
+            assert off == pytest.approx(found.divergences[strength], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
 def test_language_models(name: str) -> None:
-    """Views of fused and transposed weights, biases or none, shared embeddings; experts keep their scale."""
-    model, batch = build(name).eval(), batch_for(name)
+    """Views of fused and transposed weights, biases or none, shared embeddings; experts."""
+    model, batch = build(name).eval(), {key: value.repeat(16, 1) for key, value in batch_for(name).items()}
     masks = masks_of(model, 0.5)
     found = recalibrate(model, masks, [batch], "next_token", strengths=(1.0,))
     assert found.divergences[1.0] < found.divergences[0.0] or found.strength == 0
-    assert not any("experts" in place.name for place in found.scales)
+    assert any("experts" in name for name in found.parameters) == (name == "mixtral" and found.strength > 0)
     sparse = applied(model, masks, found)
     assert all(not sparse.get_parameter(key)[~mask].any() for key, mask in masks.items())
 
@@ -230,12 +286,14 @@ def test_what_something_else_uses_as_well_keeps_its_scale(how: str, left_alone: 
     found = recalibrate(model, masks, batches, "regression", strengths=(1.0,))
     assert found.strength == 1
     scaled = {place.name for place in found.scales}
-    assert scaled == {f"{name}.weight" for name in names} - left_alone
+    assert scaled == {f"{name}.weight" for name in names} - left_alone == set(masks) - set(found.left_out)
+    reasons = {name: "no product" if how == "a buffer is added" else "something else" for name in left_alone}
+    assert all(reasons[name] in reason for name, reason in found.left_out.items())
+    assert all(name in str(found) for name in left_alone)
     with torch.no_grad():
         mended, dense = applied(model, masks, found)(batches[-1][0]), model(batches[-1][0])
-    if how != "embedding":  # whose rows are pruned, which no product shows
-        off = float((mended - dense).square().mean() / dense.var(correction=0))
-        assert off == pytest.approx(found.divergences[1.0], rel=1e-3)
+    off = float((mended - dense).square().mean() / dense.var(correction=0))
+    assert off == pytest.approx(found.divergences[1.0], rel=1e-3)
 
 
 def test_parameters_that_are_parts_of_one_memory() -> None:
@@ -274,7 +332,7 @@ def test_parameters_that_are_parts_of_one_memory() -> None:
 
 def test_padding_is_not_fitted_to() -> None:
     model = build("bert").eval()
-    batch = {key: value.clone() for key, value in batch_for("bert").items()}
+    batch = {key: value.repeat(8, 1) for key, value in batch_for("bert").items()}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][:, -3:] = 0
     other = {**batch, "input_ids": batch["input_ids"].clone()}
@@ -343,6 +401,28 @@ def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_progress_is_that_of_all_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = MODELS["mlp"]()
+    masks = masks_of(model, 0.6)
+    steps: list[int] = []
+
+    @contextmanager
+    def shown(what: str, total: float) -> Iterator[Callable[[int], None]]:
+        assert (what, total) == ("Recalibrating", 3 * (1 + 2) + 1 * (1 + 3))
+        yield steps.append
+        steps.append(0)
+
+    recalibrate(model, masks, batches, "regression", progress=shown)
+    assert steps == [3, 3, 3, 1, 1, 1, 1, 0]
+    labelled = [(x[0], torch.randint(5, (64,))) for x in batches]
+    for progress, expected in ((True, ["Collecting relevance", "Recalibrating"]), (False, [])):
+        capsys.readouterr()
+        lrp_prune.prune(copy.deepcopy(model), labelled, sparsity=0.5, progress=progress)
+        found = capsys.readouterr().err
+        assert [what for what in ("Collecting relevance", "Recalibrating") if what in found] == expected
+        assert bool(found) == progress
+
+
 def test_without_batches_nothing_is_recalibrated() -> None:
     model, _ = MODELS["mlp"]()
     before = model[0].weight.clone()
@@ -387,28 +467,6 @@ def test_a_saturated_classifier_does_not_collapse() -> None:
         sparse = copy.deepcopy(model)
         lrp_prune.prune(sparse, batches, sparsity=sparsity)
         assert accuracy(sparse) > 0.97
-
-
-def test_processes_come_to_one_result_from_batches_of_their_own(tmp_path: Path) -> None:
-    """Also where one of them has more than the other."""
-    torch.manual_seed(0)
-    model, batches = MODELS["mlp"]()
-    masks = masks_of(model, 0.6)
-
-    def measured(mesh: Any) -> Any:
-        rank = torch.distributed.get_rank()
-        mine = batches[:3] if rank == 0 else batches[2:]
-        found = recalibrate(model, masks, mine, "regression", strengths=(1.0,), together=True)
-        return found.strength, found.divergences, list(found.scales.values()), list(found.shifts.values())
-
-    one, other = together(measured, 2, tmp_path)
-    assert one[0] == other[0] == 1 and one[1] == other[1]
-    for mine, theirs in zip((*one[2], *one[3]), (*other[2], *other[3]), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
-    # The first layer's inputs are the same whatever the scales are: the moments are those of all batches that were fitted to.
-    alone = recalibrate(model, masks, [batches[0], batches[1], batches[2], batches[3]], "regression", strengths=(1.0,))
-    assert [scale.shape for scale in one[2]] == [scale.shape for scale in alone.scales.values()]
-    torch.testing.assert_close(one[2][0], alone.scales[next(iter(alone.scales))], rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_can_be_gone_through_once_are_enough() -> None:

@@ -144,7 +144,8 @@ def test_a_sharded_model_is_pruned_as_a_whole_one(tmp_path: Path, processes: int
     def check(mesh: Any) -> None:
         for setting, (reference, weights) in zip(settings, expected, strict=True):
             model = sharded(build("llama"), mesh)
-            masks = lrp_prune.prune(model, batches[mesh.get_local_rank() :: processes], **_exact(setting))
+            mine = batches[mesh.get_local_rank() :: processes]
+            masks = lrp_prune.prune(model, mine, recalibrate=False, **_exact(setting))
             assert masks.num_pruned == reference.num_pruned
             assert masks.gathered() == reference, setting
             for parameter, weight in zip(model.parameters(), weights, strict=True):
@@ -164,7 +165,9 @@ def _exact(setting: dict[str, Any]) -> dict[str, Any]:
     return setting if setting.get("method") in ("magnitude", "random") else {**setting, "matmul_dtype": None}
 
 
-def test_an_error_leaves_a_sharded_model_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recalibrate", [False, True])
+def test_an_error_leaves_a_sharded_model_as_it_was(tmp_path: Path, recalibrate: bool) -> None:
+    """In a later round, and while the first is recalibrated."""
     batch = {"input_ids": torch.arange(3, 10)[None], "labels": torch.arange(3, 10)[None]}
 
     def check(mesh: Any) -> None:
@@ -176,7 +179,7 @@ def test_an_error_leaves_a_sharded_model_as_it_was(tmp_path: Path) -> None:
 
         before = [whole(parameter) for parameter in model.parameters()]
         with pytest.raises(FloatingPointError):
-            lrp_prune.prune(model, [batch], rounds=3, target=target)
+            lrp_prune.prune(model, [batch], rounds=3, target=target, recalibrate=recalibrate)
         assert len(calls) == 3
         assert all(torch.equal(whole(after), known) for after, known in zip(model.parameters(), before, strict=True))
 

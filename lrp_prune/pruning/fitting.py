@@ -1,0 +1,154 @@
+"""Fitting scales and shifts to the outputs of a dense model, at several strengths side by side, and judging them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.models.batches import laid_together, to_device
+from lrp_prune.models.padding import counted_tokens
+from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.pruning.pairs import DenseOutputs, Place, PrunedUses
+from lrp_prune.pruning.passes import Change, divergence, normalizing, outputs_of
+from lrp_prune.pruning.processes import Processes, Turn, Turns
+from lrp_prune.pruning.zeroed import zeroed
+
+_ENTRIES = 1 << 28
+"""Entries of layers' outputs that are kept at a time, of the dense model: 1 GB in float32."""
+
+
+class Candidate:
+    """One strength: its moments so far, and how far its outputs were from the dense ones."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+        self.channels: dict[Place, PairedMoments] = {}
+        self.norms: dict[str, PairedMoments] = {}
+        self.divergences: list[float] = []
+
+    def normalized(
+        self, name: str, x: Tensor, dense: Tensor | None, turns: Turns | None, adding: bool
+    ) -> Change | None:
+        """How the statistics of a batch normalization have to move for what it gets."""
+        if self.strength == 0:
+            return None
+        if turns is not None:
+            fresh = PairedMoments(x.shape[1])
+            if adding and dense is not None and dense.shape == x.shape:
+                fresh.add(_by_place(x), _by_place(dense))
+            whole = turns.summed(name, fresh)
+            if whole is not None:
+                self.norms.setdefault(name, PairedMoments(x.shape[1])).merge([whole])
+        return self.norms[name].change() if name in self.norms and self.norms[name].told else None
+
+
+def _by_place(x: Tensor) -> Tensor:
+    return x.detach().movedim(1, -1).reshape(-1, x.shape[1])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A model that is run dense, and as candidates would have it.
+
+    Args:
+        model: dense; between the runs it is as it was.
+        masks: what is to be pruned.
+        target: what is explained.
+        processes: those that do this together.
+        device: of the batches.
+        advance: told of each batch that was run.
+    """
+
+    model: nn.Module
+    masks: Masks
+    target: Any
+    processes: Processes
+    device: torch.device
+    advance: Callable[[int], Any]
+    seen: dict[str, bool] = field(default_factory=dict)
+    """Names of weights that are places, or have some, and whether something else uses one as well."""
+
+    def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
+        """Fit scales to batches, laid together to as few as memory allows."""
+        for batch, number, adding in self._in_step(list(self._groups(batches))):
+            self._compare(batch, candidates, True, adding, number)
+
+    def judge(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
+        """See how far the outputs are from the dense ones with what is known."""
+        for batch, number, adding in self._in_step([(batch, 1) for batch in batches]):
+            self._compare(batch, candidates, False, adding, number)
+
+    def _groups(self, batches: list[Any]) -> Iterator[tuple[Any, int]]:
+        """Batches laid together: what a layer gets depends on the scales of those before.
+
+        Fitted batch by batch, the scales of one layer would be changed again when the next have been fitted to them; deep
+        networks with batch normalization amplify that. So as many as possible are run as one.
+        """
+        with self.processes.agreeing():
+            uses = DenseOutputs(self.masks)
+            outputs_of(self.model, to_device(batches[0], self.device), uses, self.target, Choices())
+        size = min(self.processes.gathered(max(1, _ENTRIES // max(uses.entries, 1))))
+        while batches:
+            together, number = batches[0], 1
+            for batch in batches[1:size]:
+                both = laid_together(together, batch)
+                if both is None:
+                    break
+                together, number = both, number + 1
+            batches = batches[number:]
+            yield together, number
+
+    def _in_step(self, groups: list[tuple[Any, int]]) -> Iterator[tuple[Any, int, bool]]:
+        """The same number in each process: one that has no more runs its last again, which does not count."""
+        for index in range(max(self.processes.gathered(len(groups)))):
+            yield *groups[min(index, len(groups) - 1)], index < len(groups)
+
+    def _compare(self, batch: Any, candidates: Sequence[Candidate], fitting: bool, adding: bool, number: int) -> None:
+        """Run a batch, made of so many, dense, and as each candidate would have it."""
+        with self.processes.agreeing():
+            batch = to_device(batch, self.device)
+            counted = counted_tokens(self.model, batch, 0)
+            dense, choices, norms = DenseOutputs(self.masks), Choices(), dict[str, list[Tensor]]()
+
+            def kept(name: str, x: Tensor) -> None:
+                norms.setdefault(name, []).append(x.detach().clone())
+                dense.order.append((name, int(x.shape[1])))
+
+            with normalizing(self.model, kept):
+                expected = outputs_of(self.model, batch, dense, self.target, choices)
+            if not all(bool(torch.isfinite(entry).all()) for entry in expected):
+                raise FloatingPointError("the dense model's output is not finite: check the batches and the precision")
+            self.advance(number if adding else 0)
+        for key, _ in dense.order:
+            if isinstance(key, Place):
+                self.seen[key.name] = self.seen.get(key.name, False) or not dense.is_alone(key)
+        turns = Turns(self.processes, [turn for turn in dense.order if _is_alone(turn, dense)]) if fitting else None
+        with zeroed(self.model, self.masks):
+            for candidate in candidates:
+                uses = PrunedUses(self.masks, dense, candidate.channels, candidate.strength, counted, turns, adding)
+                inputs = {name: iter(values) for name, values in norms.items()}
+
+                def moved(name: str, x: Tensor, candidate: Candidate = candidate, inputs: Any = inputs) -> Any:
+                    there = next(inputs.get(name, iter(())), None)
+                    return candidate.normalized(name, x, there, turns, adding)
+
+                with (
+                    self.processes.agreeing(),
+                    normalizing(self.model, moved),
+                    turns.taken() if turns else nullcontext(),
+                ):
+                    # Fitted, pairs are of the same tokens; judged, the model chooses as it will.
+                    again = Choices(choices.made if fitting else None)
+                    found = outputs_of(self.model, batch, uses, self.target, again)
+                    if not fitting and adding:
+                        candidate.divergences.append(divergence(expected, found, self.target, counted))
+                    self.advance(number if adding else 0)
+
+
+def _is_alone(turn: Turn, dense: DenseOutputs) -> bool:
+    return not isinstance(turn[0], Place) or dense.is_alone(turn[0])

@@ -1,0 +1,126 @@
+"""Processes that recalibrate one model together, each on batches of its own: as one process on all of them.
+
+What a layer gets depends on the scales of the layers before it, so that its moments have to be those of all processes before the
+next layer runs: they are summed in the forward, product by product.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.sharding import agree, all_gathered, all_reduced
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Turn = tuple[Hashable, int]
+"""What is summed, and how many channels it has."""
+
+
+class Processes:
+    """Those that work together.
+
+    Args:
+        mesh: of those that a model is divided among, or that have one each; None: this one works alone.
+    """
+
+    def __init__(self, mesh: "DeviceMesh | None") -> None:
+        self._mesh = mesh
+
+    @classmethod
+    def of_run(cls, device: torch.device) -> "Processes":
+        """All of a run, each with a whole model on a device."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return cls(None)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = "cpu" if torch.distributed.get_backend() == "gloo" else device.type
+        return cls(init_device_mesh(kind, (torch.distributed.get_world_size(),)))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self._mesh is None
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A small plain value of each, in the same order everywhere."""
+        return [value] if self._mesh is None else all_gathered(value, self._mesh)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of small tensors."""
+        return values if self._mesh is None else all_reduced(values, self._mesh)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What fails in one of them fails in all: they would wait for it in the next exchange.
+
+        Raises:
+            Exception: this process's own error.
+            RuntimeError: another's.
+        """
+        if self._mesh is None:
+            yield
+            return
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        agree(failure, self._mesh, "recalibrating")
+
+
+class Turns:
+    """Which moments are summed over all processes in a forward, and in which order.
+
+    All make the same sums, whatever happens in one of them: what one leaves out, it takes part in with nothing as soon as it is
+    at a later one, or at the end.
+
+    Args:
+        processes: those that work together.
+        seen: what this one's forward had, in order. What others have not as often, or in another order, is in no sum.
+    """
+
+    def __init__(self, processes: Processes, seen: Sequence[Turn]) -> None:
+        self._processes = processes
+        everyone = [list(theirs) for theirs in processes.gathered(list(seen))]
+        counts = [Counter(theirs) for theirs in everyone]
+        common = [[turn for turn in theirs if len({count[turn] for count in counts}) == 1] for theirs in everyone]
+        first = next((index for index, same in enumerate(zip(*common, strict=True)) if len(set(same)) > 1), None)
+        self._turns = common[0][:first]
+        self._next = 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The time of one forward."""
+        self._next = 0
+        try:
+            yield
+        finally:
+            self._skip(len(self._turns))
+
+    def summed(self, key: Hashable, moments: PairedMoments) -> PairedMoments | None:
+        """The moments of all processes; None if not all of them have this.
+
+        Args:
+            key: what it is.
+            moments: of this process, in this forward.
+        """
+        turn = (key, moments.channels)
+        if self._processes.alone:
+            return moments if turn in self._turns else None
+        if turn not in self._turns[self._next :]:
+            return None
+        self._skip(self._turns.index(turn, self._next))
+        self._next += 1
+        return moments.over(self._processes.summed)
+
+    def _skip(self, until: int) -> None:
+        """Take part with nothing in what comes before."""
+        for _, channels in self._turns[self._next : until] if not self._processes.alone else ():
+            PairedMoments(channels).over(self._processes.summed)
+        self._next = max(self._next, until)
