@@ -17,7 +17,7 @@ from lrp_prune.callbacks._checks import check_choice, check_count, check_strateg
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
 from lrp_prune.correction import Patch, Search, search_amount
-from lrp_prune.correction.combining import merged, renewed
+from lrp_prune.correction.combining import merged
 from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.models.states import undisturbed
@@ -307,7 +307,7 @@ class ContrastiveCorrection(CollectingCallback):
             return
         # Validations within an epoch are followed by further steps of it.
         with pl_module.uncorrected():
-            self._patch = renewed(self._patch, pl_module.module)
+            self._patch = self._patch.renewed(pl_module.module)
         try:
             # The checksums are those of a moment ago.
             pl_module.add(self._behaviour, self._patch, self._strength, strict=False)

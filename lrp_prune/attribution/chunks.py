@@ -2,15 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.sharding import in_step
-
-if TYPE_CHECKING:
-    from lrp_prune.attribution.collect import RelevanceAccumulator
 
 
 class Collecting(Protocol):
@@ -18,6 +15,27 @@ class Collecting(Protocol):
 
     def update(self, batch: Any) -> None:
         """Add one batch."""
+
+
+class Table(Protocol):
+    """The sums of many weights."""
+
+    active: set[str] | None
+    """The names of those that are collected; None for all."""
+
+    def park(self, names: set[str], device: torch.device) -> None:
+        """Finish the sums of these weights and keep them on that device."""
+
+
+class OfWeights(Collecting, Protocol):
+    """What collects the relevance of weights, some at a time if need be."""
+
+    num_samples: int
+    table: Table
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All weights that are scored, by name."""
 
 
 def check_chunks(chunks: int, batches: Iterable[Any], granularity: str | Sequence[str]) -> None:
@@ -56,7 +74,7 @@ def collect(collecting: Collecting, batches: Iterable[Any], model: nn.Module, ch
         for batch in in_step(batches, model):
             collecting.update(batch)
         return
-    accumulator = cast("RelevanceAccumulator", collecting)
+    accumulator = cast(OfWeights, collecting)
     for names in divided(accumulator.parameters, chunks):
         with _only(accumulator, names):
             for batch in in_step(batches, model):
@@ -64,7 +82,7 @@ def collect(collecting: Collecting, batches: Iterable[Any], model: nn.Module, ch
 
 
 @contextmanager
-def _only(accumulator: "RelevanceAccumulator", names: set[str]) -> Iterator[None]:
+def _only(accumulator: OfWeights, names: set[str]) -> Iterator[None]:
     """Collect these weights alone; then their sums leave the device."""
     before, accumulator.num_samples = accumulator.num_samples, 0
     table = accumulator.table

@@ -1,21 +1,21 @@
 """Patches with patches: overlap, union, difference, further rounds; and the tensors that a patch is stored as."""
 
-from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.correction.entries import Entries, checksum, locate, read, same_bits, write_together
-from lrp_prune.correction.verifying import resolve_entries
-
-if TYPE_CHECKING:
-    from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.verifying import applied_strength, resolve_entries
 
 _POSITIONS, _ORIGINALS = "positions:", "originals:"
 
 
-def overlap(first: "Patch", second: "Patch", model: nn.Module | None = None) -> dict[str, int]:
+def overlap(
+    first: Mapping[str, Entries], second: Mapping[str, Entries], model: nn.Module | None = None
+) -> dict[str, int]:
     """How many entries of each parameter both patches touch, by the first one's names.
 
     Raises:
@@ -23,7 +23,7 @@ def overlap(first: "Patch", second: "Patch", model: nn.Module | None = None) -> 
         ValueError: one of its parameters cannot be patched.
     """
 
-    def owners(patch: "Patch") -> dict[str, Hashable]:
+    def owners(patch: Mapping[str, Entries]) -> dict[str, Hashable]:
         """What each name means."""
         if model is None:
             return {name: name for name in patch}
@@ -40,7 +40,7 @@ def overlap(first: "Patch", second: "Patch", model: nn.Module | None = None) -> 
     return {name: count for name, count in counts.items() if count}
 
 
-def equal(first: "Patch", second: "Patch") -> bool:
+def equal(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> bool:
     """Whether both hold the same entries with the same values, bit by bit, whatever their provenance."""
     return set(first) == set(second) and all(
         first[name].shape == second[name].shape
@@ -51,8 +51,8 @@ def equal(first: "Patch", second: "Patch") -> bool:
     )
 
 
-def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
-    """Entries and provenance of all that is in one of the two."""
+def union(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> dict[str, Entries]:
+    """All that is in one of the two."""
     _check_same_model(first, second, "unite")
     entries: dict[str, Entries] = {}
     for name in dict.fromkeys((*first, *second)):
@@ -64,11 +64,11 @@ def union(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str
         positions, order = torch.cat([mine.positions, theirs.positions[new]]).sort()
         originals = torch.cat([mine.originals, theirs.originals[new]])[order]
         entries[name] = Entries(positions, originals, mine.shape, mine.checksum)
-    return entries, _combined_provenance(first, second, "|")
+    return entries
 
 
-def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dict[str, Any]]:
-    """Entries and provenance of what is in the first and not in the second."""
+def difference(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> dict[str, Entries]:
+    """What is in the first and not in the second."""
     _check_same_model(first, second, "subtract")
     entries: dict[str, Entries] = {}
     for name, mine in first.items():
@@ -81,7 +81,7 @@ def difference(first: "Patch", second: "Patch") -> tuple[dict[str, Entries], dic
             entries[name] = Entries(mine.positions[left], mine.originals[left], mine.shape, mine.checksum)
     if not entries:
         raise ValueError("nothing is left: the other patch touches all entries of this one")
-    return entries, _combined_provenance(first, second, "-")
+    return entries
 
 
 def merged(*positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,49 +93,53 @@ def merged(*positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.unique(torch.cat(parts)) for name, parts in together.items()}
 
 
-def extended(
-    patch: "Patch", model: nn.Module, positions: Mapping[str, Tensor], provenance: Mapping[str, Any]
-) -> "Patch":
-    """A patch of the model as it was before ``patch`` was applied to it, with further entries at flat positions.
+@contextmanager
+def undone(patch: Mapping[str, Entries], model: nn.Module) -> Iterator[None]:
+    """The model as it was before a patch was applied to it, for the time of the block.
 
     Raises:
         ValueError: the patch is not applied to the model.
     """
-    if not patch.strength_in(model):
+    if not applied_strength(patch, model):
         raise ValueError(
             "the patch to extend is not applied to the model: apply it, then collect the relevance of both sets"
         )
     parameters = resolve_entries(patch, model)
-    both = dict(positions)
-    for name in patch:
-        both[name] = torch.cat([both[name], patch[name].positions]) if name in both else patch[name].positions
     places = {name: locate(parameter, patch[name].positions) for name, parameter in parameters.items()}
     applied = [(place, read(parameters[name], patch[name].positions)) for name, place in places.items()]
     write_together((place, patch[name].originals.to(parameters[name].dtype)) for name, place in places.items())
     try:
-        return type(patch).from_positions(model, both, **provenance, extends=patch.provenance)
+        yield
     finally:
         write_together(applied)
 
 
-def renewed(patch: "Patch", model: nn.Module) -> "Patch":
+def with_positions(patch: Mapping[str, Entries], positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat positions, and those of a patch after them."""
+    both = dict(positions)
+    for name in patch:
+        both[name] = torch.cat([both[name], patch[name].positions]) if name in both else patch[name].positions
+    return both
+
+
+def renewed(patch: Mapping[str, Entries], model: nn.Module) -> dict[str, Entries]:
     """The same entries, with the values and checksums that a model has now; of a sharded one all processes must call this."""
-    entries = {
+    return {
         name: Entries(
             patch[name].positions, read(parameter, patch[name].positions), patch[name].shape, checksum(parameter)
         )
         for name, parameter in resolve_entries(patch, model).items()
     }
-    return type(patch)(entries, patch.provenance)
 
 
-def _combined_provenance(first: "Patch", second: "Patch", operation: str) -> dict[str, Any]:
+def combined_provenance(first: Mapping[str, Any], second: Mapping[str, Any], operation: str) -> dict[str, Any]:
+    """Where a patch comes from that was made of two others, by what is known of them."""
     kept = ("model", "num_parameters", "fingerprint", "lrp_prune")
     return {
-        **{key: first.provenance[key] for key in kept if key in first.provenance},
-        "behaviour": f"{first.behaviour} {operation} {second.behaviour}".strip(),
+        **{key: first[key] for key in kept if key in first},
+        "behaviour": f"{first.get('behaviour', '')} {operation} {second.get('behaviour', '')}".strip(),
         "operation": operation,
-        "of": [first.provenance, second.provenance],
+        "of": [first, second],
     }
 
 
@@ -157,7 +161,7 @@ def _check_same_model(first: Mapping[str, Entries], second: Mapping[str, Entries
             raise ValueError(f"cannot {action} patches of different models: the original values of {name} differ")
 
 
-def pack(patch: "Patch") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(patch: Mapping[str, Entries], provenance: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (positions in 4 bytes where they fit) and a description of plain values."""
     tensors: dict[str, Tensor] = {}
     shapes, checksums = {}, {}
@@ -167,7 +171,7 @@ def pack(patch: "Patch") -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[_POSITIONS + name] = entry.positions.to(torch.int32 if small else torch.int64)
         tensors[_ORIGINALS + name] = entry.originals
         shapes[name], checksums[name] = list(entry.shape), entry.checksum
-    return tensors, {"shapes": shapes, "checksums": checksums, "provenance": patch.provenance}
+    return tensors, {"shapes": shapes, "checksums": checksums, "provenance": provenance}
 
 
 def unpack(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> tuple[dict[str, Entries], dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lrp_prune.correction.combining import renewed
 from lrp_prune.correction.entries import check_strength, locate, read, same_bits, scaled, write_together
 from lrp_prune.correction.freezing import Frozen
 from lrp_prune.correction.patch import Patch
@@ -223,7 +222,7 @@ class Corrections:
         """
         patch = self._patch(name)
         with self.suspended():
-            return renewed(patch, self._model)
+            return patch.renewed(self._model)
 
     def __getstate__(self) -> dict[str, Any]:
         if not self._suspended:

@@ -189,7 +189,9 @@ class Patch(Mapping[str, Entries]):
         }
         if extends is None:
             return cls.from_positions(model, positions, **provenance)
-        return combining.extended(extends, model, positions, provenance)
+        with combining.undone(extends, model):
+            both = combining.with_positions(extends, positions)
+            return cls.from_positions(model, both, **provenance, extends=extends.provenance)
 
     def __getitem__(self, name: str) -> Entries:
         return self._entries[name]
@@ -263,6 +265,10 @@ class Patch(Mapping[str, Entries]):
             for name, parameter in resolve_entries(self, model).items()
         )
 
+    def renewed(self, model: nn.Module) -> "Patch":
+        """The same entries, with the values and checksums that a model has now; of a sharded one all processes must call this."""
+        return type(self)(combining.renewed(self, model), self.provenance)
+
     def overlap(self, other: "Patch", model: nn.Module | None = None) -> dict[str, int]:
         """How many entries of each parameter both patches touch; parameters without any are left out.
 
@@ -279,7 +285,10 @@ class Patch(Mapping[str, Entries]):
         Raises:
             ValueError: if they were made for different models: they disagree in a parameter's shape, checksum or value.
         """
-        return Patch(*combining.union(self, other)) if isinstance(other, Patch) else NotImplemented
+        if not isinstance(other, Patch):
+            return NotImplemented
+        provenance = combining.combined_provenance(self.provenance, other.provenance, "|")
+        return Patch(combining.union(self, other), provenance)
 
     def __sub__(self, other: "Patch") -> "Patch":
         """The entries of this patch that the other one does not touch.
@@ -287,7 +296,10 @@ class Patch(Mapping[str, Entries]):
         Raises:
             ValueError: if they were made for different models, or nothing is left.
         """
-        return Patch(*combining.difference(self, other)) if isinstance(other, Patch) else NotImplemented
+        if not isinstance(other, Patch):
+            return NotImplemented
+        provenance = combining.combined_provenance(self.provenance, other.provenance, "-")
+        return Patch(combining.difference(self, other), provenance)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Patch):
@@ -302,7 +314,7 @@ class Patch(Mapping[str, Entries]):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, for a checkpoint; the tensors are not copies."""
-        tensors, description = combining.pack(self)
+        tensors, description = combining.pack(self, self.provenance)
         return {"tensors": tensors, "description": description}
 
     @classmethod
@@ -312,7 +324,7 @@ class Patch(Mapping[str, Entries]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to one safetensors file, 8 bytes an entry at float32; atomic."""
-        tensors, description = combining.pack(self)
+        tensors, description = combining.pack(self, self.provenance)
         save_tensors(path, "patch", tensors, description)
 
     @classmethod

@@ -1,17 +1,13 @@
 """Whether a model is the one that a patch was made for, and how strongly it is applied there."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.correction.entries import checksum, read, same_bits, scaled
+from lrp_prune.correction.entries import Entries, checksum, read, same_bits, scaled
 from lrp_prune.names import class_name, resolve, unwrap
 from lrp_prune.sharding import Sharding, all_gathered, is_sharded, local_part, sharding_of
-
-if TYPE_CHECKING:
-    from lrp_prune.correction.patch import Patch
 
 
 def refusal(name: str, parameter: Tensor, shape: tuple[int, ...]) -> str | None:
@@ -25,7 +21,7 @@ def refusal(name: str, parameter: Tensor, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def resolve_entries(patch: "Patch", model: nn.Module) -> dict[str, nn.Parameter]:
+def resolve_entries(patch: Mapping[str, Entries], model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a patch touches.
 
     Raises:
@@ -49,7 +45,7 @@ def resolve_entries(patch: "Patch", model: nn.Module) -> dict[str, nn.Parameter]
     return parameters
 
 
-def awaited(patch: "Patch", model: nn.Module) -> bool:
+def awaited(patch: Mapping[str, Entries], model: nn.Module) -> bool:
     """Whether a model has yet to get some of a patch's parameters, or their values; not if one has another shape."""
     try:
         parameters = resolve(patch, model)
@@ -59,7 +55,7 @@ def awaited(patch: "Patch", model: nn.Module) -> bool:
     return fitting and any(parameter.device.type == "meta" for parameter in parameters.values())
 
 
-def _depths(patch: "Patch", model: nn.Module) -> tuple[str, str] | None:
+def _depths(patch: Mapping[str, Entries], model: nn.Module) -> tuple[str, str] | None:
     """Two names that a model has each, but not both at one depth; None if that is not why names are not found."""
     names = list(patch)
     if not all(_has(model, name) for name in names):
@@ -88,7 +84,7 @@ def agree(problem: str | None, parameters: Iterable[Tensor]) -> None:
         raise ValueError(problem)
 
 
-def applied_strength(patch: "Patch", model: nn.Module) -> float | None:
+def applied_strength(patch: Mapping[str, Entries], model: nn.Module) -> float | None:
     """How strongly a patch is applied, 0 for not at all; None if the entries are no scaled originals.
 
     A strength between 0 and 1 is read off the entries with the largest original values, and each entry must then be its
@@ -97,12 +93,12 @@ def applied_strength(patch: "Patch", model: nn.Module) -> float | None:
     return _strength(patch, live_entries(patch, resolve_entries(patch, model)))
 
 
-def live_entries(patch: "Patch", parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def live_entries(patch: Mapping[str, Entries], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the parameters hold at a patch's positions; of sharded ones on all processes, which must all call this."""
     return {name: read(parameter, patch[name].positions) for name, parameter in parameters.items()}
 
 
-def _strength(patch: "Patch", found: Mapping[str, Tensor]) -> float | None:
+def _strength(patch: Mapping[str, Entries], found: Mapping[str, Tensor]) -> float | None:
     entries = [(live, patch[name].originals.to(live.dtype)) for name, live in found.items()]
     for strength in (0.0, 1.0):
         if all(bool(same_bits(live, scaled(originals, strength)).all()) for live, originals in entries):
@@ -118,7 +114,7 @@ def _strength(patch: "Patch", found: Mapping[str, Tensor]) -> float | None:
     return strength if 0 < strength < 1 and bool(close.all()) else None
 
 
-def verify(patch: "Patch", model: nn.Module, strict: bool) -> None:
+def verify(patch: Mapping[str, Entries], model: nn.Module, strict: bool) -> None:
     """Refuse a model that is not what a patch was made for; ``strict``: anywhere in the touched parameters.
 
     Raises:
@@ -131,7 +127,7 @@ def verify(patch: "Patch", model: nn.Module, strict: bool) -> None:
         agree(_other_checksum(patch, parameters), parameters.values())
 
 
-def _other_values(patch: "Patch", live: Mapping[str, Tensor]) -> str | None:
+def _other_values(patch: Mapping[str, Entries], live: Mapping[str, Tensor]) -> str | None:
     """How the patched entries differ from what they were, if they do."""
     for name, values in live.items():
         equal = same_bits(values, patch[name].originals.to(values.dtype))
@@ -146,7 +142,7 @@ def _other_values(patch: "Patch", live: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _other_checksum(patch: "Patch", parameters: Mapping[str, Tensor]) -> str | None:
+def _other_checksum(patch: Mapping[str, Entries], parameters: Mapping[str, Tensor]) -> str | None:
     """Which parameter differs elsewhere, if one does; sharded ones are brought together one after the other."""
     problem = None
     for name, parameter in parameters.items():
