@@ -8,6 +8,7 @@ import argparse
 
 import lightning
 import torch
+from presenting import IN_TERMINAL, quiet
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ def train(callbacks: list[lightning.Callback], epochs: int, seed: int) -> tuple[
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=IN_TERMINAL,
     )
     trainer.fit(module, train_loader, validation_loader)
     (result,) = trainer.validate(module, validation_loader, verbose=False)
@@ -83,6 +85,7 @@ def main() -> None:
         "--seed", type=int, default=0, help="of the split, the initial weights and the order of the data"
     )
     options = parser.parse_args()
+    quiet()
 
     _, dense = train([], options.epochs, options.seed)
 

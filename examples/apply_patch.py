@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from language_model import PACKAGED_MODEL, load_model
+from presenting import quiet
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrp_prune import Patch
@@ -39,6 +40,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 def main() -> None:
     options = parse()
+    quiet()
     model, tokenizer = load_model(options.model)
     print("before:", answer(model, tokenizer, options.prompt))
 

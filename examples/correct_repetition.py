@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from correction_comparisons import activation_patch, comparisons, mean_activations
 from correction_rounds import ContrastRounds, last_within
-from correction_study import Batch, Result, Study, answer_batches, generate, interval, plot, stage, table
+from correction_study import Batch, Result, Study, answer_batches, generate, interval, plot, table
 from language_model import (
     PACKAGED_MODEL,
     PACKAGED_TEXT,
@@ -34,6 +34,7 @@ from language_model import (
     split_documents,
     windows,
 )
+from presenting import quiet, stage
 from transformers import PreTrainedModel
 
 from lrp_prune.metrics import response_uniqueness_ratio
@@ -118,6 +119,7 @@ def examples(tokenizer: Any, prompts: Tokens, before: Tokens, after: Tokens, cou
 
 def main() -> None:
     options = parse()
+    quiet()
     options.output.mkdir(parents=True, exist_ok=True)
 
     stage(f"loading {options.model} and {options.dataset}")

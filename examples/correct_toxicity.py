@@ -19,7 +19,7 @@ from typing import Any
 
 from correction_comparisons import activation_patch, comparisons, mean_activations
 from correction_rounds import ContrastRounds, last_within
-from correction_study import IGNORED, Batch, Result, Study, answer_batches, generate, interval, plot, stage, table
+from correction_study import IGNORED, Batch, Result, Study, answer_batches, generate, interval, plot, table
 from language_model import (
     PACKAGED_MODEL,
     PACKAGED_TEXT,
@@ -31,6 +31,7 @@ from language_model import (
     split_documents,
     windows,
 )
+from presenting import quiet, stage
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrp_prune.metrics import toxicity
@@ -188,6 +189,7 @@ def labelled_batches(prompts: Tokens, answers: Tokens, tokenizer: Any) -> list[B
 
 def main() -> None:
     options = parse()
+    quiet()
     options.output.mkdir(parents=True, exist_ok=True)
 
     stage(f"loading {options.model} and {options.dataset}")

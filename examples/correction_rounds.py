@@ -5,8 +5,8 @@ from typing import Any
 
 from correction_study import Batch
 from language_model import perplexity
+from presenting import progress
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import lrp_prune
@@ -21,10 +21,7 @@ def last_within(model: PreTrainedModel, patches: Sequence[Patch], strength: floa
         patch.apply_(model, strength)
         cost = perplexity(model, text) / plain - 1
         patch.revert_(model)
-        print(
-            f"{patch.num_entries:,} weights: {cost:+.2%} perplexity on text to choose by",
-            flush=True,
-        )
+        print(f"{patch.num_entries:,} weights: {cost:+.2%} perplexity on text to choose by", flush=True)
         if cost <= allowed:
             last = number
     return last
@@ -63,7 +60,7 @@ class ContrastRounds:
         return list(self.guard_by)
 
     def _explain(self, batches: Sequence[Batch], target: Any, statistic: str) -> Relevance:
-        shown = tqdm(batches, desc=f"{self.composite}: {target}", leave=False)
+        shown = progress(batches, f"{self.composite}: {target}")
         # First tokens are sinks of attention, whose activations dwarf all others.
         return lrp_prune.attribute(self.model, shown, target, self.composite, statistic, skip_first=1)
 

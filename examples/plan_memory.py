@@ -9,6 +9,7 @@ By default for Llama-2-7B and Llama-3-8B, in bfloat16 with AdamW, sharded by FSD
 import argparse
 
 import torch
+from presenting import aligned
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 import lrp_prune
@@ -62,10 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     configs = {name: AutoConfig.from_pretrained(name) for name in options.model} or KNOWN
     print(f"GB on each device, {options.strategy}, {options.dtype}, {options.optimizer}, {options.tokens} tokens")
-    print("| model | devices | " + " | ".join(PARTS) + " |")
-    print("|---" * (2 + len(PARTS)) + "|")
+    table = ["| model | devices | " + " | ".join(PARTS) + " |", "|---" * (2 + len(PARTS)) + "|"]
     for name, config in configs.items():
-        print("\n".join(rows(name, config, options)), flush=True)
+        table += rows(name, config, options)
+    print(aligned("\n".join(table)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Prunes a language model from start to end and shows what each step costs in perplexity.
 
 By default SmolLM2-135M-Instruct, calibrated on some State of the Union speeches and measured on others. The stages: (1)
-load, (2) measure the dense model, (3) prune it in one shot by each method at several sparsities, (4) prune and
-fine-tune in rounds through Lightning's `Trainer` with `RelevancePruning`, (5) save, reload with
-`AutoModelForCausalLM.from_pretrained`, and check that every pruned weight is still zero.
+load, (2) measure the dense model, (3) prune it in one shot by each method, (4) prune and fine-tune in rounds through
+Lightning's `Trainer` with `RelevancePruning`, (5) save, reload with `AutoModelForCausalLM.from_pretrained`, and check that
+every pruned weight is still zero.
+
+As it stands it is short: one sparsity and few windows to calibrate on. `--full` makes the table of the README.
 """
 
 import argparse
 import re
-import time
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,9 +27,9 @@ from language_model import (
     windows,
 )
 from matplotlib.figure import Figure
+from presenting import FAINT, IN_TERMINAL, INK, colour, new_figure, progress, quiet, row_of, stage, titled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lrp_prune
@@ -36,68 +38,69 @@ from lrp_prune.pruning import METHODS, scorer
 
 Batch = dict[str, Tensor]
 Results = dict[tuple[str, float], float]
-START = time.monotonic()
+SIZES = {
+    "short": {"sparsities": [0.5], "calibration_windows": 4, "held_out_windows": 8, "window": 256, "steps": 2},
+    "full": {
+        "sparsities": [0.3, 0.5, 0.6],
+        "calibration_windows": 10,
+        "held_out_windows": 8,
+        "window": 512,
+        "steps": 5,
+    },
+    "quick": {"sparsities": [0.5], "calibration_windows": 2, "held_out_windows": 2, "window": 128, "steps": 2},
+}
+"""What is chosen for the three lengths of this script where nothing else is said."""
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    add("--full", action="store_true", help="the table of the README: three sparsities, more windows and steps")
+    add("--quick", action="store_true", help="a few short windows and steps: only shows that everything runs")
     add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
     add("--dataset", default=PACKAGED_TEXT, help="the packaged speeches, or a hub data set's name")
     add("--dataset-config", default=None, help="configuration of the hub data set")
-    add(
-        "--dataset-split",
-        default="train",
-        help="split of the hub data set; it is split again into calibration and held out",
-    )
+    add("--dataset-split", default="train", help="split of the hub data set, split again to calibrate and to hold out")
     add("--text-column", default="text", help="column of the hub data set that holds the text")
-    add(
-        "--methods",
-        nargs="+",
-        default=["lrp", "wanda", "magnitude"],
-        help="what to compare: lrp wanda gradient magnitude random",
-    )
-    add(
-        "--sparsities",
-        nargs="+",
-        type=float,
-        default=[0.3, 0.5, 0.6],
-        help="fractions of weights to remove in one shot",
-    )
-    add(
-        "--sparsity", type=float, default=0.5, help="fraction of weights removed after the last prune / fine-tune round"
-    )
+    methods = ["lrp", "wanda", "magnitude"]
+    add("--methods", nargs="+", choices=METHODS, default=methods, help="what is compared")
+    add("--sparsities", nargs="+", type=float, help="fractions of weights to remove in one shot")
+    add("--sparsity", type=float, default=0.5, help="fraction of weights removed after the last of the rounds")
     add("--rounds", type=int, default=2, help="prune / fine-tune rounds; 0 leaves them out")
-    add("--steps", type=int, default=5, help="training steps in each round")
+    add("--steps", type=int, help="training steps in each round")
     add("--learning-rate", type=float, default=5e-5, help="of AdamW in the rounds")
-    add("--calibration-windows", type=int, default=10, help="windows of text that the relevance is collected on")
-    add("--held-out-windows", type=int, default=8, help="windows of other documents that the perplexity is measured on")
-    add("--window", type=int, default=512, help="tokens in a window")
+    add("--calibration-windows", type=int, help="windows of text that the relevance is collected on")
+    add("--held-out-windows", type=int, help="windows of other documents that the perplexity is measured on")
+    add("--window", type=int, help="tokens in a window")
     add("--batch-size", type=int, default=2, help="windows that are computed at once")
     add("--seed", type=int, default=0, help="of the choice of windows and of the training")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/smollm2-pruned"),
-        help="folder for the pruned model, table and plot",
-    )
-    add("--quick", action="store_true", help="a few short windows and steps: shows in two minutes that everything runs")
-    options = parser.parse_args()
-    if options.quick:
-        options.calibration_windows = options.held_out_windows = options.steps = 2
-        options.window, options.sparsities = 128, [options.sparsity]
+    add("--output", type=Path, default=Path("outputs/smollm2-pruned"), help="folder for model, table and plot")
+    lengths, _ = parser.parse_known_args([each for each in arguments or sys.argv[1:] if each in ("--full", "--quick")])
+    length = "quick" if lengths.quick else "full" if lengths.full else "short"
+    parser.set_defaults(**SIZES[length])
+    options = parser.parse_args(arguments)
+    options.length = length
     options.sparsities = sorted({*options.sparsities, options.sparsity})
     return options
 
 
-def stage(text: str) -> None:
-    print(f"\n[{time.monotonic() - START:4.0f} s] {text}", flush=True)
+def introduction(options: argparse.Namespace) -> str:
+    """Which run this is, so that its figures are not taken for those of another."""
+    told = {
+        "short": "The short run; --full makes the README's table (7 minutes on two cores).",
+        "full": "The full run, which makes the README's table (7 minutes on two cores).",
+        "quick": "The quick run, which shows that everything runs; its figures mean little.",
+    }
+    return (
+        f"{told[options.length]}\nCalibrated on {options.calibration_windows} windows of {options.window} tokens, measured on "
+        f"{options.held_out_windows} others."
+    )
 
 
 def collect(method: str, model: PreTrainedModel, reference: list[Batch]) -> lrp_prune.Relevance:
     """Scores every weight of the model by one method."""
     scores = scorer(method, model)
-    for batch in tqdm(reference, desc=f"scoring by {method}", leave=False):
+    for batch in progress(reference, f"scoring by {method}"):
         scores.update(batch)
     return scores.compute()
 
@@ -139,6 +142,7 @@ def fine_tune(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=IN_TERMINAL,
     )
     model.train()
     trainer.fit(FineTuning(model, options.learning_rate), DataLoader(text, batch_size=None, shuffle=True))
@@ -167,50 +171,100 @@ def sparsity_by_layer(masks: lrp_prune.Masks) -> dict[str, dict[int, float]]:
     return kinds
 
 
-def table(dense: float, results: Results, tuned: float | None, options: argparse.Namespace) -> str:
-    """Writes the perplexities as a markdown table."""
-    lines = [
-        "| method | " + " | ".join(f"{sparsity:.0%}" for sparsity in options.sparsities) + " |",
-        "|---" * (1 + len(options.sparsities)) + "|",
-        "| dense, nothing removed | " + " | ".join([f"{dense:.2f}"] * len(options.sparsities)) + " |",
-    ]
-    for method in options.methods:
-        cells = [f"{results[method, sparsity]:.2f}" for sparsity in options.sparsities]
-        lines.append(f"| {method}, one shot | " + " | ".join(cells) + " |")
-    if tuned is not None:
-        cells = [f"{tuned:.2f}" if sparsity == options.sparsity else "" for sparsity in options.sparsities]
-        lines.append(f"| lrp, {options.rounds} rounds of {options.steps} training steps | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+class Table:
+    """The perplexities as a Markdown table, whose rows can be shown as they are measured.
+
+    Args:
+        options: of the script: `methods`, `sparsities`, `sparsity`, `rounds`, `steps`.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.tuned_label = f"lrp, {options.rounds} rounds of {options.steps} training steps"
+        labels = ["dense, nothing removed", *(f"{method}, one shot" for method in options.methods), self.tuned_label]
+        self.widths = [max(map(len, labels)), *[10] * len(options.sparsities)]
+
+    def _row(self, *cells: str) -> str:
+        return row_of(cells, self.widths)
+
+    def head(self) -> str:
+        """The heading and the rule under it."""
+        shown = [f"{100 * sparsity:g} %" for sparsity in self.options.sparsities]
+        return self._row("perplexity", *shown) + "\n" + self._row(*["---"] * (1 + len(shown)))
+
+    def dense(self, value: float) -> str:
+        """The model as it was, which is the same for every sparsity."""
+        return self._row("dense, nothing removed", *[f"{value:.2f}"] * len(self.options.sparsities))
+
+    def one_shot(self, method: str, results: Results) -> str:
+        """A method at each sparsity."""
+        return self._row(f"{method}, one shot", *(f"{results[method, each]:.2f}" for each in self.options.sparsities))
+
+    def tuned(self, value: float) -> str:
+        """The rounds with training, at their sparsity."""
+        options = self.options
+        return self._row(
+            self.tuned_label, *(f"{value:.2f}" if s == options.sparsity else "" for s in options.sparsities)
+        )
+
+    def whole(self, dense: float, results: Results, tuned: float | None) -> str:
+        """All rows."""
+        rows = [self.head(), self.dense(dense), *(self.one_shot(method, results) for method in self.options.methods)]
+        return "\n".join(rows if tuned is None else [*rows, self.tuned(tuned)])
 
 
 def plot(
     dense: float, results: Results, tuned: float | None, masks: lrp_prune.Masks, options: argparse.Namespace
 ) -> Figure:
     """Draws the perplexity by sparsity and method, and the sparsity by layer of the LRP mask."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.axhline(dense, color="black", linewidth=1, linestyle="dashed", label="dense")
-    for method in options.methods:
+    figure, (left, right) = new_figure(11, 4.4, columns=2)
+    left.axhline(dense, color=INK, linewidth=1, linestyle="dashed", label="dense")
+    for index, method in enumerate(options.methods):
         values = [results[method, sparsity] for sparsity in options.sparsities]
-        left.plot([0, *options.sparsities], [dense, *values], marker="o", label=method)
+        shares = [100 * sparsity for sparsity in (0.0, *options.sparsities)]
+        width = 2.4 if method == "lrp" else 1.4
+        left.plot(shares, [dense, *values], marker="o", color=colour(method, index), linewidth=width, label=method)
     if tuned is not None:
+        label = f"lrp, {options.rounds} rounds of {options.steps} steps"
         left.plot(
-            [options.sparsity], [tuned], marker="*", markersize=13, linestyle="", label="lrp, fine-tuned in rounds"
+            [100 * options.sparsity],
+            [tuned],
+            "*",
+            markersize=14,
+            color=colour("lrp"),
+            markeredgecolor="white",
+            label=label,
         )
-    left.set(xlabel="sparsity", ylabel="perplexity on held-out text", yscale="log", title="Perplexity by sparsity")
-    left.legend()
-    for kind, depths in sparsity_by_layer(masks).items():
+    left.set_yscale("log")
+    ticks = [
+        value for value in (10, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000) if _near(value, [dense, *results.values()])
+    ]
+    left.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    left.set_yticks([], minor=True)
+    titled(left, "Perplexity on held-out text", "weights removed (%)", "")
+    left.legend(frameon=False, fontsize=9)
+    for index, (kind, depths) in enumerate(sparsity_by_layer(masks).items()):
         order = sorted(depths)
-        right.plot(order, [depths[depth] for depth in order], marker=".", label=kind)
-    right.set(xlabel="layer", ylabel="sparsity", ylim=(0, 1), title="Sparsity by layer")
-    right.legend(ncols=2, fontsize="small")
+        right.plot(
+            order, [100 * depths[depth] for depth in order], color=colour(kind, index), linewidth=1.6, label=kind
+        )
+    right.axhline(100 * masks.sparsity, color=FAINT, linewidth=1, linestyle="dotted")
+    right.set_ylim(0, 100)
+    titled(right, f"Where {100 * masks.sparsity:.0f} % were removed", "layer", "removed (%)")
+    right.legend(ncols=3, frameon=False, fontsize=9, loc="lower center")
     return figure
+
+
+def _near(value: float, measured: list[float]) -> bool:
+    return 0.8 * min(measured) <= value <= 1.2 * max(measured)
 
 
 def main() -> None:
     options = parse()
+    quiet()
     lightning.seed_everything(options.seed, verbose=False)
     options.output.mkdir(parents=True, exist_ok=True)
+    print(introduction(options))
 
     stage(f"loading {options.model} and {options.dataset}")
     model, tokenizer = load_model(options.model)
@@ -226,15 +280,15 @@ def main() -> None:
     )
     print(f"{len(calibration)} documents to calibrate on, {len(held_out)} held out")
 
-    stage("measuring the dense model")
+    table = Table(options)
+    stage("pruning in one shot: perplexity on held-out text by the share of weights removed")
+    print(table.head(), flush=True)
     dense = perplexity(model, test, options.batch_size)
-    print(f"perplexity {dense:.2f}")
-
+    print(table.dense(dense), flush=True)
     weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     results: Results = {}
     shown: lrp_prune.Masks | None = None
     for method in options.methods:
-        stage(f"pruning in one shot by {method}")
         relevance = collect(method, model, reference)
         for sparsity in options.sparsities:
             best = METHODS[method]
@@ -242,9 +296,9 @@ def main() -> None:
             masks.apply_(model)
             results[method, sparsity] = perplexity(model, test, options.batch_size)
             model.load_state_dict(weights)
-            print(f"{masks.sparsity:.0%} removed: perplexity {results[method, sparsity]:.2f}")
             if method == options.methods[0] and sparsity == options.sparsity:
                 shown = masks
+        print(table.one_shot(method, results), flush=True)
 
     assert shown is not None
     tuned = None
@@ -252,7 +306,6 @@ def main() -> None:
         stage(f"{options.rounds} rounds of pruning and {options.steps} training steps")
         shown = fine_tune(model, reference, text, options)
         tuned = perplexity(model, test, options.batch_size)
-        print(f"{shown.sparsity:.0%} removed: perplexity {tuned:.2f}")
     else:
         shown.apply_(model)
 
@@ -262,10 +315,10 @@ def main() -> None:
     loaded = AutoModelForCausalLM.from_pretrained(options.output)
     print(check_zeros(loaded, shown))
 
-    text_table = table(dense, results, tuned, options)
-    (options.output / "perplexity.md").write_text(text_table + "\n")
+    text_table = table.whole(dense, results, tuned)
+    (options.output / "perplexity.md").write_text(f"{introduction(options)}\n\n{text_table}\n")
     plot(dense, results, tuned, shown, options).savefig(options.output / "pruning.png", dpi=120)
-    stage(f"perplexity on held-out text (also in perplexity.md; the plot is pruning.png, both in {options.output})")
+    stage(f"perplexity on held-out text (perplexity.md and pruning.png are in {options.output})")
     print(text_table)
 
 

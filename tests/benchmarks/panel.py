@@ -2,7 +2,7 @@
 
     python tests/benchmarks/panel.py --quick                 # ten minutes: one seed, one shot, few methods, no SmolLM2
     python tests/benchmarks/panel.py                         # three seeds, one shot and in rounds with training; hours, resumable
-    python tests/benchmarks/panel.py --report                # table and figure of what there is
+    python tests/benchmarks/panel.py --report                # table and figures of what there is
 
 A score is the share of the dense model's advantage over chance that is kept: 1 is the dense model, 0 is chance, and less counts
 as 0. Everything is judged on data that neither the training nor the pruning has seen. Rounds are four, with a quarter of the
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from panel_models import Case, Data, cases, score_of, train
-from panel_report import figure, table
+from panel_report import figure, overview, table
 from torch import nn
 from tqdm import tqdm
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, choices=SPARSITIES, help="in one shot; all by default")
     parser.add_argument("--one-shot", action="store_true", help="no rounds with training")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, of data and models")
-    parser.add_argument("--report", action="store_true", help="only table and figure of what there is")
+    parser.add_argument("--report", action="store_true", help="only table and figures of what there is")
     parser.add_argument("--output", type=Path, default=Path("outputs/panel"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -175,7 +175,9 @@ def main() -> None:
         run(list(todo), results, arguments.output / "models")
     found = list(done(results).values())
     print(table(found))
-    print(f"figure: {figure(found, arguments.output / 'panel.png')}")
+    print(
+        f"figures: {overview(found, arguments.output / 'overview.png')}, {figure(found, arguments.output / 'panel.png')}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Table and figure of the panel's results."""
+"""Table and figures of the panel's results."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from sys import path as search_path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+search_path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from presenting import INK, colour, new_figure, titled
 
 SIMPLE = ("wanda, not recalibrated", "wanda", "magnitude", "magnitude, not recalibrated", "magnitude, global",
           "magnitude, global, not recalibrated")  # fmt: skip
@@ -76,6 +80,39 @@ def _shortfalls(here: Sequence[dict[str, Any]], cases: Sequence[str], sparsities
     ]
 
 
+_STYLES = {
+    "no floor": "-.",
+    "by row": (0, (1, 3)),
+    "global, not recalibrated": "-.",
+    "not recalibrated": ":",
+    "global": "--",
+    "": "-",
+}
+"""Lines of a method's variants, which have its colour: the first whose words are in the name."""
+
+
+def overview(found: Sequence[dict[str, Any]], path: Path) -> Path:
+    """All models together: the mean share that is kept by each method, and the worst model's, one shot."""
+    here = [entry for entry in found if entry["rounds"] == 1]
+    sparsities, cases = sorted(_unique(here, "sparsity")), _unique(here, "case")
+    drawn, axes = new_figure(11, 4.2, columns=2)
+    for method in ("lrp", "magnitude", "wanda", "random", "gradient"):
+        each = [[_mean(here, case=case, sparsity=value, method=method) for case in cases] for value in sparsities]
+        kept = np.array([[np.nan if share is None else share for share in shares] for shares in each], dtype=float)
+        for axis, values in zip(axes, (kept.mean(1), kept.min(1)), strict=True):
+            style = "--" if method == "gradient" else "-"  # which lies on that of lrp
+            width = 3.4 if method == "lrp" else 1.6
+            shares = [100 * sparsity for sparsity in sparsities]
+            axis.plot(shares, values, style, marker="o", color=colour(method), linewidth=width, label=method)
+    for axis, title in zip(axes, (f"Mean of {len(cases)} models", "The worst of them"), strict=True):
+        axis.set_ylim(-0.03, 1.06)
+        axis.axhline(1, color=INK, linewidth=1, linestyle="dashed")
+        titled(axis, title, "weights removed (%)", "share of what the dense model can do")
+    axes[0].legend(frameon=False, fontsize=10, loc="lower left")
+    drawn.savefig(path, dpi=110)
+    return path
+
+
 def figure(found: Sequence[dict[str, Any]], path: Path) -> Path:
     """One small plot a model: what is kept by sparsity, one shot."""
     here = [entry for entry in found if entry["rounds"] == 1]
@@ -88,21 +125,22 @@ def figure(found: Sequence[dict[str, Any]], path: Path) -> Path:
             sparsities = sorted(_unique(here, "sparsity"))
             shares = [_mean(here, case=case, sparsity=sparsity, method=method) for sparsity in sparsities]
             bold = method == "lrp"
-            style = ":" if "not recalibrated" in method else "-"
+            style = next(style for words, style in _STYLES.items() if words in method)
             axis.plot(
-                sparsities, [np.nan if share is None else share for share in shares], style,
-                label=method, linewidth=2.6 if bold else 1.0, color="black" if bold else None, zorder=3 if bold else 2,
+                [100 * value for value in sparsities], [np.nan if share is None else share for share in shares], linestyle=style,
+                label=method, linewidth=2.6 if bold else 1.2, color=colour(method.split(",")[0]), zorder=3 if bold else 2,
             )  # fmt: skip
-        axis.set_title(case, fontsize=10)
+        titled(axis, case, "", "")
         axis.set_ylim(-0.03, 1.08)
-        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
     for axis in axes[len(cases) :]:
         axis.set_visible(False)
     for axis in axes[max(len(cases) - 4, 0) : len(cases)]:
-        axis.set_xlabel("sparsity")
-    drawn.supylabel("share of the dense advantage")
+        axis.set_xlabel("weights removed (%)")
+    drawn.supylabel("share of what the dense model can do")
     if len(cases):
         handles, labels = axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     drawn.savefig(path, dpi=75)
     return path

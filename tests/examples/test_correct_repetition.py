@@ -44,7 +44,7 @@ def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["correct_repetition.py", *arguments])
     correct_repetition.main()
     printed = capsys.readouterr().out
-    for line in ("| before |", "| round 2", "| random, same number |", "answers are still repetitive"):
+    for line in ("| before ", "| round 2", "| random, same number ", "answers are still repetitive"):
         assert line in printed
     patch = Patch.load(tmp_path / "repetition.safetensors")
     assert patch.provenance["strength"] == 0.5

@@ -23,7 +23,7 @@ def test_everything_is_written_and_the_model_unchanged(monkeypatch, tmp_path: Pa
     text = capsys.readouterr().out
     for ablation in ("counterfactual", "zero"):
         rows = (tmp_path / f"{ablation}.md").read_text().splitlines()[3:]
-        names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+        names = [row.split("|")[1].strip() for row in rows]
         assert names == ["attnlrp", "random", "attribution patching, 2 rounds", "gates from attribution patching"]
         assert all(row.count("±") == 6 and row in text for row in rows)
         html = (tmp_path / f"{ablation}.html").read_text()

@@ -10,7 +10,7 @@ def test_one_row_for_each_number_of_devices(monkeypatch, capsys, tmp_path):
     plan_memory.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split(" | ")[-1] == "training |"
-    assert [line.split(" | ")[1] for line in lines[3:]] == ["1", "2"]
+    assert [line.split("|")[2].strip() for line in lines[3:]] == ["1", "2"]
 
 
 def test_the_known_configurations_are_the_published_sizes():

@@ -69,29 +69,88 @@ def test_each_method_is_collected_from_the_same_batches(model):
         assert {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"} <= set(relevance)
 
 
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
 def test_table_and_plot_hold_every_result(model, tmp_path):
     results = {(method, s): 10 + s for method in ("lrp", "wanda") for s in (0.3, 0.5)}
-    rows = prune_smollm2.table(9.0, results, 9.5, options()).splitlines()
-    assert rows[0] == "| method | 30% | 50% |"
-    assert rows[2:5] == [
-        "| dense, nothing removed | 9.00 | 9.00 |",
-        "| lrp, one shot | 10.30 | 10.50 |",
-        "| wanda, one shot | 10.30 | 10.50 |",
+    table = prune_smollm2.Table(options())
+    rows = table.whole(9.0, results, 9.5).splitlines()
+    assert [cells(row) for row in rows if "--" not in row] == [
+        ["perplexity", "30 %", "50 %"],
+        ["dense, nothing removed", "9.00", "9.00"],
+        ["lrp, one shot", "10.30", "10.50"],
+        ["wanda, one shot", "10.30", "10.50"],
+        ["lrp, 2 rounds of 3 training steps", "", "9.50"],
     ]
-    assert rows[5] == "| lrp, 2 rounds of 3 training steps |  | 9.50 |"
+    assert len({len(row) for row in rows}) == 1
+    assert table.whole(9.0, results, None).splitlines() == rows[:-1]
     masks = lrp_prune.prune(model, method="magnitude")
     figure = prune_smollm2.plot(9.0, results, 9.5, masks, options())
     left, right = figure.axes
-    assert [line.get_label() for line in left.lines] == ["dense", "lrp", "wanda", "lrp, fine-tuned in rounds"]
-    assert len(right.lines) == 7
+    assert [line.get_label() for line in left.lines] == ["dense", "lrp", "wanda", "lrp, 2 rounds of 3 steps"]
+    assert len(right.get_legend().get_texts()) == 7
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_every_option_is_explained(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["prune_smollm2.py", "--help"])
+def test_full_and_quick_change_what_is_not_chosen():
+    short, full, quick = (prune_smollm2.parse(list(each)) for each in ([], ["--full"], ["--quick"]))
+    assert [each.sparsities for each in (short, full, quick)] == [[0.5], [0.3, 0.5, 0.6], [0.5]]
+    assert short.calibration_windows < full.calibration_windows
+    assert (quick.window, full.window) == (128, 512)
+    chosen = prune_smollm2.parse(["--full", "--steps", "7", "--sparsities", "0.2"])
+    assert (chosen.steps, chosen.sparsities, chosen.calibration_windows) == (7, [0.2, 0.5], full.calibration_windows)
+    told = [prune_smollm2.introduction(each) for each in (short, full, quick)]
+    assert all(text.startswith(f"The {name} run") for text, name in zip(told, ("short", "full", "quick"), strict=True))
+
+
+@pytest.mark.parametrize("arguments", [["--full"], []])
+def test_what_is_printed_are_results_and_which_run_they_are_of(arguments, model, tmp_path, monkeypatch, capsys, caplog):
+    """The whole job on a tiny model: rows appear as they are measured, and nothing of what libraries say of themselves."""
+    monkeypatch.setattr(prune_smollm2, "load_model", lambda name: (model, Characters()))
+    monkeypatch.setattr(prune_smollm2, "load_documents", lambda *_: [letter * 60 for letter in "abcdefghijklmnop"])
+    few = ["--window", "12", "--calibration-windows", "4", "--held-out-windows", "2", "--steps", "2"]
+    monkeypatch.setattr("sys.argv", ["prune_smollm2.py", *arguments, *few, "--output", str(tmp_path)])
+    prune_smollm2.main()
+    printed = capsys.readouterr()
+    rows = [line for line in printed.out.splitlines() if line.startswith("| ") and "--" not in line]
+    assert [cells(row)[0].split(",")[0] for row in rows] == [
+        *["perplexity", "dense", "lrp", "wanda", "magnitude"],
+        *["perplexity", "dense", "lrp", "wanda", "magnitude", "lrp"],
+    ]
+    assert rows[:5] == rows[5:10]
+    assert len(cells(rows[0])) == (4 if arguments else 2)
+    assert printed.out.startswith("The full run" if arguments else "The short run")
+    assert (tmp_path / "perplexity.md").read_text().startswith("The full run" if arguments else "The short run")
+    assert "Pruning round 2 of 2 by lrp" in caplog.text
+    for noise in ("Tip", "GPU available", "Loading weights", "LeafSpec", "num_workers", "Trainer.fit"):
+        assert noise not in printed.out + printed.err + caplog.text
+
+
+class Characters:
+    """A tokenizer that gives each character its own id."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) - 97 for character in text]}
+
+    def save_pretrained(self, folder: object) -> None:
+        """There is nothing to save."""
+
+
+def test_every_option_is_explained(capsys):
     with pytest.raises(SystemExit):
-        prune_smollm2.parse()
+        prune_smollm2.parse(["--help"])
     text = capsys.readouterr().out
-    for option in ("--model", "--dataset", "--text-column", "--sparsity", "--rounds", "--held-out-windows", "--quick"):
+    for option in (
+        "--full",
+        "--quick",
+        "--model",
+        "--dataset",
+        "--text-column",
+        "--sparsity",
+        "--rounds",
+        "--held-out-windows",
+    ):
         assert f"{option} " in text
