@@ -40,7 +40,7 @@ class RecurrentProduct:
         valid: Tensor | None = None,
     ) -> None:
         weight: Tensor = call.operand(1)
-        self._call, self._weight, self._bias, self._valid = call, uses.effective(weight), bias, valid
+        self._call, self._weight, self._bias, self._valid = call, weight, bias, valid
         self._plain = call.rule is None or call.rule.is_plain_for_one
         self._states: list[Tensor] = [weight] * places[1]
         self._use, self._observers = uses.of_linear(weight, all_tokens=valid is not None)
@@ -49,9 +49,7 @@ class RecurrentProduct:
         self._taps: tuple[Tensor, ...] | None = None
         if late and active:
             shape = (*places, weight.shape[0])
-            self._taps = _tapped(
-                weight.new_zeros(shape), self._shown_states, self._use, call.rule, late, *active
-            ).unbind(1)
+            self._taps = _tapped(weight.new_zeros(shape), self.states, self._use, call.rule, late, *active).unbind(1)
 
     def at(self, token: int) -> Callable[[Tensor], Tensor]:
         """The product at a step."""
@@ -72,12 +70,13 @@ class RecurrentProduct:
     def shown(self) -> None:
         """All steps are made: show the states to those who need no more."""
         if self._observers and self._showing:
-            states = self._shown_states()
+            states = self.states()
             for observer in self._observers:
                 assert self._use is not None
                 observer.forward(self._use, states)
 
-    def _shown_states(self) -> Tensor:
+    def states(self) -> Tensor:
+        """What it was multiplied with at each step, ``[samples, tokens, in]``, without padding."""
         states = torch.stack(self._states, 1)
         return states if self._valid is None else states * self._valid[..., None].to(states.dtype)
 

@@ -74,6 +74,16 @@ class Use:
         return "linear" if upright else "transposed"
 
 
+class RecurrentLayer(NamedTuple):
+    """The parameters of one layer in one direction; ``hr`` projects the hidden state of an LSTM."""
+
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    hr: Tensor | None
+
+
 class Product(NamedTuple):
     """A product of an activation with a weight."""
 
@@ -183,9 +193,19 @@ class WeightUses:
     replaces_values = False
     """Whether products come out with other values than in the model, so that nothing computed from them can be given."""
 
-    def effective(self, weight: Tensor) -> Tensor:
-        """The values of a weight in products that somebody else makes."""
-        return weight
+    def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
+        """The parameters that the steps of a recurrent layer are made with.
+
+        Args:
+            layer: the model's.
+            x: the layer's inputs ``[samples, tokens, in]``.
+            apart: whether the last gate gets what comes from the input and from the state by itself, as that of a GRU does.
+            valid: which places ``[samples, tokens]`` are no padding; None for all.
+        """
+        return layer
+
+    def after_steps(self, states: Callable[[], Tensor]) -> None:
+        """The steps of the layer are made, from states ``[samples, tokens, hidden]``."""
 
     def leave_out(self, weight: Tensor, reason: str) -> None:
         """Show no use of a weight."""

@@ -13,8 +13,9 @@ from lrp_prune.models.padding import counted_tokens
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
-from lrp_prune.pruning.pairs import DenseOutputs, Place, PrunedUses
+from lrp_prune.pruning.pairs import DenseOutputs, PrunedUses
 from lrp_prune.pruning.passes import Change, divergence, normalizing, outputs_of
+from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes, Turn, Turns
 from lrp_prune.pruning.zeroed import zeroed
 
@@ -126,7 +127,8 @@ class Runs:
             self.advance(number if adding else 0)
         for key, _ in dense.order:
             if isinstance(key, Place):
-                self.seen[key.name] = self.seen.get(key.name, False) or not dense.is_alone(key)
+                for place in (key, *key.also):
+                    self.seen[place.name] = self.seen.get(place.name, False) or not dense.is_alone(key)
         turns = Turns(self.processes, [turn for turn in dense.order if _is_alone(turn, dense)]) if fitting else None
         with zeroed(self.model, self.masks):
             for candidate in candidates:

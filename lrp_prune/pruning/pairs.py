@@ -10,42 +10,12 @@ from torch.autograd import Function
 from lrp_prune.attribution.origins import Layout, marked
 from lrp_prune.attribution.rules import Call
 from lrp_prune.attribution.tracing import channel_axis
-from lrp_prune.attribution.uses import Product, WeightUses
+from lrp_prune.attribution.uses import Product, RecurrentLayer, WeightUses
+from lrp_prune.pruning.gates import Gates, copied, gates_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
+from lrp_prune.pruning.places import BiasPlace, Place
 from lrp_prune.pruning.processes import Turn, Turns
-
-
-class BiasPlace(NamedTuple):
-    """A bias, or the part of one that belongs to a layer."""
-
-    name: str
-    layout: Layout
-
-
-class Place(NamedTuple):
-    """A weight, or the part of one that is used as a layer by itself: queries in a fused projection, an expert of a stack.
-
-    Args:
-        name: the parameter's.
-        layout: of the part in it.
-        axis: of the part, along which it has output channels (of a transposed convolution with groups those of one).
-        bias: what is added to its channels, if that is a parameter.
-    """
-
-    name: str
-    layout: Layout
-    axis: int
-    bias: BiasPlace | None
-
-    def along_weight(self, channels: Tensor, weight: Tensor) -> Tensor:
-        """A value for each output channel in a shape that broadcasts to the weight."""
-        if len(channels) != weight.shape[self.axis]:  # a transposed convolution, with its channels divided into groups
-            rows, width = weight.shape[:2]
-            groups = len(channels) // width
-            table = channels.reshape(groups, 1, width).expand(-1, rows // groups, -1).reshape(rows, width)
-            return table.reshape(rows, width, *(1,) * (weight.dim() - 2))
-        return channels.reshape([len(channels) if dim == self.axis else 1 for dim in range(weight.dim())])
 
 
 class DenseOutputs(WeightUses):
@@ -63,6 +33,9 @@ class DenseOutputs(WeightUses):
         """What was kept, and how many channels it has."""
         self.looked_up: set[str] = set()
         """Parameters that rows are taken from, as of an embedding."""
+        self.states: dict[Place, list[Tensor]] = {}
+        """Of recurrent layers those that the steps began with."""
+        self._running: tuple[list[Gates], RecurrentLayer, Tensor, Tensor | None] | None = None
         self._used: dict[str, set[tuple[Layout, Place | None]]] = {}
         self._whole: dict[str, Layout] = {}
         self._tied: set[Place] | None = None
@@ -105,6 +78,32 @@ class DenseOutputs(WeightUses):
             self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
         return _given(found.activation, lambda: result)
 
+    def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
+        """Remember what the steps are made with."""
+        gates = gates_of(layer, apart, self._masks)
+        self._running = (gates, layer, x.detach(), valid)
+        return copied(layer) if gates else layer
+
+    def after_steps(self, states: Callable[[], Tensor]) -> None:
+        """Keep what the gates got."""
+        assert self._running is not None
+        (gates, layer, x, valid), self._running = self._running, None
+        if not gates:
+            return
+        origins = [marked(entry) for entry in layer[:4] if entry is not None]
+        whole = {origin.name: origin.parameter for origin in origins if origin is not None}
+        before = states().detach()
+        self.states.setdefault(gates[0].place, []).append(before)
+        for entry in gates:
+            for place in (entry.place, *entry.place.also):
+                self._note(place.name, whole[place.name], place.layout, entry.place)
+                if place.bias is not None:
+                    self._note(place.bias.name, whole[place.bias.name], place.bias.layout, entry.place)
+            with torch.no_grad():
+                made = _without_padding(entry.computed(layer, x, before), valid)
+            self.made.setdefault(entry.place, []).append(made)
+            self.order.append((entry.place, int(made.shape[-1])))
+
 
 class PrunedUses(WeightUses):
     """Products of a model that masks are applied to, scaled and shifted by what is known so far.
@@ -135,6 +134,7 @@ class PrunedUses(WeightUses):
         self._masks, self._channels, self._strength = masks, channels, strength
         self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
+        self._states = {place: iter(made) for place, made in dense.states.items()}
 
     def observed(self, call: Call) -> Any:
         """The product as it will be."""
@@ -148,26 +148,54 @@ class PrunedUses(WeightUses):
                     self._scale_(part.place, part.of(result), part.axis)
         return _given(found.activation, lambda: result)
 
+    def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
+        """The parameters as they will be."""
+        gates = gates_of(layer, apart, self._masks) if self._strength else []
+        if not gates:
+            return layer
+        scaled = copied(layer)
+        states = next(self._states.get(gates[0].place, iter(())), None)
+        with torch.no_grad():
+            for entry in gates:
+                if self._is_alone(entry.place):
+                    given = (
+                        None if states is None or len(states) != len(x) else entry.computed(layer, x.detach(), states)
+                    )
+                    rows = None if given is None else _without_padding(given, valid)
+                    found = self._fitted(entry.place, rows, -1, entry.rows.stop - entry.rows.start)
+                    if found is not None:
+                        entry.scale_(scaled, *found)
+        return scaled
+
     def _scale_(self, place: Place, result: Tensor, axis: int) -> None:
         width = int(result.shape[axis])
+        found = self._fitted(place, result, axis, width)
+        if found is not None:
+            shape = [width if dim == axis else 1 for dim in range(result.dim())]
+            scale, shift = (values.to(result).reshape(shape) for values in found)
+            result.mul_(scale).add_(shift)
+
+    def _fitted(self, place: Place, result: Tensor | None, axis: int, width: int) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift by what is known; None where that is too little."""
         if self._turns is not None:
             fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
-            if self._adding and dense is not None and dense.shape == result.shape:
+            if self._adding and dense is not None and result is not None and dense.shape == result.shape:
                 fresh.add(self._rows(result, axis), self._rows(dense, axis))
             whole = self._turns.summed(place, fresh)
             if whole is not None:
                 self._channels.setdefault(place, PairedMoments(width)).merge([whole])
         moments = self._channels.get(place)
-        if moments is None or not moments.told:
-            return
-        scale, shift = moments.fit(self._strength, place.bias is not None)
-        shape = [width if dim == axis else 1 for dim in range(result.dim())]
-        result.mul_(scale.to(result).reshape(shape)).add_(shift.to(result).reshape(shape))
+        return None if moments is None or not moments.told else moments.fit(self._strength, place.bias is not None)
 
     def _rows(self, outputs: Tensor, axis: int) -> Tensor:
-        if self._counted is not None and outputs.shape[:2] == self._counted.shape and axis == outputs.dim() - 1:
+        last = axis % outputs.dim() == outputs.dim() - 1
+        if self._counted is not None and outputs.shape[:2] == self._counted.shape and last:
             return outputs[self._counted].reshape(-1, outputs.shape[-1])
         return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
+
+
+def _without_padding(gates: Tensor, valid: Tensor | None) -> Tensor:
+    return gates if valid is None else gates[valid]
 
 
 def _computed(found: Product) -> Tensor:

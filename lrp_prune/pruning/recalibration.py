@@ -29,8 +29,8 @@ from lrp_prune.names import named_modules, named_parameters
 from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.pairs import Place
 from lrp_prune.pruning.passes import Normalization
+from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.sharding import device_of, local_part, mesh_of, sharding_of
 from lrp_prune.targets import Target
@@ -73,8 +73,9 @@ class Recalibration:
     @property
     def parameters(self) -> list[str]:
         """The names of the parameters that it changes."""
-        biases = [place.bias.name for place in self.scales if place.bias is not None]
-        return list(dict.fromkeys([*(place.name for place in self.scales), *biases]))
+        places = [entry for place in self.scales for entry in (place, *place.also)]
+        biases = [place.bias.name for place in places if place.bias is not None]
+        return list(dict.fromkeys([*(place.name for place in places), *biases]))
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
@@ -82,12 +83,14 @@ class Recalibration:
         parameters, modules = named_parameters(model), named_modules(model)
         scaled: dict[str, list[_Part]] = {}
         shifted: dict[str, list[_Part]] = {}
-        for place, scale in self.scales.items():
-            scaled.setdefault(place.name, []).append((place.layout, partial(place.along_weight, scale)))
-            if place.bias is not None:
-                bias, shift = place.bias, self.shifts[place]
-                scaled.setdefault(bias.name, []).append((bias.layout, partial(_as_it_is, scale)))
-                shifted.setdefault(bias.name, []).append((bias.layout, partial(_as_it_is, shift)))
+        for main, scale in self.scales.items():
+            for place in (main, *main.also):
+                scaled.setdefault(place.name, []).append((place.layout, partial(place.along_weight, scale)))
+                if place.bias is not None:
+                    scaled.setdefault(place.bias.name, []).append((place.bias.layout, partial(_as_it_is, scale)))
+            if main.bias is not None:
+                shift = partial(_as_it_is, self.shifts[main])
+                shifted.setdefault(main.bias.name, []).append((main.bias.layout, shift))
         for name, parts in scaled.items():
             _change_(parameters[name], parts, Tensor.mul_, 1.0)
         for name, parts in shifted.items():
@@ -139,9 +142,10 @@ def recalibrate(
     it is if anything fails. Of a model that ``fully_shard`` has divided every process gives its own batches, and each keeps the
     values of its own part meanwhile; moments are summed in the forward, so that the result is that of one process on all batches.
 
-    Experts of a mixture are compared on the tokens that the dense model sends to them, and judged on those that reach them. Of
-    recurrent steps, of weights that are scaled before they are used, and of those that something else uses as well (tied ones)
-    nothing is known: they keep their scale, and are named in ``left_out``.
+    Experts of a mixture are compared on the tokens that the dense model sends to them, and judged on those that reach them; gates
+    of recurrent layers on the dense model's states. Of projections of states, of weights that are scaled before they are used,
+    and of those that something else uses as well (tied ones) nothing is known: they keep their scale, and are named in
+    ``left_out``.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -188,7 +192,8 @@ def recalibrate(
         runs.fit(fitted, candidates[1:])
         runs.judge(judged, candidates)
     result = _best(candidates, processes)
-    fitted_to = {place.name for place, moments in candidates[-1].channels.items() if moments.told}
+    known = [place for place, moments in candidates[-1].channels.items() if moments.told]
+    fitted_to = {entry.name for place in known for entry in (place, *place.also)}
     pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
     result.left_out = {name: _reason(runs.seen.get(name)) for name in pruned}
     return result

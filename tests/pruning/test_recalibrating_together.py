@@ -46,6 +46,18 @@ class Attending(nn.Module):
         return result
 
 
+class Reading(nn.Module):
+    """Gates of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(6, 7, batch_first=True), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.layer(x)[0].mean(1))
+        return result
+
+
 def vision() -> tuple[nn.Module, list[str], Callable[[torch.Generator], Any]]:
     model = Vision()
     for _ in range(20):
@@ -61,6 +73,10 @@ def attending() -> tuple[nn.Module, list[str], Callable[[torch.Generator], Any]]
     return Attending().eval(), ["attention"], lambda generator: (torch.randn(8, 5, 6, generator=generator),)
 
 
+def reading() -> tuple[nn.Module, list[str], Callable[[torch.Generator], Any]]:
+    return Reading().eval(), ["layer"], lambda generator: (torch.randn(8, 5, 6, generator=generator),)
+
+
 def llama() -> tuple[nn.Module, list[str], Callable[[torch.Generator], Any]]:
     def batch(generator: torch.Generator) -> dict[str, Tensor]:
         ids = torch.randint(2, 50, (2, 7), generator=generator)
@@ -69,7 +85,7 @@ def llama() -> tuple[nn.Module, list[str], Callable[[torch.Generator], Any]]:
     return build("llama").eval(), ["model.layers.0", "model.layers.1"], batch
 
 
-CASES = {"vision": vision, "attending": attending, "llama": llama}
+CASES = {"vision": vision, "attending": attending, "reading": reading, "llama": llama}
 
 
 def case(name: str, processes: int) -> tuple[nn.Module, list[str], list[list[Any]], list[Any]]:
@@ -86,8 +102,7 @@ def masks_of(model: nn.Module, sparsity: float) -> Masks:
     return lrp_prune.select(scorer("random", model, seed=0).compute(), sparsity, scope="layer")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "processes"), [("vision", 3), ("attending", 2), ("reading", 3), ("llama", 2)])
 def test_a_sharded_model_is_recalibrated_as_a_whole_one(tmp_path: Path, name: str, processes: int) -> None:
     model, layers, each, union = case(name, processes)
     masks = masks_of(model, 0.6)

@@ -26,7 +26,7 @@ forward and backward pass of torch's own function on a CPU.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from lrp_prune.attribution.packed import Packing
 from lrp_prune.attribution.rules import Call, is_activation
 from lrp_prune.attribution.tags import Tag, set_tag
 from lrp_prune.attribution.taps import RecurrentProduct
-from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.attribution.uses import RecurrentLayer, WeightUses
 from lrp_prune.unscored import GATES
 
 _PLAIN = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
@@ -96,16 +96,6 @@ class Rules:
     def _called(self, function: Callable[..., Any], *operands: Tensor) -> Any:
         call = self.of(function, *operands)
         return call.ruled() if any(map(is_activation, operands)) else call.run()
-
-
-class _Layer(NamedTuple):
-    """The parameters of one layer in one direction; ``hr`` projects the hidden state of an LSTM."""
-
-    ih: Tensor
-    hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    hr: Tensor | None
 
 
 Step = Callable[[Rules, Tensor, Callable[[Tensor], Tensor], State], State]
@@ -190,11 +180,14 @@ def _states(arguments: dict[str, Any]) -> State:
 
 
 def _one_step(rules: Rules, step: Step, arguments: dict[str, Any], state: State) -> State:
-    layer = _Layer(arguments["w_ih"], arguments["w_hh"], arguments.get("b_ih"), arguments.get("b_hh"), None)
-    x = rules.linear(arguments["input"].to(layer.ih.dtype), layer.ih, layer.bias_ih)
+    layer = RecurrentLayer(arguments["w_ih"], arguments["w_hh"], arguments.get("b_ih"), arguments.get("b_hh"), None)
+    given = arguments["input"].to(layer.ih.dtype)
+    layer = rules.uses.before_steps(layer, given[:, None], step is _gru, None)
+    x = rules.linear(given, layer.ih, layer.bias_ih)
     active = _active(x, *state)
     product = RecurrentProduct(rules.uses, rules.of(F.linear, x, layer.hh), layer.bias_hh, (x.shape[0], 1), active)
     state = step(rules, x, product.at(0), tuple(entry.to(x.dtype) for entry in state))
+    rules.uses.after_steps(product.states)
     product.shown()
     return state
 
@@ -224,20 +217,21 @@ def _all_layers(rules: Rules, step: Step, arguments: dict[str, Any], state: Stat
     return x if arguments["batch_first"] else x.transpose(0, 1), *stacked
 
 
-def _layers(arguments: dict[str, Any], projected: bool) -> list[_Layer]:
+def _layers(arguments: dict[str, Any], projected: bool) -> list[RecurrentLayer]:
     each = 2 + 2 * bool(arguments["has_biases"]) + projected
     found = []
     for start in range(0, len(arguments["params"]), each):
         ih, hh, *rest = arguments["params"][start : start + each]
         of_ih, of_hh = (rest[0], rest[1]) if arguments["has_biases"] else (None, None)
-        found.append(_Layer(ih, hh, of_ih, of_hh, rest[-1] if projected else None))
+        found.append(RecurrentLayer(ih, hh, of_ih, of_hh, rest[-1] if projected else None))
     return found
 
 
 def _one_layer(
-    rules: Rules, step: Step, layer: _Layer, x: Tensor, state: State, backwards: bool, packing: Packing | None
+    rules: Rules, step: Step, layer: RecurrentLayer, x: Tensor, state: State, backwards: bool, packing: Packing | None
 ) -> tuple[Tensor, State]:
     """The outputs ``[samples, tokens, features]`` of one layer in one direction, and its last state."""
+    layer = rules.uses.before_steps(layer, x, step is _gru, None if packing is None else packing.valid)
     with rules.uses.counting(all_tokens=packing is not None):
         pre = rules.linear(x.to(layer.ih.dtype), layer.ih, layer.bias_ih)
     places, active = (pre.shape[0], pre.shape[1]), _active(pre, *state)
@@ -257,6 +251,7 @@ def _one_layer(
         if valid is not None:
             new = tuple(torch.where(valid[:, token, None], entry, old) for entry, old in zip(new, state, strict=True))
         state, outputs[token] = new, new[0]
+    rules.uses.after_steps(product.states)
     product.shown()
     if projection is not None:
         projection.shown()
