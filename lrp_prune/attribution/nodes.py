@@ -28,7 +28,7 @@ NO_GRADIENT_NODES = frozenset({"WarnNotImplemented", "NotImplemented"})
 
 
 def node_kind(node: Any) -> str:
-    """``MulBackward0`` -> ``Mul``."""
-    name: str = node.name().rpartition("::")[2]
+    """``MulBackward0`` -> ``Mul``, ``DiagonalBackward0_copy`` -> ``Diagonal``."""
+    name: str = node.name().rpartition("::")[2].removesuffix("_copy")
     stem = name.rstrip("0123456789")
     return stem.removesuffix("Backward") or stem

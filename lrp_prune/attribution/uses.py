@@ -20,7 +20,7 @@ from lrp_prune.attribution.operands import Latest
 from lrp_prune.attribution.operations import OPERATIONS
 from lrp_prune.attribution.origins import Origin, marked
 from lrp_prune.attribution.rules.call import Call, is_activation
-from lrp_prune.attribution.rules.linear import Message, Terms, Watching, messages, ruled
+from lrp_prune.attribution.rules.linear import Message, Terms, Watching, messages, ruled, widened
 from lrp_prune.attribution.tracing import Reading, UnitTracer
 
 
@@ -58,8 +58,8 @@ class Use:
         """The use in backward, with the messages of a rule for its layer, if that has terms."""
         if not isinstance(rule, Terms):
             return self.coming_back(self.weight)
-        found = messages(rule.groups, self.form, activation, self.weight, d)
-        return self.coming_back(self.weight, found)
+        activation, weight, d = widened(activation, self.weight, d)
+        return self.coming_back(weight, messages(rule.groups, self.form, activation, weight, d))
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""

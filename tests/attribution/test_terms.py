@@ -309,6 +309,38 @@ def test_recurrent_layers_follow_the_rule_in_every_step(kind: str) -> None:
     torch.testing.assert_close(of_input, value.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_recurrent_weight_has_the_relevance_of_the_formula() -> None:
+    """Of two steps of tanh(W x + U h), of which only the second has a state before it."""
+    torch.manual_seed(0)
+    layer = nn.RNN(3, 4, bias=False, batch_first=True).double()
+    x = torch.randn(2, 2, 3, dtype=torch.float64)
+    before = torch.tanh(x[:, 0] @ layer.weight_ih_l0.T).detach()
+    after = (before @ layer.weight_hh_l0.T).detach()
+    total = (x[:, 1] @ layer.weight_ih_l0.T).detach() + after
+    messages = gamma_shares(before[:, None] * layer.weight_hh_l0.detach(), torch.zeros(2, 4).double())
+    messages = messages * (after * total.tanh() / total)[..., None]
+    for statistic, expected in (("signed", messages.sum(0) / 2), ("abs_token", messages.abs().sum(0) / 2)):
+        relevance = lrp_prune.attribute(
+            layer, [x], lambda m, b: m(b)[0][:, -1].sum(), Composite("gamma", {"linear": Gamma(GAMMA)}, "epsilon"),
+            statistic, include=["weight_hh*"], matmul_dtype=None,
+        )  # fmt: skip
+        torch.testing.assert_close(relevance["weight_hh_l0"].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_product_of_two_activations_has_no_terms() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, filters: Tensor) -> Tensor:
+            return nn.functional.conv1d(x, filters)
+
+    model, message = Model(), r"Gamma\(gamma=0.5\) is for a product with a weight.*conv1d in <model>"
+    with (
+        lrp_prune.register_rule(torch.conv1d, Gamma(0.5)),
+        lrp_prune.attributing(model),
+        pytest.raises(ValueError, match=message),
+    ):
+        model(torch.randn(1, 2, 5), torch.randn(3, 2, 3))
+
+
 def test_a_rule_of_ones_own_is_its_terms() -> None:
     class Doubled(Terms):
         """All contributions of positive inputs, twice."""

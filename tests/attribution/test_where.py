@@ -112,7 +112,13 @@ def test_relevance_of_weights_is_by_the_rule_of_each_layer() -> None:
     def weights(composite: Composite) -> lrp_prune.Relevance:
         return lrp_prune.attribute(model, [X, X], lambda m, b: m(b).sum(), composite, **options)
 
-    one = weights(Composite("one", {Where("convolution", depth=range(1)): Gamma(9.0)}, base="epsilon"))
+    by_name = Composite("one", {Where("convolution", name="early.0"): Gamma(9.0)}, base="epsilon")
+    one = weights(by_name)
+    by_depth = weights(Composite("one", {Where("convolution", depth=range(1)): Gamma(9.0)}, base="epsilon"))
+    first_batch = lrp_prune.attribute(model, [X], lambda m, b: m(b).sum(), by_name, **options)
+    for name in one:
+        assert torch.equal(one[name], by_depth[name])
+        torch.testing.assert_close(one[name], first_batch[name])
     none, every = (
         weights(Composite("none", {}, "epsilon")),
         weights(Composite("all", {"convolution": Gamma(9.0)}, "epsilon")),

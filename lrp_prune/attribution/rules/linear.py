@@ -99,6 +99,13 @@ class Terms(Rule):
     def __call__(self, call: Call) -> Any:
         active = [index for index, value in enumerate(call.operands()) if is_activation(value)]
         summands = [value for value in (*call.args, *call.kwargs.values()) if is_activation(value)]
+        if not active:
+            return call.run()
+        if len(active) > 1:
+            raise ValueError(
+                f"{self} is for a product with a weight, and {call.function.__name__} in {call.name or '<model>'} is one of two "
+                "activations: give it a rule for 'matmul'"
+            )
         if len(summands) > 1:
             return _beside_a_summand(call, self)
         operands = call.operands()
@@ -235,6 +242,14 @@ def input_gradient(found: Sequence[Message], form: Form, activation: Tensor, wei
     return torch.where(activation < 0, by_sign["negative"], by_sign["positive"])
 
 
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in one precision, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 class Watching(Protocol):
     """Is shown what comes back to a use of a weight."""
 
@@ -257,8 +272,7 @@ class _Ruled(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         activation, weight = ctx.saved_tensors
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(activation.dtype, weight.dtype), torch.float32)
-            a, w, d = activation.to(dtype), weight.to(dtype), d.to(dtype)
+            a, w, d = widened(activation, weight, d)
             found = messages(ctx.rule.groups, ctx.form, a, w, d, ctx.form.bias(a, w))
             gradient = input_gradient(found, ctx.form, a, w)
             if ctx.watching is not None:
