@@ -18,7 +18,8 @@ from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import class_name, named_parameters
-from lrp_prune.pruning.scorers import defaults_of
+from lrp_prune.pruning.methods import Collects, Method, method_of
+from lrp_prune.relevance import granularities_of
 
 OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, "none": 0}
 """Tensors of a parameter's size that an optimizer keeps for it."""
@@ -75,6 +76,7 @@ def estimate(
     batch: Any = None,
     optimizer: str | float = "adamw",
     dtype: torch.dtype | None = None,
+    method: str | Method = "lrp",
     granularity: str = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -97,8 +99,9 @@ def estimate(
         optimizer: ``"adamw"``, ``"adam"``, ``"momentum"``, ``"sgd"``, ``"none"``, or the number of tensors of a
             parameter's size that it keeps.
         dtype: of the weights; None for the model's (a configuration's) own.
+        method: by which, see :func:`lrp_prune.prune`; one that collects nothing holds its scores alone.
         granularity: what is scored; the sums of units are negligible.
-        include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.attribute`.
+        include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.prune`.
 
     Raises:
         ValueError: for an argument that is not possible, or a model that cannot be run without data.
@@ -115,6 +118,7 @@ def estimate(
         raise ValueError(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
+    collected = method_of(method).collects(granularities_of(granularity))
     states = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
     parts = world_size if strategy == "fsdp" else 1
@@ -135,12 +139,15 @@ def estimate(
     weights = sum(part(entry) * size(entry) for entry in parameters.values())
     weights += sum(buffer.numel() * size(buffer) for buffer in module.buffers())
     trainable = sum(part(entry) * size(entry) for entry in parameters.values() if entry.requires_grad)
-    sums = sum(_SUM * (part(entry) + 2 * _inputs(entry)) for entry in scored.values()) if whole else 0
+    inputs = 2 if collected is not None and collected.statistic == "geometric" else 0
+    sums = sum(_SUM * (part(entry) + inputs * _inputs(entry)) for entry in scored.values()) if whole else 0
     masks = sum(part(entry) for entry in scored.values())
     options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
-    activations, logits = (0, 0) if batch is None else _forward(_Run(module, options), batch, dtype)
+    activations = logits = 0
+    if batch is not None and collected is not None:
+        activations, logits = _forward(_Run(module, collected, options), batch, dtype)
     gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
-    temporary = max(gradient, _contraction(scored, batch, size) if whole else 0)
+    temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
     if parts > 1:
         temporary += _one_module(module, scored if whole else {}, size)
     on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
@@ -265,16 +272,16 @@ def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int
 class _Run(nn.Module):
     """Runs a module as a collection does."""
 
-    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, collected: Collects, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.module, self.options = module, options
+        self.module, self.collected, self.options = module, collected, options
 
     def forward(self, batch: Any) -> Any:
-        best = defaults_of("lrp", self.options["granularity"])
-        options = {"statistic": best.statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
+        statistic = self.collected.statistic
+        options = {"statistic": statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
         table = ObserverTable(self.module, **options)
         uses = WeightUses(table.observers, table.tracer)
-        composite = composite_of(best.composite or "gradient")
+        composite = composite_of(self.collected.composite)
         with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
             return run(self.module, batch)
 

@@ -16,7 +16,7 @@ PRUNING = {
         "sparsity": {"net.0": 0.5, "net.4": 0.25},
         "rounds": 2,
         "schedule": [0.5, 1.0],
-        "composite": None,
+        "method": {"class_path": "lrp_prune.Gradient", "init_args": {"skip_first": 1}},
         "scope": "layer",
         "include": ["net.*"],
         "exclude": ["net.6"],
@@ -24,7 +24,13 @@ PRUNING = {
 }
 COLLECTOR = {
     "class_path": "lrp_prune.callbacks.RelevanceCollector",
-    "init_args": {"composite": "cp_lrp", "statistic": "signed", "target": "class", "max_batches": 3},
+    "init_args": {
+        "method": {
+            "class_path": "lrp_prune.LRP",
+            "init_args": {"composite": "cp_lrp", "statistic": "signed", "target": "class"},
+        },
+        "max_batches": 3,
+    },
 }
 
 
