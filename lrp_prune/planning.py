@@ -13,6 +13,7 @@ from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.batches import mapped, tensors
 from lrp_prune.models.calling import run
 from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
@@ -189,17 +190,12 @@ def _tokens(batch: Any) -> int:
     if _is_shape(batch):
         return math.prod(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    first = ids if isinstance(ids, Tensor) else next(iter(_tensors(batch)), None)
+    first = ids if isinstance(ids, Tensor) else next(iter(tensors(batch)), None)
     return 0 if first is None else first.numel() if ids is not None else int(first.shape[0])
 
 
 def _is_shape(batch: Any) -> bool:
     return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else [value]
-    return [entry for entry in entries if isinstance(entry, Tensor)]
 
 
 def _contraction(scored: Mapping[str, Tensor], batch: Any, size: Callable[[Tensor], int]) -> int:
@@ -250,10 +246,8 @@ def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int
         state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
         if _is_shape(batch):
             given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long)}
-        elif isinstance(batch, Mapping):
-            given = {name: without_data(entry) if isinstance(entry, Tensor) else entry for name, entry in batch.items()}
         else:
-            given = without_data(_tensors(batch)[0]) if _tensors(batch) else batch
+            given = mapped(batch, without_data)
         own = {entry.untyped_storage()._cdata for entry in state.values()}
         try:
             saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -223,6 +223,7 @@ def test_what_is_planned_for_depends_on_the_method() -> None:
     model, batch = network(), batches()[0][0]
     plans = {name: lrp_prune.estimate(model, batch=batch, method=name) for name in METHODS}
     assert plans["magnitude"].activations == 0 < plans["lrp"].activations
+    assert lrp_prune.estimate(model, batch=batches()[0]) == plans["lrp"]  # inputs and labels
     assert plans["magnitude"].relevance < plans["lrp"].relevance
     assert lrp_prune.estimate(model, batch=batch, method=LRP(composite="attnlrp")).weights == plans["lrp"].weights
 
