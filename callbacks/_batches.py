@@ -18,19 +18,19 @@ def batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Itera
     return reference if reference is not None else ()
 
 
-def number_of_batches(trainer: Trainer, dataloader: int | None) -> float:
+def number_of_batches(trainer: Trainer, loader: int | None) -> float:
     """How many batches of a validation are looked at; infinite where its loaders do not tell."""
     batches = trainer.num_val_batches
-    return sum(batches) if dataloader is None else batches[min(dataloader, len(batches) - 1)]
+    return sum(batches) if loader is None else batches[min(loader, len(batches) - 1)]
 
 
-def validation_batches(trainer: Trainer, dataloader: int | None) -> Iterator[tuple[Any, int]]:
+def validation_batches(trainer: Trainer, loader: int | None) -> Iterator[tuple[Any, int]]:
     """The batches that a validation would see, each with its loader's index."""
     loaders = trainer.val_dataloaders
-    for index, loader in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
-        if dataloader in (None, index):
+    for index, found in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
+        if loader in (None, index):
             limit = trainer.num_val_batches[index]
-            for batch in islice(loader, None if limit == float("inf") else int(limit)):
+            for batch in islice(found, None if limit == float("inf") else int(limit)):
                 yield batch, index
 
 

@@ -19,17 +19,14 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
-from lrp_prune.attribution.composites import COMPOSITES, Composite
 from lrp_prune.models import check_batches
 from lrp_prune.names import named_parameters
-from lrp_prune.pruning import sparsity_schedule
-from lrp_prune.pruning.keys import RANKINGS
+from lrp_prune.pruning import Method, Scope, sparsity_schedule
+from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
+from lrp_prune.pruning.scope import settled
 from lrp_prune.pruning.scopes import Structure, layout_of, parse_scope
-from lrp_prune.pruning.scorers import METHODS, PROPAGATING, selection_options
-from lrp_prune.relevance import NORMALIZATIONS, granularities_of
-from lrp_prune.statistics import OF_RELEVANCE, Statistic
-from lrp_prune.targets import checked
+from lrp_prune.relevance import granularities_of
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
@@ -60,70 +57,53 @@ def check_patterns(name: str, value: Any) -> None:
         raise MisconfigurationException(f"{name} must be a list of name patterns such as ['*.mlp'], got {value!r}")
 
 
-def check_collection(
-    *,
-    method: Any,
-    composite: Any,
-    statistic: Any,
-    granularity: Any,
-    target: Any,
-    include: Any,
-    exclude: Any,
-    seed: Any,
-    trainable_only: Any,
-    accumulate_on: Any,
-    max_batches: Any,
-    dataloader: Any,
-    reference: Any,
-) -> None:
-    """Check the arguments that say how relevance is collected."""
-    check_choice("method", method, METHODS, optional=False)
-    if not isinstance(composite, Composite):
-        check_choice("composite", composite, COMPOSITES)
-    if not isinstance(statistic, Statistic):
-        check_choice("statistic", statistic, OF_RELEVANCE)
+def checked_method(method: Any) -> Method:
+    """The method that is meant by a name, or given."""
     try:
-        granularities_of(granularity)
+        return method_of(method)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def checked_kinds(granularity: Any) -> tuple[str, ...]:
+    """What is scored: weights, or kinds of units."""
+    try:
+        return granularities_of(granularity)
     except (ValueError, TypeError) as error:
         raise MisconfigurationException(str(error)) from error
-    if method not in PROPAGATING and (composite is not None or statistic is not None):
-        raise MisconfigurationException(
-            f"method={method!r} has neither composite nor statistic, got composite={composite!r}, statistic={statistic!r}: "
-            "leave them out, or use method='lrp'"
-        )
-    if method == "gradient" and composite not in (None, "gradient"):
-        raise MisconfigurationException(f"method='gradient' has no composite, got {composite!r}: use method='lrp'")
-    if target is not None:
-        try:
-            checked(target)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+
+
+def check_weights(include: Any, exclude: Any, trainable_only: Any, accumulate_on: Any) -> None:
+    """Check the arguments that say which weights are scored, and where their sums are kept."""
     check_patterns("include", include)
     check_patterns("exclude", exclude)
-    check_count("max_batches", max_batches, 1, optional=True)
-    check_count("dataloader", dataloader, 0, optional=True)
-    check_count("seed", seed, 0)
     check_flag("trainable_only", trainable_only)
     if accumulate_on is not None:
         try:
             torch.device(accumulate_on)
         except (RuntimeError, TypeError) as error:
             raise MisconfigurationException(f"accumulate_on must name a device, got {accumulate_on!r}") from error
-    if reference is not None and (
-        isinstance(reference, str | Mapping) or not isinstance(reference, Iterable | LightningDataModule)
-    ):
+
+
+def check_reference(reference: Any, name: str = "reference") -> None:
+    """Check what says where reference samples come from: a validation loader's index, ``"all"`` of them, or batches."""
+    if isinstance(reference, int) and not isinstance(reference, bool):
+        return check_count(name, reference, 0)
+    if isinstance(reference, str) and reference == "all":
+        return
+    if isinstance(reference, str | Mapping) or not isinstance(reference, Iterable | LightningDataModule):
         raise MisconfigurationException(
-            f"reference must be batches that can be iterated over again (a list, a DataLoader) or a "
-            f"LightningDataModule, got {type(reference).__name__}"
+            f"{name} must be the index of a validation loader, 'all' of them, batches that can be iterated over again (a list, a "
+            f"DataLoader), or a LightningDataModule, got {reference!r}"
         )
-    if reference is not None and not isinstance(reference, LightningDataModule):
+    if not isinstance(reference, LightningDataModule):
         try:
-            check_batches(reference, "reference")
+            check_batches(reference, name)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-    if reference is not None and iter_once(reference):
+    if iter_once(reference):
         raise MisconfigurationException(
-            f"reference is a {type(reference).__name__}, which can be iterated over only once, but each round needs "
+            f"{name} is a {type(reference).__name__}, which can be iterated over only once, but each round needs "
             "it: pass a list or a DataLoader"
         )
 
@@ -133,21 +113,18 @@ def iter_once(batches: Any) -> bool:
     return hasattr(batches, "__next__")
 
 
-def check_selection(
-    sparsity: Any, rounds: int, schedule: Schedule, scope: str | None, ranking: str, normalize: str | None
+def check_schedule(
+    sparsity: Any, rounds: int, schedule: Schedule, scope: Scope
 ) -> list[float] | list[dict[str, float]]:
-    """Check what is pruned, and return the total sparsity after each round."""
-    check_count("rounds", rounds, 1)
+    """Check how much is pruned, and return the total sparsity after each round."""
     if not (isinstance(schedule, str | Sequence) or callable(schedule)):
         raise MisconfigurationException(
             f"schedule must be one of {', '.join(SCHEDULES)}, a list of {rounds} numbers or a callable, got "
             f"{schedule!r}"
         )
-    check_choice("ranking", ranking, RANKINGS, optional=False)
-    check_choice("normalize", normalize, ("auto", *NORMALIZATIONS))
     try:
         targets = sparsity_schedule(schedule, sparsity, rounds)
-        structure = parse_scope(scope) if scope is not None else None
+        structure = parse_scope(scope.compared or "global")
     except (ValueError, TypeError) as error:
         raise MisconfigurationException(str(error)) from error
     if isinstance(structure, Structure):
@@ -156,17 +133,17 @@ def check_selection(
             for value in target.values() if isinstance(target, dict) else [target]:
                 if abs(value - only) > 1e-6:
                     raise MisconfigurationException(
-                        f"scope {scope!r} prunes {only:g} of the weights, so that a total sparsity of {value:g} "
+                        f"scope {scope.compared!r} prunes {only:g} of the weights, so that a total sparsity of {value:g} "
                         f"cannot be reached with it: set sparsity={only:g} and rounds=1 (or schedule='one_shot'), or "
                         "another scope"
                     )
     return targets
 
 
-def selection_of(*arguments: Any) -> dict[str, Any]:
-    """:func:`~lrp_prune.pruning.scorers.selection_options`; what it refuses is refused as a callback's arguments are."""
+def checked_scope(scope: Any, method: Method, kinds: tuple[str, ...]) -> Scope:
+    """:func:`~lrp_prune.pruning.scope.settled`; what it refuses is refused as a callback's arguments are."""
     try:
-        return selection_options(*arguments)
+        return settled(scope, method, kinds)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
 
@@ -229,6 +206,22 @@ def check_other_pruning(trainer: Trainer, name: str) -> None:
             )
 
 
+def names_of(trainer: Trainer, kind: type[Any]) -> list[str]:
+    """The names of all callbacks of a kind."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    return [callback.name for callback in callbacks if isinstance(callback, kind)]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse pruning callbacks that would log under one name."""
+    name = next((name for name in names if names.count(name) > 1), None)
+    if name is not None:
+        raise MisconfigurationException(
+            f"several RelevancePruning callbacks would log {name}/sparsity, each of other weights: give each a name, as "
+            "in RelevancePruning(..., name='attention')"
+        )
+
+
 def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: bool = False) -> None:
     """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's).
 
@@ -266,7 +259,7 @@ def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: b
     rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
 
 
-def warn_unguarded_monitors(trainer: Trainer, names: Collection[str]) -> None:
+def warn_monitors(trainer: Trainer, names: Collection[str]) -> None:
     """Warn about callbacks that compare a metric of the dense model with one of the pruned model.
 
     Args:
@@ -277,16 +270,16 @@ def warn_unguarded_monitors(trainer: Trainer, names: Collection[str]) -> None:
         monitor = getattr(callback, "monitor", None)
         if monitor is None or monitor.partition("/")[0] in names:
             continue
-        guarded = f"{next(iter(names))}/{monitor}"
+        final = f"{next(iter(names))}/{monitor}"
         if isinstance(callback, ModelCheckpoint):
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={monitor!r}) compares models of different sparsity, and keeps a dense one "
-                f"where that is better: pass guard={monitor!r} to RelevancePruning and monitor {guarded!r}, "
+                f"where that is better: pass monitor={monitor!r} to RelevancePruning and let ModelCheckpoint monitor {final!r}, "
                 "which counts from the last round on (or keep the last checkpoint by save_last=True)"
             )
         elif isinstance(callback, EarlyStopping):
             rank_zero_warn(
                 f"EarlyStopping(monitor={monitor!r}) may stop the training when a round makes {monitor!r} worse, "
-                f"before all rounds are done: pass guard={monitor!r} to RelevancePruning and monitor "
-                f"{guarded!r}, which counts from the last round on"
+                f"before all rounds are done: pass monitor={monitor!r} to RelevancePruning and let "
+                f"EarlyStopping monitor {final!r}, which counts from the last round on"
             )

@@ -1,10 +1,10 @@
 """Collecting relevance inside a Lightning run: from the batches of a validation, or from reference data."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice, repeat
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import rank_zero_only
@@ -12,19 +12,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.callbacks._batches import batches_of, number_of_batches, to_device, validation_batches
-from lrp_prune.callbacks._checks import check_collection
+from lrp_prune.callbacks._checks import check_count, check_reference, check_weights, checked_kinds, checked_method
 from lrp_prune.callbacks._distributed import agree, check_targets, gathered, merged
 from lrp_prune.callbacks._progress import CollectionProgress
-from lrp_prune.pruning import scorers
+from lrp_prune.pruning import METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.targets import Inferred
 from lrp_prune.unscored import UnscoredWeightsWarning
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
+
+
+MethodName = Literal["lrp", "gradient", "wanda", "magnitude", "random"]
+# The names are spelt out for help and type checkers.
+assert get_args(MethodName) == tuple(METHODS)
+Reference = int | Literal["all"] | Iterable[Any] | LightningDataModule
 
 
 class Collection:
@@ -34,11 +39,11 @@ class Collection:
     scorer runs the model by itself and leaves modes, random state and ``.grad`` as they were.
 
     Args:
-        method, composite, statistic, granularity, target, include, exclude, seed, trainable_only, accumulate_on:
-            see :class:`~lrp_prune.callbacks.RelevancePruning`; ``None`` leaves the choice to the method.
+        method: by which.
+        reference: the index of the validation loader whose batches are used, ``"all"`` for those of all; or batches, a loader or
+            a data module, instead of the validation's.
         max_batches: batches used of each pass over the data.
-        dataloader: index of the validation loader whose batches are used, ``None`` for all.
-        reference: batches, a loader or a data module, instead of the validation's batches.
+        granularity, include, exclude, trainable_only, accumulate_on: see :class:`~lrp_prune.callbacks.RelevancePruning`.
 
     Raises:
         MisconfigurationException: an argument has a value that is not possible.
@@ -47,24 +52,27 @@ class Collection:
     def __init__(
         self,
         *,
-        method: str,
+        method: str | Method,
+        reference: Reference,
         max_batches: int | None,
-        dataloader: int | None,
-        reference: "Iterable[Any] | LightningDataModule | None",
-        **options: Any,
+        granularity: str | Sequence[str] = "weight",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        trainable_only: bool = False,
+        accumulate_on: str | None = None,
     ) -> None:
-        composite = options.get("composite")
-        if isinstance(composite, Mapping):
-            with _misconfiguration():
-                options["composite"] = Composite("custom", composite)
-        check_collection(method=method, max_batches=max_batches, dataloader=dataloader, reference=reference, **options)
-        self.method = method
+        self.method = checked_method(method)
+        self.kinds = checked_kinds(granularity)
+        check_weights(include, exclude, trainable_only, accumulate_on)
+        check_count("max_batches", max_batches, 1, optional=True)
+        check_reference(reference)
         self.max_batches = max_batches
-        self.dataloader = dataloader
-        self.reference = reference
-        self.options = options
+        self.loader: int | None = reference if isinstance(reference, int) else None
+        self.data: Iterable[Any] | LightningDataModule | None = None if isinstance(reference, int | str) else reference
+        self.which: dict[str, Any] = {"include": include, "exclude": exclude, "trainable_only": trainable_only}
+        self.running: dict[str, Any] = {"accumulate_on": accumulate_on}
         self._inferred = Inferred()  # once for all rounds
-        self._scorer: Any = None
+        self._scorer: Scorer | None = None
         self._progress: CollectionProgress | None = None
         self._taken = 0
         self._alone = True
@@ -74,17 +82,17 @@ class Collection:
     @property
     def needs_data(self) -> bool:
         """Whether the method looks at data at all."""
-        return scorers.defaults_of(self.method, self.options.get("granularity") or "weight").needs_data
+        return self.method.needs_data(self.kinds)
 
     @property
     def explains(self) -> bool:
         """Whether the method explains a value that the model computes."""
-        return self.method in scorers.PROPAGATING
+        return self.method.explains(self.kinds)
 
     @property
     def uses_validation(self) -> bool:
-        """Whether the data are the validation's batches: there is no reference, and the method needs data."""
-        return self.reference is None and self.needs_data
+        """Whether the data are the validation's batches: there are no reference data, and the method needs some."""
+        return self.data is None and self.needs_data
 
     @property
     def active(self) -> bool:
@@ -97,21 +105,21 @@ class Collection:
         Returns:
             The weights that will be scored, by name; nothing where units are.
         """
-        scorer = self._make_scorer(trainer, pl_module)
-        return scorer.parameters if self.options["granularity"] == "weight" else {}
+        scores = self._make_scorer(trainer, pl_module)
+        return scores.parameters if self.kinds == ("weight",) else {}
 
     def check_loader(self, trainer: Trainer) -> None:
         """Raise now if there is no such validation loader."""
         loaders = len(trainer.num_val_batches)
-        if self.uses_validation and self.dataloader is not None and self.dataloader >= loaders > 0:
+        if self.uses_validation and self.loader is not None and self.loader >= loaders > 0:
             raise MisconfigurationException(
-                f"dataloader={self.dataloader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
-                "counted from 0: choose another, pass dataloader=None for all, or reference= with batches"
+                f"reference={self.loader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
+                "counted from 0: choose another, or pass reference='all', or batches"
             )
 
     def remember(self, batch: Any, dataloader_idx: int) -> None:
         """Keep a batch of the sanity check, the first that a validation would be collected on."""
-        if self._first is None and self.uses_validation and self.dataloader in (None, dataloader_idx):
+        if self._first is None and self.uses_validation and self.loader in (None, dataloader_idx):
             self._first = batch
 
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> "Relevance | None":
@@ -130,18 +138,18 @@ class Collection:
         """
         relevance, failure = None, None
         batch, self._first = self._first, None
-        if self.needs_data and self.reference is not None:
+        if self.needs_data and self.data is not None:
             with isolate_rng():
-                batch = next(iter(batches_of(self.reference)), None)
+                batch = next(iter(batches_of(self.data)), None)
             batch = None if batch is None else to_device(batch, trainer, pl_module, 0)
         if not all(gathered(trainer, batch is not None)):
             return None
         try:
             with torch.inference_mode(False), _misconfiguration(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnscoredWeightsWarning)  # one batch does not tell
-                scorer = self._make_scorer(trainer, pl_module)
-                scorer.update(batch)
-                relevance = cast("Relevance", scorer.compute())
+                scores = self._make_scorer(trainer, pl_module)
+                scores.update(batch)
+                relevance = scores.compute()
         except Exception as error:  # the other processes have to hear of it
             failure = error
         agree(trainer, failure)
@@ -150,22 +158,21 @@ class Collection:
 
     def check_prunable(self, pl_module: LightningModule) -> None:
         """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
-        given = {name: self.options[name] for name in ("include", "exclude", "trainable_only")}
-        if self.options["granularity"] == "weight":
+        if self.kinds == ("weight",):
             with _misconfiguration(), warnings.catch_warnings():
                 if getattr(rank_zero_only, "rank", 0) != 0:
                     warnings.simplefilter("ignore")
-                check_prunable(pl_module, **given)
+                check_prunable(pl_module, **self.which)
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""
         self._begin(trainer, pl_module)
-        total = number_of_batches(trainer, self.dataloader)
+        total = number_of_batches(trainer, self.loader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
         """Add a validation batch, if it is one of those that are used."""
-        if self._scorer is None or self._failure is not None or self.dataloader not in (None, dataloader_idx):
+        if self._scorer is None or self._failure is not None or self.loader not in (None, dataloader_idx):
             return
         if self.max_batches is None or self._taken < self.max_batches:
             self._update(batch)
@@ -177,23 +184,24 @@ class Collection:
             MisconfigurationException: there was no batch.
             FloatingPointError: the relevance is not finite.
         """
-        relevance, failure = None, self._failure
+        relevance, failure, scores = None, self._failure, self._scorer
+        assert scores is not None
         try:
             if failure is None and self._taken == 0 and self.needs_data and self._alone:
                 raise MisconfigurationException(
-                    f"no batch reached method={self.method!r}: validation loader {self.dataloader} is empty or does "
-                    "not exist; choose another by dataloader=, or pass reference= with batches"
+                    f"no batch reached method {self.method}: validation loader {self.loader} is empty or does "
+                    "not exist; choose another by reference=, or pass batches as reference="
                 )
             if failure is None and (self._taken or not self.needs_data):
                 with torch.inference_mode(False), _misconfiguration():
-                    relevance = cast("Relevance", self._scorer.compute())
+                    relevance = scores.collected()
         except Exception as error:  # the other processes have to hear of it before it is raised
             failure = error
         finally:
             self.abandon()
         if not self._alone:
             if not self._same_everywhere:
-                return self._checked(merged(trainer, relevance, failure))
+                return self._scored(scores, merged(trainer, relevance, failure))
             agree(trainer, failure)
             if relevance is not None and relevance.shardings and self.needs_data:
                 # Sharded models are scored by all processes together, here each on the same data.
@@ -201,18 +209,19 @@ class Collection:
                 sums = {name: tensor / times for name, tensor in relevance.sums.items()}
                 relevance = relevance.with_sums(sums, relevance.num_samples // times)
         if failure is not None or relevance is None:
-            raise failure or MisconfigurationException(f"reference= gave method={self.method!r} no batch")
-        return self._checked(relevance)
+            raise failure or MisconfigurationException(f"reference= gave method {self.method} no batch")
+        return self._scored(scores, relevance)
 
-    def _checked(self, relevance: "Relevance") -> "Relevance":
-        with _misconfiguration():
-            check_included(self.options["include"], relevance, relevance.unscored)
+    def _scored(self, scores: Scorer, collected: "Relevance") -> "Relevance":
+        with torch.inference_mode(False), _misconfiguration():
+            relevance = scores.scored(collected)
+            check_included(self.which["include"], relevance, relevance.unscored)
         return relevance
 
     @property
     def _same_everywhere(self) -> bool:
         """Whether each process scores by itself what all others score: without data, or by the same reference data."""
-        return self.reference is not None or not self.needs_data
+        return self.data is not None or not self.needs_data
 
     def abandon(self) -> None:
         """Forget the collection under way, if there is one."""
@@ -239,11 +248,11 @@ class Collection:
     def batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """The batches that are collected on, on the device: of the reference data, else of the validation's loaders."""
         with isolate_rng():
-            if self.reference is not None:
-                batches: Iterable[tuple[Any, int]] = zip(batches_of(self.reference), repeat(0), strict=False)
+            if self.data is not None:
+                batches: Iterable[tuple[Any, int]] = zip(batches_of(self.data), repeat(0), strict=False)
             else:
                 trainer.fit_loop.epoch_loop.val_loop.setup_data()
-                batches = validation_batches(trainer, self.dataloader)
+                batches = validation_batches(trainer, self.loader)
             return [to_device(batch, trainer, pl_module, index) for batch, index in islice(batches, self.max_batches)]
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,14 +260,14 @@ class Collection:
         self._taken, self._failure, self._alone = 0, None, trainer.world_size == 1
 
     def _go_through(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.reference is not None:
-            batches = batches_of(self.reference)
+        if self.data is not None:
+            batches = batches_of(self.data)
             total = len(batches) if isinstance(batches, Sized) else float("inf")
             batches = zip(batches, repeat(0), strict=False)
         else:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            batches = validation_batches(trainer, self.dataloader)
-            total = number_of_batches(trainer, self.dataloader)
+            batches = validation_batches(trainer, self.loader)
+            total = number_of_batches(trainer, self.loader)
         self._progress = CollectionProgress(trainer, total=min(total, self.max_batches or total))
         for batch, dataloader_idx in islice(batches, self.max_batches):
             if self._failure is not None:
@@ -268,6 +277,7 @@ class Collection:
     def _update(self, batch: Any) -> None:
         try:
             with torch.inference_mode(False), _misconfiguration():
+                assert self._scorer is not None
                 self._scorer.update(batch)
         except Exception as error:
             if self._alone:
@@ -278,11 +288,12 @@ class Collection:
         if self._progress is not None:
             self._progress.advance()
 
-    def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        given = {"target": self._inferred, **{name: value for name, value in self.options.items() if value is not None}}
+    def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Scorer:
+        method = self.method if self.method.target is not None else self.method.with_target(self._inferred)
+        context = trainer.precision_plugin.val_step_context
         with torch.inference_mode(False), _misconfiguration():
-            return scorers.scorer(
-                self.method, pl_module, forward_context=trainer.precision_plugin.val_step_context, **given
+            return scorer(
+                method, pl_module, granularity=self.kinds, forward_context=context, **self.which, **self.running
             )
 
 

@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lrp_prune.callbacks._checks import check_choice
+from lrp_prune.callbacks._checks import check_choice, checked_kinds, checked_method
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._distributed import agree, gathered
-from lrp_prune.correction import Search
+from lrp_prune.correction import Automatic, Search
+from lrp_prune.correction.guard import GUARD_SCOPES
 from lrp_prune.module import CorrectedModule
+from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
 from lrp_prune.statistics import OF_RELEVANCE
+from lrp_prune.targets import checked
 
 
 class _InnerCollection(Collection):
@@ -25,17 +29,48 @@ class _InnerCollection(Collection):
         return super()._make_scorer(trainer, model)
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What spares the entries that the general behaviour depends on, see :class:`lrp_prune.correction.Contrast`.
+
+    Args:
+        share: of the entries that may be removed at all: those whose relevance for the general set is below this quantile.
+        statistic: collect the general set in this statistic too, to measure it by; ``"squared_token"`` say.
+        scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
+
+    Raises:
+        MisconfigurationException: an argument has an impossible value, or does not fit another.
+    """
+
+    share: float | None = 0.7
+    statistic: Any = None
+    scope: Literal["global", "layer"] = "global"
+
+    def __post_init__(self) -> None:
+        if self.share is not None and (
+            isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1
+        ):
+            raise MisconfigurationException(f"guard must be a quantile in (0, 1] or None, got {self.share!r}")
+        check_choice("the guard's scope", self.scope, GUARD_SCOPES, optional=False)
+        if isinstance(self.statistic, str):
+            check_choice("the guard's statistic", self.statistic, OF_RELEVANCE)
+        if self.share is None and self.statistic is not None:
+            raise MisconfigurationException(
+                f"statistic={self.statistic!r} is of a guard, but there is none: give it a share, 0.7 say"
+            )
+
+
 class ReferenceSets:
     """Collects the relevance of a general and of an undesired set, and of the general one for a guard.
 
     Args:
         general: index of a validation loader, or batches.
         undesired: likewise.
-        targets: what is explained on each.
+        method: by which.
+        undesired_target: what is explained on the undesired set, if it is something else.
         guard_statistic: in which the general set is collected a second time, if given.
-        skip_first: tokens at the beginning that enter no statistic; None for the method's own.
         max_batches: of each set.
-        **options: of the scorer.
+        **options: of the collections.
 
     Raises:
         MisconfigurationException: both sets are the same loader, or an argument is impossible.
@@ -46,9 +81,9 @@ class ReferenceSets:
         general: int | Iterable[Any],
         undesired: int | Iterable[Any],
         *,
-        targets: tuple[Any, Any],
-        guard_statistic: str | None,
-        skip_first: int | None,
+        method: str | Method,
+        undesired_target: Any,
+        guard_statistic: Any,
         max_batches: int | None,
         **options: Any,
     ) -> None:
@@ -56,26 +91,15 @@ class ReferenceSets:
             raise MisconfigurationException(
                 f"general and undesired are both validation loader {general}: their contrast is nothing"
             )
-        check_choice("guard_statistic", guard_statistic, OF_RELEVANCE)
+        own = _signed(checked_method(method), checked_kinds(options["granularity"]))
 
-        def collection(source: int | Iterable[Any], target: Any, **changes: Any) -> Collection:
-            index = source if isinstance(source, int) else None
-            made = _InnerCollection(
-                method="lrp",
-                max_batches=max_batches,
-                dataloader=index,
-                reference=None if isinstance(source, int) else source,
-                target=target,
-                seed=0,
-                trainable_only=False,
-                **{**options, **changes},
-            )
-            made.options["skip_first"] = skip_first
-            return made
+        def collection(source: int | Iterable[Any], method: Method) -> Collection:
+            return _InnerCollection(method=method, reference=source, max_batches=max_batches, **options)
 
-        self._collections = [collection(general, targets[0]), collection(undesired, targets[1])]
+        with_target = own if undesired_target is None else _changed(own, target=undesired_target)
+        self._collections = [collection(general, own), collection(undesired, with_target)]
         if guard_statistic is not None:
-            self._collections.append(collection(general, targets[0], statistic=guard_statistic))
+            self._collections.append(collection(general, _changed(own, statistic=guard_statistic)))
         self._indices = [source for source in (general, undesired) if isinstance(source, int)]
 
     @property
@@ -133,6 +157,30 @@ class ReferenceSets:
             collection.abandon()
 
 
+def _signed(method: Method, kinds: tuple[str, ...]) -> Method:
+    """The method, in the statistic ``"signed"`` where it leaves it open: what serves one set and harms the other has a sign."""
+    if not method.explains(kinds):
+        raise MisconfigurationException(
+            f"method {str(method)!r} explains nothing, so that two sets cannot be told apart by it: use LRP() or Gradient()"
+        )
+    open_statistic = getattr(method, "statistic", "") is None
+    return _changed(method, statistic="signed") if open_statistic else method
+
+
+def _changed(method: Method, **changes: Any) -> Method:
+    try:
+        if "target" in changes:
+            checked(changes["target"])
+            return method.with_target(changes["target"])
+        return replace(method, **changes)  # type: ignore[type-var]  # whether it is a dataclass is what is tried
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"method {str(method)!r} has no {', '.join(changes)} to choose: {error}"
+        ) from error
+
+
 def measured(trainer: Trainer, metric: Any, model: nn.Module) -> float:
     """The mean of what a metric gives in all processes, so that all of them decide alike.
 
@@ -153,24 +201,27 @@ def measured(trainer: Trainer, metric: Any, model: nn.Module) -> float:
 def search_table(search: Search, behaviour: str) -> str:
     """The trials of a search as text, the chosen one marked."""
     lines = [
-        f"Search for the smallest correction of {behaviour!r}: undesired {search.undesired:.4g}, guard {search.guard:.4g}"
+        f"Search for the smallest correction of {behaviour!r}: undesired {search.undesired:.4g}, general {search.general:.4g}"
         " before",
-        f"  {'entries':>12} {'undesired':>11} {'reduction':>10} {'guard':>11} {'loss':>9}",
+        f"  {'entries':>12} {'undesired':>11} {'reduction':>10} {'general':>11} {'loss':>9}",
     ]
     chosen = search.patch.num_entries if search.patch is not None else None
     for trial in search.curve:
         mark = "*" if trial.entries == chosen else " "
         lines.append(
-            f"{mark} {trial.entries:>12,} {trial.undesired:>11.4g} {trial.reduction:>10.1%} {trial.guard:>11.4g} "
+            f"{mark} {trial.entries:>12,} {trial.undesired:>11.4g} {trial.reduction:>10.1%} {trial.general:>11.4g} "
             f"{trial.loss:>9.2%}"
         )
     return "\n".join(lines)
 
 
-def check_amount(name: str, amount: Any) -> None:
-    """Refuse what is neither a fraction, nor a count, nor ``"auto"``."""
+def checked_amount(amount: Any) -> Automatic | None:
+    """How an amount is found by trying some; None for a fraction or a count. Refuses all else."""
+    if isinstance(amount, Automatic) or amount == "auto":
+        return amount if isinstance(amount, Automatic) else Automatic()
     number = isinstance(amount, int | float) and not isinstance(amount, bool)
-    if amount != "auto" and not (number and (amount >= 1 if isinstance(amount, int) else 0 < amount < 1)):
+    if not (number and (amount >= 1 if isinstance(amount, int) else 0 < amount < 1)):
         raise MisconfigurationException(
-            f"{name} must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
+            f"amount must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
         )
+    return None

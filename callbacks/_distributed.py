@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from lrp_prune.pruning import Masks
 from lrp_prune.relevance import Relevance
+from lrp_prune.sharding import OtherProcessError
 from lrp_prune.targets import in_words
 
 
@@ -30,14 +31,14 @@ def agree(trainer: Trainer, error: Exception | None) -> None:
 
     Raises:
         Exception: this process's error.
-        RuntimeError: another process has one; raised on all of them, so that none waits for one that is gone.
+        OtherProcessError: another process has one; raised on all of them, so that none waits for one that is gone.
     """
     messages = gathered(trainer, f"{type(error).__name__}: {error}" if error is not None else None)
     if error is not None:
         raise error
     failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
     if failed:
-        raise RuntimeError(
+        raise OtherProcessError(
             f"rank {failed[0][0]} failed, so this one stops as well, with nothing changed: {failed[0][1]}"
         )
 
@@ -52,7 +53,7 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
 
     Raises:
         Exception: this process's error.
-        RuntimeError: another process has an error; see :func:`agree`.
+        OtherProcessError: another process has an error; see :func:`agree`.
         MisconfigurationException: no process had a batch, or they explained different things.
     """
     agree(trainer, error)
@@ -64,7 +65,7 @@ def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | Non
     samples = sum(count for _, count, _ in everyone)
     if samples == 0:
         raise MisconfigurationException(
-            "no batch reached the collection on any rank: use a larger validation set, another dataloader=, or reference="
+            "no batch reached the collection on any rank: use a larger validation set, or another reference="
         )
     check_targets([target for _, _, target in everyone])
     shapes: dict[str, tuple[int, ...]] = {}

@@ -18,7 +18,7 @@ from lrp_prune.callbacks._state import PruningState
 from lrp_prune.models.subject import subject_of
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
-from lrp_prune.pruning import EmptiedWeightsWarning, Masks, select
+from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.keeping import MaskKeeper
 from lrp_prune.pruning.kinds import figures_by_kind
@@ -34,13 +34,13 @@ class Pruner:
 
     Args:
         targets: the total sparsity after each round.
-        selection: scope, ranking and normalize for :func:`lrp_prune.pruning.select`.
+        scope: what is compared with what, with nothing left open.
         name: what the names of logged figures begin with.
     """
 
-    def __init__(self, targets: list[float] | list[dict[str, float]], selection: Mapping[str, Any], name: str) -> None:
+    def __init__(self, targets: list[float] | list[dict[str, float]], scope: Scope, name: str) -> None:
         self.targets, self.name = targets, name
-        self.selection = dict(selection)
+        self._scope, self._compared = scope, scope.compared or "global"
         self.state = PruningState()
         self._keeper: MaskKeeper | None = None
         self._told: set[str] = set()
@@ -56,7 +56,7 @@ class Pruner:
         Raises:
             MisconfigurationException: the sparsity of this round or a later one cannot be reached, or patterns match nothing.
         """
-        existing, scope = self.state.masks, parse_scope(self.selection["scope"])
+        existing, scope = self.state.masks, parse_scope(self._compared)
         try:
             for target in self.targets[self.state.round + 1 :]:
                 groups_of(relevance, target, scope, existing)
@@ -68,7 +68,7 @@ class Pruner:
                 if others:
                     warnings.simplefilter("ignore", EmptiedWeightsWarning)
                 target = self.targets[-1] if final else self.target
-                masks = select(relevance, sparsity=target, existing=existing, **self.selection)
+                masks = select(relevance, target, self._scope, existing=existing)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._told |= set(relevance.unscored)
@@ -80,7 +80,7 @@ class Pruner:
         """Refuse now what a selection would refuse whatever the scores are; see :func:`check_selectable`."""
         try:
             for target in self.targets[self.state.round :]:
-                check_selectable(layouts, shapes, target, self.selection["scope"], granularity)
+                check_selectable(layouts, shapes, target, self._compared, granularity)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 

@@ -6,6 +6,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lrp_prune.callbacks._rounds import Times
+
 
 def skipped_validation(trainer: Trainer) -> int | None:
     """The epoch of a validation that was due after the batch that a checkpoint was written in.
@@ -84,3 +86,21 @@ def _inside_window(trainer: Trainer) -> bool:
 
 def _is_random(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def warn_of_late_begin(trainer: Trainer, callback: str, times: Times, done: int, delay: int) -> None:
+    """Say that a training which had begun without pruning is pruned from now on.
+
+    Args:
+        trainer: the training.
+        callback: which of its callbacks, in words.
+        times: of the rounds, delayed already.
+        done: rounds that are done.
+        delay: by how many epochs or steps all rounds are later.
+    """
+    unit = "steps" if times.by_steps else "epochs"
+    rank_zero_warn(
+        f"{trainer.ckpt_path} was written without {callback}, so that no masks are known from it: "
+        f"pruning begins with round {done + 1} of {times.count}, and "
+        f"{f'all rounds are delayed by {delay} {unit}' if delay else 'its rounds keep their times'}"
+    )

@@ -11,6 +11,58 @@ from lrp_prune.callbacks._checks import check_count
 
 @dataclass(frozen=True)
 class Rounds:
+    """How many rounds there are, and when; a number stands for as many of them, one an epoch from epoch 1 on.
+
+    Args:
+        count: number of rounds.
+        every_n_epochs: epochs between rounds; 1 if neither this nor ``every_n_steps`` is given.
+        every_n_steps: optimizer steps (``trainer.global_step``) between rounds, instead of epochs.
+        start: the epoch at whose start the first round prunes, or the step from which it is due; ``None`` for epoch 1, or
+            ``every_n_steps``. Epoch 0 needs reference data, or a method without data.
+
+    Raises:
+        MisconfigurationException: an argument has an impossible value, or does not fit another.
+
+    Example::
+
+        RelevancePruning(sparsity=0.7, rounds=Rounds(5, every_n_steps=500))
+    """
+
+    count: int = 1
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("rounds", self.count, 1)
+        check_count("every_n_epochs", self.every_n_epochs, 1, optional=True)
+        check_count("every_n_steps", self.every_n_steps, 1, optional=True)
+        check_count("start", self.start, 0, optional=True)
+        if self.every_n_steps is not None and self.every_n_epochs is not None:
+            raise MisconfigurationException(
+                f"every_n_epochs={self.every_n_epochs} and every_n_steps={self.every_n_steps} exclude each other: pass one "
+                "of them"
+            )
+
+    def times(self, uses_validation: bool) -> "Times":
+        """When the rounds are, in a training whose validations they need or not.
+
+        Raises:
+            MisconfigurationException: the first would come before any validation.
+        """
+        if self.every_n_steps is not None:
+            first = self.every_n_steps if self.start is None else self.start
+            return Times(self.count, self.every_n_steps, first, by_steps=True)
+        first = 1 if self.start is None else self.start
+        if first == 0 and uses_validation:
+            raise MisconfigurationException(
+                "start=0 prunes before there was a validation to collect relevance in: pass reference= with batches, or start=1"
+            )
+        return Times(self.count, self.every_n_epochs or 1, first, by_steps=False)
+
+
+@dataclass(frozen=True)
+class Times:
     """The times of the rounds 0, 1, ..., ``count - 1``, by epochs or by optimizer steps.
 
     By epochs, round ``r`` prunes at the start of epoch ``start + r * every`` with what the last validation before it
@@ -29,48 +81,11 @@ class Rounds:
     start: int
     by_steps: bool
 
-    @classmethod
-    def from_arguments(
-        cls,
-        rounds: int,
-        every_n_epochs: int | None,
-        every_n_steps: int | None,
-        start_epoch: int,
-        start_step: int | None,
-        uses_validation: bool,
-    ) -> "Rounds":
-        """The times that the callback's arguments mean.
-
-        Raises:
-            MisconfigurationException: they are impossible or contradict each other.
-        """
-        check_count("rounds", rounds, 1)
-        check_count("every_n_epochs", every_n_epochs, 1, optional=True)
-        check_count("every_n_steps", every_n_steps, 1, optional=True)
-        check_count("start_epoch", start_epoch, 0)
-        check_count("start_step", start_step, 0, optional=True)
-        if every_n_steps is not None:
-            if every_n_epochs is not None:
-                raise MisconfigurationException(
-                    f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} exclude each other: pass one "
-                    "of them"
-                )
-            start = every_n_steps if start_step is None else start_step
-            return cls(rounds, every_n_steps, start, by_steps=True)
-        if start_step is not None:
-            raise MisconfigurationException(f"start_step={start_step} needs every_n_steps; by epochs, use start_epoch")
-        if start_epoch == 0 and uses_validation:
-            raise MisconfigurationException(
-                "start_epoch=0 prunes before there was a validation to collect relevance in: pass reference= with "
-                "batches, or start_epoch=1"
-            )
-        return cls(rounds, every_n_epochs or 1, start_epoch, by_steps=False)
-
     def time_of(self, index: int) -> int:
         """The epoch or the step of a round."""
         return self.start + index * self.every
 
-    def delayed(self, delay: int) -> "Rounds":
+    def delayed(self, delay: int) -> "Times":
         """The same rounds, all later by so many epochs or steps."""
         return replace(self, start=self.start + delay)
 
@@ -157,7 +172,7 @@ class Rounds:
                 raise MisconfigurationException(
                     f"round {index + 1} prunes at the start of epoch {end}, but no validation lies between epoch "
                     f"{begin} and it with check_val_every_n_epoch={interval}: set every_n_epochs to a multiple of "
-                    f"{interval} (and start_epoch likewise), or validate more often"
+                    f"{interval} (and start likewise), or validate more often"
                 )
 
     def _check_steps(self, trainer: Trainer, done: int, uses_validation: bool) -> None:

@@ -59,6 +59,18 @@ def round_table(
     return "\n".join([lines, *unscored_lines(masks), layer_table(masks, newly, width)])
 
 
+def preview(masks: Masks, method: str, samples: int, explains: str) -> str:
+    """What would be pruned, as text; of divided masks all processes must ask for it.
+
+    Args:
+        masks: that are not applied.
+        method, samples, explains: see :func:`round_table`.
+    """
+    data = f" on {samples:,} samples" if samples else ""
+    explained = f"\nexplains: {explains}" if explains else ""
+    return f"Preview of pruning by {method}{data}: no weight is changed{explained}\n{masks.report()}"
+
+
 def show(trainer: Trainer, text: str) -> None:
     """Print on rank 0, above the progress bar if there is one."""
     if not trainer.is_global_zero:

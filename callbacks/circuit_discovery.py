@@ -1,7 +1,6 @@
 """The callback that finds the circuit of a task in a validation, and changes nothing."""
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,9 +11,13 @@ from typing_extensions import override
 from lrp_prune.callbacks._averages import trained_weights
 from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
-from lrp_prune.circuits.ablation import check_ablation
-from lrp_prune.circuits.discover import check_nodes, check_options, method_for
+from lrp_prune.circuits.ablation import Ablation, check_ablation
+from lrp_prune.circuits.discover import check_nodes, check_options
+from lrp_prune.circuits.methods import NodeMethodName, method_for
 from lrp_prune.circuits.sites import kinds_of
+from lrp_prune.pruning import Method
+from lrp_prune.pruning.keys import Order
+from lrp_prune.pruning.scope import Normalization
 from lrp_prune.tasks import Task
 
 
@@ -40,13 +43,13 @@ class CircuitDiscovery(Callback):
     Args:
         task: the prompts to find the circuit on.
         granularity: see :func:`lrp_prune.circuits.discover`.
-        method: see :func:`lrp_prune.circuits.discover`.
+        method: see :func:`lrp_prune.circuits.discover`: a name, or an object that says more.
         size: nodes of :attr:`circuit`: a number, or a fraction of all.
         sizes: further sizes to evaluate, for the areas ``cpr`` and ``cmd``.
         ablation: ``"counterfactual"``, ``"mean"`` or ``"zero"``; of weights ``"zero"``.
         held_out: the prompts of the evaluation; None: ``task.split()`` gives one part to each.
         every_n_epochs: inside ``fit``, in the validations of every so many epochs; each result replaces the last.
-        options: further arguments of :func:`lrp_prune.circuits.discover`.
+        order, metric, batch_size, rounds, density, normalize, include, exclude: see :func:`lrp_prune.circuits.discover`.
         allow_untested: use it with strategies that it is not tested with.
 
     Raises:
@@ -57,13 +60,21 @@ class CircuitDiscovery(Callback):
         self,
         task: Task,
         granularity: str | list[str] = "neuron",
-        method: str | None = None,
+        *,
+        method: NodeMethodName | Method | None = None,
         size: int | float = 0.05,
         sizes: Sequence[float] = MIB_SIZES,
-        ablation: str = "counterfactual",
+        ablation: Ablation = "counterfactual",
         held_out: Task | None = None,
         every_n_epochs: int = 1,
-        options: dict[str, Any] | None = None,
+        order: Order = "absolute",
+        metric: str | None = None,
+        batch_size: int = 16,
+        rounds: int = 1,
+        density: float = 0.01,
+        normalize: Normalization | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
         allow_untested: bool = False,
     ) -> None:
         check_count("every_n_epochs", every_n_epochs, 1)
@@ -73,21 +84,19 @@ class CircuitDiscovery(Callback):
                 kinds_of(granularity)
             elif ablation != "zero":
                 raise ValueError(f"weights have no activations to replace: pass ablation='zero', got {ablation!r}")
-            method_for(granularity, method)
+            self._method = method_for(granularity == "weight", method)
             for given in (size, *sizes):
                 if isinstance(given, bool) or given < 0 or (isinstance(given, float) and given > 1):
                     raise ValueError(f"sizes are numbers of nodes or fractions in [0, 1], got {given!r}")
-            known = [name for name, one in signature(discover).parameters.items() if one.kind is one.KEYWORD_ONLY]
-            for name in options or {}:
-                if name not in known:
-                    raise ValueError(f"options must be of {known}, as lrp_prune.circuits.discover takes, got {name!r}")
-            check_options(**(options or {}))
+            check_options(order, rounds, density, normalize)
             self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._granularity, self._method, self._size, self._sizes = granularity, method, size, tuple(sizes)
-        self._ablation, self._every_n_epochs = ablation, every_n_epochs
-        self._options, self._allow_untested = dict(options or {}), allow_untested
+        self._granularity, self._size, self._sizes = granularity, size, tuple(sizes)
+        self._ablation, self._every_n_epochs, self._allow_untested = ablation, every_n_epochs, allow_untested
+        self._looked_at: dict[str, Any] = {"metric": metric, "include": include, "exclude": exclude}
+        self._options: dict[str, Any] = {"order": order, "batch_size": batch_size, "rounds": rounds, "density": density}
+        self._options |= {"normalize": normalize, "ablation": ablation}
         self._ranking: Ranking | None = None
         self._result: EvaluationResult | None = None
 
@@ -126,7 +135,7 @@ class CircuitDiscovery(Callback):
         check_validation(trainer, type(self).__name__, "finds circuits")
         try:
             with torch.inference_mode(False), trainer.precision_plugin.val_step_context():
-                check_nodes(pl_module, self._task, self._granularity, self._method, **self._options)
+                check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
@@ -143,7 +152,7 @@ class CircuitDiscovery(Callback):
                 torch.inference_mode(False),
                 trainer.precision_plugin.val_step_context(),
             ):
-                options = {"ablation": self._ablation, **self._options}
+                options: dict[str, Any] = {**self._looked_at, **self._options}
                 ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
                 sizes = [*self._sizes, self._size]
                 result = evaluate(pl_module, ranking, self._held_out, sizes, self._ablation, complements=False)

@@ -1,8 +1,8 @@
 """The callback that finds what causes a behaviour, and hands the correction to the model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
@@ -11,19 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.unsharding import make_ordinary
-from lrp_prune.callbacks._checks import check_choice, check_count, check_strategy, check_validation, checked_key
+from lrp_prune.callbacks._checks import check_choice, check_strategy, check_validation, checked_key
 from lrp_prune.callbacks._collecting import CollectingCallback
-from lrp_prune.callbacks._contrast import ReferenceSets, check_amount, measured, search_table
-from lrp_prune.correction import Patch, Search, search_amount
+from lrp_prune.callbacks._contrast import Guard, ReferenceSets, checked_amount, measured, search_table
+from lrp_prune.correction import Automatic, Patch, Search, search_amount
 from lrp_prune.correction.combining import merged
-from lrp_prune.correction.search import AMOUNTS
 from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.models.states import undisturbed
 from lrp_prune.module import CorrectedModule
 from lrp_prune.names import named_parameters
-from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.pruning import Method
+from lrp_prune.pruning.scope import Normalization
+from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
 
 
 class ContrastiveCorrection(CollectingCallback):
@@ -36,13 +36,14 @@ class ContrastiveCorrection(CollectingCallback):
     were measured before; :attr:`patch` then has the values that its entries have been trained to since. Any other module
     stays as it is, for ``callback.patch.apply_(model)``.
 
-    With metrics given, their values before and after are logged as ``correction/undesired`` and ``correction/guard``
+    With metrics given, their values before and after are logged as ``correction/undesired`` and ``correction/general``
     (``..._before``), and ``correction/entries`` always. A metric is a function of the model that returns a number, or
     the name of a metric that the validation logs: then the effect is seen in the validations that follow. Functions get
     the model in evaluation mode, without gradients; random numbers that they draw do not change those of the training.
 
-    With ``amount="auto"`` amounts are tried, and the smallest is taken that reaches ``reduction`` of the undesired metric
-    within ``allowed_loss`` of the guard's; :attr:`search` has the curve. Both metrics must be functions for that.
+    With ``amount="auto"`` amounts are tried, and the smallest is taken that halves the undesired metric at a loss of at most 1 %
+    of the general one (:class:`~lrp_prune.correction.Automatic` says what else); :attr:`search` has the curve. Both metrics must
+    be functions for that.
 
     On several processes each calls the metrics at the same time, and the mean of what they return counts; where
     ``ModelParallelStrategy`` has sharded the model, each must run it as often. The patch is the same in all of them.
@@ -58,24 +59,23 @@ class ContrastiveCorrection(CollectingCallback):
         general: the set of wanted behaviour: index of a validation loader, or batches that can be iterated over again.
         undesired: the set that shows the undesired behaviour; likewise.
         behaviour: its name.
-        amount: fraction or number of weights (or units) to remove, or ``"auto"``.
+        amount: fraction or number of weights (or units) to remove; ``"auto"`` to try some, or
+            :class:`~lrp_prune.correction.Automatic`, which says how.
         strength: at which the patch is enabled.
-        target: what is explained, see :func:`lrp_prune.attribute`; a logit difference at the tokens that show the
-            behaviour serves best.
+        method: ``"lrp"`` or ``"gradient"``, or an object that says more; its ``statistic`` is ``"signed"`` where it leaves that
+            open. As ``target``, a logit difference at the tokens that show the behaviour serves best.
         undesired_target: what is explained on the undesired set, if it is something else:
             :class:`~lrp_prune.targets.RepetitionMargin` or :class:`~lrp_prune.targets.TokenMargin` say.
-        composite, statistic, granularity, include, exclude, skip_first, accumulate_on: see
-            :class:`lrp_prune.attribution.RelevanceAccumulator`.
-        normalize, guard, guard_scope, reverse: see :class:`lrp_prune.correction.Contrast`.
-        guard_statistic: collect the general set in another statistic too, for the guard; ``"squared_token"`` say.
+        granularity: see :func:`lrp_prune.attribute`.
+        include: patterns of the parameters or modules to choose from.
+        exclude: patterns of names to leave alone.
         max_batches: batches used of each set.
+        accumulate_on: device of the accumulators; ``None`` for the weights' own.
+        normalize, reverse: see :class:`lrp_prune.correction.Contrast`.
+        guard: the share of entries that may be removed at all, see :class:`lrp_prune.correction.Contrast`; or :class:`Guard`,
+            which also says what it is measured by.
         undesired_metric: measures the behaviour; lower is better.
-        guard_metric: measures what is to stay.
-        guard_mode: ``"min"`` if the guard should be small, ``"max"`` if large.
-        reduction: wanted by ``"auto"``, as a share of the undesired metric.
-        allowed_loss: allowed by ``"auto"``, as a share of the guard metric.
-        amounts: tried by ``"auto"``.
-        refine: further trials of ``"auto"``.
+        general_metric: measures what is to stay.
         allow_untested: use it with strategies that it is not tested with.
 
     Raises:
@@ -86,84 +86,57 @@ class ContrastiveCorrection(CollectingCallback):
         self,
         general: int | Iterable[Any] = 0,
         undesired: int | Iterable[Any] = 1,
+        *,
         behaviour: str = "undesired",
-        amount: float | int | str = 0.0003,
+        amount: float | int | Literal["auto"] | Automatic = 0.0003,
         strength: float = 1.0,
-        target: Any = None,
+        method: Literal["lrp", "gradient"] | Method = "lrp",
         undesired_target: Any = None,
-        composite: str | Composite | dict[str, str] | None = None,
-        statistic: str | None = "signed",
-        granularity: str = "weight",
+        granularity: Granularity = "weight",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        skip_first: int | None = None,
-        accumulate_on: str | None = None,
-        normalize: str | None = "total",
-        guard: float | None = 0.7,
-        guard_statistic: str | None = None,
-        guard_scope: str = "global",
-        reverse: bool = False,
         max_batches: int | None = None,
+        accumulate_on: str | None = None,
+        normalize: Normalization | None = "total",
+        guard: float | Guard | None = 0.7,
+        reverse: bool = False,
         undesired_metric: Callable[[nn.Module], float] | str | None = None,
-        guard_metric: Callable[[nn.Module], float] | str | None = None,
-        guard_mode: str = "min",
-        reduction: float = 0.5,
-        allowed_loss: float = 0.01,
-        amounts: Sequence[float | int] = AMOUNTS,
-        refine: int = 0,
+        general_metric: Callable[[nn.Module], float] | str | None = None,
         allow_untested: bool = False,
     ) -> None:
         if not isinstance(behaviour, str) or not behaviour:
             raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
-        check_amount("amount", amount)
-        for tried in amounts:
-            check_amount("amounts", tried)
+        self._automatic = checked_amount(amount)
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
         check_choice("normalize", normalize, NORMALIZATIONS)
-        check_choice("guard_scope", guard_scope, ("global", "layer"), optional=False)
-        check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
-        check_count("refine", refine, 0)
-        check_count("skip_first", skip_first, 0, optional=True)
-        if guard is not None and (isinstance(guard, bool) or not 0 < guard <= 1):
-            raise MisconfigurationException(f"guard must be a quantile in (0, 1] or None, got {guard!r}")
-        if guard is None and guard_statistic is not None:
-            raise MisconfigurationException("guard_statistic is of a guard, but guard=None: set guard=0.7, say")
-        if amount == "auto" and not (callable(undesired_metric) and callable(guard_metric)):
+        if self._automatic and not (callable(undesired_metric) and callable(general_metric)):
             raise MisconfigurationException(
-                "amount='auto' measures the model with each patch: pass undesired_metric and guard_metric as functions of "
+                f"amount={amount!r} measures the model with each patch: pass undesired_metric and general_metric as functions of "
                 "the model that return a number"
             )
+        guard = guard if isinstance(guard, Guard) else Guard(guard)
         self._sets = ReferenceSets(
             general,
             undesired,
-            targets=(target, target if undesired_target is None else undesired_target),
-            guard_statistic=guard_statistic,
-            skip_first=skip_first,
+            method=method,
+            undesired_target=undesired_target,
+            guard_statistic=guard.statistic,
             max_batches=max_batches,
-            composite=composite,
-            statistic=statistic,
             granularity=granularity,
             include=include,
             exclude=exclude,
             accumulate_on=accumulate_on,
         )
-        self._contrast = {"normalize": normalize, "guard": guard, "guard_scope": guard_scope, "reverse": reverse}
-        self._search = {
-            "guard_mode": guard_mode,
-            "reduction": reduction,
-            "allowed_loss": allowed_loss,
-            "amounts": tuple(amounts),
-            "refine": refine,
-        }
+        self._contrast = {"normalize": normalize, "reverse": reverse, "guard": guard.share, "guard_scope": guard.scope}
         self._behaviour, self._amount, self._strength = behaviour, amount, strength
-        self._metrics = {"undesired": undesired_metric, "guard": guard_metric}
+        self._metrics = {"undesired": undesired_metric, "general": general_metric}
         self._before: dict[str, float] = {}
         self._allow_untested = allow_untested
         self._patch: Patch | None = None
         self._waiting = False
         self.search: Search | None = None
-        """What ``amount="auto"`` tried and found."""
+        """What an automatic amount tried and found."""
         self.general: Relevance | None = None
         """The relevance of the general set."""
         self.undesired: Relevance | None = None
@@ -280,21 +253,26 @@ class ContrastiveCorrection(CollectingCallback):
             return Patch.from_contrast(model, general, undesired, amount, **options)
 
         try:
-            if self._amount != "auto":
-                assert not isinstance(self._amount, str)
+            if self._automatic is None:
+                assert isinstance(self._amount, int | float)
                 self._patch = make(self._amount)
             else:
-                metrics = [partial(measured, pl_module.trainer, self._metrics[name]) for name in ("undesired", "guard")]
-                options: dict[str, Any] = {**self._search, "strength": self._strength}
-                self.search = search_amount(model, make, *metrics, **options)
+                undesired_metric, general_metric = (
+                    partial(measured, pl_module.trainer, self._metrics[name]) for name in ("undesired", "general")
+                )
+                found = search_amount(
+                    model, make, undesired_metric, general_metric, automatic=self._automatic, strength=self._strength
+                )
+                self.search = found
                 self._patch = self.search.patch
                 rank_zero_info(search_table(self.search, self._behaviour))
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         if self._patch is None:
+            assert self._automatic is not None
             rank_zero_warn(
-                f"no amount reduced {self._behaviour!r} by {self._search['reduction']:.0%} at a loss of at most "
-                f"{self._search['allowed_loss']:.2%}: nothing is corrected, see .search.curve; try other amounts, guard, "
+                f"no amount reduced {self._behaviour!r} by {self._automatic.reduction:.0%} at a loss of at most "
+                f"{self._automatic.allowed_loss:.2%}: nothing is corrected, see .search.curve; try other amounts, guard, "
                 "target or granularity"
             )
         self._waiting = self._patch is not None

@@ -1,17 +1,17 @@
 """The callback that collects relevance and changes nothing."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.attribution.composites import Composite
 from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
-from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._collection import Collection, MethodName, Reference
+from lrp_prune.pruning import Method
+from lrp_prune.relevance import Granularity
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -31,9 +31,10 @@ class RelevanceCollector(CollectingCallback):
     Example::
 
         from lightning.pytorch import Trainer
+        from lrp_prune import LRP
         from lrp_prune.callbacks import RelevanceCollector
 
-        collector = RelevanceCollector(statistic="signed", granularity="head")
+        collector = RelevanceCollector(LRP(statistic="signed"), "head")
         Trainer(callbacks=[collector]).validate(module, loader)
         collector.relevance.save("heads.safetensors")
 
@@ -41,26 +42,20 @@ class RelevanceCollector(CollectingCallback):
     the only model that it holds. The steps are never run.
 
     Args:
-        composite: the propagation rules, by name (``"attnlrp"``, ``"cp_lrp"``, ...) or as ``{kind of operation:
-            rule}``; ``None`` for the method's own.
-        statistic: how tokens and samples are reduced: ``"signed"``, ``"abs_sample"``, ``"abs_token"`` or
-            ``"squared_token"``; ``None`` for the method's own.
+        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
+            ``LRP(composite="cp_lrp", target="class")``; see :mod:`lrp_prune.pruning.methods`. What is explained, if it is
+            inferred, is in ``relevance.target``.
         granularity: what is scored: ``"weight"``, ``"neuron"``, ``"head"``, ``"block"`` or ``"embedding"``, or a list of
             several kinds of units.
-        target: what is explained: ``"next_token"``, ``"token"``, ``"last_token"``, ``"class"``, ``"multi_label"``,
-            ``"regression"``, ``"span"``, a callable ``(model, batch) -> scalar``, or ``None`` to infer it from the model and
-            its first batch (:class:`~lrp_prune.targets.Inferred`); it is in ``relevance.target``.
-        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
         include: patterns of the parameters or modules to score; ``None`` for all but embeddings, head and norms.
         exclude: patterns of names to leave out.
+        trainable_only: score only weights that require gradients.
         every_n_epochs: inside ``fit``, collect in the validations of every so many epochs; each result replaces the
             last.
+        reference: where the reference samples come from: the index of a validation loader, ``"all"`` for those of all; or batches
+            (a list, a ``DataLoader``, a ``LightningDataModule``) to use instead of the validation's, which are gone through at
+            the end of the validation.
         max_batches: batches used of each validation; ``None`` for all.
-        dataloader: index of the validation loader to use if there are several; ``None`` for all of them.
-        reference: batches (a list, a ``DataLoader``, a ``LightningDataModule``) to use instead of the validation's;
-            they are gone through at the end of the validation.
-        seed: of ``method="random"``.
-        trainable_only: score only weights that require gradients.
         accumulate_on: device of the accumulators, ``"cpu"`` say; ``None`` for the weights' own.
         allow_untested: use it with strategies that it is not tested with.
 
@@ -70,37 +65,28 @@ class RelevanceCollector(CollectingCallback):
 
     def __init__(
         self,
-        composite: str | Composite | dict[str, str] | None = None,
-        statistic: str | None = None,
-        granularity: str | list[str] = "weight",
-        target: Any = None,
-        method: str = "lrp",
+        method: MethodName | Method = "lrp",
+        granularity: Granularity | list[Granularity] = "weight",
+        *,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        every_n_epochs: int = 1,
-        max_batches: int | None = None,
-        dataloader: int | None = 0,
-        reference: Iterable[Any] | LightningDataModule | None = None,
-        seed: int = 0,
         trainable_only: bool = False,
+        every_n_epochs: int = 1,
+        reference: Reference = 0,
+        max_batches: int | None = None,
         accumulate_on: str | None = None,
         allow_untested: bool = False,
     ) -> None:
         check_count("every_n_epochs", every_n_epochs, 1)
         self._collection = Collection(
             method=method,
-            composite=composite,
-            statistic=statistic,
             granularity=granularity,
-            target=target,
             include=include,
             exclude=exclude,
-            seed=seed,
             trainable_only=trainable_only,
-            accumulate_on=accumulate_on,
-            max_batches=max_batches,
-            dataloader=dataloader,
             reference=reference,
+            max_batches=max_batches,
+            accumulate_on=accumulate_on,
         )
         self._every_n_epochs = every_n_epochs
         self._allow_untested = allow_untested

@@ -1,26 +1,24 @@
 """The callback that prunes a model in rounds while it trains."""
 
 import weakref
-from collections.abc import Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.attribution.composites import Composite
-from lrp_prune.callbacks import _checks, _guard, _resuming
+from lrp_prune.callbacks import _checks, _monitor, _resuming
 from lrp_prune.callbacks._collecting import CollectingCallback
-from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._pruner import Pruner
+from lrp_prune.callbacks._round import Round
 from lrp_prune.callbacks._rounds import Rounds
 from lrp_prune.callbacks._state import PruningState
-from lrp_prune.callbacks._summary import round_table, show
-from lrp_prune.pruning import Masks, Schedule
-from lrp_prune.relevance import Relevance, granularities_of
-from lrp_prune.targets import in_words
+from lrp_prune.pruning import Masks, Method, Scope
+from lrp_prune.pruning.schedules import ScheduleName
+from lrp_prune.relevance import Granularity, Relevance
 
 
 class RelevancePruning(CollectingCallback):
@@ -51,12 +49,6 @@ class RelevancePruning(CollectingCallback):
     Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
     validation and score the weights right before they are pruned.
 
-    By default all weights are ranked together by relevance and contribution, each divided by its tensor's mean, so that what
-    matters least anywhere goes first. No tensor is pruned below half of the average density, so that no layer is emptied which
-    a saturated output hardly depends on.
-
-    Several of these callbacks may work in one training, on different weights, each with a ``name`` of its own.
-
     The zeros are kept by :class:`~lrp_prune.pruning.keeping.MaskKeeper`. Parameters keep their names, so the
     checkpoint's state dict is that of the plain model.
 
@@ -65,45 +57,35 @@ class RelevancePruning(CollectingCallback):
         from lightning.pytorch import Trainer
         from lrp_prune.callbacks import RelevancePruning
 
-        pruning = RelevancePruning(sparsity=0.7, rounds=5, schedule="cubic")
+        pruning = RelevancePruning(sparsity=0.7, rounds=5)
         trainer = Trainer(max_epochs=6, callbacks=[pruning])
         trainer.fit(module, train_loader, validation_loader)
         pruning.masks.save("masks.safetensors")
 
     Args:
         sparsity: total sparsity after the last round in [0, 1), or one for each name pattern.
-        rounds: number of rounds.
-        schedule: total sparsity by round: ``"one_shot"``, ``"linear"``, ``"cubic"``, ``"exponential"``, a list of
-            ``rounds`` numbers, or a callable from the round (from 1) to a number.
-        every_n_epochs: epochs between rounds; 1 if neither this nor ``every_n_steps`` is given.
-        every_n_steps: optimizer steps (``trainer.global_step``) between rounds, instead of epochs.
-        start_epoch: the epoch at whose start the first round prunes. 0 needs ``reference``, or a method without data.
-        start_step: the step from which the first round is due; ``None`` for ``every_n_steps``.
-        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
-        composite, statistic, granularity, target, include, exclude, max_batches, dataloader, reference, seed,
-            trainable_only, accumulate_on, allow_untested: see :class:`~lrp_prune.callbacks.RelevanceCollector`;
-            ``None`` leaves the choice to the method.
-        scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; ``None`` for
-            the method's best.
-        ranking: ``"absolute"`` or ``"ascending"``: what is smallest is pruned.
-        normalize: by what each tensor is divided before it is compared: ``"mean"``, ``"sum"``, ``"max"``, ``None`` for
-            nothing; ``"auto"`` for the method's best.
-        floor: with scope ``"global"``, the share that each tensor keeps of the average density, see
-            :func:`lrp_prune.select`; ``None`` for the best, 0.5: no tensor is pruned below half of the average density, so
-            that a ranking by relevance cannot empty a layer that a saturated output hardly depends on.
+        rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are.
+        schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`.
+        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
+            ``LRP(composite="attnlrp", target="class")``; see :mod:`lrp_prune.pruning.methods`.
+        scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; or a
+            :class:`lrp_prune.Scope`, which also has the floor, the order and the normalization; ``None`` for the method's best.
+        granularity, include, exclude, reference, max_batches, accumulate_on, allow_untested: see
+            :class:`~lrp_prune.callbacks.RelevanceCollector`.
+        trainable_only: prune only weights that require gradients, and those that ``include`` names.
         recalibrate: after each round, before the training goes on, scale what is kept, channel by channel, to the outputs from
             before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
             that relevance was collected on, which are read once more. Off by default: where training goes on, it makes no
             difference that could be measured.
-        guard: name of a metric logged in ``validation_step``; ``<name>/<guard>`` equals it once all rounds are done
+        monitor: name of a metric logged in ``validation_step``; ``<name>/<monitor>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
-        guard_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
+        monitor_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
         summary: print a table after each round.
         preview: change nothing, and show what would be pruned: from what the first round collects it is selected at the sparsity
             of the last one, :meth:`lrp_prune.Masks.report` is printed, :attr:`previewed` has the masks, and the training goes on
             dense, bit for bit as without this callback. Only the first round's collection has to fit into the training.
-        name: what the names of everything that it logs begin with, in place of ``pruning``; also tells its state in a checkpoint
-            from that of other pruning callbacks.
+        name: what the names of everything that it logs begin with; also tells its state in a checkpoint from that of other
+            pruning callbacks, of which several may work in one training, on different weights.
 
     Raises:
         MisconfigurationException: an argument has an impossible value, or does not fit another.
@@ -112,81 +94,57 @@ class RelevancePruning(CollectingCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] = 0.5,
-        rounds: int = 1,
-        schedule: Schedule = "cubic",
-        every_n_epochs: int | None = None,
-        every_n_steps: int | None = None,
-        start_epoch: int = 1,
-        start_step: int | None = None,
-        method: str = "lrp",
-        composite: str | Composite | dict[str, str] | None = None,
-        statistic: str | None = None,
-        scope: str | None = None,
-        ranking: str = "absolute",
-        normalize: str | None = "auto",
-        floor: float | None = None,
-        recalibrate: bool = False,
-        granularity: str | list[str] = "weight",
-        target: Any = None,
+        rounds: int | Rounds = 1,
+        *,
+        schedule: ScheduleName | list[float] | Callable[[int], float] = "cubic",
+        method: MethodName | Method = "lrp",
+        scope: str | Scope | None = None,
+        granularity: Granularity | list[Granularity] = "weight",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        max_batches: int | None = None,
-        dataloader: int | None = 0,
-        reference: Iterable[Any] | LightningDataModule | None = None,
-        seed: int = 0,
         trainable_only: bool = True,
+        reference: Reference = 0,
+        max_batches: int | None = None,
         accumulate_on: str | None = None,
-        guard: str | None = None,
-        guard_mode: str = "min",
+        recalibrate: bool = False,
+        monitor: str | None = None,
+        monitor_mode: Literal["min", "max"] = "min",
         summary: bool = True,
         preview: bool = False,
-        allow_untested: bool = False,
         name: str = "pruning",
+        allow_untested: bool = False,
     ) -> None:
         if not isinstance(name, str) or not name or "/" in name:
             raise MisconfigurationException(f"name must be a word that metrics' names can begin with, got {name!r}")
+        _checks.check_choice("monitor_mode", monitor_mode, ("min", "max"), optional=False)
+        _checks.check_flag("preview", preview)
         self.name = name
-        targets = _checks.check_selection(sparsity, rounds, schedule, scope, ranking, normalize)
-        self._collection = Collection(
+        self._collection = collection = Collection(
             method=method,
-            composite=composite,
-            statistic=statistic,
             granularity=granularity,
-            target=target,
             include=include,
             exclude=exclude,
-            seed=seed,
             trainable_only=trainable_only,
-            accumulate_on=accumulate_on,
-            max_batches=max_batches,
-            dataloader=dataloader,
             reference=reference,
+            max_batches=max_batches,
+            accumulate_on=accumulate_on,
         )
-        self._rounds = self._planned = Rounds.from_arguments(
-            rounds, every_n_epochs, every_n_steps, start_epoch, start_step, self._collection.uses_validation
-        )
-        _checks.check_choice("guard_mode", guard_mode, ("min", "max"), optional=False)
-        selection = _checks.selection_of(method, granularity, scope, ranking, normalize, floor)
-        self._pruner = Pruner(targets, selection, name)
-        self._guard, self._guard_mode = guard, guard_mode
-        _checks.check_flag("preview", preview)
-        self._summary, self._preview, self._recalibrate = summary, preview, recalibrate
-        self._previewed: Masks | None = None
+        rounds = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
+        self._times = self._planned = rounds.times(collection.uses_validation)
+        scope = _checks.checked_scope(scope, collection.method, collection.kinds)
+        targets = _checks.check_schedule(sparsity, rounds.count, schedule, scope)
+        self._pruner = Pruner(targets, scope, name)
+        self._round = Round(collection, self._pruner, rounds.count, recalibrate, summary)
+        self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
         self._allow_untested = allow_untested
-        kinds = ",".join(granularities_of(granularity))
-        self._identity = {"granularity": kinds, "include": include, "exclude": exclude}
+        self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}
         if name != "pruning":
             self._identity["name"] = name
-        self._fingerprint = {
-            "total sparsities": str(targets),
-            "rounds": str(self._rounds),
-            "method": method,
-            **{name: str(value) for name, value in selection.items()},
-        }
+        described = {"total sparsities": targets, "rounds": self._times, "method": collection.method, "scope": scope}
+        self._fingerprint = {what: str(value) for what, value in described.items()}
         self._module: weakref.ref[LightningModule] | None = None
         self._checked = self._restored = self._warned = False
         self._logged: list[str] = []
-        self._explained = ""
 
     @property
     def masks(self) -> Masks | None:
@@ -196,7 +154,7 @@ class RelevancePruning(CollectingCallback):
     @property
     def previewed(self) -> Masks | None:
         """What ``preview=True`` found that would be pruned; ``None`` before it did, and without it."""
-        return self._previewed
+        return self._round.previewed
 
     @property
     def round(self) -> int:
@@ -216,7 +174,7 @@ class RelevancePruning(CollectingCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pruner.state = PruningState.from_dict(state_dict, self._fingerprint)
-        self._rounds = self._planned.delayed(self._pruner.state.delay)
+        self._times = self._planned.delayed(self._pruner.state.delay)
         self._restored = True
 
     @override
@@ -225,19 +183,15 @@ class RelevancePruning(CollectingCallback):
         if stage != "fit":
             return
         _checks.check_other_pruning(trainer, type(self).__name__)
-        if any(other is not self and other.name == self.name for other in _all_in(trainer)):
-            raise MisconfigurationException(
-                f"several RelevancePruning callbacks would log {self.name}/sparsity, each of other weights: give each a name, as "
-                "in RelevancePruning(..., name='attention')"
-            )
+        _checks.check_names(_checks.names_of(trainer, RelevancePruning))
         known = self._module() if self._module is not None else None
         if known is not pl_module:  # what was pruned in another model says nothing about this one
             self._pruner.state = PruningState()
-            self._rounds = self._planned
+            self._times = self._planned
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
         self._module = weakref.ref(pl_module)
         self._checked = self._restored = False
-        self._previewed = None
+        self._round.previewed = None
         self._logged = []
 
     @override
@@ -256,24 +210,23 @@ class RelevancePruning(CollectingCallback):
         _resuming.warn_of_losses(trainer, pl_module)
         if trainer.ckpt_path and trainer.global_step > 0 and not self._restored:
             self._begin_late(trainer)
-        self._rehearse(trainer, pl_module)
+        if self.round < self._times.count:
+            self._round.rehearse(trainer, pl_module)
         self._make_up(trainer, pl_module)
-        if self._guard is not None:
-            _guard.check_sanity(self._guard, self._logged)
+        if self._monitor is not None:
+            _monitor.check_sanity(self._monitor, self._logged)
         if self._preview:
-            self._rounds.check_validations(trainer, self._collection.uses_validation)
+            self._times.check_validations(trainer, self._collection.uses_validation)
             return
         done = self.round + (self._pruner.state.pending is not None)
-        self._rounds.check_fit(trainer, done, self._collection.uses_validation)
-        if done < self._rounds.count:
-            _checks.warn_unguarded_monitors(trainer, [callback.name for callback in (self, *_all_in(trainer))])
+        self._times.check_fit(trainer, done, self._collection.uses_validation)
+        if done < self._times.count:
+            _checks.warn_monitors(trainer, [self.name, *_checks.names_of(trainer, RelevancePruning)])
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        in_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if not in_training or not self._collects or not self._collection.uses_validation:
-            return
-        if self._rounds.needs_validation(trainer, self.round):
+        collects = self._uses_validation(trainer) and not trainer.sanity_checking
+        if collects and self._times.needs_validation(trainer, self.round):
             self._collection.start(trainer, pl_module)
 
     @override
@@ -310,14 +263,14 @@ class RelevancePruning(CollectingCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_progress(trainer, pl_module)
-        if self._guard is not None:
-            _guard.check_logged(trainer, self._guard, [callback.name for callback in _all_in(trainer)])
+        if self._monitor is not None:
+            _monitor.check_logged(trainer, self._monitor, _checks.names_of(trainer, RelevancePruning))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where ModelCheckpoint may still write the last metrics' checkpoint.
         if self._preview:
-            if self._previewed is None and self.round < self._rounds.count:
+            if self.previewed is None and self.round < self._times.count:
                 rank_zero_warn("the training ended before the first round had collected: there is no preview")
         elif self._pruner.state.pending is not None:
             rank_zero_warn(
@@ -325,8 +278,8 @@ class RelevancePruning(CollectingCallback):
                 "are applied now, with no training after them and in no checkpoint written so far"
             )
             self._prune(trainer, pl_module, log=False)
-        elif self.round < self._rounds.count and not getattr(trainer, "fast_dev_run", False):
-            rank_zero_warn(f"the training ended after {self.round} of {self._rounds.count} pruning rounds")
+        elif self.round < self._times.count and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(f"the training ended after {self.round} of {self._times.count} pruning rounds")
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -336,7 +289,7 @@ class RelevancePruning(CollectingCallback):
     @property
     def _collects(self) -> bool:
         """Whether there still is a round to collect for, or the one that is previewed."""
-        return self.round < self._rounds.count and self._previewed is None
+        return self.round < self._times.count and self.previewed is None
 
     @override
     def _abandon(self) -> None:
@@ -350,108 +303,47 @@ class RelevancePruning(CollectingCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
         self._pruner.resume(trainer, pl_module)
-        if self.round < self._rounds.count and not self._checked:
-            scored = self._collection.check(trainer, pl_module)
-            self._collection.check_prunable(pl_module)
-            if scored:
-                shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
-                self._pruner.check(_checks.layouts_of(pl_module, scored, self._collection.needs_data), shapes)
+        if self.round < self._times.count and not self._checked:
+            self._round.check(trainer, pl_module)
             self._checked = True
 
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.round < self._rounds.count:
-            self._collection.check_loader(trainer)
-            relevance = self._collection.rehearse(trainer, pl_module)
-            if relevance is not None:
-                self._pruner.check_scored(relevance)
-
     def _begin_late(self, trainer: Trainer) -> None:
-        delay = self._rounds.missed(trainer, self._collection.uses_validation) if self.round == 0 else 0
-        self._pruner.state.delay, self._rounds = delay, self._rounds.delayed(delay)
-        unit = "steps" if self._rounds.by_steps else "epochs"
+        delay = self._times.missed(trainer, self._collection.uses_validation) if self.round == 0 else 0
+        self._pruner.state.delay, self._times = delay, self._times.delayed(delay)
         named = ", ".join(f"{name}={value!r}" for name, value in self._identity.items())
-        rank_zero_warn(
-            f"{trainer.ckpt_path} was written without RelevancePruning({named}), so that no masks are known from it: "
-            f"pruning begins with round {self.round + 1} of {self._rounds.count}, and "
-            f"{f'all rounds are delayed by {delay} {unit}' if delay else 'its rounds keep their times'}"
-        )
+        _resuming.warn_of_late_begin(trainer, f"RelevancePruning({named})", self._times, self.round, delay)
 
     def _make_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The uninterrupted training collected in this validation; the weights are still those that it saw.
         epoch = _resuming.skipped_validation(trainer)
-        needed = epoch is not None and self._rounds.needs_validation(trainer, self.round, epoch)
+        needed = epoch is not None and self._times.needs_validation(trainer, self.round, epoch)
         if epoch is not None and needed and self._collection.uses_validation:
             self._pend(trainer, self._collection.run(trainer, pl_module), epoch)
 
     def _pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
         if self._preview:
-            self._show_preview(trainer, relevance)
-            return
-        state = self._pruner.state
-        self._explained = relevance.target
-        state.pending = self._pruner.select(relevance)
-        state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
+            self._round.preview(trainer, relevance)
+        else:
+            self._round.pend(relevance, epoch)
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._pruner.state
-        if not self._collects or not self._rounds.is_due(trainer, state.round):
+        if not self._collects or not self._times.is_due(trainer, state.round):
             return
-        if state.pending is None and self._rounds.by_steps and self._collection.uses_validation:
+        if state.pending is None and self._times.by_steps and self._collection.uses_validation:
             return  # the next validation collects
-        if not self._rounds.by_steps and trainer.current_epoch <= state.pending_epoch:
+        if not self._times.by_steps and trainer.current_epoch <= state.pending_epoch:
             return  # collected in this epoch, whose end may write a checkpoint under the metric of that validation
         if self._preview:
-            self._show_preview(trainer, self._collection.run(trainer, pl_module))
+            self._round.preview(trainer, self._collection.run(trainer, pl_module))
         else:
             self._prune(trainer, pl_module, log=True)
 
-    def _show_preview(self, trainer: Trainer, relevance: Relevance) -> None:
-        self._previewed = self._pruner.select(relevance, final=True)
-        data = f" on {relevance.num_samples:,} samples" if self._collection.needs_data else ""
-        explained = f"\nexplains: {in_words(relevance.target)}" if self._collection.explains else ""
-        head = f"Preview of pruning by {self._collection.method}{data}: no weight is changed{explained}"
-        report = self._previewed.report()  # by all processes
-        show(trainer, f"{head}\n{report}")
-
     def _prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
-        pruner, previous = self._pruner, self.masks
-        masks, samples, target = pruner.state.pending, pruner.state.pending_samples, pruner.target
-        if masks is None:
-            # No data are needed, or there are reference data, or the validation was left out.
-            relevance = self._collection.run(trainer, pl_module)
-            self._explained = relevance.target
-            masks = pruner.select(relevance)
-            samples = relevance.num_samples if self._collection.needs_data else 0
-        recalibration = None
-        if self._recalibrate:
-            asked = self._collection.options["target"]
-            batches = partial(self._collection.batches, trainer, pl_module)
-            explained = asked if callable(asked) else self._explained
-            recalibration = pruner.recalibration(trainer, pl_module, masks, batches, explained)
-        pruner.apply(trainer, pl_module, masks, recalibration)
-        if log:
-            pruner.log_round(pl_module, previous, samples)
-        if self._summary and trainer.is_global_zero:
-            table = round_table(
-                masks,
-                previous,
-                index=self.round,
-                count=self._rounds.count,
-                target=target,
-                method=self._collection.method,
-                samples=samples,
-                recalibration=recalibration,
-                explains=in_words(self._explained) if self._collection.explains else "",
-            )
-            show(trainer, table)
+        self._round.prune(trainer, pl_module, log)
 
     def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.log_progress(pl_module)
-        if self._guard is not None:
-            final = self.round == self._rounds.count
-            _guard.log_guarded(trainer, pl_module, self._guard, self._guard_mode, final, self.name)
-
-
-def _all_in(trainer: Trainer) -> list[RelevancePruning]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-    return [callback for callback in callbacks if isinstance(callback, RelevancePruning)]
+        if self._monitor is not None:
+            final = self.round == self._times.count
+            _monitor.log_monitored(trainer, pl_module, self._monitor, self._monitor_mode, final, self.name)

@@ -19,19 +19,20 @@ from language_model import PACKAGED_MODEL, load_model
 from presenting import IN_TERMINAL, aligned, quiet, stage
 from torch import nn
 
-from lrp_prune import circuits, tasks
+from lrp_prune import Random, circuits, tasks
 
 Results = dict[str, circuits.EvaluationResult]
-METHODS: dict[str, dict[str, Any]] = {
-    "attnlrp": {"method": "attnlrp"},
-    "gradient": {"method": "gradient"},
-    "relp": {"method": "relp"},
-    "attribution patching": {"method": "attribution_patching"},
-    "attribution patching, IG": {"method": "attribution_patching_ig"},
-    "gate IG": {"method": "gate_ig"},
-    "activation": {"method": "activation"},
-    "wanda": {"method": "wanda"},
-    "random": {"method": "random"},
+START = time.monotonic()
+METHODS = {
+    "attnlrp": "attnlrp",
+    "gradient": "gradient",
+    "relp": "relp",
+    "attribution patching": "attribution_patching",
+    "attribution patching, IG": "attribution_patching_ig",
+    "gate IG": "gate_ig",
+    "activation": "activation",
+    "wanda": "wanda",
+    "random": "random",
 }
 
 
@@ -96,10 +97,9 @@ def rank(
         model,
         task,
         options.granularity,
-        **METHODS[name],
+        Random(options.seed) if name == "random" else METHODS[name],
         ablation=ablation,
         batch_size=options.batch_size,
-        seed=options.seed,
         **more,
     )
     print(f"  {name}: {time.monotonic() - start:.1f} s", flush=True)
@@ -149,7 +149,7 @@ def find(
     found = {name: same.get(name) or rank(model, task, name, ablation, options) for name in options.methods}
     if options.rounds:
         # The last round scores what the smallest circuit is chosen from.
-        rounds = {"rounds": options.rounds, "floor": min(2 * min(filter(None, options.sizes)), 0.9)}
+        rounds = {"rounds": options.rounds, "density": min(2 * min(filter(None, options.sizes)), 0.9)}
         stage(f"ranking by {options.rounds_of} in {options.rounds} rounds, {ablation} ablation")
         name = f"{options.rounds_of}, {options.rounds} rounds"
         found[name] = rank(model, task, options.rounds_of, ablation, options, **rounds)

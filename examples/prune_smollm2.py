@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lrp_prune
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds
 from lrp_prune.pruning import METHODS, scorer
 
 Batch = dict[str, Tensor]
@@ -128,9 +128,8 @@ def fine_tune(
     """Prunes in rounds, each followed by an epoch of training, and returns the masks of the last round."""
     pruning = RelevancePruning(
         sparsity=options.sparsity,
-        rounds=options.rounds,
+        rounds=Rounds(options.rounds, start=0),
         schedule="linear",
-        start_epoch=0,
         reference=reference,
     )
     trainer = lightning.Trainer(
@@ -291,8 +290,7 @@ def main() -> None:
     for method in options.methods:
         relevance = collect(method, model, reference)
         for sparsity in options.sparsities:
-            best = METHODS[method]
-            masks = lrp_prune.select(relevance, sparsity, scope=best.scope, normalize=best.normalize)
+            masks = lrp_prune.select(relevance, sparsity, METHODS[method].scope)
             masks.apply_(model)
             results[method, sparsity] = perplexity(model, test, options.batch_size)
             model.load_state_dict(weights)

@@ -2,6 +2,7 @@
 
 Data flows one way: a model and batches give a :class:`Relevance` (:func:`attribute`), a relevance gives :class:`Masks`
 (:func:`select`), masks give a pruned model; :func:`prune` does all three, and :func:`compare` by several methods side by side.
+Methods are named, or objects that say more: :class:`LRP`, :class:`Gradient`, :class:`Wanda`, :class:`Magnitude`, :class:`Random`.
 ``lrp_prune.correction`` turns the contrast of two relevances into a reversible :class:`Patch`, ``lrp_prune.circuits`` finds and
 evaluates circuits on ``lrp_prune.tasks``. The Lightning callbacks are in ``lrp_prune.callbacks``.
 """
@@ -12,21 +13,40 @@ from lrp_prune.attribution import Composite, Propagation, attribute, attributing
 from lrp_prune.correction import Patch
 from lrp_prune.members import Member
 from lrp_prune.planning import Estimate, estimate
-from lrp_prune.pruning import Masks, merge_adapters, prune, select
+from lrp_prune.pruning import (
+    LRP,
+    Gradient,
+    Magnitude,
+    Masks,
+    Method,
+    Random,
+    Scope,
+    Wanda,
+    merge_adapters,
+    prune,
+    select,
+)
 from lrp_prune.relevance import Relevance
 from lrp_prune.statistics import Statistic
 
 __all__ = [
+    "LRP",
     "Comparison",
     "Composite",
     "CorrectedModule",
     "Estimate",
+    "Gradient",
+    "Magnitude",
     "Masks",
     "Member",
+    "Method",
     "Patch",
     "Propagation",
+    "Random",
     "Relevance",
+    "Scope",
     "Statistic",
+    "Wanda",
     "attribute",
     "attributing",
     "compare",

@@ -13,8 +13,8 @@ from torchmetrics import Metric
 
 from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.profile import profile_of
+from lrp_prune.targets.alignment import classes_last
 from lrp_prune.targets.classes import are_shares
-from lrp_prune.targets.layout import classes_last
 
 Extension = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
 

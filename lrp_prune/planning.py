@@ -13,12 +13,15 @@ from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
 from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.models.batches import mapped, tensors
 from lrp_prune.models.calling import run
 from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import class_name, named_parameters
-from lrp_prune.pruning.scorers import defaults_of
+from lrp_prune.pruning.methods import Collects, Method, method_of
+from lrp_prune.relevance import granularities_of
+from lrp_prune.statistics import statistic_of
 
 OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, "none": 0}
 """Tensors of a parameter's size that an optimizer keeps for it."""
@@ -75,6 +78,7 @@ def estimate(
     batch: Any = None,
     optimizer: str | float = "adamw",
     dtype: torch.dtype | None = None,
+    method: str | Method = "lrp",
     granularity: str = "weight",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -97,8 +101,9 @@ def estimate(
         optimizer: ``"adamw"``, ``"adam"``, ``"momentum"``, ``"sgd"``, ``"none"``, or the number of tensors of a
             parameter's size that it keeps.
         dtype: of the weights; None for the model's (a configuration's) own.
+        method: by which, see :func:`lrp_prune.prune`; one that collects nothing holds its scores alone.
         granularity: what is scored; the sums of units are negligible.
-        include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.attribute`.
+        include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.prune`.
 
     Raises:
         ValueError: for an argument that is not possible, or a model that cannot be run without data.
@@ -115,6 +120,7 @@ def estimate(
         raise ValueError(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
+    collected = method_of(method).collects(granularities_of(granularity))
     states = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
     parts = world_size if strategy == "fsdp" else 1
@@ -135,12 +141,15 @@ def estimate(
     weights = sum(part(entry) * size(entry) for entry in parameters.values())
     weights += sum(buffer.numel() * size(buffer) for buffer in module.buffers())
     trainable = sum(part(entry) * size(entry) for entry in parameters.values() if entry.requires_grad)
-    sums = sum(_SUM * (part(entry) + 2 * _inputs(entry)) for entry in scored.values()) if whole else 0
+    inputs = 2 if collected is not None and statistic_of(collected.statistic).contributing else 0
+    sums = sum(_SUM * (part(entry) + inputs * _inputs(entry)) for entry in scored.values()) if whole else 0
     masks = sum(part(entry) for entry in scored.values())
     options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
-    activations, logits = (0, 0) if batch is None else _forward(_Run(module, options), batch, dtype)
+    activations = logits = 0
+    if batch is not None and collected is not None:
+        activations, logits = _forward(_Run(module, collected, options), batch, dtype)
     gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
-    temporary = max(gradient, _contraction(scored, batch, size) if whole else 0)
+    temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
     if parts > 1:
         temporary += _one_module(module, scored if whole else {}, size)
     on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
@@ -182,17 +191,12 @@ def _tokens(batch: Any) -> int:
     if _is_shape(batch):
         return math.prod(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    first = ids if isinstance(ids, Tensor) else next(iter(_tensors(batch)), None)
+    first = ids if isinstance(ids, Tensor) else next(iter(tensors(batch)), None)
     return 0 if first is None else first.numel() if ids is not None else int(first.shape[0])
 
 
 def _is_shape(batch: Any) -> bool:
     return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else [value]
-    return [entry for entry in entries if isinstance(entry, Tensor)]
 
 
 def _contraction(scored: Mapping[str, Tensor], batch: Any, size: Callable[[Tensor], int]) -> int:
@@ -243,10 +247,8 @@ def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int
         state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
         if _is_shape(batch):
             given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long)}
-        elif isinstance(batch, Mapping):
-            given = {name: without_data(entry) if isinstance(entry, Tensor) else entry for name, entry in batch.items()}
         else:
-            given = without_data(_tensors(batch)[0]) if _tensors(batch) else batch
+            given = mapped(batch, without_data)
         own = {entry.untyped_storage()._cdata for entry in state.values()}
         try:
             saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -265,16 +267,16 @@ def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int
 class _Run(nn.Module):
     """Runs a module as a collection does."""
 
-    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, collected: Collects, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.module, self.options = module, options
+        self.module, self.collected, self.options = module, collected, options
 
     def forward(self, batch: Any) -> Any:
-        best = defaults_of("lrp", self.options["granularity"])
-        options = {"statistic": best.statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
+        statistic = self.collected.statistic
+        options = {"statistic": statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
         table = ObserverTable(self.module, **options)
         uses = WeightUses(table.observers, table.tracer)
-        composite = composite_of(best.composite or "gradient")
+        composite = composite_of(self.collected.composite)
         with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
             return run(self.module, batch)
 

@@ -182,9 +182,18 @@ class Relevance(Mapping[str, Tensor]):
         unscored = {name: reason for name, reason in self.unscored.items() if name not in own}
         return self._replace(own, num_samples=num_samples, unscored=unscored, inputs=inputs)
 
-    def with_values(self, values: Mapping[str, Tensor], statistic: str) -> "Relevance":
-        """Other scores of the same tensors or units, that were found in another way."""
-        return self._replace(values, num_samples=1, statistic=statistic, composite="", target="")
+    def with_values(
+        self,
+        values: Mapping[str, Tensor],
+        statistic: str,
+        *,
+        composite: str = "",
+        target: str = "",
+        num_samples: int = 1,
+    ) -> "Relevance":
+        """Other scores of the same tensors or units, that were found in another way, and are read as they are."""
+        described = {"statistic": statistic, "composite": composite, "target": target, "num_samples": num_samples}
+        return self._replace(values, **described, derived=True, scales={}, inputs={}, mean_weights={})
 
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)

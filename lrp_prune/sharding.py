@@ -188,12 +188,16 @@ def all_gathered(value: Any, mesh: "DeviceMesh") -> list[Any]:
     return values
 
 
+class OtherProcessError(RuntimeError):
+    """Another process has an error, so that this one stops as well."""
+
+
 def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
     """Raise everywhere if one process has an error, so that none waits for one that is gone.
 
     Raises:
         Exception: this process's own error.
-        RuntimeError: another process's.
+        OtherProcessError: another process's.
     """
     flag = all_reduced(torch.tensor([int(error is not None)]), mesh, "MAX")
     if not int(flag):
@@ -202,7 +206,7 @@ def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
     if error is not None:
         raise error
     rank, message = next((index, message) for index, message in enumerate(messages) if message is not None)
-    raise RuntimeError(f"{what} failed in process {rank}: {message}")
+    raise OtherProcessError(f"{what} failed in process {rank}: {message}")
 
 
 def mesh_of(model: nn.Module) -> "DeviceMesh | None":

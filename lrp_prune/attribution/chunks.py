@@ -53,7 +53,7 @@ def check_chunks(chunks: int, batches: Iterable[Any], granularity: str | Sequenc
         )
 
 
-def divided(parameters: Mapping[str, Tensor], chunks: int) -> list[set[str]]:
+def in_runs(parameters: Mapping[str, Tensor], chunks: int) -> list[set[str]]:
     """The names in so many runs of about as many entries each, in the model's order; fewer if there are fewer names."""
     total, before = sum(parameter.numel() for parameter in parameters.values()), 0
     parts: dict[int, set[str]] = {}
@@ -75,7 +75,7 @@ def collect(collecting: Collecting, batches: Iterable[Any], model: nn.Module, ch
             collecting.update(batch)
         return
     accumulator = cast(OfWeights, collecting)
-    for names in divided(accumulator.parameters, chunks):
+    for names in in_runs(accumulator.parameters, chunks):
         with _only(accumulator, names):
             for batch in in_step(batches, model):
                 accumulator.update(batch)

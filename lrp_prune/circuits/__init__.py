@@ -3,24 +3,30 @@
 from typing import Any
 
 from lrp_prune.circuits.circuit import Circuit, Node, Overlap
-from lrp_prune.circuits.discover import METHODS, discover
+from lrp_prune.circuits.discover import discover
 from lrp_prune.circuits.evaluate import MIB_SIZES, compare, evaluate, minimality
 from lrp_prune.circuits.extracting import keep_only_
+from lrp_prune.circuits.methods import NODE_METHODS, Activation, AttributionPatching, GateIG, NodeMethod, RelP
 from lrp_prune.circuits.mib import save_mib_graph
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.result import EvaluationResult
-from lrp_prune.circuits.sites import KINDS, Site, find_sites
+from lrp_prune.circuits.sites import NODE_KINDS, Site, find_sites
 
 __all__ = [
-    "KINDS",
-    "METHODS",
     "MIB_SIZES",
+    "NODE_KINDS",
+    "NODE_METHODS",
+    "Activation",
+    "AttributionPatching",
     "Circuit",
     "EvaluationResult",
+    "GateIG",
     "GateTraining",
     "Node",
+    "NodeMethod",
     "Overlap",
     "Ranking",
+    "RelP",
     "Site",
     "compare",
     "discover",

@@ -13,7 +13,7 @@ Only contributions are replaced, never the residual stream: a closed block leave
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lrp_prune.circuits.sites import NOT_ALIGNED, PARENTS, Site, passing
 from lrp_prune.names import named_modules, named_parameters
 
-ABLATIONS: tuple[str, ...] = ("counterfactual", "mean", "zero")
+Ablation = Literal["counterfactual", "mean", "zero"]
+ABLATIONS: tuple[str, ...] = get_args(Ablation)
 Place = tuple[str, bool]
 """A module's canonical name, and whether its output is meant (else its input)."""
 Reference = Mapping[Place, Sequence[Tensor]]

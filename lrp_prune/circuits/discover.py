@@ -1,55 +1,47 @@
 """Discovery: a model and a task in, ranked nodes out; in one shot, or by dropping some and scoring what is left."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.candidates import candidates
-from lrp_prune.attribution.collect import attribute
-from lrp_prune.attribution.observers import fingerprint
+from lrp_prune.attribution.observers import check_included, fingerprint
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
-from lrp_prune.circuits.explaining import COMPOSITES, DEPENDS_ON_ABLATION, STEPS
-from lrp_prune.circuits.ranking import RANKINGS, Ranking
+from lrp_prune.circuits.methods import method_for, way_of, with_statistic
+from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.scores import unit_scores
 from lrp_prune.circuits.sites import find_sites, kinds_of, passing
 from lrp_prune.models.batches import to_device
 from lrp_prune.models.subject import forwarded
-from lrp_prune.pruning import scorer
+from lrp_prune.pruning import Method, scorer
+from lrp_prune.pruning.keys import ORDERS
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
-from lrp_prune.statistics import OF_RELEVANCE
-from lrp_prune.tasks.task import Task
-
-METHODS: tuple[str, ...] = (*COMPOSITES, "activation", "wanda", "random")
-_OF_WEIGHTS = ("attnlrp", "cp_lrp", "gradient", "wanda", "random")
+from lrp_prune.tasks.task import Batch, Task
 
 
 def discover(
     model: nn.Module,
     task: Task,
     granularity: str | Sequence[str] = "neuron",
-    method: str | None = None,
+    method: str | Method | None = None,
     *,
-    statistic: str | None = None,
-    ranking: str = "absolute",
+    order: str = "absolute",
     metric: str | None = None,
     batch_size: int = 16,
     rounds: int = 1,
-    floor: float = 0.01,
+    density: float = 0.01,
     ablation: str = "counterfactual",
-    steps: int | None = None,
     normalize: str | None = None,
-    skip_first: int = 0,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    seed: int = 0,
     unruled: str = "warn",
 ) -> Ranking:
     r"""Rank a model's nodes by what they contribute to a task.
 
     Iterative discovery keeps :math:`n_r = n f^{r/R}` nodes after round :math:`r` of :math:`R`, down to the share :math:`f`
-    (``floor``); what was dropped is ablated when the rest is scored again. The ranking has all nodes: those dropped later
+    (``density``); what was dropped is ablated when the rest is scored again. The ranking has all nodes: those dropped later
     are more important, and within a round the score decides.
 
     Args:
@@ -59,25 +51,22 @@ def discover(
             (channels before the output projection), or several kinds, which are ranked together.
         method: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, ``"attribution_patching"``, ``"attribution_patching_ig"``,
             ``"gate_ig"``, ``"relp"``, ``"activation"``, ``"wanda"`` or ``"random"``, see
-            :mod:`lrp_prune.circuits.scores`. Weights have no counterfactual: they are scored by the relevances, ``wanda``
-            and ``random``; those that no relevance reaches (queries, keys and gates under ``cp_lrp``) are not ranked, and
-            never ablated. None: ``attnlrp`` for weights and ``gate_ig`` for all else.
-        statistic: how tokens and samples are reduced: ``"signed"`` (mean), ``"abs_sample"``, ``"abs_token"`` or
-            ``"squared_token"``; None: ``signed`` for heads and blocks, which then cancel over tokens, else ``abs_token``.
-        ranking: ``"absolute"``, or ``"signed"`` (the most positive first; only of ``statistic="signed"``).
+            :mod:`lrp_prune.circuits.scores`; or an object that says more, such as ``GateIG(steps=5)`` or
+            ``LRP(composite="cp_lrp", statistic="signed")``, see :mod:`lrp_prune.circuits.methods`. Weights have no
+            counterfactual: they are scored by methods of pruning; those that no relevance reaches (queries, keys and gates under
+            ``cp_lrp``) are not ranked, and never ablated. None: ``attnlrp`` for weights and ``gate_ig`` for all else.
+            A method that leaves its statistic open takes ``"signed"`` (mean) for heads and blocks, which then cancel over
+            tokens, else ``"abs_token"``; ``LRP()`` takes ``attnlrp``.
+        order: ``"absolute"``, or ``"signed"`` (the most positive first; only of a statistic ``"signed"``).
         metric: what is explained: ``"logit_difference"`` or ``"probability_difference"``; None for the task's.
         batch_size: prompts in a batch.
         rounds: how often nodes are dropped and the rest scored again; 1 is one shot.
-        floor: the share of nodes that is left after the last round.
+        density: the share of nodes that is left after the last round.
         ablation: how nodes are ablated between rounds and on the way of ``gate_ig``: ``"counterfactual"``, ``"mean"`` or
             ``"zero"``; weights are always zeroed.
-        steps: of integrated gradients; None: 5 for ``attribution_patching_ig``, and for ``gate_ig`` 1, the middle of the
-            way, which costs one pass.
         normalize: divide each group's scores by their ``"mean"``, ``"sum"`` or ``"max"`` of absolute values.
-        skip_first: tokens at the beginning of a prompt that do not count.
         include: patterns of module (or weight) names to rank instead of all.
         exclude: patterns of names to leave out; what is not ranked is never ablated.
-        seed: of ``random``.
         unruled: see :func:`lrp_prune.attributing`.
 
     Returns:
@@ -100,66 +89,79 @@ def discover(
         Circuit(4 of 16 mlp_neurons)
     """
     weights = granularity == "weight"
-    method = method_for(granularity, method)
-    check_options(statistic, ranking, rounds, floor, steps, normalize, skip_first)
+    method = method_for(weights, method)
+    check_options(order, rounds, density, normalize)
     check_ablation(ablation)
-    steps = STEPS.get(method, 1) if steps is None else steps
     module = forwarded(model)
     kinds = () if weights else kinds_of(granularity)
-    if statistic is None:
-        coarse = kinds and not any(kind.endswith("neuron") for kind in kinds)
-        statistic = "signed" if ranking == "signed" or coarse else "abs_token"
-    if ranking == "signed" and statistic != "signed":
-        raise ValueError(f"ranking 'signed' needs statistic 'signed', got {statistic!r}, whose scores have no sign")
+    statistic = _statistic(method, kinds, order)
+    method = with_statistic(method, statistic)
+    way = way_of(method, statistic)
     target = task.target(metric)
     sites = () if weights else find_sites(module, task.batches(1)[0], kinds, target, include, exclude)
 
     def scored(kept: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if weights:
             with weights_zeroed(module, kept or {}):
-                found = _weight_scores(
-                    module, task, method, statistic, metric, batch_size, include, exclude, seed, skip_first, unruled
-                )
+                found = _weight_scores(module, task.batches(batch_size), method, target, include, exclude, unruled)
         else:
             found = unit_scores(
-                module, sites, task, method, statistic, metric=metric, batch_size=batch_size, steps=steps,
-                skip_first=skip_first, unruled=unruled, seed=seed, gates=kept, ablation=ablation,
-            )  # fmt: skip
+                module,
+                sites,
+                task,
+                way,
+                metric=metric,
+                batch_size=batch_size,
+                unruled=unruled,
+                gates=kept,
+                ablation=ablation,
+            )
         return _normalized(found, normalize, kept)
 
     scores, dropped = scored(None), None
     name = ",".join(kinds) or "weight"
     if rounds > 1:
-        scores, dropped = _iterate(scores, scored, name, sites, ranking, rounds, floor)
+        scores, dropped = _iterate(scores, scored, name, sites, order, rounds, density)
     description = {
-        "method": method,
+        "method": way.name,
         "statistic": statistic,
         "metric": metric or task.metric,
         "rounds": rounds,
         "task": type(task).__name__,
         "prompts": task.fingerprint,
-        "seed": seed,
+        "seed": way.seed,
     }
-    if method in STEPS:
-        description["steps"] = steps
-    if rounds > 1 or method in DEPENDS_ON_ABLATION:
+    if way.steps:
+        description["steps"] = way.steps
+    if rounds > 1 or way.over_gates:
         description["ablation"] = "zero" if weights else ablation
     if rounds > 1:
-        description["floor"] = floor
-    return Ranking(scores, sites, name, ranking, dropped, fingerprint(module), description)
+        description["density"] = density
+    return Ranking(scores, sites, name, order, dropped, fingerprint(module), description)
+
+
+def _statistic(method: Method, kinds: tuple[str, ...], order: str) -> str:
+    """The statistic that is meant: the method's, or what serves such nodes and this order."""
+    statistic = getattr(method, "statistic", None)
+    if statistic is None:
+        coarse = kinds and not any(kind.endswith("neuron") for kind in kinds)
+        statistic = "signed" if order == "signed" or coarse else "abs_token"
+    if order == "signed" and statistic != "signed":
+        raise ValueError(f"order 'signed' needs statistic 'signed', got {statistic!r}, whose scores have no sign")
+    return str(statistic)
 
 
 def _iterate(
-    scores: dict[str, Tensor], scored: Any, name: str, sites: Any, ranking: str, rounds: int, floor: float
+    scores: dict[str, Tensor], scored: Any, name: str, sites: Any, order: str, rounds: int, density: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The scores that each node had when it was dropped, and the rounds."""
     dropped = {group: torch.zeros(values.shape, dtype=torch.int16) for group, values in scores.items()}
     total = sum(values.numel() for values in scores.values())
     final = {group: values.clone() for group, values in scores.items()}
     for number in range(1, rounds + 1):
-        left = max(round(total * floor ** (number / rounds)), 1)
+        left = max(round(total * density ** (number / rounds)), 1)
         # All that is left is in this round for now; what its circuit keeps goes on to the next.
-        kept = Ranking(final, sites, name, ranking, dropped).at(left).kept
+        kept = Ranking(final, sites, name, order, dropped).at(left).kept
         for group, mask in kept.items():
             dropped[group][mask] = number
         fresh = scored(kept)
@@ -170,36 +172,21 @@ def _iterate(
 
 def _weight_scores(
     model: nn.Module,
-    task: Task,
-    method: str,
-    statistic: str | None,
-    metric: str | None,
-    batch_size: int,
+    batches: Sequence[Batch],
+    method: Method,
+    target: Callable[[nn.Module, Any], Tensor],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
-    seed: int,
-    skip_first: int,
     unruled: str,
 ) -> dict[str, Tensor]:
-    batches = task.batches(batch_size)
-    if method in ("wanda", "random"):
-        collected = scorer(method, model, include=include, exclude=exclude, seed=seed, skip_first=skip_first)
-        for batch in batches:
-            collected.update({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
-        relevance = collected.compute()
-    else:
-        relevance = attribute(
-            model,
-            batches,
-            task.target(metric),
-            COMPOSITES[method],
-            statistic or "abs_token",
-            "weight",
-            include,
-            exclude,
-            skip_first=skip_first,
-            unruled=unruled,
-        )
+    explains = method.explains(("weight",))
+    asked = method.with_target(target) if explains else method
+    scores = scorer(asked, model, include=include, exclude=exclude, unruled=unruled)
+    for batch in batches:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        scores.update(batch if explains else inputs)
+    relevance = scores.compute()
+    check_included(include, relevance, relevance.unscored)
     return {name: relevance[name].cpu() for name in relevance}
 
 
@@ -214,32 +201,15 @@ def _normalized(scores: dict[str, Tensor], by: str | None, kept: Mapping[str, Te
     return {name: divided[name] * kept[name].float().mean() for name in scores}  # the mean of what is kept only
 
 
-def method_for(granularity: str | Sequence[str], method: str | None) -> str:
-    """The method of :func:`discover`: the one that is given, or the default.
-
-    Raises:
-        ValueError: for an unknown method, or one that has no scores of such nodes.
-    """
-    weights = granularity == "weight"
-    if method is None:
-        return "attnlrp" if weights else "gate_ig"
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if weights and method not in _OF_WEIGHTS:
-        raise ValueError(f"method {method!r} scores units, not weights: use one of {_OF_WEIGHTS}")
-    return method
-
-
 def check_nodes(
     model: nn.Module,
     task: Task,
     granularity: str | Sequence[str],
-    method: str | None = None,
+    method: str | Method | None = None,
     *,
     metric: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    **_: Any,
 ) -> None:
     """Refuse what :func:`discover` would refuse of a model, by one prompt: it has no such nodes, or the task does not suit it.
 
@@ -251,33 +221,19 @@ def check_nodes(
         find_sites(module, batch, kinds_of(granularity), target, include, exclude)
         return
     candidates(module, include, exclude)
-    method_for(granularity, method)
+    method_for(True, method)
     with passing(module):
         target(module, to_device(batch, next(module.parameters()).device))
 
 
 def check_options(
-    statistic: str | None = None,
-    ranking: str = "absolute",
-    rounds: int = 1,
-    floor: float = 0.01,
-    steps: int | None = None,
-    normalize: str | None = None,
-    skip_first: int = 0,
-    **_: Any,
+    order: str = "absolute", rounds: int = 1, density: float = 0.01, normalize: str | None = None
 ) -> None:
     """Refuse values of :func:`discover`'s options that can be known to be wrong without a model."""
-    for what, value, choices in (
-        ("statistic", statistic, (*OF_RELEVANCE, None)),
-        ("ranking", ranking, RANKINGS),
-        ("normalize", normalize, (*NORMALIZATIONS, None)),
-    ):
+    for what, value, choices in (("order", order, ORDERS), ("normalize", normalize, (*NORMALIZATIONS, None))):
         if value not in choices:
             raise ValueError(f"{what} must be one of {choices}, got {value!r}")
-    for what, number in (("rounds", rounds), ("steps", steps)):
-        if number is not None and number < 1:
-            raise ValueError(f"{what} must be at least 1, got {number}")
-    if not 0 < floor < 1:
-        raise ValueError(f"floor must be in (0, 1), got {floor}")
-    if skip_first < 0:
-        raise ValueError(f"skip_first must not be negative, got {skip_first}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not 0 < density < 1:
+        raise ValueError(f"density must be in (0, 1), got {density}")

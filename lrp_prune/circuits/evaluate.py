@@ -144,14 +144,14 @@ def compare(
     if bool(((full[chosen] - empty[chosen]).abs() < _SAME).any()):
         raise ValueError(_UNDEFINED.format(metric=chosen))
     results, start = {}, 2
-    for name, (circuits, ranking) in named.items():
+    for name, (circuits, order) in named.items():
         stop = start + len(circuits)
         result = EvaluationResult(
             tuple(one.size for one in circuits),
             circuits[0].total,
             ablation,
             chosen,
-            ranking,
+            order,
             full,
             empty,
             {metric: values[:, start:stop] for metric, values in table.items()},
@@ -241,7 +241,7 @@ def _circuits(
     if isinstance(circuit, Ranking):
         if not sizes:
             raise ValueError("sizes is empty: give at least one size of circuits")
-        return [circuit.at(size) for size in sizes], circuit.ranking
+        return [circuit.at(size) for size in sizes], circuit.order
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
     if not circuits:
         raise ValueError("there is no circuit to evaluate")

@@ -9,27 +9,12 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.propagation import attributing
 from lrp_prune.circuits.ablation import Place, Reference, capturing, gating, places, replacing
+from lrp_prune.circuits.methods import Way
 from lrp_prune.circuits.sites import Site, passing
 from lrp_prune.models.states import undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
-COMPOSITES: dict[str, str] = {
-    "attnlrp": "attnlrp",
-    "cp_lrp": "cp_lrp",
-    "gradient": "gradient",
-    "attribution_patching": "gradient",
-    "attribution_patching_ig": "gradient",
-    "gate_ig": "gradient",
-    "relp": "attnlrp",
-}
-"""The methods that propagate something, and by which composite."""
-DEPENDS_ON_ABLATION: frozenset[str] = frozenset({"gate_ig"})
-"""The methods whose scores are about one ablation."""
-STEPS: dict[str, int] = {"attribution_patching_ig": 5, "gate_ig": 1}
-"""How many points integrated gradients take where nothing else is asked for."""
-CONTRASTED: frozenset[str] = frozenset({"attribution_patching", "attribution_patching_ig", "relp"})
-"""The methods that look at the difference from the counterfactual prompt."""
 _Tensors = dict[Place, list[Tensor]]
 
 
@@ -43,20 +28,20 @@ class Explained:
         batch: Batch,
         task: Task,
         metric: str | None,
-        composite: str,
+        way: Way,
         unruled: str,
         gates: Mapping[str, Tensor] | None,
         replacement: Reference | None,
     ) -> None:
         self._model, self._sites, self._batch = model, sites, batch
-        self._target, self._composite, self._unruled = task.target(metric), composite, unruled
+        self._target, self._way, self._unruled = task.target(metric), way, unruled
         self._gates, self._replacement = gates or {}, replacement
 
-    def contributions(self, method: str, steps: int, interchange: bool = False) -> _Tensors:
+    def contributions(self, interchange: bool = False) -> _Tensors:
         """``[samples, tokens, channels]`` at each place; with ``interchange`` closed gates take the counterfactual's."""
-        if method in DEPENDS_ON_ABLATION:
-            return self._over_gates(steps)
-        if method not in CONTRASTED:
+        if self._way.over_gates:
+            return self._over_gates(self._way.steps)
+        if not self._way.contrasted:
             return _each(torch.mul, *self._pass())
         tables = [
             (name, True) for name, module in named_modules(self._model).items() if isinstance(module, nn.Embedding)
@@ -65,8 +50,9 @@ class Explained:
             answer_logits(self._model, self._batch, counterfactual=True)
         if interchange:
             self._replacement = other
-        if method == "attribution_patching_ig":
-            clean, gradients = self._over_inputs({place: other[place] for place in tables if other[place]}, steps)
+        if self._way.steps:
+            embeddings = {place: other[place] for place in tables if other[place]}
+            clean, gradients = self._over_inputs(embeddings, self._way.steps)
         else:
             clean, gradients = self._pass()
         return _each(torch.mul, _each(torch.sub, clean, other), gradients)
@@ -102,7 +88,7 @@ class Explained:
         model = self._model
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model))
-            propagation = stack.enter_context(attributing(model, self._composite, unruled=self._unruled))
+            propagation = stack.enter_context(attributing(model, self._way.composite, unruled=self._unruled))
             stack.enter_context(gating(model, self._sites, self._gates, self._replacement))
             stack.enter_context(replacing(model, {place: torch.tensor(share) for place in moved}, toward))
             # A copy, so that only what this layer does with it counts, and nothing is added to it in place.

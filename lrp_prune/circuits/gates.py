@@ -20,7 +20,7 @@ from lrp_prune.circuits.objectives import objective_value, objective_weights
 from lrp_prune.circuits.pressure import Pressure, by_kind
 from lrp_prune.circuits.ranking import Ranking
 from lrp_prune.circuits.references import reference_for
-from lrp_prune.circuits.sites import KINDS, find_sites, kinds_of, passing
+from lrp_prune.circuits.sites import NODE_KINDS, find_sites, kinds_of, passing
 from lrp_prune.models.subject import forwarded
 from lrp_prune.tasks.metrics import batch_metric
 from lrp_prune.tasks.task import Batch, Task, answer_logits
@@ -92,7 +92,7 @@ class GateTraining(LightningModule):
         self,
         model: nn.Module,
         task: Task,
-        granularities: str | Sequence[str] = KINDS,
+        granularities: str | Sequence[str] = NODE_KINDS,
         *,
         ablation: str = "counterfactual",
         objective: str | Mapping[str, float] = "kl",

@@ -10,10 +10,9 @@ from torch import Tensor
 from lrp_prune.circuits.circuit import Circuit, Node, site_from_list, site_to_list
 from lrp_prune.circuits.sites import Site
 from lrp_prune.pruning import Masks, bits
+from lrp_prune.pruning.keys import ORDERS
 from lrp_prune.pruning.selection import smallest
 from lrp_prune.storage import load_tensors, save_tensors
-
-RANKINGS: tuple[str, ...] = ("absolute", "signed")
 
 
 class Ranking:
@@ -23,7 +22,7 @@ class Ranking:
         scores: group -> ``[units]``, or parameter name -> scores of its shape.
         sites: where the units are; empty for weights.
         granularity: ``"weight"``, or the kinds of units, joined by commas.
-        ranking: ``"absolute"``: by the size of the score; ``"signed"``: the most positive is the most important.
+        order: ``"absolute"``: by the size of the score; ``"signed"``: the most positive is the most important.
         rounds: the round in which each node was dropped, higher is later, in the shapes of ``scores``; a node that was
             dropped later is more important whatever its score. None: all in one.
         model: the model's description.
@@ -42,15 +41,15 @@ class Ranking:
         scores: Mapping[str, Tensor],
         sites: Sequence[Site],
         granularity: str,
-        ranking: str = "absolute",
+        order: str = "absolute",
         rounds: Mapping[str, Tensor] | None = None,
         model: str = "",
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        if ranking not in RANKINGS:
-            raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
         self.scores, self.sites, self.granularity = dict(scores), tuple(sites), granularity
-        self.ranking, self.model = ranking, model
+        self.order, self.model = order, model
         self.rounds = dict(rounds) if rounds is not None else None
         self.description: dict[str, Any] = dict(description or {})
 
@@ -58,7 +57,7 @@ class Ranking:
         return sum(tensor.numel() for tensor in self.scores.values())
 
     def __repr__(self) -> str:
-        return f"Ranking({len(self):,} nodes, {self.granularity}, {self.ranking}, {self.description.get('method', '')})"
+        return f"Ranking({len(self):,} nodes, {self.granularity}, {self.order}, {self.description.get('method', '')})"
 
     def count(self, size: int | float) -> int:
         """Nodes in a circuit of that size: an integer is a number of nodes, a float a fraction, rounded down as MIB does.
@@ -84,14 +83,14 @@ class Ranking:
         packed = smallest(
             values,
             len(self) - number,
-            ranking="absolute" if self.ranking == "absolute" else "ascending",
+            order=self.order,
             kept=alive,
             names=list(self.scores),
         )
         kept = {
             name: bits.unpack(chosen, self.scores[name].shape) for name, chosen in zip(self.scores, packed, strict=True)
         }
-        return Circuit(kept, self.sites, self.granularity, self.model, {**self.description, "ranking": self.ranking})
+        return Circuit(kept, self.sites, self.granularity, self.model, {**self.description, "order": self.order})
 
     def _of_round(self, number: int) -> tuple[list[Tensor], list[Tensor | None]]:
         """Values in which only the round counts within which ``number`` falls: later ones are largest, earlier dropped."""
@@ -113,7 +112,7 @@ class Ranking:
         for node in self.at(len(self) if limit is None else min(limit, len(self))).nodes():
             score = float(self.scores[node.group].reshape(-1)[node.unit])
             dropped = int(self.rounds[node.group].reshape(-1)[node.unit]) if self.rounds is not None else 0
-            found.append((dropped, abs(score) if self.ranking == "absolute" else score, node._replace(score=score)))
+            found.append((dropped, abs(score) if self.order == "absolute" else score, node._replace(score=score)))
         return [node for _, _, node in sorted(found, key=lambda entry: (-entry[0], -entry[1]))]
 
     def to_masks(self, size: int | float) -> Masks:
@@ -126,7 +125,7 @@ class Ranking:
         tensors |= {f"rounds/{name}": tensor for name, tensor in (self.rounds or {}).items()}
         description = {
             "granularity": self.granularity,
-            "ranking": self.ranking,
+            "order": self.order,
             "model": self.model,
             "sites": [site_to_list(site) for site in self.sites],
             "description": self.description,
@@ -147,7 +146,7 @@ class Ranking:
             scores,
             [site_from_list(site) for site in description["sites"]],
             description["granularity"],
-            description["ranking"],
+            description["order"],
             rounds or None,
             description["model"],
             description["description"],

@@ -114,7 +114,7 @@ def _areas(results: Mapping[str, EvaluationResult]) -> str:
             areas = [_number(result.cpr, result.cpr_interval), _number(result.cmd, result.cmd_interval)]
         else:
             areas = ["", ""]
-        rows.append(_row([name, result.ranking, *areas]))
+        rows.append(_row([name, result.order, *areas]))
     return f"<table>{''.join(rows)}</table>"
 
 

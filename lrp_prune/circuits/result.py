@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # 97.5 % quantiles of Student's t distribution for 1 ... 30 degrees of freedom.
@@ -41,7 +42,7 @@ class EvaluationResult:
         total: nodes in all.
         ablation: what ablated nodes are replaced by.
         metric: the one that faithfulness is about.
-        ranking: ``"absolute"`` or ``"signed"`` scores, or ``"given"`` circuits; it changes the areas.
+        order: ``"absolute"`` or ``"signed"`` scores, or ``"given"`` circuits; it changes the areas.
         full: metric -> ``[seeds]``, of the full model.
         empty: metric -> ``[seeds]``, of the empty circuit.
         circuits: metric -> ``[seeds, sizes]``.
@@ -54,7 +55,7 @@ class EvaluationResult:
     total: int
     ablation: str
     metric: str
-    ranking: str
+    order: str
     full: dict[str, Tensor]
     empty: dict[str, Tensor]
     circuits: dict[str, Tensor]
@@ -146,14 +147,9 @@ class EvaluationResult:
         x = [self.fractions[index] for index in order]
         if logarithmic and x[0] == 0:
             raise ValueError("the circuit of size 0 has no place on a logarithmic scale: leave it out")
-        x = [math.log(value) for value in x] if logarithmic else x
         values = self.faithfulness_by_seed[:, order]
-        y = (1 - values).abs() if distance else values
-        pieces = [(x[i + 1] - x[i]) * (y[:, i] + y[:, i + 1]) / 2 for i in range(len(x) - 1)]
-        total = pieces[0]
-        for piece in pieces[1:]:
-            total = total + piece
-        return total
+        places = torch.tensor([math.log(value) for value in x] if logarithmic else x, dtype=values.dtype)
+        return torch.trapezoid((1 - values).abs() if distance else values, places, dim=1)
 
     @property
     def cpr(self) -> float:
@@ -183,7 +179,7 @@ class EvaluationResult:
             "total": self.total,
             "ablation": self.ablation,
             "metric": self.metric,
-            "ranking": self.ranking,
+            "order": self.order,
             "seeds": len(self.full[self.metric]),
             "full": {name: float(values.mean()) for name, values in self.full.items()},
             "empty": {name: float(values.mean()) for name, values in self.empty.items()},

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.circuits.ablation import Place, capturing, gating, places
-from lrp_prune.circuits.explaining import COMPOSITES, CONTRASTED, DEPENDS_ON_ABLATION, Explained
+from lrp_prune.circuits.explaining import Explained
+from lrp_prune.circuits.methods import Way
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import NOT_ALIGNED, Site, passing
-from lrp_prune.pruning import scorer
+from lrp_prune.pruning import Wanda, scorer
 from lrp_prune.statistics import statistic_of
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
@@ -69,15 +70,11 @@ def unit_scores(
     model: nn.Module,
     sites: Sequence[Site],
     task: Task,
-    method: str,
-    statistic: str,
+    way: Way,
     *,
     metric: str | None,
     batch_size: int,
-    steps: int,
-    skip_first: int,
     unruled: str,
-    seed: int,
     gates: Mapping[str, Tensor] | None = None,
     ablation: str = "counterfactual",
 ) -> dict[str, Tensor]:
@@ -85,22 +82,22 @@ def unit_scores(
 
     See :func:`lrp_prune.circuits.discover` for the arguments.
     """
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
+    if way.name == "random":
+        generator = torch.Generator().manual_seed(way.seed)
         return {site.name: torch.rand(site.units, generator=generator) for site in sites}
     batches = task.batches(batch_size)
-    if method == "wanda":
+    if way.name == "wanda":
         reference = reference_for(model, sites, batches, ablation) if gates else None
-        return _wanda(model, sites, batches, gates, reference, skip_first)
-    scores = UnitScores(sites, statistic, skip_first)
+        return _wanda(model, sites, batches, gates, reference, way.skip_first)
+    scores = UnitScores(sites, way.statistic, way.skip_first)
     # Methods that run the counterfactual prompt themselves need no second run of it.
-    interchange = bool(gates) and ablation == "counterfactual" and method in CONTRASTED
-    replaced = bool(gates) or method in DEPENDS_ON_ABLATION
+    interchange = bool(gates) and ablation == "counterfactual" and way.contrasted
+    replaced = bool(gates) or way.over_gates
     reference = reference_for(model, sites, batches, ablation) if replaced and not interchange else None
     for batch in batches:
         replacement = reference(batch) if reference else None
         samples = len(batch["input_ids"])
-        if method == "activation":
+        if way.name == "activation":
             with (
                 passing(model),
                 gating(model, sites, gates or {}, replacement),
@@ -109,8 +106,8 @@ def unit_scores(
                 answer_logits(model, batch)
             scores.add(noted, samples, norm=True)
         else:
-            explained = Explained(model, sites, batch, task, metric, COMPOSITES[method], unruled, gates, replacement)
-            scores.add(explained.contributions(method, steps, interchange), samples)
+            explained = Explained(model, sites, batch, task, metric, way, unruled, gates, replacement)
+            scores.add(explained.contributions(interchange), samples)
     return scores.compute()
 
 
@@ -124,7 +121,7 @@ def _wanda(
 ) -> dict[str, Tensor]:
     r"""Wanda's :math:`|W_{ji}| \cdot \|a_i\|_2` summed over the weights that read a unit's channels."""
     readers = {site.name: site.members[0] for site in sites}
-    collected = scorer("wanda", model, include=[member.parameter for member in readers.values()], skip_first=skip_first)
+    collected = scorer(Wanda(skip_first), model, include=[member.parameter for member in readers.values()])
     for batch in batches:
         replacement = reference(batch) if callable(reference) else None
         with gating(model, sites, gates or {}, replacement):

@@ -24,12 +24,12 @@ from lrp_prune.models.subject import forwarded
 from lrp_prune.names import matches, named_modules, named_parameters
 from lrp_prune.relevance import Relevance
 
-KINDS: tuple[str, ...] = ("attention_block", "mlp_block", "head", "attention_neuron", "mlp_neuron")
+NODE_KINDS: tuple[str, ...] = ("attention_block", "mlp_block", "head", "attention_neuron", "mlp_neuron")
 """The kinds of units, from coarse to fine."""
-GRANULARITIES: dict[str, tuple[str, ...]] = {
+NODE_GRANULARITIES: dict[str, tuple[str, ...]] = {
     "neuron": ("mlp_neuron",),
     "block": ("attention_block", "mlp_block"),
-    **{kind: (kind,) for kind in KINDS},
+    **{kind: (kind,) for kind in NODE_KINDS},
 }
 """What one may ask for: a kind of units, or a word for one or two kinds."""
 PARENTS: dict[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ class Site:
     """The units of one kind at one layer.
 
     Args:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`NODE_KINDS`.
         module: canonical name of the layer that reads the units (of a block: that writes its output).
         units: how many there are.
         width: channels of the layer's input that each of them has; 0 for blocks.
@@ -101,10 +101,10 @@ def kinds_of(granularities: str | Sequence[str]) -> tuple[str, ...]:
     """
     words = [granularities] if isinstance(granularities, str) else list(granularities)
     for word in words:
-        if word not in GRANULARITIES:
-            raise ValueError(f"granularity must be 'weight' or one of {tuple(GRANULARITIES)}, got {word!r}")
-    chosen = {kind for word in words for kind in GRANULARITIES[word]}
-    return tuple(kind for kind in KINDS if kind in chosen)
+        if word not in NODE_GRANULARITIES:
+            raise ValueError(f"granularity must be 'weight' or one of {tuple(NODE_GRANULARITIES)}, got {word!r}")
+    chosen = {kind for word in words for kind in NODE_GRANULARITIES[word]}
+    return tuple(kind for kind in NODE_KINDS if kind in chosen)
 
 
 def find_sites(
@@ -159,7 +159,7 @@ def find_sites(
             f"{type(module).__name__} has no {(missing or list(kinds))[0]} that the target depends on{why}"
         )
     order = _order_of_calls(module, batch, target, {site.module for site in found})
-    return tuple(sorted(found, key=lambda site: (order.index(site.module), KINDS.index(site.kind))))
+    return tuple(sorted(found, key=lambda site: (order.index(site.module), NODE_KINDS.index(site.kind))))
 
 
 def _tell_of_experts(

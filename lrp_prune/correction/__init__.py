@@ -5,9 +5,10 @@ from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
 from lrp_prune.correction.folder import load_patches, save_patches
 from lrp_prune.correction.patch import Patch
-from lrp_prune.correction.search import Search, Trial, search_amount
+from lrp_prune.correction.search import Automatic, Search, Trial, search_amount
 
 __all__ = [
+    "Automatic",
     "Contrast",
     "Corrections",
     "Entries",

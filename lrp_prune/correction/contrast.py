@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lrp_prune.correction.extent import Extent
 from lrp_prune.correction.guard import candidates, unpack_slice, without
-from lrp_prune.correction.layout import Layout
 from lrp_prune.names import matches
 from lrp_prune.pruning import bits
 from lrp_prune.pruning.masks import Masks
@@ -90,9 +90,9 @@ class Contrast:
         self.general, self.undesired = general, undesired
         first, second = (undesired, general) if reverse else (general, undesired)
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
-        self._layout = Layout.of(self.names, first, second)
+        self._extent = Extent.of(self.names, first, second)
         for role, relevance in (("general", general), ("undesired", undesired)):
-            if not _any(relevance, self._layout):
+            if not _any(relevance, self._extent):
                 raise ValueError(
                     f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
                 )
@@ -104,19 +104,19 @@ class Contrast:
             measure = guard_by if guard_by is not None else self._first
             if guard_by is not None:
                 _check_entries(guard_by, first, "guard_by")
-            read = partial(_read, measure, self._layout)
-            self._candidates = candidates(self.names, read, self._layout, guard, guard_scope)
+            read = partial(_read, measure, self._extent)
+            self._candidates = candidates(self.names, read, self._extent, guard, guard_scope)
         if spared:
-            self._candidates = without(self._candidates, spared, self._layout)
+            self._candidates = without(self._candidates, spared, self._extent)
         self._num_candidates = self.num_entries
         if self._candidates is not None:
             counts = {name: bits.count(packed) for name, packed in self._candidates.items()}
-            self._num_candidates = sum(self._layout.counted(counts).values())
+            self._num_candidates = sum(self._extent.counted(counts).values())
 
     @property
     def num_entries(self) -> int:
         """How many entries (of weights, or units) there are to choose from, guarded ones included."""
-        return sum(self._layout.size(name) for name in self.names)
+        return sum(self._extent.size(name) for name in self.names)
 
     @property
     def num_candidates(self) -> int:
@@ -125,13 +125,13 @@ class Contrast:
 
     def read(self, name: str, index: slice) -> Tensor:
         """The contrast of a slice of a flattened tensor, or of the flattened part that is in this process."""
-        first = _read(self._first, self._layout, name, index)
-        return first - _read(self._second, self._layout, name, index).to(first.device)
+        first = _read(self._first, self._extent, name, index)
+        return first - _read(self._second, self._extent, name, index).to(first.device)
 
     def relevance(self) -> Relevance:
         """All of the contrast as a :class:`~lrp_prune.Relevance`, guarded entries included."""
         some = self.general if self.names[0] in self.general else self.undesired
-        shapes = self._layout.shapes
+        shapes = self._extent.shapes
         values = {name: self.read(name, slice(0, shapes[name].numel())).view(shapes[name]) for name in self.names}
         return some._replace(
             values,
@@ -175,7 +175,7 @@ class Contrast:
         Raises:
             ValueError: if the amount is not possible, or a value is infinite or NaN.
         """
-        shapes, shardings = self._layout
+        shapes, shardings = self._extent
         found = {}
         for name, kept in self._kept(amount).items():
             chosen = ~bits.unpack(kept, shapes[name])
@@ -197,8 +197,8 @@ class Contrast:
             raise ValueError(f"removal must be one of {REMOVALS}, got {removal!r}")
         kept = self._kept(amount)
         if self.general.granularity == "weight":
-            shardings = self._layout.shardings
-            whole = {name: shardings[name].shape if name in shardings else self._layout.shapes[name] for name in kept}
+            shardings = self._extent.shardings
+            whole = {name: shardings[name].shape if name in shardings else self._extent.shapes[name] for name in kept}
             return Masks.from_bits(kept, whole, shardings=shardings)
         units = self.general
         if removal == "contribution" and units.granularity in ("neuron", "head"):
@@ -211,31 +211,31 @@ class Contrast:
 
     def _kept(self, amount: float | int) -> dict[str, Tensor]:
         """Packed masks of what is here and not among the lowest, of tensors that have any of them in some process."""
-        kept = self._layout.smallest(self._ranked, self.names, self.count(amount), "ascending")
-        here = {name: self._layout.here(name) - bits.count(packed) for name, packed in kept.items()}
-        return {name: kept[name] for name, count in self._layout.counted(here).items() if count}
+        kept = self._extent.smallest(self._ranked, self.names, self.count(amount), "signed")
+        here = {name: self._extent.here(name) - bits.count(packed) for name, packed in kept.items()}
+        return {name: kept[name] for name, count in self._extent.counted(here).items() if count}
 
     def _ranked(self, name: str, index: slice) -> Tensor:
         values = self.read(name, index)
         if self._candidates is None:
             return values
-        free = unpack_slice(self._candidates[name], self._layout.here(name), index).to(values.device)
+        free = unpack_slice(self._candidates[name], self._extent.here(name), index).to(values.device)
         # Nothing finite comes after it, so that a guarded entry is chosen only after all candidates.
         return torch.where(free | ~values.isfinite(), values, _LAST)
 
 
-def _read(relevance: Relevance, layout: Layout, name: str, index: slice) -> Tensor:
+def _read(relevance: Relevance, extent: Extent, name: str, index: slice) -> Tensor:
     if name in relevance:
         return relevance.read(name, index)
-    return torch.zeros(len(range(*index.indices(layout.here(name)))))
+    return torch.zeros(len(range(*index.indices(extent.here(name)))))
 
 
-def _any(relevance: Relevance, layout: Layout) -> bool:
+def _any(relevance: Relevance, extent: Extent) -> bool:
     """Whether there is anything but zeros, in any process."""
-    names = [name for name in layout.shapes if name in relevance]
-    if not layout.shardings:
+    names = [name for name in extent.shapes if name in relevance]
+    if not extent.shardings:
         return any(bool(relevance[name].any()) for name in names)
-    return any(layout.counted({name: int(relevance.local(name).any()) for name in names}).values())
+    return any(extent.counted({name: int(relevance.local(name).any()) for name in names}).values())
 
 
 def _chosen_names(names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:

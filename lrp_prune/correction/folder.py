@@ -44,12 +44,14 @@ def save_model(model: Any, path: str | os.PathLike[str], **options: Any) -> None
 
     Raises:
         Exception: what ``save_pretrained`` raises.
-        RuntimeError: it did so in the first process.
+        OtherProcessError: it did so in the first process.
     """
     mesh = mesh_of(model)
     if mesh is None:
         model.save_pretrained(path, **options)
         return
+    # get_model_state_dict(full_state_dict=True, cpu_offload=True) of torch.distributed.checkpoint gathers as well, but makes two
+    # tensors of a tied weight, both of which save_pretrained then writes.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lrp_prune.correction.layout import Layout
+from lrp_prune.correction.extent import Extent
 from lrp_prune.pruning import bits
 
 GUARD_SCOPES: tuple[str, ...] = ("global", "layer")
 
 
 def candidates(
-    names: list[str], read: Callable[[str, slice], Tensor], layout: Layout, quantile: float, scope: str
+    names: list[str], read: Callable[[str, slice], Tensor], extent: Extent, quantile: float, scope: str
 ) -> dict[str, Tensor]:
     r"""Packed masks of the entries whose absolute value is below a quantile: :math:`|R_i| < Q_q(|R|)`.
 
@@ -21,7 +21,7 @@ def candidates(
     Args:
         names: the tensors that are compared.
         read: values of a tensor's slice, of the measure that tells what matters.
-        layout: which of their entries are here.
+        extent: which of their entries are here.
         quantile: in (0, 1].
         scope: ``"global"``: one quantile of all tensors together; ``"layer"``: one of each tensor.
 
@@ -36,21 +36,21 @@ def candidates(
         )
     found: dict[str, Tensor] = {}
     for together in [names] if scope == "global" else [[name] for name in names]:
-        count = round(quantile * sum(layout.size(name) for name in together))
-        for name, packed in layout.smallest(read, together, count, "absolute").items():
-            found[name] = bits.invert(packed, layout.here(name))
+        count = round(quantile * sum(extent.size(name) for name in together))
+        for name, packed in extent.smallest(read, together, count, "absolute").items():
+            found[name] = bits.invert(packed, extent.here(name))
     return found
 
 
-def without(packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def without(packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], extent: Extent) -> dict[str, Tensor]:
     """Packed masks of candidates (None: everything is one) without the entries at flat positions."""
     found = dict(packed) if packed is not None else {}
-    for name, shape in layout.shapes.items():
+    for name, shape in extent.shapes.items():
         if name not in spared and name in found:
             continue
         free = bits.unpack(found[name], shape) if name in found else torch.ones(shape, dtype=torch.bool)
-        if name in spared and name in layout.shardings:
-            whole, dim = layout.shardings[name], layout.shardings[name].dim
+        if name in spared and name in extent.shardings:
+            whole, dim = extent.shardings[name], extent.shardings[name].dim
             coordinates = list(torch.unravel_index(spared[name], whole.shape))
             assert dim is not None
             start, stop = whole.bounds

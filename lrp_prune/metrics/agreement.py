@@ -4,16 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lrp_prune.metrics.mean import Mean
 
 COUNTS: tuple[str, ...] = ("prefix", "position", "exact")
 
 
 def greedy_agreement(
-    tokens: Tensor,
-    base_tokens: Tensor,
-    mask: Tensor | None = None,
-    base_mask: Tensor | None = None,
+    preds: Tensor,
+    target: Tensor,
+    preds_mask: Tensor | None = None,
+    target_mask: Tensor | None = None,
     count: str = "prefix",
 ) -> Tensor:
     r"""How much of a base model's greedy generation another model repeats.
@@ -24,10 +25,10 @@ def greedy_agreement(
     empty generations agree.
 
     Args:
-        tokens: ids that the model generated ``[responses, tokens]``, without the prompt, from the left.
-        base_tokens: of the base model ``[responses, base tokens]``.
-        mask: 1 for the model's real tokens; padding comes after them.
-        base_mask: likewise.
+        preds: ids that the model generated ``[responses, tokens]``, without the prompt, from the left.
+        target: of the base model ``[responses, base tokens]``.
+        preds_mask: 1 for the model's real tokens; padding comes after them.
+        target_mask: likewise.
         count: see above.
 
     Returns:
@@ -44,17 +45,17 @@ def greedy_agreement(
     """
     if count not in COUNTS:
         raise ValueError(f"count must be one of {COUNTS}, got {count!r}")
-    if tokens.dim() != 2 or base_tokens.dim() != 2 or len(tokens) != len(base_tokens):
+    if preds.dim() != 2 or target.dim() != 2 or len(preds) != len(target):
         raise ValueError(
-            f"tokens must be [responses, tokens] of equally many responses, got {tuple(tokens.shape)} and "
-            f"{tuple(base_tokens.shape)}"
+            f"preds and target must be [responses, tokens] of equally many responses, got {tuple(preds.shape)} and "
+            f"{tuple(target.shape)}"
         )
-    lengths = _lengths(tokens, mask)
-    longest = torch.maximum(lengths, _lengths(base_tokens, base_mask))
-    common = min(tokens.shape[1], base_tokens.shape[1])
-    shorter = torch.minimum(lengths, _lengths(base_tokens, base_mask))
-    inside = torch.arange(common, device=tokens.device) < shorter[:, None]
-    equal = (tokens[:, :common] == base_tokens[:, :common]) & inside
+    lengths = _lengths(preds, preds_mask)
+    longest = torch.maximum(lengths, _lengths(target, target_mask))
+    common = min(preds.shape[1], target.shape[1])
+    shorter = torch.minimum(lengths, _lengths(target, target_mask))
+    inside = torch.arange(common, device=preds.device) < shorter[:, None]
+    equal = (preds[:, :common] == target[:, :common]) & inside
     matches = equal.long().cumprod(1).sum(1) if count == "prefix" else equal.sum(1)
     if count == "exact":
         return (matches == longest).float()
@@ -71,7 +72,7 @@ def _lengths(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return mask.long().sum(1)
 
 
-class GreedyAgreement(Metric):
+class GreedyAgreement(Mean):
     """Mean of :func:`greedy_agreement` over responses.
 
     Args:
@@ -85,28 +86,17 @@ class GreedyAgreement(Metric):
         tensor(0.7500)
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
     def __init__(self, count: str = "prefix", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if count not in COUNTS:
             raise ValueError(f"count must be one of {COUNTS}, got {count!r}")
         self.counting = count
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(
-        self, tokens: Tensor, base_tokens: Tensor, mask: Tensor | None = None, base_mask: Tensor | None = None
+        self, preds: Tensor, target: Tensor, preds_mask: Tensor | None = None, target_mask: Tensor | None = None
     ) -> None:
         """Add generations of the model and of the base model for the same prompts."""
-        shares = greedy_agreement(tokens, base_tokens, mask, base_mask, self.counting)
-        self.total += shares.double().sum()
-        self.count += len(shares)
-
-    def compute(self) -> Tensor:
-        """The mean agreement; NaN without any response."""
-        return (self.total / self.count).float()
+        shares = greedy_agreement(preds, target, preds_mask, target_mask, self.counting)
+        self.add(shares.double().sum(), len(shares))

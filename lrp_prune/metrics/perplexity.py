@@ -1,23 +1,22 @@
 """How well a language model predicts text."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from lrp_prune.metrics.mean import Mean
 
 IGNORED = -100
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def next_token_loss(preds: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Summed negative log-likelihood of tokens after the first, and how many there are.
 
     :math:`-\sum_t \log p(x_t | x_{<t})`, with the logits of position :math:`t - 1`.
 
     Args:
-        logits: ``[batch, tokens, vocabulary]``, of any floating-point type; computed in float32.
-        tokens: ids ``[batch, tokens]``; -100 is left out.
+        preds: logits ``[batch, tokens, vocabulary]``, of any floating-point type; computed in float32.
+        target: token ids ``[batch, tokens]``; -100 is left out.
         mask: 1 for real tokens, ``[batch, tokens]``; a token that is padding, or predicted from padding, is left out.
 
     Returns:
@@ -26,41 +25,41 @@ def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) 
     Raises:
         ValueError: the shapes do not fit.
     """
-    if logits.dim() != 3 or logits.shape[:2] != tokens.shape or (mask is not None and mask.shape != tokens.shape):
+    if preds.dim() != 3 or preds.shape[:2] != target.shape or (mask is not None and mask.shape != target.shape):
         raise ValueError(
-            f"logits [batch, tokens, vocabulary], tokens and mask [batch, tokens] must fit, got {tuple(logits.shape)}, "
-            f"{tuple(tokens.shape)} and {None if mask is None else tuple(mask.shape)}"
+            f"preds [batch, tokens, vocabulary], target and mask [batch, tokens] must fit, got {tuple(preds.shape)}, "
+            f"{tuple(target.shape)} and {None if mask is None else tuple(mask.shape)}"
         )
-    labels = tokens[:, 1:]
+    labels = target[:, 1:]
     if mask is not None:
         labels = labels.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), IGNORED)
     counted = labels != IGNORED
     # Sample by sample: the float32 copy of a whole batch's logits may be larger than the model.
     losses = [
         F.cross_entropy(row[:-1].float(), label, ignore_index=IGNORED, reduction="sum").double()
-        for row, label in zip(logits, labels, strict=True)
+        for row, label in zip(preds, labels, strict=True)
     ]
-    total = torch.stack(losses).sum() if losses else logits.new_zeros((), dtype=torch.float64)
+    total = torch.stack(losses).sum() if losses else preds.new_zeros((), dtype=torch.float64)
     return total, counted.sum()
 
 
-def perplexity(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def perplexity(preds: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Perplexity of tokens under a causal language model: :math:`\exp(-\frac{1}{n} \sum_t \log p(x_t | x_{<t}))`.
 
     Args:
-        logits: ``[batch, tokens, vocabulary]``.
-        tokens: ids ``[batch, tokens]``.
+        preds: logits ``[batch, tokens, vocabulary]``.
+        target: token ids ``[batch, tokens]``.
         mask: see :func:`next_token_loss`.
 
     Example:
         >>> perplexity(torch.zeros(1, 3, 10), torch.tensor([[4, 5, 6]]))
         tensor(10.)
     """
-    total, count = next_token_loss(logits, tokens, mask)
+    total, count = next_token_loss(preds, target, mask)
     return (total / count).exp().float()
 
 
-class Perplexity(Metric):
+class Perplexity(Mean):
     """:func:`perplexity` over all tokens of all batches; the metric that guards general text.
 
     Example:
@@ -71,22 +70,12 @@ class Perplexity(Metric):
         tensor(10.)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch: logits ``[batch, tokens, vocabulary]``, tokens and mask ``[batch, tokens]``."""
-        total, count = next_token_loss(logits.detach(), tokens, mask)
-        self.total += total
-        self.count += count
+    def update(self, preds: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+        """Add a batch: logits ``[batch, tokens, vocabulary]``, token ids and mask ``[batch, tokens]``."""
+        total, count = next_token_loss(preds.detach(), target, mask)
+        self.add(total, count)
 
     def compute(self) -> Tensor:
         """The perplexity; NaN without any token."""

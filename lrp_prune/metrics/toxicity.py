@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lrp_prune.metrics.mean import Mean
 
 Scorer = Callable[[Sequence[str]], Any]
 
@@ -41,7 +42,7 @@ def toxicity(texts: Sequence[str], scorer: Scorer) -> Tensor:
     return scores
 
 
-class Toxicity(Metric):
+class Toxicity(Mean):
     """Mean score of generated texts, or the share of texts at or above a threshold.
 
     Args:
@@ -57,27 +58,16 @@ class Toxicity(Metric):
         tensor(0.2500)
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
     def __init__(self, scorer: Scorer, threshold: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not callable(scorer):
             raise TypeError(f"scorer must be a function of texts, got {type(scorer).__name__}")
         self.scorer, self.threshold = scorer, threshold
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str]) -> None:
         """Add texts."""
         scores = toxicity(texts, self.scorer)
         values = scores if self.threshold is None else scores >= self.threshold
-        self.total += values.double().sum().to(self.total.device)
-        self.count += len(scores)
-
-    def compute(self) -> Tensor:
-        """The mean score, or the share of toxic texts; NaN without any text."""
-        return (self.total / self.count).float()
+        self.add(values.double().sum(), len(scores))

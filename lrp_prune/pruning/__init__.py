@@ -4,20 +4,31 @@ from lrp_prune.pruning.checking import check_uses
 from lrp_prune.pruning.emptied import EmptiedWeightsWarning
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.merging import merge_adapters
+from lrp_prune.pruning.methods import LRP, METHODS, Collects, Gradient, Magnitude, Method, Random, Scorable, Wanda
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
-from lrp_prune.pruning.scorers import METHODS, Scorer, scorer
+from lrp_prune.pruning.scope import Scope
+from lrp_prune.pruning.scorers import Scorer, scorer
 from lrp_prune.pruning.select import select
 
 __all__ = [
+    "LRP",
     "METHODS",
     "SCHEDULES",
+    "Collects",
     "EmptiedWeightsWarning",
+    "Gradient",
+    "Magnitude",
     "Masks",
+    "Method",
+    "Random",
     "Recalibration",
     "Schedule",
+    "Scope",
+    "Scorable",
     "Scorer",
+    "Wanda",
     "check_uses",
     "merge_adapters",
     "prune",

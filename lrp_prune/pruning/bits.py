@@ -78,3 +78,24 @@ def count(bits: Tensor) -> int:
     """
     array = bits.cpu().numpy()
     return sum(int(_ONES[array[start : start + _BLOCK]].sum()) for start in range(0, array.size, _BLOCK))
+
+
+def check(packed: Tensor, entries: int, shape: tuple[int, ...], name: str) -> None:
+    """Refuse bytes that are no packed mask of so many entries.
+
+    Args:
+        packed: the bytes.
+        entries: of the mask.
+        shape: of the parameter that it is of.
+        name: of the parameter.
+
+    Raises:
+        ValueError: if there are more or fewer bytes, or bits beyond the entries.
+    """
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (num_bytes(entries),):
+        raise ValueError(
+            f"the mask of {name} has {tuple(packed.shape)} {packed.dtype} where shape {shape} needs "
+            f"({num_bytes(entries)},) torch.uint8"
+        )
+    if entries % 8 and int(packed[-1]) >> entries % 8:
+        raise ValueError(f"the mask of {name} has bits beyond its {entries} entries")

@@ -8,24 +8,27 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.states import unchanged_buffers, undisturbed
 from lrp_prune.progress import is_first
 from lrp_prune.pruning.comparison import Comparison
+from lrp_prune.pruning.methods import METHODS, Method, method_of
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import sparsity_schedule
+from lrp_prune.pruning.scope import settled
 from lrp_prune.pruning.scopes import check_reachable, check_sparsity, check_units_scope, parse_scope
-from lrp_prune.pruning.scorers import METHODS, scorer, selection_options
-from lrp_prune.relevance import Relevance
+from lrp_prune.pruning.scorers import Scorer, scorer
+from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.targets import Inferred
 
-Methods = Sequence[str | Mapping[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]]
+Given = str | Method | Mapping[str, Any]
+Methods = Sequence[str | Method | Mapping[str, Given]] | Mapping[str, Given]
 
 _OWN = ("model", "batches", "sparsity", "relevance", "progress")
-# What belongs to prune itself; everything else is an option of the scorer.
-_OF_PRUNE = frozenset(inspect.signature(prune).parameters) - {"options"}
+_OF_PRUNE = frozenset(inspect.signature(prune).parameters)
+_OF_SCORER = (_OF_PRUNE & frozenset(inspect.signature(scorer).parameters)) - {"model"}
 
 
 def compare(
@@ -51,8 +54,8 @@ def compare(
         batches: reference samples, from which relevance is collected; gone through once, and kept in a list.
         evaluate: from the model to a number, on held-out data. Called first on the dense model, then once for each method and
             sparsity.
-        methods: names of methods, or mappings from a label to ``{"method": name, ...}`` with further arguments of
-            :func:`~lrp_prune.prune` for this one.
+        methods: methods, by name or as objects; or mappings from a label to a method, or to ``{"method": ..., ...}`` with further
+            arguments of :func:`~lrp_prune.prune` for this one.
         sparsities: to prune to, each from the dense model.
         higher_is_better: False for a loss or a perplexity.
         progress: show a progress bar.
@@ -104,29 +107,37 @@ def compare(
 
 def _entries(methods: Methods, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Arguments of :func:`prune` by label."""
-    if isinstance(methods, str):
+    if isinstance(methods, str | Method):
         raise ValueError(f"methods must be several, got {methods!r}: pass [{methods!r}]")
     target = Inferred()  # once for all methods
     found: dict[str, dict[str, Any]] = {}
     for each in [methods] if isinstance(methods, Mapping) else methods:
-        for label, own in ({each: {"method": each}} if isinstance(each, str) else each).items():
-            if not isinstance(own, Mapping) or "method" not in own:
-                raise ValueError(f"methods[{label!r}] must be a mapping with a 'method', got {own!r}")
+        for label, own in (each if isinstance(each, Mapping) else {str(each): each}).items():
+            entry = {**options, **({"method": own} if isinstance(own, str | Method) else _checked(label, own))}
             if label in found:
-                raise ValueError(
-                    f"methods has {label!r} twice: give each a label, {{'label': {{'method': {label!r}, ...}}}}"
-                )
-            found[label] = {**options, **own}
-            if found[label].get("target") is None:
-                found[label]["target"] = target
+                raise ValueError(f"methods has {label!r} twice: give each a label, {{'label': {{'method': ..., ...}}}}")
+            for name in entry:
+                if name in _OWN:
+                    way_out = "give sparsities=, numbers in [0, 1)" if name == "sparsity" else "compare has its own"
+                    raise ValueError(f"{name!r} is no option of {label!r}: {way_out}")
+                if name not in _OF_PRUNE:
+                    raise ValueError(
+                        f"method {label!r}: {name!r} is no argument of prune, which takes {sorted(_OF_PRUNE)}"
+                    )
+            try:
+                method = method_of(entry["method"])
+            except ValueError as error:
+                raise ValueError(f"method {label!r}: {error}") from error
+            found[label] = {**entry, "method": method.with_target(target) if method.target is None else method}
     if not found:
         raise ValueError(f"methods is empty: choose some of {tuple(METHODS)}")
-    for label, entry in found.items():
-        for name in _OWN:
-            if name in entry:
-                way_out = "give sparsities=, numbers in [0, 1)" if name == "sparsity" else "compare has its own"
-                raise ValueError(f"{name!r} is no option of {label!r}: {way_out}")
     return found
+
+
+def _checked(label: str, own: Any) -> Mapping[str, Any]:
+    if not isinstance(own, Mapping) or "method" not in own:
+        raise ValueError(f"methods[{label!r}] must be a method, or a mapping with a 'method', got {own!r}")
+    return own
 
 
 def _rates(sparsities: Sequence[float]) -> list[float]:
@@ -142,34 +153,30 @@ def _check(
     label: str, entry: Mapping[str, Any], rates: Sequence[float], model: nn.Module, reference: list[Any]
 ) -> None:
     """Raise now what would be raised after other methods had been scored."""
-    granularity = entry.get("granularity", "weight")
-    given = {name: entry[name] for name in ("scope", "ranking", "normalize", "floor") if name in entry}
     try:
-        defaults = {"scope": None, "ranking": "absolute", "normalize": "auto"}
-        selection = selection_options(entry["method"], granularity, **{**defaults, **given})
-        scope = parse_scope(selection["scope"])
-        check_units_scope(",".join([granularity] if isinstance(granularity, str) else granularity), selection["scope"])
+        kinds = granularities_of(entry.get("granularity", "weight"))
+        compared = settled(entry.get("scope"), entry["method"], kinds).compared or "global"
+        check_units_scope(",".join(kinds), compared)
         for rate in rates:
-            check_reachable(scope, rate)
+            check_reachable(parse_scope(compared), rate)
             sparsity_schedule(
                 entry.get("schedule", "cubic"), rate, 1 if entry.get("rounds") is None else entry["rounds"]
             )
-        check_chunks(entry.get("chunks", 1), reference, granularity)
-        needs_data = scorer(model=model, **_of_scorer(entry)).needs_data
+        check_chunks(entry.get("chunks", 1), reference, ",".join(kinds))
+        needs_data = _scorer(model, entry).needs_data
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {label!r}: {error}") from error
     if needs_data and not reference:
         raise ValueError(f"method {label!r} needs reference samples, and there is no batch")
 
 
-def _of_scorer(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name == "method" or name not in _OF_PRUNE}
+def _scorer(model: nn.Module, entry: Mapping[str, Any]) -> Scorer:
+    return scorer(model=model, **{name: value for name, value in entry.items() if name in _OF_SCORER})
 
 
 def _scored(model: nn.Module, reference: list[Any], entry: Mapping[str, Any]) -> Relevance:
-    scores = scorer(model=model, **_of_scorer(entry))
-    if scores.needs_data:
-        collect(scores, reference, model, entry.get("chunks", 1))
+    scores = _scorer(model, entry)
+    scores.collect(reference, entry.get("chunks", 1))
     return scores.compute()
 
 

@@ -96,7 +96,7 @@ def tell_emptied(groups: Sequence[Group], masks: Masks, existing: Masks | None, 
         return
     gone = sum(masks.pruned_in(name) == math.prod(masks.shapes[name]) for name in names)
     all_of_them = f", {gone} of them all" if gone else ""
-    floor = "raise the floor (floor=1.0 prunes each tensor alike), " if whole and scope == "global" else ""
+    floor = "raise the floor (Scope(floor=1.0) prunes each tensor alike), " if whole and scope == "global" else ""
     warnings.warn(
         f"{len(names)} of {len(masks)} tensors lose more than {100 * NEARLY_ALL:.0f} % of their weights{all_of_them}, where "
         f"{100 * most:g} % was asked for of all together: {in_words(masks, names)}. With so little left a layer computes next "

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lrp_prune.pruning.bits import unpack
 
-Ranking = Literal["absolute", "ascending"]
-RANKINGS: tuple[str, ...] = ("absolute", "ascending")
+Order = Literal["absolute", "signed"]
+ORDERS: tuple[str, ...] = ("absolute", "signed")
 # Temporaries of this many entries stay in the second-level cache; on a GPU a kernel launch costs as much as a million
 # entries. Multiples of 8, so that a chunk's bits begin at a byte.
 CHUNK = 1 << 16
@@ -52,7 +52,7 @@ class LazyValues:
 
 
 class KeyFormat(NamedTuple):
-    """Integers that stand for the values of one floating-point type under one ranking."""
+    """Integers that stand for the values of one floating-point type under one order."""
 
     absolute: bool
     dtype: torch.dtype

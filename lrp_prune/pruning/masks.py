@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor, nn
 
 from lrp_prune.names import resolve
 from lrp_prune.pruning import bits as packing
-from lrp_prune.sharding import Sharding, all_reduced, device_of, is_first, local_part, sharding_of
-from lrp_prune.storage import Together, load_tensors, save_tensors
+from lrp_prune.pruning import mask_files, masking
+from lrp_prune.sharding import Sharding, all_reduced, device_of, local_part, sharding_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_STATE_VERSION = 1
 
 
 class Masks(Mapping[str, Tensor]):
@@ -102,13 +99,7 @@ class Masks(Mapping[str, Tensor]):
                 raise ValueError(f"the mask of {name} has no shape")
             shape = tuple(int(size) for size in shapes[name])
             entries = math.prod(masks.shardings[name].local_shape if name in masks.shardings else shape)
-            if packed.dtype != torch.uint8 or tuple(packed.shape) != (packing.num_bytes(entries),):
-                raise ValueError(
-                    f"the mask of {name} has {tuple(packed.shape)} {packed.dtype} where shape {shape} needs "
-                    f"({packing.num_bytes(entries)},) torch.uint8"
-                )
-            if entries % 8 and int(packed[-1]) >> entries % 8:
-                raise ValueError(f"the mask of {name} has bits beyond its {entries} entries")
+            packing.check(packed, entries, shape, name)
             masks._bits[name] = packed.cpu()
             masks.shapes[name] = shape
         masks._count_together()
@@ -116,14 +107,7 @@ class Masks(Mapping[str, Tensor]):
 
     def _count_together(self) -> None:
         """Count now what is pruned in all parts: nobody else may be there when the counts are read."""
-        if not self.shardings:
-            return
-        first = next(iter(self.shardings.values()))
-        pruned = torch.tensor([self._pruned_here(name) for name in self.shardings])
-        divided = torch.tensor([sharding.axis is not None for sharding in self.shardings.values()])
-        shared = next((sharding for sharding in self.shardings.values() if sharding.axis is not None), first)
-        counts = torch.where(divided, shared.all_reduced(pruned), pruned).tolist()
-        self._pruned = dict(zip(self.shardings, counts, strict=True))
+        self._pruned = masking.counted(self.shardings, {name: self._pruned_here(name) for name in self.shardings})
 
     def _pruned_here(self, name: str) -> int:
         return math.prod(self._local_shape(name)) - packing.count(self._bits[name])
@@ -189,15 +173,7 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = resolve(self, model)
         for name, parameter in parameters.items():
-            if tuple(parameter.shape) != self.shapes[name]:
-                raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}, its mask {self.shapes[name]}: "
-                    "was it made for another model?"
-                )
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"{name} has type {parameter.dtype}: quantized weights cannot be set to zero, dequantize first"
-                )
+            masking.check_parameter(name, parameter, self.shapes[name])
             self._check_division(name, parameter)
         for name, parameter in parameters.items():
             weights = local_part(parameter)
@@ -223,27 +199,12 @@ class Masks(Mapping[str, Tensor]):
             )
 
     def _combined(self, other: "Masks", function: Callable[[Tensor, Tensor], Tensor], action: str) -> "Masks":
-        difference = sorted(set(self) ^ set(other))
-        if difference:
-            raise ValueError(f"cannot {action} masks of different parameters: {difference[0]!r} is in one of them only")
-        for name in self:
-            if self.shapes[name] != other.shapes[name]:
-                raise ValueError(
-                    f"cannot {action} masks of {name!r}: shapes {self.shapes[name]} and {other.shapes[name]}"
-                )
-            if self.shardings.get(name) != other.shardings.get(name):
-                raise ValueError(f"cannot {action} masks of {name!r}: divided among processes in different ways")
+        joined = masking.combined(self, other, function, action)
         granularity = self.granularity if self.granularity == other.granularity else "weight"
-        joined = {name: function(self._bits[name], other._bits[name]) for name in self}
         unscored = {name: reason for name, reason in self.unscored.items() if name in other.unscored}
-        return Masks.from_bits(
-            joined,
-            self.shapes,
-            granularity=granularity,
-            shardings=self.shardings,
-            unscored=unscored,
-            layouts={**other.layouts, **self.layouts},
-        )
+        layouts = {**other.layouts, **self.layouts}
+        known = {"granularity": granularity, "unscored": unscored, "layouts": layouts}
+        return self._with_bits(joined, **known)
 
     def __and__(self, other: "Masks") -> "Masks":
         """Keep what both keep."""
@@ -265,15 +226,9 @@ class Masks(Mapping[str, Tensor]):
         }
         return self._with_bits(flipped)
 
-    def _with_bits(self, bits: Mapping[str, Tensor], shardings: Mapping[str, Sharding] | None = None) -> "Masks":
-        return Masks.from_bits(
-            bits,
-            self.shapes,
-            granularity=self.granularity,
-            shardings=self.shardings if shardings is None else shardings,
-            unscored=self.unscored,
-            layouts=self.layouts,
-        )
+    def _with_bits(self, bits: Mapping[str, Tensor], **changes: Any) -> "Masks":
+        known = ("granularity", "shardings", "unscored", "layouts")
+        return Masks.from_bits(bits, self.shapes, **{**{name: getattr(self, name) for name in known}, **changes})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -289,10 +244,11 @@ class Masks(Mapping[str, Tensor]):
         digest = hashlib.sha256()
         for name in sorted(self):
             digest.update(f"{name}\0{self.shapes[name]}\0".encode())
-            digest.update(self._whole_bits(name).numpy().tobytes())
+            digest.update(self.whole_bits(name).numpy().tobytes())
         return digest.hexdigest()
 
-    def _whole_bits(self, name: str) -> Tensor:
+    def whole_bits(self, name: str) -> Tensor:
+        """The packed mask of the whole parameter; all processes must ask for one that is divided among them."""
         if name not in self.shardings:
             return self._bits[name]
         sharding = self.shardings[name]
@@ -300,12 +256,12 @@ class Masks(Mapping[str, Tensor]):
 
     def whole(self, name: str) -> Tensor:
         """The mask of the whole parameter, on the CPU; all processes must ask for one that is divided among them."""
-        return packing.unpack(self._whole_bits(name), self.shapes[name])
+        return packing.unpack(self.whole_bits(name), self.shapes[name])
 
     def gathered(self) -> "Masks":
         """The whole masks in every process, packed, in the memory of the CPU."""
-        whole = {name: self._whole_bits(name) for name in self}
-        return self._with_bits(whole, {})
+        whole = {name: self.whole_bits(name) for name in self}
+        return self._with_bits(whole, shardings={})
 
     def divided(self, shardings: Mapping[str, Sharding]) -> "Masks":
         """What of these masks belongs to this process when parameters are divided as given.
@@ -313,40 +269,15 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if they are divided in another way already.
         """
-        for name in self.shardings:
-            if shardings.get(name, self.shardings[name]) != self.shardings[name]:
-                raise ValueError(f"the mask of {name} is divided among processes in another way: use masks.gathered()")
-        new = {name: entry for name, entry in shardings.items() if name in self and name not in self.shardings}
-        if not new:
-            return self
-        for name, sharding in new.items():
-            if sharding.shape != self.shapes[name]:
-                raise ValueError(
-                    f"{name} has shape {sharding.shape}, its mask {self.shapes[name]}: is it another model's?"
-                )
-        bits = {
-            name: packing.pack(new[name].part(self.local(name))) if name in new else self._bits[name] for name in self
-        }
-        return self._with_bits(bits, {**self.shardings, **new})
+        packed, new = masking.parts(self, shardings)
+        return self._with_bits(packed, shardings={**self.shardings, **new}) if new else self
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, for a checkpoint; the tensors are not copies.
 
         Of divided masks the first process gets the whole ones, tensor by tensor, and the others get no bits.
         """
-        bits = {}
-        for name in self:
-            whole = self._whole_bits(name)
-            if name not in self.shardings or is_first(self.shardings[name].mesh):
-                bits[name] = whole
-        return {
-            "version": _STATE_VERSION,
-            "granularity": self.granularity,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "unscored": dict(self.unscored),
-            "layouts": dict(self.layouts),
-            "bits": bits,
-        }
+        return mask_files.state_of(self)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Masks":
@@ -355,40 +286,15 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the state is of another version, or its bytes and shapes do not fit together.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the masks' state has version {state.get('version')!r}, this lrp-prune reads {_STATE_VERSION}"
-            )
-        if set(state["bits"]) != set(state["shapes"]):
-            raise ValueError(
-                "the masks' state has no bits: of a sharded model only the first process's state holds the masks"
-            )
-        return cls.from_bits(
-            state["bits"],
-            state["shapes"],
-            granularity=state["granularity"],
-            unscored=state.get("unscored"),
-            layouts=state.get("layouts"),
-        )
+        state = mask_files.checked_state(state)
+        return cls._described(state["bits"], state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file with shapes and a format version; atomic.
 
         Divided masks are brought together tensor by tensor; all processes must call this, and the first one writes.
         """
-        description = {
-            "granularity": self.granularity,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "unscored": self.unscored,
-            "layouts": self.layouts,
-        }
-        save_tensors(path, "masks", {name: self._together(name) for name in self}, description)
-
-    def _together(self, name: str) -> Tensor | Together:
-        if name not in self.shardings:
-            return self._bits[name]
-        size = (packing.num_bytes(math.prod(self.shapes[name])),)
-        return Together(size, torch.uint8, partial(self._whole_bits, name), self.shardings[name].mesh)
+        mask_files.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Masks":
@@ -397,17 +303,12 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: if the file is damaged, of another kind, or of a newer version.
         """
-        tensors, description = load_tensors(path, "masks")
-        if set(tensors) != set(description.get("shapes", ())):
-            raise ValueError(f"{path} is damaged: its masks and their shapes have different names")
-        ordered = {name: tensors[name] for name in description["shapes"]}
-        return cls.from_bits(
-            ordered,
-            description["shapes"],
-            granularity=description["granularity"],
-            unscored=description.get("unscored"),
-            layouts=description.get("layouts"),
-        )
+        return cls._described(*mask_files.load(path))
+
+    @classmethod
+    def _described(cls, bits: Mapping[str, Tensor], description: Mapping[str, Any]) -> "Masks":
+        known = {name: description.get(name) for name in ("unscored", "layouts")}
+        return cls.from_bits(bits, description["shapes"], granularity=description["granularity"], **known)
 
     def report(self) -> str:
         """What is pruned where, as text: a table by kind of layer, and what is in danger.
@@ -431,13 +332,10 @@ class Masks(Mapping[str, Tensor]):
         return report(self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
-        """A figure of each tensor's sparsity, in the order of the model, coloured by kind of layer.
+        """A figure of each tensor's sparsity, in the order of the model, coloured by kind of layer; needs matplotlib.
 
         Args:
             path: a file to write it to; its ending says in which format. None writes none.
-
-        Raises:
-            ImportError: without matplotlib.
         """
         from lrp_prune.pruning.report import plot
 

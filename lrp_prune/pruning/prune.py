@@ -4,11 +4,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lrp_prune.attribution.chunks import check_chunks, collect
+from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
@@ -16,12 +17,14 @@ from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.methods import Method, method_of
 from lrp_prune.pruning.recalibration import enough
 from lrp_prune.pruning.recalibration import recalibrate as measure
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
-from lrp_prune.pruning.scopes import parse_scope
-from lrp_prune.pruning.scorers import scorer, selection_options
+from lrp_prune.pruning.scope import Scope, settled
+from lrp_prune.pruning.scopes import Structure, parse_scope
+from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import select
 from lrp_prune.pruning.zeroed import zero_
 from lrp_prune.relevance import Relevance, granularities_of
@@ -37,19 +40,23 @@ def prune(
     model: nn.Module,
     batches: Iterable[Any] = (),
     sparsity: float | Mapping[str, float] = 0.5,
-    method: str = "lrp",
-    scope: str | None = None,
-    ranking: str = "absolute",
-    normalize: str | None = "auto",
+    method: str | Method = "lrp",
+    scope: str | Scope | None = None,
+    *,
+    granularity: str | Sequence[str] = "weight",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    trainable_only: bool = False,
     rounds: int | None = None,
     schedule: Schedule = "cubic",
-    chunks: int = 1,
-    floor: float | None = None,
     recalibrate: bool | None = None,
     existing: Masks | None = None,
     relevance: Relevance | None = None,
     progress: bool = True,
-    **options: Any,
+    chunks: int = 1,
+    accumulate_on: str | None = None,
+    matmul_dtype: str | None = "auto",
+    unruled: str = "warn",
 ) -> Masks:
     """Prune a model in place, without training.
 
@@ -67,18 +74,18 @@ def prune(
             need none; if there is one, the first shows whether the model computes with weights before it uses them.
         sparsity: the fraction to prune, of all that ``include`` and ``exclude`` ask for (see :func:`select`), in all or by
             pattern of parameter names.
-        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``.
-        scope: what is compared: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; None for the method's best.
-        ranking: ``"absolute"`` or ``"ascending"``.
-        normalize: None, ``"mean"``, ``"sum"`` or ``"max"``; ``"auto"`` for the method's best.
+        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
+            ``LRP(composite="attnlrp", target="class")`` or ``Random(seed=3)``; see :mod:`lrp_prune.pruning.methods`.
+        scope: what is compared: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``, or a :class:`Scope`, which also
+            has the floor, the order and the normalization; None for the method's best.
+        granularity: what is scored and pruned: weights, or kinds of units, see :func:`lrp_prune.attribute`.
+        include: patterns of parameters to prune, see :func:`lrp_prune.attribute`.
+        exclude: patterns of parameters to leave alone.
+        trainable_only: leave frozen weights alone, unless ``include`` names them.
         rounds: in how many rounds. Each scores the model as it is pruned by then, so that weights which stand in for
             pruned ones are seen to matter; what is pruned stays pruned. None: one, and two beyond 60 % where the model is
             recalibrated between them.
         schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
-        chunks: in how many passes over the batches the weights are scored, see :func:`lrp_prune.attribute`.
-        floor: with scope ``"global"``, the share that each tensor keeps of the average density, see :func:`select`; None for
-            the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by relevance cannot empty
-            a layer that a saturated output hardly depends on.
         recalibrate: whether what is kept is scaled, channel by channel, to the outputs of the dense model on the same batches, by
             forward passes alone and only as far as it helps (see :func:`~lrp_prune.pruning.recalibrate`); biases and running
             statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches. Of several
@@ -87,8 +94,9 @@ def prune(
         relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
             again: for several sparsities, say.
         progress: show a progress bar of what is collected, and of what is recalibrated.
-        **options: of :func:`lrp_prune.pruning.scorer`: ``target``, ``composite``, ``statistic``, ``granularity``,
-            ``include``, ``exclude``, ...
+        chunks: in how many passes over the batches the weights are scored, see :func:`lrp_prune.attribute`.
+        accumulate_on, matmul_dtype: see :class:`~lrp_prune.attribution.RelevanceAccumulator`.
+        unruled: see :func:`lrp_prune.attributing`.
 
     Returns:
         The masks. If an error is raised, the model is as it was.
@@ -103,41 +111,45 @@ def prune(
         >>> batches = [(torch.randn(16, 4), torch.randint(2, (16,)))]
         >>> lrp_prune.prune(model, batches, sparsity=0.5).sparsity
         0.5
+        >>> lrp_prune.prune(model, batches, 0.75, lrp_prune.LRP(target="class")).sparsity
+        0.75
     """
-    granularity = options.get("granularity", "weight")
-    selection = selection_options(method, granularity, scope, ranking, normalize, floor)
+    method, kinds = method_of(method), granularities_of(granularity)
+    scope = settled(scope, method, kinds)
     check_batches(batches)
     if rounds is None:
-        whole = granularity == "weight" and isinstance(parse_scope(selection["scope"]), str) and existing is None
-        rounds = 2 if whole and _highest(sparsity) > _ONE_ROUND and _recalibrates(recalibrate, batches) else 1
+        again = existing is None and _gains_by_a_second_round(kinds, scope, sparsity)
+        rounds = 2 if again and _recalibrates(recalibrate, batches) else 1
     targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
-    _check_granularity(relevance, granularity)
+    _check_granularity(relevance, kinds)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
-    check_chunks(chunks, reference, granularity)
+    check_chunks(chunks, reference, ",".join(kinds))
     recalibrates = _recalibrates(recalibrate, reference)
     if recalibrates and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
-    which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
-    if options.get("target") is None:
-        options["target"] = Inferred()  # once for all rounds
+    if method.target is None:
+        method = method.with_target(Inferred())  # once for all rounds
+    which: dict[str, Any] = {"include": include, "exclude": exclude, "trainable_only": trainable_only}
+    running: dict[str, Any] = {"accumulate_on": accumulate_on, "matmul_dtype": matmul_dtype, "unruled": unruled}
+    score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
     with _beginning_again(model, recalibrates and rounds > 1) as restore, _undone_on_error(model) as zero:
         for index, target in enumerate(targets):
-            scores = scorer(method, model, **options)
-            if index == 0 and granularity == "weight":
+            scores = score()
+            if index == 0 and kinds == ("weight",):
                 check_prunable(model, None if scores.needs_data else next(iter(reference), None), **which)
             given = relevance if index == 0 else None
-            if scores.needs_data and given is None:
+            if given is None:
                 with (bar if progress else no_bar)("Collecting relevance", chunks * number_of(reference)) as advance:
-                    collect(scores, Counted(reference, advance), model, chunks)
+                    scores.collect(Counted(reference, advance), chunks)
             with _once(told=index > 0):
                 scored = scores.compute() if given is None else given
-                check_included(which.get("include"), scored, scored.unscored)
-                groups_of(scored, targets[-1], parse_scope(selection["scope"]), masks)  # before the first zero
-                masks = select(scored, sparsity=target, existing=masks, **selection)
+                check_included(include, scored, scored.unscored)
+                groups_of(scored, targets[-1], parse_scope(scope.compared or "global"), masks)  # before the first zero
+                masks = select(scored, target, scope, existing=masks)
             if recalibrates:
                 restore()
-                explained = options["target"] if callable(options["target"]) else scored.target
+                explained = method.target if callable(method.target) else scored.target
                 found = measure(model, masks, reference, explained, progress=progress)
             zero(masks)
             if recalibrates:
@@ -145,6 +157,12 @@ def prune(
                 _logger.info("round %d: %s", index + 1, found)
     assert masks is not None
     return masks
+
+
+def _gains_by_a_second_round(kinds: tuple[str, ...], scope: Scope, sparsity: float | Mapping[str, float]) -> bool:
+    """Whether scoring a second time was seen to gain: many single weights are pruned, and the scope lets a round prune fewer."""
+    structured = isinstance(parse_scope(scope.compared or "global"), Structure)
+    return kinds == ("weight",) and not structured and _highest(sparsity) > _ONE_ROUND
 
 
 def _recalibrates(asked: bool | None, reference: Any) -> bool:
@@ -196,10 +214,9 @@ def _beginning_again(model: nn.Module, needed: bool) -> Iterator[Callable[[], No
         yield restore
 
 
-def _check_granularity(relevance: Relevance | None, granularity: str | Sequence[str]) -> None:
+def _check_granularity(relevance: Relevance | None, kinds: tuple[str, ...]) -> None:
     """Refuse relevance of other things than those that are to be pruned."""
-    kinds = ",".join(granularities_of(granularity))
-    if relevance is not None and relevance.granularity != kinds:
+    if relevance is not None and relevance.granularity != ",".join(kinds):
         raise ValueError(f"the relevance is about {relevance.granularity}s: pass granularity={relevance.granularity!r}")
 
 

@@ -4,21 +4,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, KeyFormat
+from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, ORDERS, KeyFormat
 
 # Up to this length a row's entries are compared pair by pair, all rows at once (2:4 sparsity, say).
 _PAIRWISE = 16
 
 
 def smallest_per_row(
-    values: Tensor, k: int, *, ranking: str = "absolute", kept: Tensor | None = None, name: str = "the tensor"
+    values: Tensor, k: int, *, order: str = "absolute", kept: Tensor | None = None, name: str = "the tensor"
 ) -> Tensor:
     """Choose exactly the ``k`` smallest entries of each row; equal ones by position.
 
     Args:
         values: ``[rows, columns]`` of any floating-point type.
         k: entries to choose in each row, with the already pruned ones, which are chosen before all others.
-        ranking: ``"absolute"`` or ``"ascending"``.
+        order: ``"absolute"`` or ``"signed"``.
         kept: bool ``[rows, columns]``, False for already pruned entries.
         name: what an error calls the tensor.
 
@@ -34,14 +34,14 @@ def smallest_per_row(
         tensor([[ True, False,  True],
                 [False,  True,  True]])
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     if not values.is_floating_point():
         raise ValueError(f"{name} has type {values.dtype}: only floating-point values can be ranked")
     rows, columns = values.shape
     if not 0 <= k <= columns:
         raise ValueError(f"k must be in [0, {columns}], the entries of a row of {name}, got {k}")
-    form = KeyFormat(ranking == "absolute", torch.float64 if values.dtype == torch.float64 else torch.float32)
+    form = KeyFormat(order == "absolute", torch.float64 if values.dtype == torch.float64 else torch.float32)
     result = torch.empty(values.shape, dtype=torch.bool, device=values.device)
     step = max((CHUNK if values.device.type == "cpu" else DEVICE_CHUNK) // max(columns, 1), 1)
     for start in range(0, rows, step):

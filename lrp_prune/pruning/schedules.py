@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
+from typing import Literal, get_args, overload
 
 from lrp_prune.pruning.scopes import check_sparsity
 
+ScheduleName = Literal["one_shot", "linear", "cubic", "exponential"]
 Schedule = str | Sequence[float] | Callable[[int], float]
-SCHEDULES: tuple[str, ...] = ("one_shot", "linear", "cubic", "exponential")
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 @overload

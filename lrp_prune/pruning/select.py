@@ -12,9 +12,10 @@ from lrp_prune.pruning import bits
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.emptied import tell_emptied
 from lrp_prune.pruning.floors import limits_of, resolved_floor, within_limits
-from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, RANKINGS, LazyValues
+from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, LazyValues
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.rows import smallest_per_row
+from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.scopes import (
     Structure,
     as_rows,
@@ -35,24 +36,23 @@ if TYPE_CHECKING:
 def select(
     relevance: "Relevance",
     sparsity: float | Mapping[str, float] = 0.5,
-    scope: str = "global",
-    ranking: str = "absolute",
-    normalize: str | None = None,
+    scope: str | Scope = "global",
+    *,
     existing: Masks | None = None,
-    floor: float | None = None,
 ) -> Masks:
     r"""Mask the least relevant weights or units.
 
     Of the :math:`n` entries of each comparison set exactly :math:`\mathrm{round}(s n)` are pruned: those with the
-    smallest :math:`|R|` (``"absolute"``) or :math:`R` (``"ascending"``, the most negative first), equal ones by
-    position. A set is what ``scope`` says; ``normalize`` matters where a set spans several tensors.
+    smallest :math:`|R|` (order ``"absolute"``) or :math:`R` (``"signed"``, the most negative first), equal ones by
+    position. A set is what ``scope`` says.
 
     :math:`n` counts all weights that were asked for, also those that could not be scored (``relevance.unscored``). With scope
     ``"global"`` the scored ones make up for these: exactly :math:`\mathrm{round}(s n)` are pruned. Any other scope leaves
     unscored tensors dense, and is refused where they are more than 5 % of the weights. Either way a warning names them; they
     are in the masks, all kept, so that ``masks.sparsity`` is of everything that was asked for, and in ``masks.unscored``.
 
-    With scope ``"global"`` each tensor of weights keeps at least the share ``floor`` of what it would keep if all were pruned
+    With scope ``"global"`` each tensor of weights keeps at least the share ``floor`` (of :class:`Scope`) of what it would keep if
+    all were pruned
     alike: where :math:`k` of :math:`N` scored weights are pruned, at most :math:`\lceil n (1 - f (1 - k / N)) \rceil` of a tensor
     with :math:`n` are, and :math:`k` of all together as ever. What comes first in the ranking is pruned, past tensors that are
     at their limit (of sets with patterns, each has a :math:`k / N` of its own).
@@ -63,16 +63,12 @@ def select(
             together, a tensor belongs to the first pattern that matches its name, and one that none matches gets no
             mask.
         scope: what is compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one
-            output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept). Units
-            are compared ``"global"`` or by ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
+            output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept); or a
+            :class:`Scope`, which also has the floor, the order and the normalization. Units are compared ``"global"`` or by
+            ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
             :data:`lrp_prune.pruning.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
-        ranking: ``"absolute"`` or ``"ascending"``.
-        normalize: divide each tensor by its ``"mean"``, ``"sum"`` or ``"max"`` of absolute values before comparing.
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over, and what they prune beyond a tensor's ``floor`` is not given back.
-        floor: in [0, 1], for scope ``"global"`` and weights: 0 is one ranking of all weights, 1 is (up to rounding) scope
-            ``"layer"``. None for the best, 0.5: no tensor is pruned below half of the average density, so that a ranking by
-            relevance cannot empty a layer that a saturated output hardly depends on. Units and other scopes have none.
 
     Units of several kinds (``granularity=["head", "neuron"]``) are selected kind by kind, each to the sparsity asked for:
     ``{"head:*": 0.2, "neuron:*": 0.4}`` gives each its own.
@@ -103,24 +99,24 @@ def select(
                 [ True,  True, False, False]])
         >>> relevance = Relevance({"first": values[0], "second": values[1]}, statistic="signed")
         >>> for floor in (0.0, 0.5, 1.0):
-        ...     masks = select(relevance, sparsity=0.5, floor=floor)
+        ...     masks = select(relevance, 0.5, Scope(floor=floor))
         ...     masks.pruned_in("first"), masks.pruned_in("second")
         (4, 0)
         (3, 1)
         (2, 2)
     """
-    parsed = parse_scope(scope)
-    if ranking not in RANKINGS:
-        raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
+    asked = scope_of(scope)
+    compared = asked.compared or "global"
+    parsed = parse_scope(compared)
     if not len(relevance):
         raise ValueError("the relevance holds no tensor: was everything excluded?")
-    floor = resolved_floor(floor, scope, relevance.granularity)
+    floor = resolved_floor(asked.floor, compared, relevance.granularity)
     existing = existing.divided(dict(relevance.shardings)) if existing is not None else None
     groups = groups_of(relevance, sparsity, parsed, existing)
     for group in groups:
         check_reachable(parsed, group.rate)
-    if normalize is not None:
-        relevance = relevance.normalized(normalize)
+    if asked.normalize is not None:
+        relevance = relevance.normalized(asked.normalize)
     shardings = dict(relevance.shardings)
     unscored: dict[str, str] = {}
     if relevance.granularity == "weight":
@@ -132,18 +128,18 @@ def select(
         _check_shapes(shapes, existing)
         kept = {name: existing.bits(name) for name in shapes if name in existing} if existing is not None else {}
         before = {name: existing.pruned_in(name) for name in kept} if existing is not None else {}
-        chosen = _select_weights(relevance, groups, parsed, ranking, shapes, kept, floor, before)
+        chosen = _select_weights(relevance, groups, parsed, asked.order, shapes, kept, floor, before)
         for name, reason in (entry for group in groups for entry in group.unscored.items()):
             chosen[name] = kept[name] if name in kept else _all_kept(relevance, name)
             if existing is None or name not in existing or name in existing.unscored:
                 unscored[name] = reason
         chosen = {name: chosen[name] for name in relevance.parameter_shapes if name in chosen}
     else:
-        check_units_scope(relevance.granularity, scope)
+        check_units_scope(relevance.granularity, compared)
         units = {name: (math.prod(relevance[name].shape),) for group in groups for name in group.scored}
         _check_shapes(relevance.parameter_shapes, existing)
         kept = existing_units(relevance, units, existing)
-        chosen = _select_weights(relevance, groups, parsed, ranking, units, kept)
+        chosen = _select_weights(relevance, groups, parsed, asked.order, units, kept)
         shapes, chosen = expand_units(relevance, chosen, existing)
     if existing is not None:
         for name in existing:
@@ -157,7 +153,7 @@ def select(
         chosen, shapes, granularity=granularity, shardings=shardings, unscored=unscored, layouts=layouts
     )
     tell_unscored(groups, relevance, masks)
-    tell_emptied(groups, masks, existing, scope)
+    tell_emptied(groups, masks, existing, compared)
     return masks
 
 
@@ -205,7 +201,7 @@ def _select_weights(
     relevance: "Relevance",
     groups: Sequence[Group],
     scope: str | Structure,
-    ranking: str,
+    order: str,
     shapes: Mapping[str, tuple[int, ...]],
     kept: Mapping[str, Tensor],
     floor: float = 0.0,
@@ -222,10 +218,10 @@ def _select_weights(
     def choose_together(names: Sequence[str], k: int) -> dict[str, Tensor]:
         old = [kept.get(name) for name in names]
         if any(name in divided for name in names):
-            masks = smallest_together(relevance, names, k, ranking, old)
+            masks = smallest_together(relevance, names, k, order, old)
         else:
             values = _Named(relevance, list(names))
-            masks = smallest(values, k, ranking=ranking, kept=old, names=names, dtype=torch.float32)
+            masks = smallest(values, k, order=order, kept=old, names=names, dtype=torch.float32)
         return dict(zip(names, masks, strict=True))
 
     for group in groups:
@@ -244,7 +240,7 @@ def _select_weights(
             else:
                 (name,) = together
                 layout = layouts.get(name) or layout_of(shapes[name])
-                choose = partial(_select_rows, rate=rate, scope=scope, layout=layout, ranking=ranking, name=name)
+                choose = partial(_select_rows, rate=rate, scope=scope, layout=layout, order=order, name=name)
                 if divided:
                     found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
                 else:
@@ -255,7 +251,7 @@ def _select_weights(
 
 
 def _select_rows(
-    values: Tensor, kept: Tensor | None, *, rate: float, scope: str | Structure, layout: str, ranking: str, name: str
+    values: Tensor, kept: Tensor | None, *, rate: float, scope: str | Structure, layout: str, order: str, name: str
 ) -> Tensor:
     """The packed mask of one tensor, selected group by group."""
     view = as_rows(values, layout, scope, name)
@@ -271,6 +267,6 @@ def _select_rows(
         for start in range(0, rows, step):
             block = view[number, start : start + step]
             old = None if kept_view is None else kept_view[number, start : start + step].reshape(-1, length)
-            chosen = smallest_per_row(block.reshape(-1, length), k, ranking=ranking, kept=old, name=name)
+            chosen = smallest_per_row(block.reshape(-1, length), k, order=order, kept=old, name=name)
             result_view[number, start : start + step] = chosen.reshape(block.shape).cpu()
     return bits.pack(result)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.pruning import bits, keys
-from lrp_prune.pruning.keys import RANKINGS, KeyFormat, LazyValues
+from lrp_prune.pruning.keys import ORDERS, KeyFormat, LazyValues
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
@@ -46,7 +46,7 @@ def smallest(
     values: Sequence[Tensor | LazyValues],
     k: int,
     *,
-    ranking: str = "absolute",
+    order: str = "absolute",
     kept: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
@@ -56,14 +56,14 @@ def smallest(
     r"""Choose exactly the ``k`` smallest entries of all tensors together; equal ones by position.
 
     Entry :math:`i` is chosen iff :math:`|\{j : v_j < v_i\}| + |\{j < i : v_j = v_i\}| < k` with :math:`v = |x|` for the
-    absolute ranking and :math:`v = x` for the ascending one; the order of entries is that of the list, then that of the
+    absolute order and :math:`v = x` for the signed one; the order of entries is that of the list, then that of the
     flattened tensor. Entries that are already pruned are chosen before all others.
 
     Args:
         values: tensors of any shape, floating-point type and device, or :class:`lrp_prune.pruning.keys.LazyValues`,
             which are computed chunk by chunk in each of about three passes.
         k: the number of entries to choose, with the already pruned ones, over all processes.
-        ranking: ``"absolute"`` or ``"ascending"`` (the most negative first).
+        order: ``"absolute"`` or ``"signed"`` (the most negative first).
         kept: per tensor the packed mask (:func:`lrp_prune.pruning.bits.pack`) of entries that are not pruned yet, or
         None.
         names: what an error calls the tensors.
@@ -84,12 +84,12 @@ def smallest(
         >>> [bits.unpack(chosen, tensor.shape) for chosen, tensor in zip(smallest(tensors, 2), tensors)]
         [tensor([ True, False,  True]), tensor([[False,  True]])]
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"ranking must be one of {RANKINGS}, got {ranking!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     if dtype is None:
         wide = any(tensor.dtype == torch.float64 for tensor in values)
         dtype = torch.float64 if wide else torch.float32
-    form = KeyFormat(ranking == "absolute", dtype)
+    form = KeyFormat(order == "absolute", dtype)
     kept = kept or [None] * len(values)
     entries = _Entries(values, form, kept, names or [f"tensor {i}" for i in range(len(values))])
 

@@ -37,7 +37,7 @@ class Divided(Protocol):
 
 
 def smallest_together(
-    relevance: Divided, names: Sequence[str], k: int, ranking: str, kept: Sequence[Tensor | None]
+    relevance: Divided, names: Sequence[str], k: int, order: str, kept: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """The packed masks of this process's parts when the ``k`` smallest of all entries of all tensors are not kept.
 
@@ -61,7 +61,7 @@ def smallest_together(
     masks = smallest(
         [part.values for part in parts],
         k,
-        ranking=ranking,
+        order=order,
         kept=[part.kept for part in parts],
         names=names,
         dtype=torch.float32,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.outputs import answer_of
 from lrp_prune.models.profile import profile_of
-from lrp_prune.targets.layout import aligned, check_range, padded, shape_of, without_ignored
+from lrp_prune.targets.alignment import aligned, check_range, padded, shape_of, without_ignored
 
 _ROUNDING = 1e-3
 

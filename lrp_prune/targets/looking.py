@@ -14,7 +14,7 @@ from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import Profile, parameters_of, profile_of
 from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration
 from lrp_prune.names import unwrap
-from lrp_prune.targets.layout import without_ignored
+from lrp_prune.targets.alignment import without_ignored
 
 _SAMPLES = 2  # a loss makes several copies of their logits
 

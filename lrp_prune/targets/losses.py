@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import Profile, profile_of
+from lrp_prune.targets.alignment import aligned, classes_last, padded, without_ignored
 from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
-from lrp_prune.targets.layout import aligned, classes_last, padded, without_ignored
 from lrp_prune.targets.naming import Target
 from lrp_prune.targets.tokens import NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from lrp_prune.models.batches import entry
 from lrp_prune.models.binding import Call
 from lrp_prune.models.profile import Profile, profile_of
+from lrp_prune.targets.alignment import classes_last
 from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
-from lrp_prune.targets.layout import classes_last
 from lrp_prune.targets.looking import Seen, token_ids
 from lrp_prune.targets.losses import readings_by_loss
 from lrp_prune.targets.naming import Target, target_called

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.profile import Profile
+from lrp_prune.targets.alignment import aligned, classes_last, per_sample, shape_of
 from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
-from lrp_prune.targets.layout import aligned, classes_last, per_sample, shape_of
 from lrp_prune.targets.naming import Target
 from lrp_prune.targets.tokens import NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues

@@ -9,7 +9,7 @@ from lrp_prune.models.batches import IGNORED, entry
 from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import profile_of
-from lrp_prune.targets.layout import check_range, classes_last, shape_of, without_ignored
+from lrp_prune.targets.alignment import check_range, classes_last, shape_of, without_ignored
 from lrp_prune.targets.likelihood import log_likelihood
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lrp_prune.models.outputs import answer_of
 from lrp_prune.models.profile import profile_of
-from lrp_prune.targets.layout import aligned, padded, shape_of
+from lrp_prune.targets.alignment import aligned, padded, shape_of
 
 
 class PredictedValues:

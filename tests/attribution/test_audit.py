@@ -169,17 +169,19 @@ def test_collecting_reports_in_its_first_batch() -> None:
 
 
 def test_a_parametric_relu_needs_no_rule_besides_its_own() -> None:
-    """Its gradient is f(x)/x."""
+    """Its gradient is f(x)/x: by hand, gradient x input of the network, which is linear around x."""
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.PReLU(6), nn.Linear(6, 2, bias=False))
     with torch.no_grad():
         model[1].weight.copy_(torch.randn(6))
-    x, relevance = torch.randn(2, 4), {}
+    x = torch.randn(2, 4)
+    slope = torch.where(x @ model[0].weight.T > 0, 1.0, model[1].weight)
+    expected = x * ((model[2].weight.sum(0) * slope) @ model[0].weight)
     for composite in ("gradient", "attnlrp", "cp_lrp", "epsilon"):
         with lrp_prune.attributing(model, composite, unruled="error") as propagation:
             value = model(x).sum()
-            relevance[composite] = propagation.relevance(value)["input"]
-        torch.testing.assert_close(relevance[composite].sum(), value)
-        torch.testing.assert_close(relevance[composite], relevance["gradient"])
+            relevance = propagation.relevance(value)["input"]
+        torch.testing.assert_close(relevance.sum(), value)
+        torch.testing.assert_close(relevance, expected.detach())
 
 
 def test_relevance_that_stops_at_quantized_layers_is_said_to() -> None:

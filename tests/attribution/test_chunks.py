@@ -6,7 +6,7 @@ from small_models import batch_for, build
 from torch import nn
 
 import lrp_prune
-from lrp_prune.attribution.chunks import divided
+from lrp_prune.attribution.chunks import in_runs
 
 EXACT = {"matmul_dtype": None}
 
@@ -66,11 +66,11 @@ def test_pruned_alike():
 
 def test_chunks_are_balanced_and_in_order():
     sizes = {f"layer{index}": torch.empty(10 * (1 + index % 3)) for index in range(30)}
-    parts = divided(sizes, 4)
+    parts = in_runs(sizes, 4)
     assert [name for part in parts for name in sizes if name in part] == list(sizes)
     held = [sum(sizes[name].numel() for name in part) for part in parts]
     assert max(held) - min(held) <= 60
-    assert divided({"only": torch.empty(3)}, 5) == [{"only"}]
+    assert in_runs({"only": torch.empty(3)}, 5) == [{"only"}]
 
 
 @pytest.mark.parametrize(

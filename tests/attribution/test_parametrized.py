@@ -228,8 +228,8 @@ def _scores(model: nn.Module, method: str, x: Tensor) -> lrp_prune.Relevance:
 @pytest.mark.parametrize("method", ["lrp", "magnitude"])
 def test_pruned_entries_are_zero_in_what_is_used(kind: str, method: str) -> None:
     model, x = SCALED[kind](), torch.randn(5, 8, dtype=torch.float64)
-    options = {"target": _target} if method == "lrp" else {}
-    masks = lrp_prune.prune(model, [x], sparsity=0.5, method=method, include=[_name(model)], scope="layer", **options)
+    explaining = METHODS[method](target=_target)
+    masks = lrp_prune.prune(model, [x], sparsity=0.5, method=explaining, include=[_name(model)], scope="layer")
     assert masks.num_pruned == 24
     used = _used(model)
     assert not used[~masks[_name(model)]].any() and used.any()
@@ -258,14 +258,14 @@ def test_what_cannot_be_is_refused_before_anything_changes(kind: str, method: st
     make, names = COMPUTED[kind]
     model, x = make(), torch.randn(5, 8, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
-    options = {"target": _target} if method in ("lrp", "gradient") else {}
+    explaining = METHODS[method](target=_target)
     if kind == "several values" and method in ("magnitude", "random"):
         pytest.skip("two values of one weight show only where both are scored")
     with pytest.raises(ValueError, match=r"cannot prune 0\..*exclude=\['0\."):
-        lrp_prune.prune(model, [x], method=method, **options)
+        lrp_prune.prune(model, [x], method=explaining)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     excluded = [f"0.{name}" for name in names]
-    masks = lrp_prune.prune(model, [x], method=method, exclude=excluded, scope="layer", **options)
+    masks = lrp_prune.prune(model, [x], method=explaining, exclude=excluded, scope="layer")
     assert list(masks) == ["2.weight"] and masks.sparsity == 0.5
 
 
@@ -389,7 +389,7 @@ def test_a_layer_over_positions_is_told_of_and_not_refused() -> None:
     assert relevance.unscored == {"of_positions.weight": CONSTANTS}
     assert check_uses(model, x) == {}
     with pytest.warns(UnscoredWeightsWarning, match="of_positions"):
-        masks = lrp_prune.prune(copy.deepcopy(model), [x], sparsity=0.5, target=_sum_of_squares)
+        masks = lrp_prune.prune(copy.deepcopy(model), [x], sparsity=0.5, method=lrp_prune.LRP(target=_sum_of_squares))
     assert (masks.num_pruned, masks.num_entries) == (96, 192)
     scores = scorer("wanda", model)
     scores.update(x)

@@ -12,19 +12,19 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sys import path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from lrp_prune import tasks
-from lrp_prune.circuits import METHODS, GateTraining, Ranking, discover, evaluate
-from lrp_prune.circuits.explaining import DEPENDS_ON_ABLATION
+from lrp_prune.circuits import NODE_METHODS, GateIG, GateTraining, NodeMethod, Ranking, discover, evaluate
 from lrp_prune.circuits.result import half_interval
+from lrp_prune.pruning import Method
 
 path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import language_model
@@ -36,7 +36,7 @@ TASKS = {
     "greater-than": tasks.GreaterThan,
     "pronoun": tasks.GenderedPronoun,
 }
-KINDS = {
+GRANULARITIES = {
     "neuron": ["mlp_neuron"],
     "head": ["head"],
     "attention_neuron": ["attention_neuron"],
@@ -59,26 +59,31 @@ class Setting:
 
     @property
     def depends_on_ablation(self) -> bool:
-        return self.gates or self.options.get("rounds", 1) > 1 or self.options.get("method") in DEPENDS_ON_ABLATION
+        return self.gates or self.options.get("rounds", 1) > 1 or isinstance(self.options.get("method"), GateIG)
+
+
+def chosen(method: str, **options: Any) -> Method:
+    """A method by its name, with something chosen."""
+    return replace(cast(Any, NODE_METHODS[method]), **options)
 
 
 def settings() -> dict[str, Setting]:
     """The table's rows, by name."""
-    rows = {method: Setting({"method": method}) for method in METHODS}
+    rows = {name: Setting({"method": method}) for name, method in NODE_METHODS.items()}
     for method in ("attnlrp", "cp_lrp", "gradient", *_PATCHING):
         for statistic in ("signed", "abs_sample", "abs_token"):
-            rows[f"{method}, {statistic}"] = Setting({"method": method, "statistic": statistic})
-        ranked = {"method": method, "statistic": "signed", "ranking": "signed"}
+            rows[f"{method}, {statistic}"] = Setting({"method": chosen(method, statistic=statistic)})
+        ranked = {"method": chosen(method, statistic="signed"), "order": "signed"}
         rows[f"{method}, signed ranking"] = Setting(ranked)
     for method in ("attnlrp", "cp_lrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         for rounds in (3, 6, 12):
-            rows[f"{method}, {rounds} rounds"] = Setting({"method": method, "rounds": rounds, "floor": 0.02})
+            rows[f"{method}, {rounds} rounds"] = Setting(
+                {"method": NODE_METHODS[method], "rounds": rounds, "density": 0.02}
+            )
     for steps in (2, 5):
-        points = {"method": "gate_ig", "steps": steps}
-        rows[f"gate_ig, {steps} steps"] = Setting(points)
-        rows[f"gate_ig, {steps} steps, signed ranking"] = Setting(
-            {**points, "statistic": "signed", "ranking": "signed"}
-        )
+        rows[f"gate_ig, {steps} steps"] = Setting({"method": GateIG(steps=steps)})
+        signed = {"method": GateIG(statistic="signed", steps=steps), "order": "signed"}
+        rows[f"gate_ig, {steps} steps, signed ranking"] = Setting(signed)
     rows["gates"] = Setting(gates=True)
     for method in ("attnlrp", "gradient", "attribution_patching", "gate_ig", "relp"):
         rows[f"gates from {method}"] = Setting(gates=True, start=method)
@@ -91,7 +96,7 @@ def settings() -> dict[str, Setting]:
 def fits(setting: Setting, granularity: str) -> bool:
     """Whether a row has this granularity: weights have neither counterfactuals nor gates."""
     method = setting.options.get("method")
-    return granularity != "weight" or not (setting.gates or method in (*_PATCHING, "activation"))
+    return granularity != "weight" or not (setting.gates or isinstance(method, NodeMethod))
 
 
 def find(
@@ -108,7 +113,7 @@ def find(
     gates = GateTraining(
         model,
         task,
-        KINDS[granularity],
+        GRANULARITIES[granularity],
         ablation=ablation,
         objective=setting.objective,
         density=options.density,
@@ -236,7 +241,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", choices=TASKS, default="ioi", help="whose circuits")
     add("--methods", nargs="+", default=list(rows), help="rows of the table; --list prints them all")
-    add("--granularities", nargs="+", choices=KINDS, default=["neuron", "head"], help="what a node is")
+    add("--granularities", nargs="+", choices=GRANULARITIES, default=["neuron", "head"], help="what a node is")
     add("--ablations", nargs="+", default=["counterfactual", "zero", "mean"], help="what the rest is replaced by")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of prompts and of what is held out")
     add("--sizes", nargs="+", type=float, default=list(SIZES), help="shares of the nodes that are kept")

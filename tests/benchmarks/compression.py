@@ -12,19 +12,19 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from sys import path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import lrp_prune
-from lrp_prune import Relevance
-from lrp_prune.pruning import METHODS, Masks, scorer
+from lrp_prune import LRP, Method, Relevance, Scope
+from lrp_prune.pruning import Masks, scorer
+from lrp_prune.pruning.methods import method_of
 
 path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import language_model
@@ -37,22 +37,19 @@ Batches = list[dict[str, Tensor]]
 class Setting:
     """One way to prune: how weights are scored and selected, and in how many rounds, without training between them."""
 
-    method: str
-    scoring: dict[str, Any] = field(default_factory=dict)
-    selection: dict[str, Any] = field(default_factory=dict)
+    method: str | Method
+    scope: Scope | None = None
     rounds: int = 1
 
     @property
     def key(self) -> str:
         """What settings that differ only in their selection share."""
-        return json.dumps([self.method, self.scoring])
+        return str(self.method)
 
 
 def settings() -> dict[str, Setting]:
     """The table's rows, by name."""
-    per_row = {"scope": "row", "normalize": None}
-    raw = {"scope": "global", "normalize": None}
-    normalized = {"scope": "global", "normalize": "mean"}
+    per_row, raw, normalized = Scope("row"), Scope("global"), Scope("global", normalize="mean")
     rows = {
         "default": Setting("lrp"),
         "wanda": Setting("wanda"),
@@ -61,17 +58,16 @@ def settings() -> dict[str, Setting]:
         "random": Setting("random"),
     }
     for composite in ("attnlrp", "cp_lrp"):
-        rows[f"{composite} geometric, global"] = Setting("lrp", {"composite": composite, "statistic": "geometric"}, raw)
+        rows[f"{composite} geometric, global"] = Setting(LRP(composite, "geometric"), raw)
     for composite in ("epsilon", "attnlrp", "cp_lrp", "gradient"):
         for statistic in ("signed", "abs_sample", "abs_token", "squared_token"):
-            scoring = {"composite": composite, "statistic": statistic}
-            for name, selection in (("row", per_row), ("global", raw), ("global, normalised", normalized)):
-                rows[f"{composite} {statistic}, {name}"] = Setting("lrp", scoring, selection)
-    rows["default, first tokens left out"] = Setting("lrp", {"skip_first": 1})
+            for name, scope in (("row", per_row), ("global", raw), ("global, normalised", normalized)):
+                rows[f"{composite} {statistic}, {name}"] = Setting(LRP(composite, statistic), scope)
+    rows["default, first tokens left out"] = Setting(LRP(skip_first=1))
     for rounds in (2, 4):
         rows[f"default, {rounds} rounds"] = Setting("lrp", rounds=rounds)
-    for selection in (per_row, raw):
-        rows[f"attnlrp order with the gradient's scale, {selection['scope']}"] = Setting("mixed", {}, selection)
+    for scope in (per_row, raw):
+        rows[f"attnlrp order with the gradient's scale, {scope.compared}"] = Setting("mixed", scope)
     return rows
 
 
@@ -81,22 +77,21 @@ REFERENCES = {"sparsegpt": sparsegpt.sparsegpt, "wanda (paper)": sparsegpt.wanda
 def score(setting: Setting, model: nn.Module, reference: Batches) -> Relevance:
     """Collects the relevance that a setting selects by."""
     if setting.method == "mixed":
-        order = score(Setting("lrp", {"composite": "attnlrp", "statistic": "squared_token"}), model, reference)
-        scale = score(Setting("lrp", {"composite": "gradient", "statistic": "squared_token"}), model, reference)
+        order = score(Setting(LRP("attnlrp", "squared_token")), model, reference)
+        scale = score(Setting(LRP("gradient", "squared_token")), model, reference)
         return Relevance(
             {name: order[name] * (scale[name].mean() / order[name].mean()) for name in order}, derived=True
         )
-    scores = scorer(setting.method, model, **setting.scoring)
-    for batch in tqdm(reference, desc=f"{setting.method} {setting.scoring or ''}", leave=False):
+    scores = scorer(setting.method, model)
+    for batch in tqdm(reference, desc=str(setting.method), leave=False):
         scores.update(batch)
     return scores.compute()
 
 
 def select(setting: Setting, relevance: Relevance, sparsity: float, existing: Masks | None = None) -> Masks:
     """Selects with the setting's options, or with the method's defaults where it names none."""
-    best = METHODS[setting.method] if setting.method in METHODS else METHODS["lrp"]
-    options = {"scope": best.scope, "normalize": best.normalize, **setting.selection}
-    return lrp_prune.select(relevance, sparsity, existing=existing, **options)
+    scope = setting.scope or method_of(setting.method).scope
+    return lrp_prune.select(relevance, sparsity, scope, existing=existing)
 
 
 def prune_in_rounds(setting: Setting, model: nn.Module, reference: Batches, sparsity: float) -> None:

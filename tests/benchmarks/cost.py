@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import language_model
 import torch
 
-from lrp_prune.pruning import scorer
+from lrp_prune.pruning import METHODS, scorer
 
 Step = Callable[[int], Any]
 
@@ -61,7 +61,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     ids = language_model.windows(calibration, tokenizer, options.batches * options.batch_size)
     batches = language_model.batches(ids, options.batch_size)
     given = {"composite": options.composite, "statistic": options.statistic}
-    scores = scorer(options.method, model, **{name: value for name, value in given.items() if value is not None})
+    chosen = {name: value for name, value in given.items() if value is not None}
+    scores = scorer(METHODS[options.method](**chosen), model)
 
     def collect(index: int) -> None:
         scores.update(batches[index])

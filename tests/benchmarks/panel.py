@@ -29,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lrp_prune
+from lrp_prune import Scope, pruning
 from lrp_prune.pruning import sparsity_schedule
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
@@ -38,18 +39,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp": {},
     "lrp, one round": {"rounds": 1},
     "lrp, not recalibrated": {"recalibrate": False},
-    "lrp, no floor, not recalibrated": {"floor": 0.0, "recalibrate": False},
+    "lrp, no floor, not recalibrated": {"scope": Scope(floor=0.0), "recalibrate": False},
     "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},
     "gradient": {"method": "gradient"},
     "wanda": {"method": "wanda"},
     "wanda, not recalibrated": {"method": "wanda", "recalibrate": False},
     "magnitude": {"method": "magnitude"},
     "magnitude, not recalibrated": {"method": "magnitude", "recalibrate": False},
-    "magnitude, global": {"method": "magnitude", "scope": "global", "floor": 0.0},
+    "magnitude, global": {"method": "magnitude", "scope": Scope("global", floor=0.0)},
     "magnitude, global, not recalibrated": {
         "method": "magnitude",
-        "scope": "global",
-        "floor": 0.0,
+        "scope": Scope("global", floor=0.0),
         "recalibrate": False,
     },
     "random": {"method": "random"},
@@ -106,11 +106,18 @@ def pruned(case: Case, model: nn.Module, data: Data, row: Row) -> tuple[nn.Modul
     """A pruned copy, and the seconds that pruning took."""
     model, masks, seconds = copy.deepcopy(model).eval(), None, 0.0
     for number, sparsity in enumerate(sparsity_schedule("cubic", row.sparsity, row.rounds), 1):
-        options: dict[str, Any] = {**case.options, **METHODS[row.method], "seed": row.seed}
+        options: dict[str, Any] = {**case.options, **METHODS[row.method]}
         if case.include is not None:
             options["include"] = case.include
-        if options.get("method", "lrp") in ("lrp", "gradient"):
-            options["target"] = case.target
+        method = options.get("method", "lrp")
+        own = (
+            {"target": case.target}
+            if method in ("lrp", "gradient")
+            else {"seed": row.seed}
+            if method == "random"
+            else {}
+        )
+        options["method"] = pruning.METHODS[method](**own)
         before, start = masks, time.perf_counter()
         masks = lrp_prune.prune(
             model.eval(), data.reference, sparsity, unruled="ignore", existing=before, progress=False, **options

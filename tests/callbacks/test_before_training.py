@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lrp_prune
+from lrp_prune import LRP
 from lrp_prune.callbacks import CircuitDiscovery, ContrastiveCorrection, RelevanceCollector, RelevancePruning
 from lrp_prune.tasks import TableTask
 
@@ -102,10 +103,10 @@ def refused(
         (Values, loader(X), {}, "what to explain cannot be inferred for Values .* with no labels.*relevance_target"),
         (WholeBatch, CLASSES, {}, "what to explain cannot be inferred for WholeBatch.*relevance_target"),
         (Pixels, loader(X, torch.zeros(32, 4, 4).long()), {}, "cannot be inferred for Pixels and a batch with labels"),
-        (Classifier, CLASSES, {"target": "next_token"}, "'next_token' needs logits"),
+        (Classifier, CLASSES, {"method": LRP(target="next_token")}, "'next_token' needs logits"),
         (Classifier, CLASSES, {"granularity": "head"}, "has no head"),
         (Classifier, CLASSES, {"granularity": "block"}, "has no block"),
-        (Classifier, CLASSES, {"dataloader": 5}, "dataloader=5, but there is one validation loader"),
+        (Classifier, CLASSES, {"reference": 5}, "reference=5, but there is one validation loader"),
         (Classifier, CLASSES, {"include": ["nothing.*"]}, "matches no parameter"),
     ],
 )
@@ -262,19 +263,19 @@ def test_a_circuit_that_cannot_be_is_refused(make_trainer: Callable[..., Any]) -
     )
     ids = loader(torch.arange(32 * 5).reshape(32, 5) % 4)
     refused(make_trainer, Words(), [CircuitDiscovery(task, "head")], "has no head", ids)
-    missing = CircuitDiscovery(task, "weight", ablation="zero", options={"include": ["nothing"]})
+    missing = CircuitDiscovery(task, "weight", ablation="zero", include=["nothing"])
     refused(make_trainer, Words(), [missing], "matches no parameter", ids)
     refused(make_trainer, Classifier(), [CircuitDiscovery(task, "weight", ablation="zero")], "input_ids|takes|argument")
 
 
 def test_a_misspelt_guard_is_told_after_the_sanity_check(make_trainer: Callable[..., Any]) -> None:
-    match = "guard='vall_loss' is not logged in the sanity check, which logs val_loss: is 'val_loss' meant"
-    refused(make_trainer, Classifier(), [RelevancePruning(guard="vall_loss")], match)
+    match = "monitor='vall_loss' is not logged in the sanity check, which logs val_loss: is 'val_loss' meant"
+    refused(make_trainer, Classifier(), [RelevancePruning(monitor="vall_loss")], match)
     # Without a sanity check, or where a metric may only be left out in it, it shows after an epoch.
-    for options, guard in (({"num_sanity_val_steps": 0}, "vall_loss"), ({}, "accuracy")):
-        expected = re.escape(f"guard={guard!r} is not logged in validation, which logs val_loss:")
+    for options, monitor in (({"num_sanity_val_steps": 0}, "vall_loss"), ({}, "accuracy")):
+        expected = re.escape(f"monitor={monitor!r} is not logged in validation, which logs val_loss:")
         with pytest.raises(MisconfigurationException, match=expected):
-            make_trainer(callbacks=[RelevancePruning(guard=guard)], max_epochs=2, **options).fit(
+            make_trainer(callbacks=[RelevancePruning(monitor=monitor)], max_epochs=2, **options).fit(
                 Classifier(), CLASSES, CLASSES
             )
 
@@ -286,8 +287,8 @@ def test_a_metric_that_the_sanity_check_leaves_out_may_be_guarded(make_trainer: 
             if not self.trainer.sanity_checking:
                 self.log("accuracy", 0.5)
 
-    with pytest.warns(UserWarning, match="guard='accuracy' is not logged in the sanity check, which logs val_loss"):
-        make_trainer(callbacks=[RelevancePruning(guard="accuracy", guard_mode="max")], max_epochs=2).fit(
+    with pytest.warns(UserWarning, match="monitor='accuracy' is not logged in the sanity check, which logs val_loss"):
+        make_trainer(callbacks=[RelevancePruning(monitor="accuracy", monitor_mode="max")], max_epochs=2).fit(
             Later(), CLASSES, CLASSES
         )
 
@@ -323,7 +324,7 @@ def test_the_same_callback_twice_is_answered_by_what_to_do(
 
 def test_what_is_explained_is_in_the_table(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    monkeypatch.setattr("lrp_prune.callbacks.relevance_pruning.show", lambda trainer, text: shown.append(text))
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
     for method in ("lrp", "wanda"):
         make_trainer(callbacks=[RelevancePruning(method=method)], max_epochs=2).fit(Classifier(), CLASSES, CLASSES)
     assert ["explains: the logit of each sample's class" in text for text in shown] == [True, False]

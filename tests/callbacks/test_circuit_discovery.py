@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from small_models import build
 from torch.utils.data import DataLoader
 
-from lrp_prune import circuits
+from lrp_prune import LRP, Magnitude, circuits
 from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
 from lrp_prune.tasks import TableTask
 
@@ -47,7 +47,7 @@ def held_out() -> TableTask:
 
 def test_a_validation_finds_what_discovery_finds(tmp_path: Path) -> None:
     module = Module()
-    callback = CircuitDiscovery(small_task(), "head", "attribution_patching", size=2, held_out=held_out())
+    callback = CircuitDiscovery(small_task(), "head", method="attribution_patching", size=2, held_out=held_out())
     with pytest.raises(RuntimeError, match="no circuit was discovered"):
         callback.circuit  # noqa: B018
     run = trainer(tmp_path, callbacks=[callback])
@@ -73,7 +73,7 @@ def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
 
 def test_weights_and_a_single_size(tmp_path: Path) -> None:
     callback = CircuitDiscovery(
-        small_task(), "weight", size=0.5, sizes=(), ablation="zero", held_out=held_out(), options={"batch_size": 1}
+        small_task(), "weight", size=0.5, sizes=(), ablation="zero", held_out=held_out(), batch_size=1
     )
     run = trainer(tmp_path, callbacks=[callback])
     run.validate(Module(), loader(), verbose=False)
@@ -106,9 +106,13 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         {"every_n_epochs": 0},
         {"size": 2.0},
         {"sizes": (0.5, 3.0)},
-        {"options": {"step": 3}},
-        {"options": {"method": "gradient"}},  # an argument of the callback itself
-        {"options": {"rounds": 0}},
+        {"method": circuits.AttributionPatching(statistic="geometric")},  # which is of weights
+        {"method": LRP(target="next_token")},  # where the task says what is explained
+        {"method": Magnitude()},
+        {"density": 1.0},
+        {"order": "ascending"},
+        {"normalize": "median"},
+        {"rounds": 0},
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """The callbacks are written into, and read from, a configuration file of ``LightningCLI``."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from lrp_prune import Random, Scope
+from lrp_prune.callbacks import CircuitDiscovery, ContrastiveCorrection, RelevanceCollector, RelevancePruning
 
 pytest.importorskip("jsonargparse")
 
@@ -16,7 +18,7 @@ PRUNING = {
         "sparsity": {"net.0": 0.5, "net.4": 0.25},
         "rounds": 2,
         "schedule": [0.5, 1.0],
-        "composite": None,
+        "method": {"class_path": "lrp_prune.Gradient", "init_args": {"skip_first": 1}},
         "scope": "layer",
         "include": ["net.*"],
         "exclude": ["net.6"],
@@ -24,8 +26,35 @@ PRUNING = {
 }
 COLLECTOR = {
     "class_path": "lrp_prune.callbacks.RelevanceCollector",
-    "init_args": {"composite": "cp_lrp", "statistic": "signed", "target": "class", "max_batches": 3},
+    "init_args": {
+        "method": {
+            "class_path": "lrp_prune.LRP",
+            "init_args": {"composite": "cp_lrp", "statistic": "signed", "target": "class"},
+        },
+        "max_batches": 3,
+    },
 }
+
+OTHERS = [
+    {
+        "class_path": "lrp_prune.callbacks.RelevancePruning",
+        "init_args": {
+            "rounds": {"count": 2, "every_n_steps": 3},
+            "scope": {"compared": "global", "floor": 0.25, "order": "signed"},
+            "method": {"class_path": "lrp_prune.Random", "init_args": {"seed": 3}},
+            "reference": "all",
+            "name": "other",
+        },
+    },
+    {
+        "class_path": "lrp_prune.callbacks.ContrastiveCorrection",
+        "init_args": {
+            "amount": 0.01,
+            "method": {"class_path": "lrp_prune.LRP", "init_args": {"composite": {"matmul": "stop"}}},
+            "guard": {"share": 0.5, "statistic": "squared_token"},
+        },
+    },
+]
 
 
 def test_configuration_round_trip(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
@@ -53,3 +82,35 @@ def test_configuration_round_trip(make_module, make_loader, make_trainer, tmp_pa
         assert pruning.masks.sparsity_of("net.0.weight") == 0.5
         assert pruning.masks.sparsity_of("net.4.weight") == 0.25
         assert (collector.relevance.composite, collector.relevance.num_samples) == ("cp_lrp", 48)
+
+
+def test_values_that_belong_together_are_written_and_read_as_mappings(make_module) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    def cli(callbacks: Any) -> LightningCLI:
+        trainer = {"callbacks": callbacks, "logger": False, "accelerator": "cpu"}
+        return LightningCLI(type(make_module()), run=False, args={"trainer": trainer}, save_config_callback=None)
+
+    first = cli(OTHERS)
+    text = first.parser.dump(first.config, skip_none=False)
+    second = cli(yaml.safe_load(text)["trainer"]["callbacks"])
+    assert second.parser.dump(second.config, skip_none=False) == text
+    for made in (first, second):
+        pruning, correction = made.trainer.callbacks[:2]
+        assert pruning._pruner._scope == Scope("global", floor=0.25, order="signed")
+        assert (pruning._times.count, pruning._times.every, pruning._times.by_steps) == (2, 3, True)
+        assert pruning._collection.method == Random(seed=3) and pruning._collection.loader is None
+        general, _, guard = (collection.method for collection in correction._sets._collections)
+        assert (general.statistic, guard.statistic, general.composite) == (
+            "signed",
+            "squared_token",
+            {"matmul": "stop"},
+        )
+
+
+@pytest.mark.parametrize("callback", [RelevancePruning, RelevanceCollector, ContrastiveCorrection, CircuitDiscovery])
+def test_only_two_arguments_are_positional_and_few_are_needed(callback: Any) -> None:
+    parameters = list(inspect.signature(callback).parameters.values())
+    positional = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    assert len(positional) == 2 and len(parameters) < 20
+    assert sum(one.default is one.empty for one in parameters) <= 1

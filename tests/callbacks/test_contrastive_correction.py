@@ -11,12 +11,13 @@ from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lrp_prune import attribute
+from lrp_prune import LRP, attribute
+from lrp_prune.callbacks import Guard
 from lrp_prune.callbacks.contrastive_correction import ContrastiveCorrection
-from lrp_prune.correction import Patch
+from lrp_prune.correction import Automatic, Patch
 from lrp_prune.module import CorrectedModule
 
-OPTIONS: dict[str, Any] = {"amount": 20, "target": "class"}
+OPTIONS: dict[str, Any] = {"amount": 20, "method": LRP(target="class")}
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -55,9 +56,12 @@ def test_a_corrected_module_gets_it_and_other_options_reach_the_contrast(
     make_module, make_loader, make_trainer
 ) -> None:
     module, loaders = make_module(), [make_loader(seed=1), make_loader(seed=2)]
-    options = {"guard": 0.4, "guard_scope": "layer", "normalize": "mean", "reverse": True}
-    wanted = expected(module, loaders[::-1], **options)
-    correction = ContrastiveCorrection(**OPTIONS, **options, general=1, undesired=0, behaviour="bad", strength=0.5)
+    options = {"normalize": "mean", "reverse": True}
+    wanted = expected(module, loaders[::-1], **options, guard=0.4, guard_scope="layer")
+    guard = Guard(0.4, scope="layer")
+    correction = ContrastiveCorrection(
+        **OPTIONS, **options, guard=guard, general=1, undesired=0, behaviour="bad", strength=0.5
+    )
     corrected = CorrectedModule(module)
     make_trainer(callbacks=[correction]).validate(corrected, loaders, verbose=False)
     assert correction.patch == wanted
@@ -177,20 +181,20 @@ def test_effects_are_logged_before_and_after(make_module, make_loader, make_trai
 
     corrected = CorrectedModule(make_module())
     correction = ContrastiveCorrection(
-        **OPTIONS, undesired_metric=size, guard_metric="val_loss/dataloader_idx_0", guard_statistic="abs_token"
+        **OPTIONS, undesired_metric=size, general_metric="val_loss/dataloader_idx_0", guard=Guard(statistic="abs_token")
     )
     trainer = make_trainer(callbacks=[correction])
     loaders = [make_loader(seed=1), make_loader(seed=2)]
     results = trainer.validate(corrected, loaders, verbose=False)[0]
     assert results["correction/undesired"] < results["correction/undesired_before"]
-    assert results["correction/guard_before"] == pytest.approx(results["val_loss/dataloader_idx_0"])
+    assert results["correction/general_before"] == pytest.approx(results["val_loss/dataloader_idx_0"])
     assert correction.general is not None
     assert correction.patch.provenance["references"]["guard_by"]["statistic"] == "abs_token"
     again = trainer.validate(corrected, loaders, verbose=False)[0]
     assert again["val_loss/dataloader_idx_0"] != results["val_loss/dataloader_idx_0"]
 
-    missing = ContrastiveCorrection(**OPTIONS, guard_metric="nothing")
-    with pytest.raises(MisconfigurationException, match="guard_metric 'nothing' was not logged"):
+    missing = ContrastiveCorrection(**OPTIONS, general_metric="nothing")
+    with pytest.raises(MisconfigurationException, match="general_metric 'nothing' was not logged"):
         make_trainer(callbacks=[missing]).validate(make_module(), loaders, verbose=False)
 
 
@@ -228,13 +232,10 @@ def test_auto_takes_the_smallest_amount_and_reports_the_curve(make_module, make_
         return float(sum((parameter.detach() != 0).sum() for parameter in model.parameters() if parameter.dim() > 1))
 
     correction = ContrastiveCorrection(
-        amount="auto",
-        target="class",
+        amount=Automatic(amounts=[10, 100, 200], reduction=0.1, refine=2),
+        method=LRP(target="class"),
         undesired_metric=logit,
-        guard_metric=lambda model: 1.0,
-        amounts=[10, 100, 200],
-        reduction=0.1,
-        refine=2,
+        general_metric=lambda model: 1.0,
     )
     make_trainer(callbacks=[correction]).validate(module, loaders, verbose=False)
     assert correction.search is not None
@@ -243,7 +244,10 @@ def test_auto_takes_the_smallest_amount_and_reports_the_curve(make_module, make_
     assert same(tensors(module), before)
 
     never = ContrastiveCorrection(
-        amount="auto", target="class", undesired_metric=logit, guard_metric=lambda m: -logit(m), amounts=[10]
+        amount=Automatic(amounts=[10]),
+        method=LRP(target="class"),
+        undesired_metric=logit,
+        general_metric=lambda m: -logit(m),
     )
     with pytest.warns(UserWarning, match="nothing is corrected"):
         make_trainer(callbacks=[never]).validate(module, loaders, verbose=False)
@@ -264,7 +268,7 @@ def test_a_hugging_face_model_in_a_corrected_module(make_trainer) -> None:
     )
     corrected = CorrectedModule(model)
     correction = ContrastiveCorrection(
-        amount=0.01, composite="attnlrp", include=["*.mlp"], target="next_token", skip_first=1
+        amount=0.01, method=LRP(composite="attnlrp", target="next_token", skip_first=1), include=["*.mlp"]
     )
     make_trainer(callbacks=[correction]).validate(corrected, loaders, verbose=False)
     corrected.disable("undesired")
@@ -278,24 +282,27 @@ def test_wrong_use_is_refused_without_touching_the_module(make_module, make_load
         ({"amount": 1.5}, "amount must be"),
         ({"amount": True}, "amount must be"),
         ({"amount": "all"}, "amount must be"),
-        ({"amount": "auto"}, "pass undesired_metric and guard_metric"),
+        ({"amount": "auto"}, "pass undesired_metric and general_metric"),
         ({"strength": 2}, r"strength must be in \[0, 1\]"),
         ({"undesired": 0}, "both validation loader 0"),
         ({"normalize": "median"}, "normalize must be"),
         ({"guard": 0.0}, "guard must be"),
-        ({"guard": None, "guard_statistic": "abs_token"}, "guard=None"),
-        ({"guard_statistic": "most"}, "guard_statistic must be"),
-        ({"guard_scope": "row"}, "guard_scope must be"),
-        ({"guard_mode": "low"}, "guard_mode must be"),
+        ({"method": "wanda"}, "explains nothing"),
+        ({"undesired_target": "tokens"}, "target must be one of"),
         ({"granularity": "letter"}, "granularity must be"),
         ({"include": "mlp"}, "list of name patterns"),
-        ({"refine": -1}, "refine must be"),
         ({"behaviour": ""}, "behaviour must be"),
-        ({"amounts": [2.0]}, "amounts must be"),
         ({"general": iter([])}, "iterated over only once"),
     ):
         with pytest.raises(MisconfigurationException, match=message):
             ContrastiveCorrection(**wrong)
+    for wrong, message in (
+        ({"share": None, "statistic": "abs_token"}, "is of a guard, but there is none"),
+        ({"statistic": "most"}, "statistic must be"),
+        ({"scope": "row"}, "scope must be"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            Guard(**wrong)
     module = make_module()
     before = tensors(module)
     loaders = [make_loader(seed=1), make_loader(seed=2)]

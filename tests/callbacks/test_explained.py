@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lrp_prune
+from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
 
@@ -57,7 +58,7 @@ def test_a_target_for_another_model_is_refused_before_training(make_trainer: Cal
     steps: list[int] = []
     module.training_step = lambda batch, batch_idx: steps.append(batch_idx)
     loader = DataLoader([batch], batch_size=None)
-    pruning = RelevancePruning(sparsity=0.5, target="next_token")
+    pruning = RelevancePruning(sparsity=0.5, method=LRP(target="next_token"))
     with pytest.raises(MisconfigurationException, match="is a token classifier: pass target='token'"):
         make_trainer(callbacks=[pruning], max_epochs=2).fit(module, loader, loader)
     assert not steps

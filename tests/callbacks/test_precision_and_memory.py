@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lrp_prune.pruning.scorers as scorers
+from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
+
+METHOD = LRP(composite="attnlrp", statistic="abs_token")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -31,18 +34,18 @@ def test_relevance_in_half_precision_is_that_of_the_forward_under_it(
             if inside_fit:
                 seen.append(copy.deepcopy(pl_module))
 
-    collector = RelevanceCollector(composite="attnlrp", statistic="abs_token")
+    collector = RelevanceCollector(METHOD)
     trainer = make_trainer(callbacks=[collector, Before()], precision=precision, max_epochs=1)
     if inside_fit:
         trainer.fit(make_module(), make_loader(), make_loader(seed=2))
     else:
         trainer.validate(make_module(), make_loader(seed=2), verbose=False)
     context = (lambda: torch.autocast("cpu", torch.bfloat16)) if mixed else nullcontext
-    scorer = scorers.scorer("lrp", seen[-1], composite="attnlrp", statistic="abs_token", forward_context=context)
+    scorer = scorers.scorer(METHOD, seen[-1], forward_context=context)
     for inputs, labels in make_loader(seed=2):
         scorer.update((inputs if mixed else inputs.bfloat16(), labels))
     expected = scorer.compute()
-    exact = scorers.scorer("lrp", seen[-1].float(), composite="attnlrp", statistic="abs_token")
+    exact = scorers.scorer(METHOD, seen[-1].float())
     for batch in make_loader(seed=2):
         exact.update(batch)
     full = exact.compute()

@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lrp_prune.callbacks import RelevancePruning, relevance_pruning
+from lrp_prune.callbacks import RelevancePruning, Rounds, _round
 
 WEIGHTS = 192 + 384 + 64
 
@@ -15,7 +15,7 @@ WEIGHTS = 192 + 384 + 64
 @pytest.fixture
 def shown(monkeypatch) -> list[str]:
     texts: list[str] = []
-    monkeypatch.setattr(relevance_pruning, "show", lambda trainer, text: texts.append(text))
+    monkeypatch.setattr(_round, "show", lambda trainer, text: texts.append(text))
     return texts
 
 
@@ -23,9 +23,9 @@ def shown(monkeypatch) -> list[str]:
     ("callback", "trainer_arguments"),
     [
         ({}, {}),
-        ({"rounds": 3, "every_n_steps": 2, "scope": "layer"}, {"val_check_interval": 2}),
-        ({"start_epoch": 0, "reference": True}, {"accumulate_grad_batches": 3}),
-        ({"start_epoch": 0, "method": "magnitude", "granularity": "weight"}, {}),
+        ({"rounds": Rounds(3, every_n_steps=2), "scope": "layer"}, {"val_check_interval": 2}),
+        ({"rounds": Rounds(start=0), "reference": True}, {"accumulate_grad_batches": 3}),
+        ({"rounds": Rounds(start=0), "method": "magnitude", "granularity": "weight"}, {}),
         ({"granularity": "neuron", "rounds": 2}, {"limit_val_batches": 2}),
     ],
 )
@@ -72,7 +72,7 @@ def test_what_is_shown_is_what_one_round_would_prune(make_module, make_loader, m
 
 def test_a_preview_that_cannot_come_is_said(make_module, make_loader, make_trainer, shown) -> None:
     with pytest.warns(UserWarning, match="there is no preview"):
-        pruning = RelevancePruning(start_epoch=5, preview=True)
+        pruning = RelevancePruning(rounds=Rounds(start=5), preview=True)
         make_trainer(callbacks=[pruning], max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
     assert not shown and pruning.previewed is None
     with pytest.raises(MisconfigurationException, match="this training has none"):
@@ -83,7 +83,7 @@ def test_a_preview_that_cannot_come_is_said(make_module, make_loader, make_train
 
 def test_what_an_earlier_training_pruned_stays_pruned(make_module, make_loader, make_trainer, shown, tmp_path) -> None:
     keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
-    rounds = {"sparsity": 0.75, "rounds": 2, "schedule": [0.25, 0.75], "every_n_epochs": 2}
+    rounds = {"sparsity": 0.75, "rounds": Rounds(2, every_n_epochs=2), "schedule": [0.25, 0.75]}
     first, previews = RelevancePruning(**rounds), RelevancePruning(**rounds, preview=True)
     trainer = make_trainer(callbacks=[first, keep], max_epochs=4, enable_checkpointing=True)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))

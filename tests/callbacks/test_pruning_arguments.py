@@ -8,18 +8,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds
 
 
 @pytest.mark.parametrize(
     ("callback", "trainer_arguments", "message"),
     [
         ({"rounds": 3}, {"max_epochs": 3}, r"need 4 epochs.*max_epochs=4"),
-        ({"rounds": 2, "every_n_epochs": 3}, {"max_epochs": 4}, "need 5 epochs"),
+        ({"rounds": Rounds(2, every_n_epochs=3)}, {"max_epochs": 4}, "need 5 epochs"),
         ({"rounds": 2}, {"max_steps": 8}, "need 3 epochs"),
         ({"rounds": 2}, {"max_epochs": 4, "check_val_every_n_epoch": 2}, "check_val_every_n_epoch=2"),
-        ({"rounds": 2, "every_n_steps": 6}, {"max_epochs": 3}, "steps"),
-        ({"rounds": 2, "every_n_steps": 6, "method": "magnitude"}, {"max_epochs": 3}, "13 optimizer"),
+        ({"rounds": Rounds(2, every_n_steps=6)}, {"max_epochs": 3}, "steps"),
+        ({"rounds": Rounds(2, every_n_steps=6), "method": "magnitude"}, {"max_epochs": 3}, "13 optimizer"),
         ({}, {"max_epochs": 3, "limit_val_batches": 0}, "reference="),
         ({"include": ["nothing_like_this"]}, {"max_epochs": 3}, "nothing_like_this"),
     ],
@@ -68,26 +68,34 @@ def test_unreachable_structures_and_damaged_relevance_change_no_weight(
         ({"schedule": [0.5], "rounds": 2}, "2"),
         ({"schedule": [0.5, 0.2], "rounds": 2}, "0.2"),
         ({"schedule": 3}, "schedule"),
-        ({"every_n_epochs": 1, "every_n_steps": 10}, "exclude each other"),
-        ({"every_n_epochs": 0}, "every_n_epochs"),
-        ({"every_n_steps": -5}, "every_n_steps"),
-        ({"start_epoch": 0}, "reference="),
-        ({"start_epoch": -1}, "start_epoch"),
-        ({"start_step": 5}, "every_n_steps"),
+        ({"rounds": Rounds(start=0)}, "reference="),
         ({"method": "sparsegpt"}, "method"),
-        ({"composite": "lxt"}, "composite"),
         ({"scope": "rows"}, "scope"),
         ({"scope": "5:4"}, "scope"),
         ({"scope": "2:4", "sparsity": 0.7}, "sparsity=0.5"),
         ({"scope": "2:4", "sparsity": 0.5, "rounds": 2}, "rounds=1"),
-        ({"ranking": "descending"}, "ranking"),
-        ({"normalize": "median"}, "normalize"),
-        ({"guard_mode": "least"}, "guard_mode"),
+        ({"scope": 3}, "scope"),
+        ({"monitor_mode": "least"}, "monitor_mode"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments, message) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         RelevancePruning(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_epochs": 1, "every_n_steps": 10}, "exclude each other"),
+        ({"every_n_epochs": 0}, "every_n_epochs"),
+        ({"every_n_steps": -5}, "every_n_steps"),
+        ({"start": -1}, "start"),
+        ({"count": 0}, "rounds"),
+    ],
+)
+def test_rounds_at_impossible_times_are_refused(arguments, message) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        Rounds(**arguments)
 
 
 def test_module_without_anything_to_run(make_loader, make_trainer) -> None:

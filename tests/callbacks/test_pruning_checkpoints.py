@@ -112,7 +112,7 @@ def test_resuming_with_other_arguments_warns() -> None:
 def test_guarded_metric_keeps_the_best_at_the_final_sparsity(
     make_module, make_loader, make_trainer, count_zeros, tmp_path
 ) -> None:
-    pruning = RelevancePruning(sparsity=0.9, rounds=2, schedule="linear", guard="val_loss", scope="global")
+    pruning = RelevancePruning(sparsity=0.9, rounds=2, schedule="linear", monitor="val_loss", scope="global")
     best = ModelCheckpoint(dirpath=tmp_path, monitor="pruning/val_loss", mode="min")
     patient = EarlyStopping(monitor="pruning/val_loss", patience=1)
     module = make_module()

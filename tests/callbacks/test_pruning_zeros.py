@@ -188,7 +188,7 @@ def test_the_same_weights_under_two_names_have_their_own_state() -> None:
 
 
 def test_the_guarded_metric_begins_with_the_name(make_module, make_loader, make_trainer) -> None:
-    pruning = RelevancePruning(sparsity=0.5, guard="val_loss", name="trimming")
+    pruning = RelevancePruning(sparsity=0.5, monitor="val_loss", name="trimming")
     trainer = make_trainer(callbacks=[pruning], max_epochs=2)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))
     assert trainer.callback_metrics["trimming/val_loss"] == trainer.callback_metrics["val_loss"]

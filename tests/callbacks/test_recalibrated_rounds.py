@@ -31,7 +31,7 @@ def test_a_round_scales_what_it_keeps_as_prune_does(
 ) -> None:
     module, loader = make_module("none"), make_loader(seed=2)  # a training that changes no weight
     dense = copy.deepcopy(module)
-    pruning = RelevancePruning(sparsity=0.6, recalibrate=True, reference=loader if reference else None)
+    pruning = RelevancePruning(sparsity=0.6, recalibrate=True, reference=loader if reference else 0)
     seen = Seen(pruning)
     trained = lrp_prune.CorrectedModule(module) if corrected else module
     make_trainer(callbacks=[pruning, seen], max_epochs=3).fit(trained, make_loader(), loader)
@@ -49,7 +49,7 @@ def test_off_by_default_and_the_table_says_what_was_done(
     make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr("lrp_prune.callbacks.relevance_pruning.show", lambda trainer, text: shown.append(text))
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
     for recalibrate in (False, True):
         pruning = RelevancePruning(sparsity=0.6, recalibrate=recalibrate)
         module = make_module("none")

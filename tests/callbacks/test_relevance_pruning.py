@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 import lrp_prune.pruning.scorers as scorers
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds, _collection
 from lrp_prune.pruning import sparsity_schedule
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
@@ -48,7 +48,7 @@ def test_total_sparsity_follows_the_schedule(make_module, make_loader, make_trai
 def test_rounds_by_steps(make_module, make_loader, make_trainer, steps) -> None:
     module = make_module()
     pruning = RelevancePruning(
-        sparsity=0.5, rounds=2, schedule="linear", every_n_steps=steps, method="magnitude", scope="global"
+        sparsity=0.5, rounds=Rounds(2, every_n_steps=steps), schedule="linear", method="magnitude", scope="global"
     )
     make_trainer(callbacks=[pruning], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
     expected = [0] * steps + [ENTRIES // 4] * steps + [ENTRIES // 2] * (16 - 2 * steps)
@@ -57,7 +57,7 @@ def test_rounds_by_steps(make_module, make_loader, make_trainer, steps) -> None:
 
 def test_rounds_by_steps_wait_for_the_next_validation(make_module, make_loader, make_trainer) -> None:
     module = make_module()
-    pruning = RelevancePruning(sparsity=0.5, rounds=2, schedule="linear", every_n_steps=3, scope="global")
+    pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(2, every_n_steps=3), schedule="linear", scope="global")
     trainer = make_trainer(callbacks=[pruning], max_epochs=3, val_check_interval=2)
     trainer.fit(module, make_loader(), make_loader(seed=2))
     # Due at steps 3 and 6; the validations are after steps 2, 4, 6, ...
@@ -66,7 +66,7 @@ def test_rounds_by_steps_wait_for_the_next_validation(make_module, make_loader, 
 
 def test_reference_data_need_no_validation(make_module, make_loader, make_trainer, same_weights) -> None:
     module, twin = make_module(), make_module()
-    pruning = RelevancePruning(sparsity=0.5, reference=make_loader(seed=5), start_epoch=0, scope="global")
+    pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(start=0), reference=make_loader(seed=5), scope="global")
     make_trainer(callbacks=[pruning], max_epochs=1).fit(module, make_loader())
     assert module.zeros_after_step == [ENTRIES // 2] * 4
     scorer = scorers.scorer("lrp", twin)
@@ -74,8 +74,7 @@ def test_reference_data_need_no_validation(make_module, make_loader, make_traine
         scorer.update(batch)
     from lrp_prune.pruning import select
 
-    best = scorers.selection_options("lrp", "weight", "global", "absolute", "auto")
-    assert select(scorer.compute(), sparsity=0.5, **best) == pruning.masks
+    assert select(scorer.compute(), sparsity=0.5) == pruning.masks
 
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3, "val_check_interval": 2}])
@@ -83,7 +82,7 @@ def test_reference_data_need_no_validation(make_module, make_loader, make_traine
 def test_sparsity_zero_leaves_the_training_bit_for_bit(
     make_module, make_loader, make_trainer, same_weights, arguments, data
 ) -> None:
-    reference = make_loader(seed=5) if data == "reference" else None
+    reference = make_loader(seed=5) if data == "reference" else 0
     modules = []
     for callbacks in ([], [RelevancePruning(sparsity=0.0, rounds=2, schedule="linear", reference=reference)]):
         torch.manual_seed(3)
@@ -95,8 +94,8 @@ def test_sparsity_zero_leaves_the_training_bit_for_bit(
 
 def test_a_several_times_validated_epoch_is_collected_once(make_module, make_loader, make_trainer, monkeypatch) -> None:
     calls = []
-    real = scorers.scorer
-    monkeypatch.setattr(scorers, "scorer", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    real = _collection.scorer
+    monkeypatch.setattr(_collection, "scorer", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
     pruning = RelevancePruning(sparsity=0.5)
     make_trainer(callbacks=[pruning], max_epochs=3, val_check_interval=0.25).fit(
         make_module(), make_loader(), make_loader(seed=2)
@@ -135,8 +134,8 @@ def test_a_second_fit_goes_on_and_another_model_starts_anew(
 @pytest.mark.parametrize(
     ("callback", "trainer_arguments", "zeros"),
     [
-        ({"every_n_epochs": 2, "start_epoch": 2}, {"max_epochs": 5, "check_val_every_n_epoch": 2}, [0, 0, 1, 1, 2]),
-        ({"every_n_epochs": 2, "start_epoch": 3}, {"max_epochs": 6, "check_val_every_n_epoch": 2}, [0, 0, 0, 1, 1, 2]),
+        ({"every_n_epochs": 2, "start": 2}, {"max_epochs": 5, "check_val_every_n_epoch": 2}, [0, 0, 1, 1, 2]),
+        ({"every_n_epochs": 2, "start": 3}, {"max_epochs": 6, "check_val_every_n_epoch": 2}, [0, 0, 0, 1, 1, 2]),
         ({}, {"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 3}, [0, 1, 2]),
     ],
 )
@@ -144,17 +143,17 @@ def test_rounds_use_the_last_validation_before_them(
     make_module, make_loader, make_trainer, count_zeros, callback, trainer_arguments, zeros
 ) -> None:
     record = Record(count_zeros)
-    pruning = RelevancePruning(sparsity=0.5, rounds=2, schedule="linear", scope="global", **callback)
+    pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(2, **callback), schedule="linear", scope="global")
     trainer = make_trainer(callbacks=[record, pruning], **trainer_arguments)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))
     assert record.zeros == [ENTRIES // 4 * count for count in zeros]
 
 
 def test_summary_is_one_table_per_round(make_module, make_loader, make_trainer, monkeypatch) -> None:
-    from lrp_prune.callbacks import relevance_pruning
+    from lrp_prune.callbacks import _round
 
     shown: list[str] = []
-    monkeypatch.setattr(relevance_pruning, "show", lambda trainer, text: shown.append(text))
+    monkeypatch.setattr(_round, "show", lambda trainer, text: shown.append(text))
     pruning = RelevancePruning(sparsity={"net.0": 0.5, "*": 0.25}, rounds=2, schedule="linear", method="random")
     make_trainer(callbacks=[pruning], max_epochs=3).fit(make_module(), make_loader(), make_loader())
     assert [text.splitlines()[0] for text in shown] == [
@@ -171,7 +170,7 @@ def test_figures_reach_the_logger(make_module, make_loader, make_trainer, tmp_pa
     from lightning.pytorch.loggers import CSVLogger
 
     logger = CSVLogger(tmp_path)
-    pruning = RelevancePruning(sparsity=0.5, scope="layer", guard="val_loss")
+    pruning = RelevancePruning(sparsity=0.5, scope="layer", monitor="val_loss")
     make_trainer(callbacks=[pruning], max_epochs=2, logger=logger).fit(make_module(), make_loader(), make_loader())
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     expected = {"sparsity", "round", "target", "newly_pruned", "samples", "sparsity/net.0", "sparsity/net.4"}

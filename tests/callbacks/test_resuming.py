@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds
 
 
 def told(function: Any) -> list[str]:
@@ -66,10 +66,10 @@ def test_nothing_is_said_where_nothing_is_lost(make_module, make_loader, make_tr
     ("arguments", "message", "rounds_at"),
     [
         ({}, "delayed by 2 epochs", [3, 4]),
-        ({"start_epoch": 4}, "keep their times", [4, 5]),
+        ({"rounds": Rounds(2, start=4)}, "keep their times", [4, 5]),
         ({"method": "magnitude"}, "delayed by 1 epochs", [2, 3]),
-        ({"every_n_steps": 3}, "delayed by 5 steps", [3, 4]),
-        ({"every_n_steps": 3, "method": "magnitude"}, "delayed by 5 steps", [2, 3]),
+        ({"rounds": Rounds(2, every_n_steps=3)}, "delayed by 5 steps", [3, 4]),
+        ({"rounds": Rounds(2, every_n_steps=3), "method": "magnitude"}, "delayed by 5 steps", [2, 3]),
     ],
 )
 def test_pruning_begins_late_in_a_training_begun_without_it(
@@ -79,7 +79,7 @@ def test_pruning_begins_late_in_a_training_begun_without_it(
     trainer = make_trainer(max_epochs=2)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))
     trainer.save_checkpoint(tmp_path / "dense.ckpt")
-    pruning = RelevancePruning(sparsity=0.5, rounds=2, schedule="linear", scope="global", **arguments)
+    pruning = RelevancePruning(sparsity=0.5, schedule="linear", scope="global", **{"rounds": 2, **arguments})
     module = make_module()
     trainer = make_trainer(callbacks=[pruning], max_epochs=6)
     messages = told(lambda: trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=tmp_path / "dense.ckpt"))
@@ -87,7 +87,7 @@ def test_pruning_begins_late_in_a_training_begun_without_it(
     assert message in found
     zeros, entries = module.zeros_after_step, 640
     begins = [next(step for step, count in enumerate(zeros) if count == entries * part // 4) for part in (1, 2)]
-    if "every_n_steps" in arguments:
+    if "steps" in message:
         assert begins[1] - begins[0] >= 3
         assert begins[0] == {"lrp": 4, "magnitude": 0}[arguments.get("method", "lrp")]
     else:

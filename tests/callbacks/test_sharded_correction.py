@@ -1,5 +1,6 @@
 """``ContrastiveCorrection`` on sharded weights: the patch of one process, handed over, searched for and resumed."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from resumable_training import Classifier, Loader
 from sharding import device_type, whole
 from torch import Tensor, nn
 
-from lrp_prune.callbacks import ContrastiveCorrection
-from lrp_prune.correction import Patch
+from lrp_prune import LRP
+from lrp_prune.callbacks import ContrastiveCorrection, Guard
+from lrp_prune.correction import Automatic, Patch
 from lrp_prune.module import CorrectedModule
+from lrp_prune.sharding import OtherProcessError
 
 SETS: list[dict[str, Any]] = [
     {},
-    {"guard_statistic": "squared_token", "guard_scope": "layer", "guard": 0.5},
+    {"guard": Guard(0.5, statistic="squared_token", scope="layer")},
     {"granularity": "neuron", "amount": 3, "guard": None},
     {"undesired": 0, "general": 1, "reverse": True, "normalize": "mean", "include": ["net.4"]},
 ]
@@ -72,16 +75,16 @@ def loaders() -> list[Loader]:
 
 def test_the_patch_is_that_of_one_process(tmp_path: Path) -> None:
     def validate(processes: int) -> Any:
-        common: dict[str, Any] = {"amount": 20, "target": "class"}
+        common: dict[str, Any] = {"amount": 20, "method": LRP(target="class")}
         sets = [
             ContrastiveCorrection(**{**common, **options}, behaviour=f"set {number}")
             for number, options in enumerate(SETS)
         ]
         data = [list(Loader(seed=seed, samples=16)) for seed in (3, 4)]
         sets.append(ContrastiveCorrection(**common, general=data[0], undesired=data[1], behaviour="reference"))
-        search = {"amounts": [5, 20, 80], "reduction": 0.001, "allowed_loss": 1.0}
-        measures = {"undesired_metric": skewed, "guard_metric": size}
-        sets.append(ContrastiveCorrection(target="class", amount="auto", behaviour="auto", **search, **measures))
+        amount = Automatic(amounts=[5, 20, 80], reduction=0.001, allowed_loss=1.0)
+        measures = {"undesired_metric": skewed, "general_metric": size}
+        sets.append(ContrastiveCorrection(**{**common, "amount": amount}, behaviour="auto", **measures))
         module = Validated()
         before = [parameter.clone() for parameter in module.parameters()]
         made = trainer(processes, tmp_path, callbacks=sets)
@@ -118,7 +121,7 @@ class Watch(Callback):
 def test_a_training_gets_the_patch_keeps_it_and_resumes(tmp_path: Path) -> None:
     def fit(file: Path | None, resume: Path | None) -> Any:
         correction = ContrastiveCorrection(
-            target="class", amount=20, undesired_metric=size, guard_metric="val_loss/dataloader_idx_0"
+            method=LRP(target="class"), amount=20, undesired_metric=size, general_metric="val_loss/dataloader_idx_0"
         )
         watch, corrected = Watch(correction, file), CorrectedModule(Validated())
         made = trainer(2, tmp_path, max_epochs=3, callbacks=[correction, watch])
@@ -143,7 +146,7 @@ def test_a_training_gets_the_patch_keeps_it_and_resumes(tmp_path: Path) -> None:
 
 def test_a_patch_made_within_an_epoch_is_handed_over_with_the_values_of_its_end(tmp_path: Path) -> None:
     def fit() -> Any:
-        correction = ContrastiveCorrection(target="class", amount=20)
+        correction = ContrastiveCorrection(method=LRP(target="class"), amount=20)
         watch, corrected = Watch(correction, None), CorrectedModule(Validated())
         corrected.add("other", Patch.from_positions(corrected.module, {"net.4.weight": torch.tensor([3, 200])}), 0.5)
         options = {"max_epochs": 2, "val_check_interval": 0.5, "num_sanity_val_steps": 0}
@@ -166,9 +169,11 @@ def test_what_fails_in_one_process_stops_all(tmp_path: Path) -> None:
 
     def validate() -> tuple[str, str]:
         messages = []
-        for options in ({"undesired_metric": broken, "guard_metric": size, "amount": "auto"}, {"amount": 10_000}):
-            correction = ContrastiveCorrection(target="class", **options)
-            with pytest.raises((RuntimeError, ZeroDivisionError, MisconfigurationException)) as error:
+        failing = {"undesired_metric": broken, "general_metric": size, "amount": "auto"}
+        own = (OtherProcessError, ZeroDivisionError)[int(os.environ["RANK"])]
+        for options, kind in ((failing, own), ({"amount": 10_000}, MisconfigurationException)):
+            correction = ContrastiveCorrection(method=LRP(target="class"), **options)
+            with pytest.raises(kind) as error:
                 trainer(2, tmp_path, callbacks=[correction]).validate(Validated(), loaders(), verbose=False)
             messages.append(str(error.value))
         return tuple(messages)

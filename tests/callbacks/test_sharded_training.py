@@ -82,7 +82,7 @@ def results(function: Any, processes: int, directory: Path) -> list[Any]:
 
 
 def collected_and_pruned(processes: int, directory: Path, **pruning: Any) -> Any:
-    data = pruning.get("reference")
+    data = pruning.get("reference", 0)
     collector = RelevanceCollector(reference=data)
     pruner = RelevancePruning(sparsity=0.5, rounds=2, summary=False, **pruning)
     trainer(processes, directory, max_epochs=3, callbacks=[collector, pruner]).fit(Still(), loader(), loader(seed=2))

@@ -13,7 +13,7 @@ from small_models import build
 
 import lrp_prune.pruning.scorers as scorers
 from lrp_prune import circuits
-from lrp_prune.callbacks import CircuitDiscovery, RelevanceCollector, RelevancePruning
+from lrp_prune.callbacks import CircuitDiscovery, RelevanceCollector, RelevancePruning, Rounds
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
@@ -25,7 +25,7 @@ def ema() -> Callback:
 @pytest.mark.parametrize("average", ["swa", "ema"])
 def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, count_zeros, tmp_path, average) -> None:
     module = make_module()
-    pruning = RelevancePruning(sparsity=0.5, scope="global", start_epoch=2)
+    pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(start=2), scope="global")
     averaging = {
         "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
         "ema": ema,
@@ -52,7 +52,7 @@ def test_relevance_is_that_of_the_trained_weights(make_module, make_loader, make
             seen.append(copy.deepcopy(pl_module))
 
     data = make_loader(seed=2)
-    collector = RelevanceCollector(reference=data if reference else None)
+    collector = RelevanceCollector(reference=data if reference else 0)
     finals = []
     for ours in ([collector], []):
         callbacks = [*ours, ema()] if first else [ema(), *ours]
@@ -78,7 +78,7 @@ def test_the_validated_average_is_pruned_from_the_round_on(make_module, make_loa
         def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             zeros.append(count_zeros(pl_module))
 
-    pruning = RelevancePruning(sparsity=0.5, scope="global", start_epoch=2)
+    pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(start=2), scope="global")
     trainer = make_trainer(callbacks=[pruning, ema(), Watch()], max_epochs=4, num_sanity_val_steps=0)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))
     assert zeros == [0] * 8 + [ENTRIES // 2] * 8
@@ -131,7 +131,7 @@ def test_circuits_are_those_of_the_trained_weights(make_trainer, first) -> None:
 
     tokens = torch.randint(3, 50, (8, 6), generator=torch.Generator().manual_seed(0))
     loader = torch.utils.data.DataLoader(tokens, batch_size=2)
-    discovery = CircuitDiscovery(small_task(), "head", "attribution_patching", size=2, held_out=small_task())
+    discovery = CircuitDiscovery(small_task(), "head", method="attribution_patching", size=2, held_out=small_task())
     callbacks = [discovery, ema()] if first else [ema(), discovery]
     trainer = make_trainer(callbacks=[Before(), *callbacks], max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(Module(), loader, loader)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import small_task
+from circuit_tasks import chosen, small_task
 from planted import PlantedNeurons, Redundant, planted_task
 from small_models import build
 
@@ -13,8 +13,10 @@ from lrp_prune.circuits import Circuit, Ranking
 from lrp_prune.circuits.ablation import ABLATIONS
 from lrp_prune.circuits.discover import _normalized
 from lrp_prune.circuits.explaining import Explained
+from lrp_prune.circuits.methods import way_of
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.scores import UnitScores
+from lrp_prune.pruning import LRP, Magnitude, Method, Scorable, prune
 from lrp_prune.tasks import TableTask, Task
 
 
@@ -24,12 +26,12 @@ def neurons() -> PlantedNeurons:
 
 def test_a_signed_ranking_puts_what_hinders_last() -> None:
     model, task = neurons(), planted_task()
-    signed = circuits.discover(model, task, method="attribution_patching", ranking="signed")
+    signed = circuits.discover(model, task, method="attribution_patching", order="signed")
     assert [node.unit for node in signed.nodes()] == [0, 1, 2, 3]
     absolute = circuits.discover(model, task, method="attribution_patching")
     assert [node.unit for node in absolute.nodes()] == [3, 0, 1, 2]
     with pytest.raises(ValueError, match="no sign"):
-        circuits.discover(model, task, ranking="signed", statistic="abs_token")
+        circuits.discover(model, task, method=chosen("gate_ig", statistic="abs_token"), order="signed")
 
 
 @pytest.mark.parametrize(("granularity", "method"), [("neuron", "gate_ig"), ("weight", "attnlrp")])
@@ -45,7 +47,7 @@ def test_rounds_score_what_is_left_on_the_ablated_model() -> None:
     once = circuits.discover(model, task, method="attribution_patching")
     assert not any(tensor.any() for tensor in once.scores.values())  # saturated: the gradient vanishes everywhere
     # By activation the redundant ones are dropped one after another; the rest is scored on the ablated model.
-    twice = circuits.discover(model, task, method="attribution_patching", rounds=2, floor=0.3)
+    twice = circuits.discover(model, task, method="attribution_patching", rounds=2, density=0.3)
     # Round 1 drops by position (all tie), and what is left is worth its own activation.
     assert twice.rounds is not None
     left = twice.at(1).nodes()[0].unit
@@ -59,18 +61,20 @@ def test_rounds_score_what_is_left_on_the_ablated_model() -> None:
 def test_a_round_is_one_shot_on_the_ablated_model(method: str, ablation: str) -> None:
     """Under zero ablation the masked model is that model; under interchange methods that run the counterfactual share it."""
     model, task = build("llama"), small_task()
-    options = {"statistic": "abs_token", "batch_size": 2, "steps": 2, "ablation": ablation}
-    rounds = circuits.discover(model, task, "neuron", method, rounds=2, floor=0.25, **options)
-    first = circuits.discover(model, task, "neuron", method, **options)
+    steps = {"steps": 2} if method in ("attribution_patching_ig", "gate_ig") else {}
+    asked = chosen(method, statistic="abs_token", **steps)
+    options = {"batch_size": 2, "ablation": ablation}
+    rounds = circuits.discover(model, task, "neuron", asked, rounds=2, density=0.25, **options)
+    first = circuits.discover(model, task, "neuron", asked, **options)
     assert rounds.at(48) == first.at(48)  # of 96 half are left after the first round
     assert rounds.rounds is not None and sum(int((values == 1).sum()) for values in rounds.rounds.values()) == 24
     kept, batches = first.at(48).kept, task.batches(2)
     reference = reference_for(model, first.sites, batches, ablation)
     scores = UnitScores(first.sites, "abs_token")
     for batch in batches:
-        composite = "attnlrp" if method in ("attnlrp", "relp") else "gradient"
-        explained = Explained(model, first.sites, batch, task, None, composite, "warn", kept, reference(batch))
-        scores.add(explained.contributions(method, 2), len(batch["input_ids"]))
+        way = way_of(asked, "abs_token")
+        explained = Explained(model, first.sites, batch, task, None, way, "warn", kept, reference(batch))
+        scores.add(explained.contributions(), len(batch["input_ids"]))
     for name, expected in scores.compute().items():
         left = rounds.rounds[name] == 1  # dropped by the scores of the first round's model; the rest was scored again
         torch.testing.assert_close(rounds.scores[name][left], expected[left], rtol=1e-4, atol=1e-8)
@@ -104,7 +108,7 @@ def test_circuits_of_a_ranking_are_nested_and_exact() -> None:
 
 def test_weights_are_ranked_and_zeroed() -> None:
     model = neurons()
-    ranking = circuits.discover(model, planted_task(), "weight", "gradient", rounds=2, floor=0.1)
+    ranking = circuits.discover(model, planted_task(), "weight", "gradient", rounds=2, density=0.1)
     assert ranking.granularity == "weight" and set(ranking.scores) == {"up.weight", "down.weight"}
     best = ranking.at(4)
     used = {("up.weight", 1), ("up.weight", 7), ("down.weight", 12), ("down.weight", 13)}  # of the two that add 4
@@ -122,18 +126,20 @@ def test_first_tokens_do_not_count(granularity: str, method: str) -> None:
     model, task = build("llama"), small_task()
     totals = [
         sum(float(values.sum()) for values in found.scores.values())
-        for found in (circuits.discover(model, task, granularity, method, skip_first=skip) for skip in (0, 1, 100))
+        for found in (
+            circuits.discover(model, task, granularity, chosen(method, skip_first=skip)) for skip in (0, 1, 100)
+        )
     ]
     assert totals[0] > totals[1] > totals[2] == 0
 
 
-@pytest.mark.parametrize("method", circuits.METHODS)
+@pytest.mark.parametrize("method", circuits.NODE_METHODS)
 def test_discovery_changes_nothing(method: str) -> None:
     model = build("llama").train()
     task = small_task()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    circuits.discover(model, task, ["head", "neuron"], method, rounds=2, floor=0.2)
+    circuits.discover(model, task, ["head", "neuron"], method, rounds=2, density=0.2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
@@ -161,7 +167,7 @@ class BrokenTask(TableTask):
 
 
 def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
-    ranking = circuits.discover(build("gpt2"), small_task(), ["head", "neuron"], rounds=2, floor=0.2)
+    ranking = circuits.discover(build("gpt2"), small_task(), ["head", "neuron"], rounds=2, density=0.2)
     ranking.save(tmp_path / "ranking.safetensors")
     loaded = Ranking.load(tmp_path / "ranking.safetensors")
     assert loaded.at(17) == ranking.at(17) and loaded.description == ranking.description
@@ -179,9 +185,12 @@ def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
         ({"method": "magic"}, "method must be"),
         ({"granularity": "layer"}, "granularity must be"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"floor": 1.0}, "floor must be in"),
-        ({"skip_first": -1}, "skip_first must not be negative"),
+        ({"density": 1.0}, "density must be in"),
+        ({"order": "ascending"}, "order must be one of"),
+        ({"method": LRP(target="next_token")}, "what is explained is the task's, leave out its target"),
+        ({"method": Magnitude()}, "'magnitude' has no scores of a circuit's units"),
+        ({"granularity": "weight", "method": "gate_ig"}, "'gate_ig' scores units, not weights"),
+        ({"method": LRP(statistic="geometric")}, "statistic must be one of .* for units"),
         ({"ablation": "noise"}, "ablation must be"),
         ({"normalize": "median"}, "normalize must be"),
         ({"exclude": ["*"]}, "has no mlp_neuron"),
@@ -191,3 +200,33 @@ def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         circuits.discover(neurons(), planted_task(), **options)
+
+
+def test_methods_refuse_what_cannot_be_when_they_are_made() -> None:
+    for make, message in (
+        (lambda: circuits.GateIG(steps=0), "steps must be at least 1, got 0"),
+        (lambda: circuits.AttributionPatching(steps=-1), "steps must be at least 0, got -1"),
+        (lambda: circuits.Activation(skip_first=-1), "skip_first must be an integer of at least 0"),
+        (lambda: circuits.RelP(statistic="mean"), "statistic must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_weights_are_ranked_by_a_method_of_ones_own() -> None:
+    class Smallest(Method):
+        """Weights close to zero are the most important."""
+
+        def score(self, scorable: Scorable) -> torch.Tensor:
+            return 1 / (1 + scorable.weight.abs())
+
+    model = build("llama")
+    ranking = circuits.discover(model, small_task(), "weight", Smallest())
+    assert ranking.description["method"] == "smallest"
+    for name, values in ranking.scores.items():
+        assert torch.equal(values, 1 / (1 + model.get_parameter(name).detach().abs()))
+
+
+def test_methods_of_circuits_are_refused_in_pruning() -> None:
+    with pytest.raises(ValueError, match="'gate_ig' ranks units of circuits: use "):
+        prune(build("llama"), [], method=circuits.GateIG())

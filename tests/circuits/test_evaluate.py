@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import ioi_model, small_task
+from circuit_tasks import chosen, ioi_model, small_task
 from planted import NO, WORDS, YES, PlantedHeads, PlantedNeurons, planted_task, word_tokenizer
 from small_models import build, forward
 
@@ -64,11 +64,11 @@ def test_areas_as_the_benchmark_defines_them() -> None:
 def test_signed_and_absolute_rankings_differ_and_say_so() -> None:
     model, task = PlantedNeurons(X, Y, [1.0, 2.0, -4.0, 5.0]), planted_task()
     found = [
-        circuits.discover(model, task, method="attribution_patching", statistic="signed", ranking=ranking)
-        for ranking in ("absolute", "signed")
+        circuits.discover(model, task, method=chosen("attribution_patching", statistic="signed"), order=order)
+        for order in ("absolute", "signed")
     ]
     results = [circuits.evaluate(model, one, task, [1, 2, 4], "zero") for one in found]
-    assert [result.ranking for result in results] == ["absolute", "signed"]
+    assert [result.order for result in results] == ["absolute", "signed"]
     assert results[0].cpr != results[1].cpr
 
 
@@ -91,7 +91,7 @@ def test_rankings_compared_at_once_score_as_one_by_one(ablation: str) -> None:
     for name, ranking in rankings.items():
         alone = circuits.evaluate(model, ranking, task, sizes, ablation, **options)
         assert together[name].to_dict() == alone.to_dict()
-    assert together["five"].sizes == (5,) and together["five"].ranking == "given"
+    assert together["five"].sizes == (5,) and together["five"].order == "given"
     torch.testing.assert_close(together["five"].faithfulness[0], together["random"].faithfulness[1])
     torch.testing.assert_close(together["random"].interval("kl")[0], torch.zeros((), dtype=torch.float64) + _half(
         together["random"].empty["kl"]))  # fmt: skip
@@ -124,7 +124,7 @@ def test_minimality_is_what_each_node_is_needed_for() -> None:
 def test_heads_channels_and_blocks_are_ablated_as_planted(ablation: str) -> None:
     x, y, c = [4.0, 2.0, 1.0], [0.0, 1.0, 0.0], [1.0, 2.0, -1.0]
     model, task = PlantedHeads(x, y, c), planted_task(length=3)
-    sites = circuits.discover(model, task, circuits.KINDS).sites
+    sites = circuits.discover(model, task, circuits.NODE_KINDS).sites
     other = {"zero": [0.0, 0.0, 0.0], "counterfactual": [0.0, 2.0, 0.0]}[ablation]
     open_ = {site.name: torch.ones(site.units, dtype=torch.bool) for site in sites}
 

@@ -103,7 +103,7 @@ def test_heads_are_true_heads(attention: str) -> None:
         assert not torch.allclose(closed, gates.full_logits(batch), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", circuits.KINDS)
+@pytest.mark.parametrize("kind", circuits.NODE_KINDS)
 def test_every_kind_interchanges(kind: str) -> None:
     # Defect 4: attention neurons were zeroed where all others were interchanged. With equal prompts nothing may change.
     gates = gates_of()

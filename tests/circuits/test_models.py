@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import small_task
+from circuit_tasks import chosen, small_task
 from lightning.pytorch import LightningModule
 from small_models import build
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ def test_outputs_that_are_added_to_in_place_are_what_they_were(method: str, abla
     task, found = small_task(), []
     for in_place in (True, False):
         model = falcon(in_place)
-        options = {"statistic": "signed", "ablation": ablation, "unruled": "ignore"}
-        ranking = circuits.discover(model, task, "block", method, **options)
+        options = {"ablation": ablation, "unruled": "ignore"}
+        ranking = circuits.discover(model, task, "block", chosen(method, statistic="signed"), **options)
         result = circuits.evaluate(model, ranking, task, [0, 1, 2, 4], ablation, complements=False)
         found.append((torch.cat(list(ranking.scores.values())), result.faithfulness, result.empty["logit_difference"]))
     for one, other in zip(*found, strict=True):
@@ -208,5 +208,5 @@ def test_half_precision_scores_nothing_where_the_prompts_agree() -> None:
     same = type(small_task())._of(
         [type(row)(row.prompt, row.clean, row.clean, row.answers, row.distractors)], "logit_difference"
     )
-    ranking = circuits.discover(model, same, "neuron", "gate_ig", steps=5)
+    ranking = circuits.discover(model, same, "neuron", chosen("gate_ig", steps=5))
     assert not any(scores.any() for scores in ranking.scores.values())

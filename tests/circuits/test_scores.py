@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from circuit_tasks import small_task
+from circuit_tasks import chosen, small_task
 from planted import PlantedHeads, PlantedNeurons, Redundant, planted_task
 from small_models import build
 from torch import nn
@@ -21,7 +21,7 @@ X, Y, C = [4.0, 2.0, 1.0, 0.0], [0.0, 1.0, 0.0, 3.0], [1.0, 2.0, -1.0, 5.0]
 
 
 def scores(method: str, **options: object) -> list[float]:
-    ranking = circuits.discover(PlantedNeurons(X, Y, C), planted_task(), method=method, **options)
+    ranking = circuits.discover(PlantedNeurons(X, Y, C), planted_task(), method=chosen(method, **options))
     return ranking.scores["mlp_neuron:down"].tolist()
 
 
@@ -60,7 +60,7 @@ def test_integrated_gradients_average_over_the_path() -> None:
 
     # m = a^2 with a from 1 (counterfactual) to 3: (a - a') mean of 2 a over the four points 1.5, 2, 2.5, 3.
     ranking = circuits.discover(
-        Product(), planted_task(), method="attribution_patching_ig", steps=4, statistic="signed"
+        Product(), planted_task(), method=chosen("attribution_patching_ig", steps=4, statistic="signed")
     )
     assert ranking.scores["mlp_neuron:down"].tolist() == pytest.approx([2 * 2 * (1.5 + 2 + 2.5 + 3) / 4, 0])
 
@@ -76,7 +76,7 @@ def test_activation_wanda_and_random() -> None:
 def test_heads_channels_and_blocks_by_hand() -> None:
     model = PlantedHeads([4.0, 2.0, 1.0], [0.0, 1.0, 0.0], [1.0, 2.0, -1.0])
     ranking = circuits.discover(
-        model, planted_task(length=3), circuits.KINDS, method="attribution_patching", statistic="signed"
+        model, planted_task(length=3), circuits.NODE_KINDS, method=chosen("attribution_patching", statistic="signed")
     )
     found = {name: values.tolist() for name, values in ranking.scores.items()}
     assert found == {
@@ -94,7 +94,7 @@ def test_heads_channels_and_blocks_by_hand() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_units_score_what_the_engine_attributes(name: str, granularity: str, composite: str, statistic: str) -> None:
     model, task = build(name), small_task()
-    ranking = circuits.discover(model, task, granularity, composite, statistic=statistic, batch_size=2)
+    ranking = circuits.discover(model, task, granularity, chosen(composite, statistic=statistic), batch_size=2)
     relevance = lrp_prune.attribute(
         model, task.batches(2), task.target(), composite, statistic, granularity, unruled="ignore"
     )
@@ -109,7 +109,12 @@ def test_attribution_patching_is_the_derivative_of_the_ablation(name: str) -> No
     """The score of a unit is the slope of the metric as its gate moves, an independent computation."""
     model, task = build(name).double(), small_task()
     ranking = circuits.discover(
-        model, task, circuits.KINDS, "attribution_patching", statistic="signed", batch_size=1, unruled="ignore"
+        model,
+        task,
+        circuits.NODE_KINDS,
+        chosen("attribution_patching", statistic="signed"),
+        batch_size=1,
+        unruled="ignore",
     )
     expected = slopes(model, task, ranking, "counterfactual", 1.0)
     for site, slope in expected.items():
@@ -121,8 +126,8 @@ def test_attribution_patching_is_the_derivative_of_the_ablation(name: str) -> No
 def test_gradients_over_gates_are_the_derivative_half_way(name: str, ablation: str) -> None:
     model, task = build(name).double(), small_task()
     kinds = ["block", "head", "neuron"]
-    options = {"statistic": "signed", "batch_size": 1, "ablation": ablation, "unruled": "ignore"}
-    ranking = circuits.discover(model, task, kinds, "gate_ig", **options)
+    options = {"batch_size": 1, "ablation": ablation, "unruled": "ignore"}
+    ranking = circuits.discover(model, task, kinds, chosen("gate_ig", statistic="signed"), **options)
     assert ranking.description["ablation"] == ablation and ranking.description["steps"] == 1
     for site, slope in slopes(model, task, ranking, ablation, 0.5).items():
         torch.testing.assert_close(ranking.scores[site].double(), slope, rtol=1e-4, atol=1e-8)
@@ -148,8 +153,9 @@ def slopes(model: nn.Module, task: Task, ranking: Ranking, ablation: str, gate: 
 def test_gradients_over_gates_add_up_to_what_the_ablation_changes(name: str, ablation: str) -> None:
     """Completeness of integrated gradients: all scores together are the full model less the empty circuit."""
     model, task = build(name).double(), small_task()
-    options = {"statistic": "signed", "ablation": ablation, "unruled": "ignore"}
-    found = [circuits.discover(model, task, ["head", "neuron"], "gate_ig", steps=n, **options) for n in (2, 4, 32)]
+    options = {"ablation": ablation, "unruled": "ignore"}
+    methods = [chosen("gate_ig", statistic="signed", steps=n) for n in (2, 4, 32)]
+    found = [circuits.discover(model, task, ["head", "neuron"], method, **options) for method in methods]
     result = circuits.evaluate(model, found[0], task, [0, 1.0], ablation, seeds=None, complements=False)
     changed = float(result.full["logit_difference"] - result.empty["logit_difference"])
     errors = [abs(sum(float(values.sum()) for values in one.scores.values()) - changed) for one in found]
@@ -157,6 +163,6 @@ def test_gradients_over_gates_add_up_to_what_the_ablation_changes(name: str, abl
 
 
 def test_gradients_over_gates_see_what_is_redundant() -> None:
-    ranking = circuits.discover(Redundant(), planted_task(), method="gate_ig", steps=2, statistic="signed")
+    ranking = circuits.discover(Redundant(), planted_task(), method=chosen("gate_ig", steps=2, statistic="signed"))
     # At a quarter open a + b + c = 0.5, the slope of each is its own activation; at three quarters 1.5 and saturated.
     assert ranking.scores["mlp_neuron:down"].tolist() == pytest.approx([0.5, 0.45, 0.05])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import small_task
+from circuit_tasks import chosen, small_task
 from planted import PlantedNeurons, Twice, planted_task
 from small_models import CAUSAL, build
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lrp_prune.tasks.task import answer_logits
 @pytest.mark.parametrize("name", [*(name for name in CAUSAL if name != "mixtral"), "bloom"])
 def test_every_kind_is_found_in_every_layer(name: str) -> None:
     task = small_task()
-    sites = circuits.find_sites(build(name), task.batches(1)[0], circuits.KINDS, task.target())
+    sites = circuits.find_sites(build(name), task.batches(1)[0], circuits.NODE_KINDS, task.target())
     assert [site.kind for site in sites] == list(
         ["attention_block", "head", "attention_neuron", "mlp_block", "mlp_neuron"] * 2
     )
@@ -101,16 +101,16 @@ def test_units_that_are_cut_off_are_told_from_units_that_are_not_there(
 
 def test_patterns_choose_layers() -> None:
     model, task = build("llama"), small_task()
-    ranking = circuits.discover(model, task, circuits.KINDS, include=["model.layers.1.*"])
+    ranking = circuits.discover(model, task, circuits.NODE_KINDS, include=["model.layers.1.*"])
     assert len(ranking.scores) == 5 and all("layers.1." in name for name in ranking.scores)
-    ranking = circuits.discover(model, task, circuits.KINDS, exclude=["*.mlp"])
+    ranking = circuits.discover(model, task, circuits.NODE_KINDS, exclude=["*.mlp"])
     assert {name.partition(":")[0] for name in ranking.scores} == {"attention_block", "head", "attention_neuron"}
 
 
 def test_a_layer_that_runs_twice_is_interchanged_call_by_call() -> None:
     model, task = Twice(), planted_task(length=2)
     (batch,) = task.batches()
-    ranking = circuits.discover(model, task, "neuron", "attribution_patching", statistic="signed")
+    ranking = circuits.discover(model, task, "neuron", chosen("attribution_patching", statistic="signed"))
     reference = counterfactual_reference(lambda: answer_logits(model, batch, counterfactual=True), model, ranking.sites)
     (tensors,) = reference.values()
     assert len(tensors) == 2 and not torch.equal(tensors[0], tensors[1])
@@ -136,7 +136,7 @@ def test_means_are_over_samples_and_positions_of_all_prompts() -> None:
 def test_first_tokens_can_be_left_out_and_groups_normalised() -> None:
     model = PlantedNeurons([4.0, 2.0], [0.0, 1.0], [1.0, 2.0])
     whole = circuits.discover(model, planted_task(length=1), method="activation")
-    skipped = circuits.discover(model, planted_task(length=1), method="activation", skip_first=1)
+    skipped = circuits.discover(model, planted_task(length=1), method=chosen("activation", skip_first=1))
     assert whole.scores["mlp_neuron:down"].tolist() == [4, 2] and not skipped.scores["mlp_neuron:down"].any()
     normalised = circuits.discover(model, planted_task(), method="activation", normalize="mean")
     assert normalised.scores["mlp_neuron:down"].tolist() == pytest.approx([4 / 3, 2 / 3])

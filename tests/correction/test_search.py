@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrp_prune.correction import Patch, search_amount
+from lrp_prune.correction import Automatic, Patch, search_amount
 
 
 def line(*values: float) -> nn.Linear:
@@ -25,7 +25,7 @@ def test_the_smallest_amount_that_does_enough_is_chosen() -> None:
     model = line(1, 1, 1, 1, 5, 5)
     before = model.weight.detach().clone()
     found = search_amount(
-        model, first(model), total(0, 4), total(4, 6), reduction=0.5, guard_mode="max", amounts=[5, 1, 2, 3]
+        model, first(model), total(0, 4), total(4, 6), automatic=Automatic(general_mode="max", amounts=[5, 1, 2, 3])
     )
     assert found.patch is not None
     assert found.patch.num_entries == 2
@@ -36,13 +36,18 @@ def test_the_smallest_amount_that_does_enough_is_chosen() -> None:
         (3, 0.75, 0.0, True),
         (5, 1.0, 0.5, False),
     ]
-    assert (found.undesired, found.guard) == (4.0, 10.0)
+    assert (found.undesired, found.general) == (4.0, 10.0)
 
 
 def test_refining_halves_the_distance_and_stopping_early_ends() -> None:
     model = line(*[1.0] * 64)
     found = search_amount(
-        model, first(model), total(0, 64), lambda _: 1.0, amounts=[2, 32, 64], refine=10, stop_early=True, reduction=0.2
+        model,
+        first(model),
+        total(0, 64),
+        lambda _: 1.0,
+        automatic=Automatic(0.2, amounts=[2, 32, 64], refine=10),
+        stop_early=True,
     )
     assert found.patch is not None
     assert found.patch.num_entries == 13
@@ -51,16 +56,20 @@ def test_refining_halves_the_distance_and_stopping_early_ends() -> None:
 
 def test_no_acceptable_amount_gives_no_patch_but_the_curve() -> None:
     model = line(1, 1, 1)
-    found = search_amount(model, first(model), total(0, 3), lambda m: -float(m.weight.sum()), amounts=[1, 2])
+    found = search_amount(
+        model, first(model), total(0, 3), lambda m: -float(m.weight.sum()), automatic=Automatic(amounts=[1, 2])
+    )
     assert found.patch is None
     assert len(found.curve) == 2
-    nan = search_amount(model, first(model), total(0, 3), lambda m: float("nan"), amounts=[3])
+    nan = search_amount(model, first(model), total(0, 3), lambda m: float("nan"), automatic=Automatic(amounts=[3]))
     assert nan.patch is None
 
 
 def test_strength_is_that_of_the_trials() -> None:
     model = line(1, 1)
-    found = search_amount(model, first(model), total(0, 2), lambda m: 1.0, amounts=[1, 2], strength=0.5)
+    found = search_amount(
+        model, first(model), total(0, 2), lambda m: 1.0, automatic=Automatic(amounts=[1, 2]), strength=0.5
+    )
     assert [trial.reduction for trial in found.curve] == [0.25, 0.5]
 
 
@@ -74,7 +83,7 @@ def test_a_failing_metric_leaves_the_model_as_it_was() -> None:
         return 1.0
 
     with pytest.raises(RuntimeError, match="no"):
-        search_amount(model, first(model), failing, failing, amounts=[1])
+        search_amount(model, first(model), failing, failing, automatic=Automatic(amounts=[1]))
     assert torch.equal(model.weight, before)
 
 
@@ -85,7 +94,7 @@ def test_under_autocast_each_trial_runs_the_weights_that_are_there() -> None:
         return float(model(torch.ones(1, 4)))
 
     with torch.autocast("cpu", torch.bfloat16):
-        found = search_amount(model, first(model), output, lambda _: 1.0, amounts=[1, 2, 3])
+        found = search_amount(model, first(model), output, lambda _: 1.0, automatic=Automatic(amounts=[1, 2, 3]))
         after = output(model)
     assert [trial.undesired for trial in found.curve] == [3.0, 2.0, 1.0]
     assert (found.undesired, after) == (4.0, 4.0)
@@ -96,12 +105,13 @@ def test_wrong_arguments() -> None:
     for wrong, message in (
         ({"reduction": 0}, "reduction must be"),
         ({"allowed_loss": -1}, "allowed_loss must be"),
-        ({"guard_mode": "low"}, "guard_mode must be"),
+        ({"general_mode": "low"}, "general_mode must be"),
+        ({"refine": -1}, "refine must be"),
         ({"amounts": []}, "positive fractions or counts"),
         ({"amounts": [0]}, "positive fractions or counts"),
         ({"amounts": [0.1, 1]}, "all fractions or all counts"),
     ):
         with pytest.raises(ValueError, match=message):
-            search_amount(model, first(model), total(0, 2), total(0, 2), **wrong)
+            Automatic(**wrong)
     with pytest.raises(ValueError, match="nothing to reduce"):
         search_amount(model, first(model), lambda m: 0.0, total(0, 2))

@@ -149,7 +149,7 @@ def test_wrong_input_is_refused() -> None:
         (lambda: response_uniqueness_ratio(tokens.float()), ValueError, "must be ids"),
         (lambda: response_uniqueness_ratio(tokens, tokens[:1]), ValueError, "the mask has shape"),
         (lambda: perplexity(torch.zeros(2, 3), tokens), ValueError, "must fit"),
-        (lambda: kl_to_base(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)), ValueError, "both logits"),
+        (lambda: kl_to_base(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)), ValueError, "preds and target must be"),
         (lambda: greedy_agreement(tokens, tokens[:1]), ValueError, "equally many"),
         (lambda: greedy_agreement(tokens, tokens, count="all"), ValueError, "count must be"),
         (lambda: greedy_agreement(tokens, tokens, torch.tensor([[0, 1, 1], [1, 1, 1]])), ValueError, "padding must"),
@@ -161,3 +161,15 @@ def test_wrong_input_is_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_sums_keep_what_float32_would_lose() -> None:
+    """Small terms beside a large sum, and counts beyond 2^24."""
+    metric = KLToBase()
+    metric.add(torch.tensor(1e8, dtype=torch.float64), 2**24)
+    for _ in range(4):
+        metric.add(torch.tensor(1.0), 1)
+    assert (int(metric.count), float(metric.total)) == (2**24 + 4, 1e8 + 4)
+    metric.add(torch.tensor(float("nan")), 1)
+    assert math.isnan(float(metric.compute()))
+    assert math.isnan(float(KLToBase().compute()))

@@ -48,8 +48,9 @@ def _attribute(model: nn.Module, batch: Any, **options: Any) -> lrp_prune.Releva
 
 
 def _prune(model: nn.Module, batch: Any, method: str = "lrp", **options: Any) -> lrp_prune.Masks:
-    target = {"target": "next_token"} if method in ("lrp", "gradient") else {}
-    return lrp_prune.prune(model, [batch], method=method, **{**target, **options})
+    explained = {"target": "next_token"} if method in ("lrp", "gradient") else {}
+    explained |= {"target": options.pop("target")} if "target" in options else {}
+    return lrp_prune.prune(model, [batch], method=METHODS[method](**explained), **options)
 
 
 def _quietly(*args: Any, **options: Any) -> lrp_prune.Masks:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from small_models import build
 from torch import nn
 
 import lrp_prune
-from lrp_prune.pruning import comparing
+from lrp_prune import LRP, Random, Scope, Wanda
+from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.pruning.comparison import Comparison
 
 
@@ -78,11 +78,11 @@ def by_hand(rate, **options):
     return float(loss(model.eval())), masks.sparsity
 
 
-METHODS = (
+CHOSEN = (
     "lrp",
-    "wanda",
-    {"one ranking": {"method": "lrp", "floor": 0.0}, "in rounds": {"method": "lrp", "rounds": 3, "schedule": "cubic"}},
-    "random",
+    Wanda(),
+    {"one ranking": {"method": LRP(), "scope": Scope(floor=0.0)}, "in rounds": {"method": "lrp", "rounds": 3}},
+    {"random": Random(seed=3)},
     {"neurons": {"method": "magnitude", "granularity": "neuron"}},
 )
 
@@ -105,29 +105,25 @@ def test_the_numbers_are_those_of_pruning_by_hand_and_the_model_comes_out_as_it_
         given.net[1].running_var = given.net[1].running_var + 1
         return value
 
-    found = lrp_prune.compare(
-        model, Drawing(), evaluate, METHODS, (0.5, 0.8), higher_is_better=False, progress=False, seed=3
-    )
+    found = lrp_prune.compare(model, Drawing(), evaluate, CHOSEN, (0.5, 0.8), higher_is_better=False, progress=False)
     assert_same(before, everything(model))
     assert model.net[1].running_var is buffer
     assert len(seen) == 13 and len(set(map(float, seen))) == 1
     assert found.dense == float(loss(Network().eval()))
-    named = {"lrp": {"method": "lrp"}, "wanda": {"method": "wanda"}, "random": {"method": "random"}}
-    named |= METHODS[2] | METHODS[4]
+    named = {"lrp": {"method": "lrp"}, "wanda": {"method": "wanda"}, "random": {"method": Random(seed=3)}}
+    named |= CHOSEN[2] | CHOSEN[4]
     assert list(found.scores) == ["lrp", "wanda", "one ranking", "in rounds", "random", "neurons"]
     for label, options in named.items():
         for rate in (0.5, 0.8):
-            value, reached = by_hand(rate, seed=3, **options)
+            value, reached = by_hand(rate, **options)
             assert (found.scores[label][rate], found.reached[label][rate]) == (value, reached), label
     assert len({found.scores[label][0.8] for label in named}) >= 5
 
 
 def test_relevance_is_collected_once_for_all_sparsities(monkeypatch):
     collected = []
-    real = comparing.collect
-    monkeypatch.setattr(comparing, "collect", lambda *args: collected.append(args) or real(*args))
-    pruning = sys.modules["lrp_prune.pruning.prune"]
-    monkeypatch.setattr(pruning, "collect", lambda *args: pytest.fail("collected again"))
+    real = RelevanceAccumulator.compute
+    monkeypatch.setattr(RelevanceAccumulator, "compute", lambda self: collected.append(self) or real(self))
     drawn = (batch for batch in BATCHES)
     methods = ("lrp", "wanda", "magnitude")
     lrp_prune.compare(Network(), drawn, loss, methods, (0.3, 0.5, 0.7), progress=False, rounds=1)
@@ -157,9 +153,12 @@ def test_a_failing_evaluation_leaves_the_model_as_it_was(failing):
         ({"methods": ("lrp", "taylor")}, "method 'taylor': method must be one of"),
         ({"methods": "lrp"}, r"methods must be several, got 'lrp': pass \['lrp'\]"),
         ({"methods": ()}, "methods is empty"),
-        ({"methods": ("lrp", {"lrp": {"method": "lrp", "floor": 0}})}, "methods has 'lrp' twice"),
-        ({"methods": {"mine": {"floor": 0}}}, r"methods\['mine'\] must be a mapping with a 'method'"),
-        ({"methods": {"mine": {"method": "wanda", "floor": 0.5}}}, "method 'mine': floor=0.5 is for scope 'global'"),
+        ({"methods": ("lrp", {"lrp": {"method": "lrp", "scope": Scope(floor=0)}})}, "methods has 'lrp' twice"),
+        ({"methods": {"mine": {"scope": "row"}}}, r"methods\['mine'\] must be a method, or a mapping with a 'method'"),
+        (
+            {"methods": {"mine": {"method": "wanda", "scope": Scope(floor=0.5)}}},
+            "method 'mine': floor=0.5 is for scope 'global'",
+        ),
         (
             {"methods": {"mine": {"method": "lrp", "sparsity": 0.5}}},
             "'sparsity' is no option of 'mine': give sparsities=",

@@ -186,7 +186,7 @@ def test_a_later_round_that_cannot_be_met_is_refused_before_the_first_changes_an
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=r"sparsity 0\.8 of 288 weights is 230, and only 160.*other\.weight"):
-        lrp_prune.prune(model, batches, sparsity=0.8, rounds=4, target="class")
+        lrp_prune.prune(model, batches, sparsity=0.8, method=lrp_prune.LRP(target="class"), rounds=4)
     assert len(calls) == 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

@@ -21,7 +21,7 @@ from lrp_prune.pruning.recalibration import Recalibration, enough, recalibrate
 
 
 def masks_of(model: nn.Module, sparsity: float, seed: int = 0) -> Masks:
-    return lrp_prune.select(scorer("random", model, seed=seed).compute(), sparsity, scope="layer")
+    return lrp_prune.select(scorer(lrp_prune.Random(seed), model).compute(), sparsity, scope="layer")
 
 
 def applied(model: nn.Module, masks: Masks, recalibration: Recalibration) -> nn.Module:
@@ -145,7 +145,7 @@ def test_statistics_of_batch_normalizations_move_by_what_has_changed() -> None:
     for _ in range(200):
         model.train()(data)
     model.eval()
-    masks = lrp_prune.select(scorer("magnitude", model, include=["0"]).compute(), 0.5, floor=0)
+    masks = lrp_prune.select(scorer("magnitude", model, include=["0"]).compute(), 0.5, lrp_prune.Scope(floor=0))
     found = recalibrate(model, masks, [(data,)], "regression", strengths=(1.0,))
     assert found.strength == 1
     sparse = applied(model, masks, found)
@@ -396,7 +396,7 @@ def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
 
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="out of luck"):
-        lrp_prune.prune(model, batches, sparsity=0.8, rounds=3, target=failing)
+        lrp_prune.prune(model, batches, sparsity=0.8, rounds=3, method=lrp_prune.LRP(target=failing))
     assert len(calls) == 21
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

@@ -9,7 +9,7 @@ from sharding import together
 
 import lrp_prune
 from lrp_prune.members import Member
-from lrp_prune.pruning import EmptiedWeightsWarning, Masks, select
+from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.emptied import cut_off
 from lrp_prune.relevance import Relevance
 from lrp_prune.unscored import UNREACHED
@@ -136,7 +136,7 @@ def faint(**scales):
 def test_a_selection_that_empties_tensors_warns_by_name_with_the_way_out():
     relevance = faint(**{f"layers.{block}.key": 1e-4 for block in range(2)}, up=1.0, down=1.0, head=1.0)
     with pytest.warns(EmptiedWeightsWarning) as caught:
-        masks = select(relevance, 0.5, floor=0)
+        masks = select(relevance, 0.5, Scope(floor=0))
     (message,) = [str(each.message) for each in caught]
     assert message.startswith(
         "2 of 5 tensors lose more than 95 % of their weights, 2 of them all, where 50 % was asked for of all together: "
@@ -145,16 +145,16 @@ def test_a_selection_that_empties_tensors_warns_by_name_with_the_way_out():
     assert "floor=1.0" in message and "exclude=['layers.*.key']" in message and "scope='layer'" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error", EmptiedWeightsWarning)
-        select(relevance, 0.6, floor=0, existing=masks)  # was said of these tensors
+        select(relevance, 0.6, Scope(floor=0), existing=masks)  # was said of these tensors
         select(relevance, 0.5)
         select(relevance, 0.97)  # asked for
         select(relevance, 0.97, scope="layer")
     with pytest.warns(EmptiedWeightsWarning, match="3 of 5 tensors lose more than 95 %"):
-        select(faint(a=1e-4, b=1e-4, c=1e-4, d=1.0, e=1.0), 0.62, floor=0, existing=None)
+        select(faint(a=1e-4, b=1e-4, c=1e-4, d=1.0, e=1.0), 0.62, Scope(floor=0), existing=None)
     with pytest.warns(
         EmptiedWeightsWarning, match="1 of 5 tensors lose more than 95 % of their weights, 1 of them all, where 97 %"
     ):
-        select(faint(a=1e-4, b=1.0, c=1.0, d=1.0, e=1.0), 0.97, floor=0)
+        select(faint(a=1e-4, b=1.0, c=1.0, d=1.0, e=1.0), 0.97, Scope(floor=0))
 
 
 def test_a_tensor_that_keeps_next_to_nothing_is_told_unless_as_much_was_asked_for():
@@ -163,10 +163,10 @@ def test_a_tensor_that_keeps_next_to_nothing_is_told_unless_as_much_was_asked_fo
     values["key"][0, :9] = 10.0  # nine of 600 are kept
     relevance = Relevance(values)
     with pytest.warns(EmptiedWeightsWarning, match=r"1 of 3 tensors .* weights, where 50 % .*: key \(98.5 %\)\. With"):
-        select(relevance, 0.5, floor=0)
+        select(relevance, 0.5, Scope(floor=0))
     with warnings.catch_warnings():
         warnings.simplefilter("error", EmptiedWeightsWarning)
-        select(relevance, 0.96, floor=0)
+        select(relevance, 0.96, Scope(floor=0))
 
 
 def test_units_warn_of_layers_without_any_and_blocks_do_not():
@@ -187,7 +187,7 @@ def test_units_warn_of_layers_without_any_and_blocks_do_not():
 def test_divided_masks_have_the_report_and_the_warning_of_whole_ones(tmp_path: Path, processes: int) -> None:
     relevance = faint(key=1e-4, up=1.0, down=1.0)
     with pytest.warns(EmptiedWeightsWarning) as caught:
-        expected = select(relevance, 0.5, floor=0)
+        expected = select(relevance, 0.5, Scope(floor=0))
 
     def check(mesh):
         from torch.distributed.tensor import Shard
@@ -202,7 +202,7 @@ def test_divided_masks_have_the_report_and_the_warning_of_whole_ones(tmp_path: P
         }
         whole = {name: (20, 30) for name in parts}
         with pytest.warns(EmptiedWeightsWarning) as here:
-            masks = lrp_prune.select(Relevance(parts, shardings=shardings, parameter_shapes=whole), 0.5, floor=0)
+            masks = lrp_prune.select(Relevance(parts, shardings=shardings, parameter_shapes=whole), 0.5, Scope(floor=0))
         assert [str(each.message) for each in here] == [str(each.message) for each in caught]
         assert masks.report() == expected.report()
 

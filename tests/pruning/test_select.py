@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lrp_prune.members import Member
-from lrp_prune.pruning import Masks, select
+from lrp_prune.pruning import Masks, Scope, select
 from lrp_prune.pruning.scopes import number_to_prune, parse_scope
 from lrp_prune.relevance import Relevance
 
@@ -25,10 +25,10 @@ def relevance_of(shapes=SHAPES, seed=0, ties=True, **options):
     return Relevance(values, statistic="signed", **options)
 
 
-def first(values, k, ranking="absolute", alive=None):
+def first(values, k, order="absolute", alive=None):
     """The mask of one comparison set by a stable sort."""
     key = values.reshape(-1).double()
-    key = key.abs() if ranking == "absolute" else key
+    key = key.abs() if order == "absolute" else key
     if alive is not None:
         key = key.masked_fill(~alive.reshape(-1), -math.inf)
     kept = torch.ones(key.numel(), dtype=torch.bool)
@@ -36,25 +36,25 @@ def first(values, k, ranking="absolute", alive=None):
     return kept.view(values.shape)
 
 
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
+@pytest.mark.parametrize("order", ["absolute", "signed"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.77, 0.999])
-def test_each_scope_prunes_exactly_its_share_of_each_set(sparsity, ranking):
+def test_each_scope_prunes_exactly_its_share_of_each_set(sparsity, order):
     relevance = relevance_of()
-    layer = select(relevance, sparsity, scope="layer", ranking=ranking)
-    row = select(relevance, sparsity, scope="row", ranking=ranking)
-    column = select(relevance, sparsity, scope="column", ranking=ranking)
+    layer = select(relevance, sparsity, scope=Scope("layer", order=order))
+    row = select(relevance, sparsity, scope=Scope("row", order=order))
+    column = select(relevance, sparsity, scope=Scope("column", order=order))
     for name in SHAPES:
         values = relevance[name]
         rows, columns = values.shape
-        assert torch.equal(layer[name], first(values, round(sparsity * values.numel()), ranking))
-        assert torch.equal(row[name], torch.stack([first(v, round(sparsity * columns), ranking) for v in values]))
-        expected = torch.stack([first(v, round(sparsity * rows), ranking) for v in values.t()], dim=1)
+        assert torch.equal(layer[name], first(values, round(sparsity * values.numel()), order))
+        assert torch.equal(row[name], torch.stack([first(v, round(sparsity * columns), order) for v in values]))
+        expected = torch.stack([first(v, round(sparsity * rows), order) for v in values.t()], dim=1)
         assert torch.equal(column[name], expected)
     total = sum(math.prod(shape) for shape in SHAPES.values())
-    together = select(relevance, sparsity, scope="global", ranking=ranking, floor=0)
+    together = select(relevance, sparsity, scope=Scope("global", 0, order))
     everything = torch.cat([relevance[name].view(-1) for name in SHAPES])
     assert together.num_pruned == round(sparsity * total)
-    expected = first(everything, round(sparsity * total), ranking)
+    expected = first(everything, round(sparsity * total), order)
     assert torch.equal(torch.cat([together[name].view(-1) for name in SHAPES]), expected)
 
 
@@ -137,24 +137,24 @@ def test_a_sparsity_out_of_range_is_refused(sparsity):
 def test_normalisation_matters_between_tensors():
     values = torch.rand(100, generator=torch.Generator().manual_seed(0)) + 0.1
     relevance = Relevance({"a": values, "b": values * 1000}, statistic="signed")
-    assert select(relevance, 0.5, scope="global", floor=0).pruned_in("a") == 100
+    assert select(relevance, 0.5, scope=Scope(floor=0)).pruned_in("a") == 100
     for by in ("mean", "sum", "max"):
-        assert abs(select(relevance, 0.5, scope="global", normalize=by).pruned_in("a") - 50) <= 1
-    with pytest.raises(ValueError, match="normalize must be one of"):
-        select(relevance, 0.5, normalize="median")
+        assert abs(select(relevance, 0.5, scope=Scope(normalize=by)).pruned_in("a") - 50) <= 1
+    with pytest.raises(ValueError, match="normalize must be None or one of"):
+        select(relevance, 0.5, Scope(normalize="median"))
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "row", "column", "1:4"])
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
-def test_sparsity_is_total_over_rounds_and_what_is_pruned_stays_pruned(scope, ranking):
+@pytest.mark.parametrize("order", ["absolute", "signed"])
+def test_sparsity_is_total_over_rounds_and_what_is_pruned_stays_pruned(scope, order):
     shapes = {"a": (8, 12), "b": (16, 8)}
-    masks = select(relevance_of(shapes), 0.25, scope="3:4" if scope == "1:4" else scope, ranking=ranking)
-    again = select(relevance_of(shapes, seed=1), 0.75, scope=scope, ranking=ranking, existing=masks)
-    direct = select(relevance_of(shapes, seed=1), 0.75, scope=scope, ranking=ranking)
+    masks = select(relevance_of(shapes), 0.25, scope=Scope("3:4" if scope == "1:4" else scope, order=order))
+    again = select(relevance_of(shapes, seed=1), 0.75, scope=Scope(scope, order=order), existing=masks)
+    direct = select(relevance_of(shapes, seed=1), 0.75, scope=Scope(scope, order=order))
     assert again.num_pruned == direct.num_pruned
     assert again & masks == again
     assert again != direct
-    same = select(relevance_of(shapes, seed=2), 0.75, scope=scope, ranking=ranking, existing=again)
+    same = select(relevance_of(shapes, seed=2), 0.75, scope=Scope(scope, order=order), existing=again)
     assert same == again
     if scope in ("global", "layer", "row", "column"):
         with pytest.raises(ValueError, match="pruned already, more than the"):
@@ -209,7 +209,7 @@ def test_neurons_lose_all_that_belongs_to_them():
         assert torch.equal(masks[f"{name}.up"], kept[:, None].expand(-1, 5))
         assert torch.equal(masks[f"{name}.up_bias"], kept)
         assert torch.equal(masks[f"{name}.down"], kept.expand(5, -1))
-    layer = select(relevance, 0.5, scope="layer", ranking="ascending")
+    layer = select(relevance, 0.5, scope=Scope("layer", order="signed"))
     assert layer["m0.up_bias"].tolist() == [False, False, True, True]
     assert layer["m1.up_bias"].tolist() == [False, True, False, True, True, False]
 
@@ -281,5 +281,5 @@ def test_relevance_that_is_read_in_pieces_selects_the_same():
 def test_an_empty_relevance_and_an_unknown_ranking_are_refused():
     with pytest.raises(ValueError, match="holds no tensor"):
         select(Relevance({}), 0.5)
-    with pytest.raises(ValueError, match="ranking must be one of"):
-        select(relevance_of(), 0.5, ranking="largest")
+    with pytest.raises(ValueError, match="order must be one of"):
+        select(relevance_of(), 0.5, Scope(order="largest"))

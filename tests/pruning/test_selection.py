@@ -14,10 +14,10 @@ from lrp_prune.pruning.selection import smallest
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def reference(tensors, k, ranking, kept=None):
+def reference(tensors, k, order, kept=None):
     """What is kept, by a stable sort of everything: pruned entries first, then by value, then by position."""
     flat = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
-    flat = flat.abs() if ranking == "absolute" else flat + 0.0
+    flat = flat.abs() if order == "absolute" else flat + 0.0
     if kept is not None:
         alive = torch.cat([mask.reshape(-1) for mask in kept])
         flat = flat.masked_fill(~alive, -math.inf)
@@ -57,20 +57,20 @@ def some_tensors(generator, kind, dtype, sizes):
 KINDS = ["normal", "ties", "one value", "zeros", "denormals", "heavy tail"]
 
 
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
+@pytest.mark.parametrize("order", ["absolute", "signed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_chosen_are_the_first_of_a_stable_sort(kind, dtype, ranking):
+def test_chosen_are_the_first_of_a_stable_sort(kind, dtype, order):
     generator = torch.Generator().manual_seed(len(kind))
     tensors = list(some_tensors(generator, kind, dtype, [(3, 5), (7,), (41, 13), (), (0,), (2, 3, 4, 5)]))
     total = sum(tensor.numel() for tensor in tensors)
     for k in [0, 1, 2, total // 3, total // 2, total - 1, total]:
-        assert_same(chosen(tensors, k, ranking=ranking), reference(tensors, k, ranking))
+        assert_same(chosen(tensors, k, order=order), reference(tensors, k, order))
 
 
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
+@pytest.mark.parametrize("order", ["absolute", "signed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_tensors_over_chunk_boundaries(kind, ranking, monkeypatch):
+def test_large_tensors_over_chunk_boundaries(kind, order, monkeypatch):
     # Small limits, so that the sampled interval, its failure and the radix passes over all data each happen.
     monkeypatch.setattr(keys, "CHUNK", 1 << 10)
     monkeypatch.setattr(selection, "_STRIDE", 3)
@@ -82,7 +82,7 @@ def test_large_tensors_over_chunk_boundaries(kind, ranking, monkeypatch):
         monkeypatch.setattr(selection, "_COLLECTED", collected)
         monkeypatch.setattr(selection, "_COLLECTED_SHARE", 0.0)
         for k in [1, total // 100, total // 2, total * 9 // 10, total - 1]:
-            assert_same(chosen(tensors, k, ranking=ranking), reference(tensors, k, ranking))
+            assert_same(chosen(tensors, k, order=order), reference(tensors, k, order))
 
 
 def test_a_sample_that_misleads_costs_no_exactness(monkeypatch):
@@ -101,20 +101,20 @@ def test_random_lists_and_counts():
         sizes = [tuple(torch.randint(1, 30, (2,), generator=generator).tolist()) for _ in range(number)]
         kind = KINDS[round_number % len(KINDS)]
         tensors = list(some_tensors(generator, kind, DTYPES[round_number % 4], sizes))
-        ranking = ["absolute", "ascending"][round_number % 2]
+        order = ["absolute", "signed"][round_number % 2]
         kept = [torch.rand(tensor.shape, generator=generator) < 0.8 for tensor in tensors]
         pruned = sum(int((~mask).sum()) for mask in kept)
         total = sum(tensor.numel() for tensor in tensors)
         k = int(torch.randint(pruned, total + 1, (), generator=generator))
-        found = chosen(tensors, k, ranking=ranking, kept=[bits.pack(mask) for mask in kept])
+        found = chosen(tensors, k, order=order, kept=[bits.pack(mask) for mask in kept])
         assert sum(int((~mask).sum()) for mask in found) == k
-        assert_same(found, reference(tensors, k, ranking, kept))
+        assert_same(found, reference(tensors, k, order, kept))
 
 
 def test_negative_zero_equals_zero():
     values = torch.tensor([0.0, -0.0, 0.0, -0.0, 1.0, -1.0])
     assert chosen([values], 2)[0].tolist() == [False, False, True, True, True, True]
-    assert chosen([values], 3, ranking="ascending")[0].tolist() == [False, False, True, True, True, False]
+    assert chosen([values], 3, order="signed")[0].tolist() == [False, False, True, True, True, False]
 
 
 def test_tensors_of_different_types_are_compared_exactly():
@@ -129,8 +129,8 @@ def test_views_are_read_in_logical_order():
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
-def test_what_is_not_finite_is_refused_by_name(bad, ranking):
+@pytest.mark.parametrize("order", ["absolute", "signed"])
+def test_what_is_not_finite_is_refused_by_name(bad, order):
     values = torch.zeros(1000)
     values[777] = bad
     kept = torch.ones(1000, dtype=torch.bool)
@@ -138,11 +138,11 @@ def test_what_is_not_finite_is_refused_by_name(bad, ranking):
     for k in (1, 10, 1500):
         for mask in (None, bits.pack(kept)):
             with pytest.raises(ValueError, match="second has values that are infinite or NaN"):
-                smallest([torch.ones(700), values], k, ranking=ranking, names=["first", "second"], kept=[None, mask])
+                smallest([torch.ones(700), values], k, order=order, names=["first", "second"], kept=[None, mask])
     with pytest.raises(ValueError, match="second has values that are infinite or NaN"):
-        smallest([torch.ones(700), values], 0, ranking=ranking, names=["first", "second"])
+        smallest([torch.ones(700), values], 0, order=order, names=["first", "second"])
     with pytest.raises(ValueError, match="second has values that are infinite or NaN"):
-        smallest_per_row(values.view(10, 100), 5, ranking=ranking, name="second")
+        smallest_per_row(values.view(10, 100), 5, order=order, name="second")
 
 
 def test_wrong_arguments_are_refused():
@@ -151,8 +151,8 @@ def test_wrong_arguments_are_refused():
         smallest(values, 5)
     with pytest.raises(ValueError, match="got -1"):
         smallest(values, -1)
-    with pytest.raises(ValueError, match="ranking must be one of"):
-        smallest(values, 1, ranking="descending")
+    with pytest.raises(ValueError, match="order must be one of"):
+        smallest(values, 1, order="descending")
     with pytest.raises(ValueError, match="3 of 4 entries are pruned already, more than the 2 asked for"):
         smallest(values, 2, kept=[torch.tensor([1], dtype=torch.uint8)])
     with pytest.raises(ValueError, match="has not its 4 entries"):
@@ -231,18 +231,18 @@ def test_the_path_for_other_devices_gives_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [1, 4, 16, 17, 100])
-@pytest.mark.parametrize("ranking", ["absolute", "ascending"])
+@pytest.mark.parametrize("order", ["absolute", "signed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_chosen_as_by_a_stable_sort_of_each(kind, ranking, columns):
+def test_rows_are_chosen_as_by_a_stable_sort_of_each(kind, order, columns):
     generator = torch.Generator().manual_seed(columns)
     values = next(iter(some_tensors(generator, kind, torch.bfloat16, [(37, columns)])))
     kept = torch.ones(values.shape, dtype=torch.bool)
     kept[:, : columns // 5] = False
     for mask in (None, kept):
         for k in sorted({columns // 5, columns // 2, columns - 1, columns} - ({0} if columns > 4 else set())):
-            found = smallest_per_row(values, k, ranking=ranking, kept=mask)
+            found = smallest_per_row(values, k, order=order, kept=mask)
             assert (found.sum(dim=1) == columns - k).all()
-            rows = [reference([row], k, ranking, None if mask is None else [mask[0]])[0] for row in values]
+            rows = [reference([row], k, order, None if mask is None else [mask[0]])[0] for row in values]
             assert torch.equal(found, torch.stack(rows))
 
 

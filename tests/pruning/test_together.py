@@ -13,8 +13,9 @@ from small_models import build
 from torch import nn
 
 import lrp_prune
-from lrp_prune import Masks, Relevance
+from lrp_prune import LRP, Masks, Relevance, Scope
 from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.sharding import OtherProcessError
 
 SHAPES = {
     "linear": (7, 12),
@@ -57,22 +58,23 @@ def test_exactly_what_one_process_selects(tmp_path: Path, processes: int) -> Non
     mixed = {"stacked": 1, "transposed": 0, "small": 0}
     expected: dict[int, Any] = {}
     for number, (scope, dims) in enumerate(itertools.product(SCOPES, (first, last, mixed))):
-        options = {"scope": scope, "ranking": ("absolute", "ascending")[number % 2]}
+        options = {"order": ("absolute", "signed")[number % 2]}
         if scope == "global":
             options |= {"normalize": (None, "mean", "max")[number % 3], "floor": (0.0, 0.9, 0.5)[number % 3]}
-        early = lrp_prune.select(relevance, 0.5, **options)
-        late = lrp_prune.select(relevance, 0.5 if scope == "2:4" else 0.7, **options, existing=early)
-        expected[number] = (options, dims, early, late)
+        asked = Scope(scope, **options)
+        early = lrp_prune.select(relevance, 0.5, asked)
+        late = lrp_prune.select(relevance, 0.5 if scope == "2:4" else 0.7, asked, existing=early)
+        expected[number] = (asked, dims, early, late)
 
     def check(mesh: Any) -> None:
-        for number, (options, dims, early, late) in expected.items():
+        for number, (asked, dims, early, late) in expected.items():
             parts = divided(relevance, mesh, dims)
-            masks = lrp_prune.select(parts, 0.5, **options)
-            assert masks.num_pruned == early.num_pruned, (options, dims)
-            assert masks.gathered() == early, (options, dims)
+            masks = lrp_prune.select(parts, 0.5, asked)
+            assert masks.num_pruned == early.num_pruned, (asked, dims)
+            assert masks.gathered() == early, (asked, dims)
             for existing in (masks, early):
-                target = 0.5 if options["scope"] == "2:4" else 0.7
-                assert lrp_prune.select(parts, target, **options, existing=existing).gathered() == late
+                target = 0.5 if asked.compared == "2:4" else 0.7
+                assert lrp_prune.select(parts, target, asked, existing=existing).gathered() == late
             assert early.divided(parts.shardings) == masks
             if number % 5 == 0:
                 file = tmp_path / "masks.safetensors"
@@ -89,7 +91,9 @@ def test_exactly_what_one_process_selects(tmp_path: Path, processes: int) -> Non
         if mesh.get_local_rank() == 0:
             bad._sums["linear"][0, 3] = float("nan")
         for scope in ("global", "row", "column"):
-            with pytest.raises((ValueError, RuntimeError), match="infinite or NaN"):
+            # What is compared with all others is seen by all; else one process has it, and the others hear of it.
+            seen = scope == "global" or mesh.get_local_rank() == 0
+            with pytest.raises(ValueError if seen else OtherProcessError, match="infinite or NaN"):
                 lrp_prune.select(bad, 0.5, scope=scope)
 
     together(check, processes, tmp_path)
@@ -105,11 +109,11 @@ def test_limits_of_tensors_are_those_of_one_process(tmp_path: Path, processes: i
     )
     mixed = {"stacked": 1, "transposed": 0, "linear": 0}
     expected = []
-    for ranking, floor in itertools.product(("absolute", "ascending"), (0.5, 0.75, 1.0)):
-        early = lrp_prune.select(relevance, 0.3, ranking=ranking, floor=0)
-        options = {"ranking": ranking, "floor": floor, "existing": early}
+    for order, floor in itertools.product(("absolute", "signed"), (0.5, 0.75, 1.0)):
+        early = lrp_prune.select(relevance, 0.3, Scope(order=order, floor=0))
+        options = {"scope": Scope(order=order, floor=floor), "existing": early}
         expected.append((options, lrp_prune.select(relevance, 0.6, **options)))
-        assert expected[-1][1] != lrp_prune.select(relevance, 0.6, **{**options, "floor": 0})
+        assert expected[-1][1] != lrp_prune.select(relevance, 0.6, Scope(order=order, floor=0), existing=early)
 
     def check(mesh: Any) -> None:
         for dims in (dict.fromkeys(SHAPES, 0), mixed):
@@ -179,7 +183,7 @@ def test_an_error_leaves_a_sharded_model_as_it_was(tmp_path: Path, recalibrate: 
 
         before = [whole(parameter) for parameter in model.parameters()]
         with pytest.raises(FloatingPointError):
-            lrp_prune.prune(model, [batch], rounds=3, target=target, recalibrate=recalibrate)
+            lrp_prune.prune(model, [batch], method=LRP(target=target), rounds=3, recalibrate=recalibrate)
         assert len(calls) == 3
         assert all(torch.equal(whole(after), known) for after, known in zip(model.parameters(), before, strict=True))
 

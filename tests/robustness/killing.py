@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from processes import fork, free_port, wait
-from resumable_training import MODES, train
+from resumable_training import MODES, ROUNDS, train
+
+from lrp_prune.callbacks import Rounds
 
 EVENTS = ("any", "window", "collecting", "pruning", "checkpoint")
 LIMIT = 120.0  # seconds for one training
@@ -26,7 +28,7 @@ LIMIT = 120.0  # seconds for one training
 
 def by_steps(processes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rounds by steps, with validations inside epochs: arguments of the callback and of the trainer."""
-    return {"every_n_steps": 6 // processes}, {"val_check_interval": max(4 // processes, 1)}
+    return {"rounds": Rounds(ROUNDS, every_n_steps=6 // processes)}, {"val_check_interval": max(4 // processes, 1)}
 
 
 @dataclass

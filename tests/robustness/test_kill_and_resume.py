@@ -11,6 +11,7 @@ import pytest
 import torch
 from killing import EVENTS, Run, Trials, by_steps, differences, launch
 
+from lrp_prune.callbacks import Rounds
 from lrp_prune.pruning import Masks
 
 PROCESSES = {"one": 1, "ddp": 2, "fsdp-sharded": 2, "fsdp-full": 2}
@@ -58,7 +59,7 @@ def test_the_comparison_sees_a_lost_round(trials: Trials, tmp_path: Path) -> Non
 SKIPPED = {
     "by steps": (*by_steps(1), "epoch=0-step=6.ckpt"),
     "long before the round": (
-        {"rounds": 1, "start_epoch": 3},
+        {"rounds": Rounds(start=3)},
         {"check_val_every_n_epoch": 2},
         "epoch=1-step=12.ckpt",
     ),

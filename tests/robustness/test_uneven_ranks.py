@@ -15,6 +15,7 @@ from resumable_training import Classifier as Sharded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
 
@@ -66,7 +67,7 @@ def rank() -> int:
 
 def exact(collector: RelevanceCollector) -> RelevanceCollector:
     """Statistics are else multiplied in bfloat16 where that is faster, and rounded for each batch."""
-    collector._collection.options["matmul_dtype"] = "float32"
+    collector._collection.running["matmul_dtype"] = "float32"
     return collector
 
 
@@ -95,23 +96,23 @@ def test_uneven_batches_equal_one_process(tmp_path: Path, processes: int, statis
 
     def validate() -> Any:
         begin = sum(count for count, _ in counts[: rank()])
-        return relevance_of(part(*counts[rank()], begin), statistic=statistic)
+        return relevance_of(part(*counts[rank()], begin), method=LRP(statistic=statistic))
 
-    expected = relevance_of(part(sum(count for count, _ in counts), 5, 0), statistic=statistic)
+    expected = relevance_of(part(sum(count for count, _ in counts), 5, 0), method=LRP(statistic=statistic))
     assert_close(run(validate, processes, tmp_path), expected)
 
 
-@pytest.mark.parametrize(("dataloader", "limit"), [(0, 1.0), (1, 1.0), (None, 1.0), (None, 2)])
-def test_several_loaders_and_a_limit(tmp_path: Path, dataloader: int | None, limit: float) -> None:
+@pytest.mark.parametrize(("reference", "limit"), [(0, 1.0), (1, 1.0), ("all", 1.0), ("all", 2)])
+def test_several_loaders_and_a_limit(tmp_path: Path, reference: int | str, limit: float) -> None:
     def validate() -> Any:
         loaders = [part(16, 4, 16 * rank()), part(4 + 8 * rank(), 4, 32 + 4 * rank())]
-        return relevance_of(loaders, {"limit_val_batches": limit}, dataloader=dataloader)
+        return relevance_of(loaders, {"limit_val_batches": limit}, reference=reference)
 
     def seen(index: int, process: int) -> range:
         begin, count = ((16 * process, 16), (32 + 4 * process, 4 + 8 * process))[index]
         return range(begin, begin + (count if limit == 1.0 else min(count, 8)))
 
-    indices = [0, 1] if dataloader is None else [dataloader]
+    indices = [0, 1] if reference == "all" else [int(reference)]
     chosen = [place for index in indices for process in (0, 1) for place in seen(index, process)]
     expected = relevance_of(DataLoader(torch.utils.data.Subset(samples(64), chosen), 4))
     assert_close(run(validate, 2, tmp_path), expected)
@@ -174,7 +175,7 @@ def test_an_error_of_one_process_is_raised_by_all(tmp_path: Path, where: str) ->
         if rank() == 1:
             data.tensors[0][5] = float("nan")
         loader = DataLoader(data, 4)
-        collector = RelevanceCollector(reference=list(loader) if where == "reference" else None)
+        collector = RelevanceCollector(reference=list(loader) if where == "reference" else 0)
         trainer_of([collector]).validate(Classifier(), loader, verbose=False)
 
     first, second = run(start, 2, tmp_path)

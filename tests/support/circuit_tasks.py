@@ -1,9 +1,13 @@
 """A task of token ids for the tiny models of :mod:`small_models`, and a model whose words are those of IOI prompts."""
 
+from dataclasses import replace
+
 import torch
 from planted import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lrp_prune.circuits import NODE_METHODS
+from lrp_prune.pruning import Method
 from lrp_prune.tasks import TableTask
 from lrp_prune.tasks.indirect_object import TEMPLATES
 from lrp_prune.tasks.names import FEMALE, MALE
@@ -40,3 +44,8 @@ def ioi_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         vocab_size=len(tokenizer),
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def chosen(method: str, **options: object) -> Method:
+    """A method by its name, with something chosen."""
+    return replace(NODE_METHODS[method], **options)  # type: ignore[type-var]  # each of them is a dataclass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
 
 
-class Layout(NamedTuple):
+class Extent(NamedTuple):
     """What there is to choose from: the shapes of what is here, and how tensors are divided among processes.
 
     Args:
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     shardings: dict[str, Sharding]
 
     @classmethod
-    def of(cls, names: Sequence[str], first: "Relevance", second: "Relevance") -> "Layout":
+    def of(cls, names: Sequence[str], first: "Relevance", second: "Relevance") -> "Extent":
         """That of two relevances, without computing values; a tensor may be in one of them only."""
         shapes, shardings = {}, {}
         for name in names:
@@ -58,25 +58,25 @@ class Layout(NamedTuple):
         return {**counts, **dict(found)}
 
     def smallest(
-        self, read: Callable[[str, slice], Tensor], names: Sequence[str], k: int, ranking: str
+        self, read: Callable[[str, slice], Tensor], names: Sequence[str], k: int, order: str
     ) -> dict[str, Tensor]:
         """Packed masks of the parts here when the ``k`` smallest of all entries of these tensors are not kept."""
         if any(name in self.shardings for name in names):
-            masks = smallest_together(_Values(self, read), names, k, ranking, [None] * len(names))
+            masks = smallest_together(_Values(self, read), names, k, order, [None] * len(names))
         else:
             values = [LazyValues(self.here(name), partial(read, name)) for name in names]
-            masks = smallest(values, k, ranking=ranking, names=names, dtype=torch.float32)
+            masks = smallest(values, k, order=order, names=names, dtype=torch.float32)
         return dict(zip(names, masks, strict=True))
 
 
 class _Values:
     """Values by what reads them, as the selection of several processes takes them."""
 
-    def __init__(self, layout: Layout, read: Callable[[str, slice], Tensor]) -> None:
-        self._layout, self.read = layout, read
+    def __init__(self, extent: Extent, read: Callable[[str, slice], Tensor]) -> None:
+        self._extent, self.read = extent, read
 
     def sharding(self, name: str) -> Sharding | None:
-        return self._layout.shardings.get(name)
+        return self._extent.shardings.get(name)
 
     def local(self, name: str) -> Tensor:
-        return self.read(name, slice(0, self._layout.here(name))).view(self._layout.shapes[name])
+        return self.read(name, slice(0, self._extent.here(name))).view(self._extent.shapes[name])

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 _WORST = 3e38
 
 
-def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode: str, final: bool, name: str) -> None:
+def log_monitored(trainer: Trainer, pl_module: LightningModule, metric: str, mode: str, final: bool, name: str) -> None:
     """Log ``<name>/<metric>`` for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
 
     With the final sparsity it is the metric. Before, it is a huge number that gets a little better at each validation,
@@ -37,12 +37,12 @@ def log_guarded(trainer: Trainer, pl_module: LightningModule, metric: str, mode:
 
 
 def check_sanity(metric: str, logged: Collection[str]) -> None:
-    """Tell after the sanity check of a guarded metric that it did not log: refuse what looks misspelt, and warn of the rest.
+    """Tell after the sanity check of a metric to monitor that it did not log: refuse what looks misspelt, and warn of the rest.
 
     A module may leave out a metric in the sanity check, so that its absence alone proves nothing.
 
     Args:
-        metric: the guarded one.
+        metric: the one to monitor.
         logged: the names that the sanity check logged; empty if there was none.
 
     Raises:
@@ -50,7 +50,7 @@ def check_sanity(metric: str, logged: Collection[str]) -> None:
     """
     if not logged or metric in logged:
         return
-    message = f"guard={metric!r} is not logged in the sanity check, which logs {', '.join(sorted(logged))}"
+    message = f"monitor={metric!r} is not logged in the sanity check, which logs {', '.join(sorted(logged))}"
     meant = get_close_matches(metric, logged, n=1)
     if meant:
         raise MisconfigurationException(f"{message}: is {meant[0]!r} meant?")
@@ -58,16 +58,16 @@ def check_sanity(metric: str, logged: Collection[str]) -> None:
 
 
 def check_logged(trainer: Trainer, metric: str, names: Collection[str]) -> None:
-    """Refuse a guarded metric that the module does not log.
+    """Refuse a metric to monitor that the module does not log.
 
     Args:
         trainer: at the end of an epoch.
-        metric: the guarded one.
+        metric: the one to monitor.
         names: of the pruning callbacks, whose own metrics are none of the module's.
     """
     if trainer.fit_loop.epoch_loop.val_loop._has_run and metric not in trainer.callback_metrics:
         logged = [name for name in sorted(trainer.callback_metrics) if name.partition("/")[0] not in names]
         raise MisconfigurationException(
-            f"guard={metric!r} is not logged in validation, which logs {', '.join(logged) or 'nothing'}: log it by "
+            f"monitor={metric!r} is not logged in validation, which logs {', '.join(logged) or 'nothing'}: log it by "
             f"self.log({metric!r}, ...) in validation_step"
         )

@@ -1,0 +1,98 @@
+"""What a round does: from relevance to masks, from masks to a pruned model, and the table that tells of it."""
+
+from functools import partial
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lrp_prune.callbacks._checks import layouts_of
+from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._pruner import Pruner
+from lrp_prune.callbacks._summary import preview, round_table, show
+from lrp_prune.pruning import Masks
+from lrp_prune.pruning.recalibration import Recalibration
+from lrp_prune.relevance import Relevance
+from lrp_prune.targets import in_words
+
+
+class Round:
+    """Takes a collection's relevance to a pruned model; when that is to happen is the callback's affair.
+
+    Args:
+        collection: what gives relevance.
+        pruner: what selects masks, applies them, and has the state that checkpoints keep.
+        count: of all rounds.
+        recalibrate: scale what is kept after each.
+        summary: print a table after each.
+    """
+
+    def __init__(self, collection: Collection, pruner: Pruner, count: int, recalibrate: bool, summary: bool) -> None:
+        self._collection, self._pruner, self._count = collection, pruner, count
+        self._recalibrate, self._summary = recalibrate, summary
+        self._target = ""
+        self.previewed: Masks | None = None
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now what can be known without data."""
+        scored = self._collection.check(trainer, pl_module)
+        self._collection.check_prunable(pl_module)
+        if scored:
+            shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
+            self._pruner.check(layouts_of(pl_module, scored, self._collection.needs_data), shapes)
+
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse now what one batch tells, see :meth:`Collection.rehearse`."""
+        self._collection.check_loader(trainer)
+        relevance = self._collection.rehearse(trainer, pl_module)
+        if relevance is not None:
+            self._pruner.check_scored(relevance)
+
+    def pend(self, relevance: Relevance, epoch: int) -> None:
+        """Select masks in a validation, to be applied when the training goes on."""
+        state = self._pruner.state
+        self._target = relevance.target
+        state.pending = self._pruner.select(relevance)
+        state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
+
+    def preview(self, trainer: Trainer, relevance: Relevance) -> None:
+        """Select and show the last round's masks, and change nothing."""
+        self.previewed = self._pruner.select(relevance, final=True)
+        samples = relevance.num_samples if self._collection.needs_data else 0
+        text = preview(self.previewed, str(self._collection.method), samples, self._explains(relevance.target))
+        show(trainer, text)  # made by all processes
+
+    def prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
+        """Apply the masks that wait, or those that are collected for now, and tell of it."""
+        pruner, previous = self._pruner, self._pruner.state.masks
+        masks, samples, sparsity = pruner.state.pending, pruner.state.pending_samples, pruner.target
+        if masks is None:
+            # No data are needed, or there are reference data, or the validation was left out.
+            relevance = self._collection.run(trainer, pl_module)
+            self._target = relevance.target
+            masks = pruner.select(relevance)
+            samples = relevance.num_samples if self._collection.needs_data else 0
+        recalibration = self._recalibration(trainer, pl_module, masks) if self._recalibrate else None
+        pruner.apply(trainer, pl_module, masks, recalibration)
+        if log:
+            pruner.log_round(pl_module, previous, samples)
+        if self._summary and trainer.is_global_zero:
+            table = round_table(
+                masks,
+                previous,
+                index=pruner.state.round,
+                count=self._count,
+                target=sparsity,
+                method=str(self._collection.method),
+                samples=samples,
+                recalibration=recalibration,
+                explains=self._explains(self._target),
+            )
+            show(trainer, table)
+
+    def _recalibration(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> Recalibration:
+        asked = self._collection.method.target
+        batches = partial(self._collection.batches, trainer, pl_module)
+        explained = asked if callable(asked) else self._target
+        return self._pruner.recalibration(trainer, pl_module, masks, batches, explained)
+
+    def _explains(self, target: str) -> str:
+        return in_words(target) if self._collection.explains else ""

@@ -1,0 +1,79 @@
+"""Masks and what they are put together with: other masks, the processes of a run, parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrp_prune.pruning import bits
+from lrp_prune.sharding import Sharding
+
+if TYPE_CHECKING:
+    from lrp_prune.pruning.masks import Masks
+
+
+def combined(
+    first: "Masks", second: "Masks", function: Callable[[Tensor, Tensor], Tensor], action: str
+) -> dict[str, Tensor]:
+    """The packed masks that a function of two packed masks makes.
+
+    Args:
+        first, second: of the same parameters.
+        function: of the bytes of both.
+        action: what it does, in a word.
+
+    Raises:
+        ValueError: if names, shapes or how they are divided differ.
+    """
+    difference = sorted(set(first) ^ set(second))
+    if difference:
+        raise ValueError(f"cannot {action} masks of different parameters: {difference[0]!r} is in one of them only")
+    for name in first:
+        if first.shapes[name] != second.shapes[name]:
+            raise ValueError(
+                f"cannot {action} masks of {name!r}: shapes {first.shapes[name]} and {second.shapes[name]}"
+            )
+        if first.shardings.get(name) != second.shardings.get(name):
+            raise ValueError(f"cannot {action} masks of {name!r}: divided among processes in different ways")
+    return {name: function(first.bits(name), second.bits(name)) for name in first}
+
+
+def parts(masks: "Masks", shardings: Mapping[str, Sharding]) -> tuple[dict[str, Tensor], dict[str, Sharding]]:
+    """The packed masks of what is here when parameters are divided as given, and how those are that were not yet.
+
+    Raises:
+        ValueError: if they are divided in another way already, or are another model's.
+    """
+    for name in masks.shardings:
+        if shardings.get(name, masks.shardings[name]) != masks.shardings[name]:
+            raise ValueError(f"the mask of {name} is divided among processes in another way: use masks.gathered()")
+    new = {name: entry for name, entry in shardings.items() if name in masks and name not in masks.shardings}
+    for name, sharding in new.items():
+        if sharding.shape != masks.shapes[name]:
+            raise ValueError(
+                f"{name} has shape {sharding.shape}, its mask {masks.shapes[name]}: is it another model's?"
+            )
+    packed = {name: bits.pack(new[name].part(masks.local(name))) if name in new else masks.bits(name) for name in masks}
+    return packed, new
+
+
+def counted(shardings: Mapping[str, Sharding], counts: Mapping[str, int]) -> dict[str, int]:
+    """Numbers of entries of whole tensors, from those of the parts here; called in all processes."""
+    if not shardings:
+        return {}
+    here = torch.tensor([counts[name] for name in shardings])
+    divided = torch.tensor([sharding.axis is not None for sharding in shardings.values()])
+    first = next(iter(shardings.values()))
+    shared = next((sharding for sharding in shardings.values() if sharding.axis is not None), first)
+    return dict(zip(shardings, torch.where(divided, shared.all_reduced(here), here).tolist(), strict=True))
+
+
+def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a parameter that a mask of this shape cannot be applied to."""
+    if tuple(parameter.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(parameter.shape)}, its mask {shape}: was it made for another model?")
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"{name} has type {parameter.dtype}: quantized weights cannot be set to zero, dequantize first"
+        )
