@@ -12,6 +12,7 @@ from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.composites import composite_of
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.propagation import propagating
+from lrp_prune.attribution.rules import Call
 from lrp_prune.attribution.uses import WeightUses
 from lrp_prune.models.batches import mapped, tensors
 from lrp_prune.models.calling import run
@@ -19,7 +20,11 @@ from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import class_name, named_parameters
+from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Collects, Method, method_of
+from lrp_prune.pruning.pairs import computed, given
+from lrp_prune.pruning.recalibration import LOOKED_AT, STRENGTHS, parts_of_reference
+from lrp_prune.pruning.scopes import check_sparsity
 from lrp_prune.relevance import granularities_of
 from lrp_prune.statistics import statistic_of
 
@@ -52,11 +57,21 @@ class Estimate:
     and the result of the largest contraction, or the gradient of the logits."""
     host: int
     """On the host: packed masks, and relevance that is accumulated there."""
+    recalibration: int
+    """What recalibration keeps: the values that the masks zero, outputs of the dense model, and what a forward holds over as
+    many batches as are run as one; where weights are sharded, one module's whole ones. Without a batch, the rest."""
+    recalibration_passes: int
+    """Forward passes over a batch that recalibration takes (and no backward pass); a collection takes one of each a batch."""
 
     @property
     def collecting(self) -> int:
         """The peak while relevance is collected from a model that is not being trained."""
         return self.weights + self.relevance + self.activations + self.temporary
+
+    @property
+    def recalibrating(self) -> int:
+        """The peak while a model is recalibrated that is not being trained."""
+        return self.weights + self.recalibration
 
     @property
     def training(self) -> int:
@@ -66,8 +81,9 @@ class Estimate:
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "relevance", "masks", "activations", "temporary")
-        rows = [(name, getattr(self, name)) for name in (*names, "collecting", "training", "host")]
-        return "\n".join(f"{name:12} {_readable(value):>10}" for name, value in rows)
+        peaks = ("collecting", "recalibrating", "training", "host")
+        rows = [f"{name:13} {_readable(getattr(self, name)):>10}" for name in (*names, "recalibration", *peaks)]
+        return "\n".join([*rows, f"recalibration takes {self.recalibration_passes} forward passes"])
 
 
 def estimate(
@@ -84,6 +100,8 @@ def estimate(
     exclude: Sequence[str] | None = None,
     trainable_only: bool = False,
     accumulate_on: str | None = None,
+    sparsity: float = 0.5,
+    batches: int = LOOKED_AT,
 ) -> Estimate:
     r"""Bytes that collecting relevance and pruning take in each of ``world_size`` processes.
 
@@ -104,6 +122,9 @@ def estimate(
         method: by which, see :func:`lrp_prune.prune`; one that collects nothing holds its scores alone.
         granularity: what is scored; the sums of units are negligible.
         include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.prune`.
+        sparsity: to which is pruned; only what recalibration keeps depends on it.
+        batches: how many reference batches a process has, of which recalibration looks at no more than the first 16 (of as many
+            samples, at 256 of them).
 
     Raises:
         ValueError: for an argument that is not possible, or a model that cannot be run without data.
@@ -121,6 +142,9 @@ def estimate(
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
     collected = method_of(method).collects(granularities_of(granularity))
+    check_sparsity(sparsity)
+    if isinstance(batches, bool) or batches < 1:
+        raise ValueError(f"batches must be at least 1, got {batches}")
     states = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
     module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
     parts = world_size if strategy == "fsdp" else 1
@@ -150,7 +174,11 @@ def estimate(
         activations, logits = _forward(_Run(module, collected, options), batch, dtype)
     gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
     temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
+    passes, fitted = _passes(min(batches, LOOKED_AT))
+    zeroed = round(sparsity * sum(part(entry) * size(entry) for entry in scored.values()))
+    compared = 0 if batch is None else _compared(_Compared(module, set(scored)), batch, dtype, fitted)
     if parts > 1:
+        compared += _one_module(module, {}, size)
         temporary += _one_module(module, scored if whole else {}, size)
     on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
     return Estimate(
@@ -162,7 +190,24 @@ def estimate(
         activations=activations,
         temporary=temporary,
         host=-(-masks // 8) + (sums if on_host else 0),
+        recalibration=zeroed + compared,
+        recalibration_passes=passes,
     )
+
+
+def _passes(batches: int) -> tuple[int, int]:
+    """How many forward passes recalibration takes, and how many batches it fits scales to."""
+    fitted, judged = (len(part) for part in parts_of_reference(list(range(batches))))
+    one_to_measure = 1
+    return one_to_measure + fitted * (1 + len(STRENGTHS)) + judged * (2 + len(STRENGTHS)), fitted
+
+
+def _compared(runner: "_Compared", batch: Any, dtype: torch.dtype | None, fitted: int) -> int:
+    """Bytes that are kept of the dense model's outputs, and held by a forward, over so many batches as are run as one."""
+    held, logits = _forward(runner, batch, dtype)
+    together = max(1, min(fitted, ENTRIES // max(runner.entries, 1)))
+    # Beside its own a forward has the dense logits; those of one batch are compared as distributions.
+    return max(together * (runner.bytes + held + 2 * logits), runner.bytes + held + 5 * logits)
 
 
 def _from_configuration(configuration: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -226,7 +271,7 @@ def _one_module(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[
     return max(map(held, layers), default=0)
 
 
-def _forward(runner: "_Run", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
+def _forward(runner: "_Run | _Compared", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -279,6 +324,38 @@ class _Run(nn.Module):
         composite = composite_of(self.collected.composite)
         with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
             return run(self.module, batch)
+
+
+class _Compared(nn.Module):
+    """Runs a module as recalibration does, and counts what it keeps of the outputs."""
+
+    def __init__(self, module: nn.Module, names: set[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+        self.entries = self.bytes = 0
+
+    def forward(self, batch: Any) -> Any:
+        uses = _Outputs(self)
+        with propagating(self.module, composite_of("gradient"), None, "ignore", uses, named=False):
+            return run(self.module, batch)
+
+
+class _Outputs(WeightUses):
+    """Products as recalibration makes them."""
+
+    def __init__(self, runner: _Compared) -> None:
+        super().__init__(lambda use: [])
+        self._runner = runner
+
+    def observed(self, call: Call) -> Any:
+        found = self._product(call)
+        if found is None:
+            return None
+        result = computed(found)
+        if found.origin.name in self._runner.names:
+            self._runner.entries += result.numel()
+            self._runner.bytes += result.nbytes
+        return given(found.activation, lambda: result)
 
 
 def _readable(size: int) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
+from lrp_prune.pruning import recalibrate, scorer
 from lrp_prune.pruning.keeping import MaskKeeper
 
 SIZES = [
@@ -39,6 +40,28 @@ def test_collecting_takes_what_is_planned(sizes, tokens):
         lrp_prune.attribute(model, [batch, batch], composite="epsilon", statistic="geometric")
     counted = live.peak + _bytes(model.parameters()) + _bytes(model.buffers())
     assert plan.collecting == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize("batches", [1, 5])
+@pytest.mark.parametrize("sizes", SIZES, ids=["small vocabulary", "large vocabulary"])
+def test_recalibrating_takes_what_is_planned(sizes, batches, monkeypatch):
+    """As much memory, and as many forwards."""
+    model = _llama(sizes)
+    reference = [{"input_ids": torch.randint(0, sizes["vocab_size"], (2, 128))} for _ in range(batches)]
+    masks = lrp_prune.select(scorer("random", model).compute(), 0.5)
+    forwards = []
+    model.model.register_forward_hook(lambda module, args, output: forwards.append(len(output[0]) // 2))
+    plan = lrp_prune.estimate(model, batch=(2, 128), batches=batches)
+    forwards.clear()
+    with Live() as live:
+        recalibrate(model, masks, reference, "next_token")
+    counted = live.peak + _bytes(model.parameters()) + _bytes(model.buffers())
+    assert plan.recalibrating == pytest.approx(counted, rel=0.15)
+    assert plan.recalibration_passes == sum(forwards)
+    assert lrp_prune.estimate(model, batch=(2, 128), batches=40).recalibration_passes == 1 + 12 * 3 + 4 * 4
+    dense = lrp_prune.estimate(model, batch=(2, 128), batches=batches, sparsity=0.0)
+    values = sum(model.get_parameter(name).nbytes for name in masks)
+    assert plan.recalibration - dense.recalibration == pytest.approx(values / 2, rel=0.01)
 
 
 def test_a_training_with_kept_zeros_takes_what_is_planned():

@@ -19,7 +19,7 @@ from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes, Turn, Turns
 from lrp_prune.pruning.zeroed import zeroed
 
-_ENTRIES = 1 << 28
+ENTRIES = 1 << 28
 """Entries of layers' outputs that are kept at a time, of the dense model: 1 GB in float32."""
 
 
@@ -93,7 +93,7 @@ class Runs:
         with self.processes.agreeing():
             uses = DenseOutputs(self.masks)
             outputs_of(self.model, to_device(batches[0], self.device), uses, self.target, Choices())
-        size = min(self.processes.gathered(max(1, _ENTRIES // max(uses.entries, 1))))
+        size = min(self.processes.gathered(max(1, ENTRIES // max(uses.entries, 1))))
         while batches:
             together, number = batches[0], 1
             for batch in batches[1:size]:

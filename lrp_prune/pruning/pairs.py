@@ -63,7 +63,7 @@ class DenseOutputs(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        result = _computed(found)
+        result = computed(found)
         parts = parts_of(found, call, result, self._masks)
         for part in parts:
             self._note(part.place.name, found.origin.parameter, part.place.layout, part.place)
@@ -76,7 +76,7 @@ class DenseOutputs(WeightUses):
         origin = None if bias is None else marked(bias)
         if origin is not None:
             self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
-        return _given(found.activation, lambda: result)
+        return given(found.activation, lambda: result)
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """Remember what the steps are made with."""
@@ -141,12 +141,12 @@ class PrunedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        result = _computed(found)
+        result = computed(found)
         with torch.no_grad():
             for part in parts_of(found, call, result, self._masks) if self._strength else ():
                 if self._is_alone(part.place):
                     self._scale_(part.place, part.of(result), part.axis)
-        return _given(found.activation, lambda: result)
+        return given(found.activation, lambda: result)
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """The parameters as they will be."""
@@ -198,7 +198,7 @@ def _without_padding(gates: Tensor, valid: Tensor | None) -> Tensor:
     return gates if valid is None else gates[valid]
 
 
-def _computed(found: Product) -> Tensor:
+def computed(found: Product) -> Tensor:
     """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
     with torch.no_grad():
         result = found.form.forward(found.activation.detach(), found.weight)
@@ -299,4 +299,4 @@ class _Given(Function):
         return None, None
 
 
-_given: Callable[..., Tensor] = _Given.apply
+given: Callable[..., Tensor] = _Given.apply

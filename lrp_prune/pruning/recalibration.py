@@ -39,7 +39,7 @@ from lrp_prune.unscored import patterns_of
 STRENGTHS = (0.5, 1.0)
 """How much of the least squares is tried, beside nothing."""
 
-_BATCHES, _SAMPLES = 16, 256
+LOOKED_AT, _SAMPLES = 16, 256
 """So many batches are looked at, or more if they have fewer samples."""
 
 
@@ -184,7 +184,7 @@ def recalibrate(
     device = next(module.parameters()).device if mesh is None else device_of(mesh)
     processes = Processes(mesh) if mesh is not None or not together else Processes.of_run(device)
     with processes.agreeing():
-        fitted, judged = _parts(enough(batches))
+        fitted, judged = parts_of_reference(enough(batches))
     candidates = [Candidate(strength) for strength in (0.0, *strengths)]
     shown = progress if callable(progress) else bar if progress else no_bar
     with shown("Recalibrating", len(fitted) * len(candidates) + len(judged) * (1 + len(candidates))) as advance:
@@ -220,12 +220,12 @@ def enough(batches: Iterable[Any]) -> list[Any]:
     for batch in batches:
         found.append(batch)
         samples += samples_in(batch)
-        if len(found) >= _BATCHES and samples >= _SAMPLES:
+        if len(found) >= LOOKED_AT and samples >= _SAMPLES:
             break
     return found
 
 
-def _parts(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+def parts_of_reference(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     """Batches to fit scales to, and others to judge them by: a quarter; of a single batch both are made."""
     if not batches:
         raise ValueError("no batch was seen: recalibration needs at least one reference sample")
