@@ -7,7 +7,7 @@ explained value depends on of that is reported.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from lrp_prune.attribution.places import Places
 # What a sharded model puts around its modules: the identity, which tells when a backward pass comes by.
 _IDENTITIES = frozenset({"RegisterPostBackwardFunction", "RegisterPreBackwardFunction", "_Leaving"})
 _ACCOUNTED = LINEAR_NODES | _IDENTITIES
+# What is in proportion to its input has as plain gradient what the rule of activations gives: f(x) / x.
+_IN_PROPORTION = frozenset({"Relu", "LeakyRelu", "PreluKernel"})
+_CAME_OUT = "came out of a forward"
 
 
 class UnruledOperationWarning(UserWarning):
@@ -34,7 +37,8 @@ class Finding(NamedTuple):
     """An operation without a rule.
 
     Args:
-        kind: ``"function"`` (that a rule can be registered for), ``"hidden"`` (from the mode), or ``"no gradient"``.
+        kind: ``"function"`` (that a rule can be registered for), ``"hidden"`` (from the mode), ``"between"`` (the forwards of
+            modules), or ``"no gradient"``.
         operation: its name.
         place: the module that ran.
     """
@@ -50,6 +54,8 @@ _TOLD = {
     "hidden": "no rule for: {}. It is hidden from the rules (a torch.autograd.Function, scripted or compiled code), its own "
     "gradient is used, and relevance through it is not LRP. Give the module that runs it a rule with "
     "lrp_prune.register_rule(class, rule).",
+    "between": "outside of the model's forward: {}. Between the forwards of its modules rules do not act, so its plain gradient "
+    "is used there. Compute it in the forward of a module, and call that.",
     "no gradient": "no relevance goes through: {}. It has no gradient (as quantized layers have none), and relevance ends there, "
     "with 0 before it. Load the model in a floating-point type.",
 }
@@ -77,6 +83,13 @@ class Audit:
                     "no gradient" if kind in NO_GRADIENT_NODES else "hidden", _operation(node), self._places.described()
                 )
 
+    def entered(self, values: Any) -> None:
+        """Account for what the outermost forward is given: what was made of an earlier one's outputs before it."""
+        for node in self._new_nodes(values, lambda node: node.metadata.get(_CAME_OUT) is self._places):
+            kind = node_kind(node)
+            if kind not in _ACCOUNTED and kind not in _IN_PROPORTION:
+                self._found[node] = Finding("between", _operation(node), "the target, or a step of the model")
+
     def made(self, function: Any, result: Any, ruled: bool) -> None:
         """Account for what a torch function has just made."""
         for node in self._new_nodes(result):
@@ -89,20 +102,29 @@ class Audit:
                     "no gradient" if kind in NO_GRADIENT_NODES else "function", name, self._places.described()
                 )
 
-    def _new_nodes(self, value: Any) -> list[Any]:
+    def _new_nodes(self, value: Any, is_accounted_for: Callable[[Any], bool] | None = None) -> list[Any]:
         found, stack = [], [tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None]
         while stack:
             node = stack.pop()
             if node in self._known:
                 continue
             self._known.add(node)
+            if is_accounted_for is not None and is_accounted_for(node):
+                continue
             found.append(node)
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         return found
 
-    def forget(self) -> None:
-        """The forward is over: only what was found is kept, so that the rest of its graph can be freed."""
+    def forget(self, output: Any) -> None:
+        """The forward is over: only what was found is kept, so that its graph can be freed.
+
+        Another forward may go on from its output. What is behind that is accounted for, which is noted where it lives as long.
+        """
         self._known.clear()
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                metadata: Any = tensor.grad_fn.metadata
+                metadata[_CAME_OUT] = self._places
 
     def report(self, target: Tensor) -> None:
         """Warn, or raise, of what was found and the target depends on.

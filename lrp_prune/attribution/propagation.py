@@ -285,6 +285,9 @@ def _guard(
         calls.append(call)
         if not outermost:
             return None
+        if mode.audit is not None:
+            with torch._C.DisableTorchFunction():
+                mode.audit.entered((args, kwargs))
         adopt = module is model
         names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
         named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
@@ -306,7 +309,8 @@ def _guard(
             with torch._C.DisableTorchFunction():
                 endings.called(output)
         if mode.audit is not None:
-            mode.audit.forget()
+            with torch._C.DisableTorchFunction():
+                mode.audit.forget(output)
         if constants is not None:
             constants.forget()
 

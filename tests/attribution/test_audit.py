@@ -219,6 +219,37 @@ def test_known_architectures_have_a_rule_for_everything(name: str, attention: st
         propagation.relevance(forward(model, batch).sum())
 
 
+class _Apart(nn.Module):
+    """Is made of modules that a target of its own puts together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).relu())
+
+
+@pytest.mark.parametrize("between", [torch.relu, torch.tanh])
+def test_what_is_computed_between_forwards_is_told_and_what_is_behind_it_is_not(
+    between: Callable[[Tensor], Tensor],
+) -> None:
+    model, x = _Apart(), torch.randn(5, 4)
+
+    def target(model: nn.Module, batch: Tensor) -> Tensor:
+        return model.head(between(model.encoder(batch)))[:, 0].sum()
+
+    if between is torch.relu:
+        relevance = lrp_prune.attribute(model, [x], target=target, unruled="error")
+        expected = lrp_prune.attribute(model, [x], target=lambda model, batch: model(batch)[:, 0].sum())
+        for name in expected:
+            torch.testing.assert_close(relevance[name], expected[name])
+        return
+    with pytest.warns(UnruledOperationWarning, match="outside of the model's forward: TanhBackward0 in") as told:
+        lrp_prune.attribute(model, [x], target=target)
+    assert not any("_Observed" in str(warning.message) for warning in told)
+
+
 def test_the_audit_lets_go_of_the_graph() -> None:
     """What was found is kept until it is told, and of other forwards nothing."""
     model, freed = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), []

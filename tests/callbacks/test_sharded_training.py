@@ -161,7 +161,7 @@ def recalibrated(processes: int, directory: Path, strategy: str | None = None, *
 @pytest.mark.parametrize("options", [{"method": "magnitude", "reference": True}, {}], ids=str)
 def test_sharded_trainings_recalibrate_as_others_do(tmp_path: Path, options: dict[str, Any]) -> None:
     """With reference data as one process, with a validation's batches as processes with a whole model each."""
-    given = {**options, "reference": loader(16, seed=5)} if "reference" in options else options
+    given = {**options, "reference": loader(64, seed=5)} if "reference" in options else options
     if "reference" in options:
         expected = results(lambda: recalibrated(1, tmp_path / "one", **given), 1, tmp_path / "one")[0]
     else:

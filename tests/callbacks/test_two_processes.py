@@ -15,7 +15,7 @@ def test_two_processes_equal_one(
     make_module, make_loader, make_trainer, count_zeros, tmp_path: Path, reference
 ) -> None:
     def run(devices: int, module: torch.nn.Module, path: Path) -> None:
-        data = make_loader(seed=5) if reference else None
+        data = make_loader(seed=5) if reference else 0
         collector = RelevanceCollector(reference=data)
         pruning = RelevancePruning(sparsity=0.5, scope="global", reference=data)
         strategy = "ddp_fork" if devices > 1 else "auto"

@@ -60,7 +60,7 @@ def made(name: str, sparsity: float = 0.6) -> tuple[Reader, lrp_prune.Masks, lis
         for parameter in model.layer.parameters():
             parameter.mul_(2)
     batches = [(torch.randn(32, 7, 6) + torch.randn(32, 1, 1),) for _ in range(4)]
-    return model, lrp_prune.select(scorer("random", model, seed=1).compute(), sparsity, scope="layer"), batches
+    return model, lrp_prune.select(scorer(lrp_prune.Random(seed=1), model).compute(), sparsity, scope="layer"), batches
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -124,7 +124,7 @@ def test_scales_are_the_least_squares_of_what_gates_get_with_dense_states(name: 
 def test_weights_of_two_layers_that_are_one_keep_their_scale() -> None:
     model, _, batches = made("lstm")
     model.layer.weight_hh_l1 = model.layer.weight_hh_l0
-    masks = lrp_prune.select(scorer("random", model, seed=1).compute(), 0.6, scope="layer")
+    masks = lrp_prune.select(scorer(lrp_prune.Random(seed=1), model).compute(), 0.6, scope="layer")
     found = recalibrate(model, masks, batches, "regression", strengths=(1.0,))
     assert {place.name for place in found.scales} == {"head.weight"}
     assert "something else" in found.left_out["layer.weight_hh_l0"]

@@ -99,7 +99,7 @@ def case(name: str, processes: int) -> tuple[nn.Module, list[str], list[list[Any
 
 
 def masks_of(model: nn.Module, sparsity: float) -> Masks:
-    return lrp_prune.select(scorer("random", model, seed=0).compute(), sparsity, scope="layer")
+    return lrp_prune.select(scorer(lrp_prune.Random(seed=0), model).compute(), sparsity, scope="layer")
 
 
 @pytest.mark.parametrize(("name", "processes"), [("vision", 3), ("attending", 2), ("reading", 3), ("llama", 2)])
@@ -137,7 +137,7 @@ def test_prune_recalibrates_a_sharded_model(tmp_path: Path, sparsity: float) -> 
     """In one round, and in two, of which the second begins with the dense weights."""
     model, layers, each, union = case("vision", 2)
     expected = copy.deepcopy(model)
-    options: dict[str, Any] = {"method": "magnitude", "target": "class", "rounds": 1 if sparsity < 0.6 else 2}
+    options: dict[str, Any] = {"method": lrp_prune.Magnitude(target="class"), "rounds": 1 if sparsity < 0.6 else 2}
     labelled = [[(batch[0], torch.zeros(8, dtype=torch.long)) for batch in batches] for batches in (*each, union)]
     masks = lrp_prune.prune(expected, labelled[-1], sparsity, **options)
     plain = copy.deepcopy(model)
@@ -237,7 +237,7 @@ def test_parameters_that_were_gathered_in_inference_mode_are_refused_by_name(tmp
         with torch.inference_mode():
             mine(each[0][0][0])
         with pytest.raises(RuntimeError, match=r"was gathered in inference mode before.*under torch\.no_grad"):
-            lrp_prune.prune(mine, each[mesh.get_local_rank()], method="magnitude", target="class")
+            lrp_prune.prune(mine, each[mesh.get_local_rank()], method=lrp_prune.Magnitude(target="class"))
         assert all(map(torch.equal, before, (whole(parameter) for parameter in mine.parameters())))
 
     together(check, 2, tmp_path)
