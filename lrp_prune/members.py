@@ -34,7 +34,7 @@ class Member:
     def of_slices(cls, parameter: str, shape: Sequence[int], dim: int, units: int, reads: bool = False) -> "Member":
         """Each of the units owns as many neighbouring indices along a dimension."""
         axes = [shape[dim] if axis == dim else 1 for axis in range(len(shape))]
-        owners = torch.arange(units, dtype=torch.int32).repeat_interleave(shape[dim] // units)
+        owners = torch.arange(units, dtype=torch.int32, device="cpu").repeat_interleave(shape[dim] // units)
         return cls(parameter, owners.reshape(axes), reads)
 
     @property
@@ -51,7 +51,7 @@ class Member:
         owners = self.owners.reshape(-1)
         units = int(owners.max()) + 1
         width = len(owners) // max(units, 1)
-        regular = torch.arange(units, dtype=torch.int32).repeat_interleave(width)
+        regular = torch.arange(units, dtype=torch.int32, device="cpu").repeat_interleave(width)
         return width if torch.equal(owners, regular) else None
 
     def kept(self, alive: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Member:
         Returns:
             bool, in the shape of ``owners``.
         """
-        known = torch.cat([alive.cpu(), torch.ones(1, dtype=torch.bool)])  # the last is that of nobody
+        known = torch.cat([alive.cpu(), torch.ones(1, dtype=torch.bool, device="cpu")])  # the last is that of nobody
         return known[self.owners.long()]
 
     def any_kept(self, mask: Tensor, units: int) -> Tensor:
@@ -69,7 +69,7 @@ class Member:
         for axis, size in enumerate(self.owners.shape):
             if size == 1 and mask.shape[axis] != 1:
                 mask = mask.any(axis, keepdim=True)
-        found = torch.zeros(units + 1, dtype=torch.bool)
+        found = torch.zeros(units + 1, dtype=torch.bool, device="cpu")
         found[self.owners.expand(mask.shape)[mask.cpu()].long()] = True
         return found[:units]
 
@@ -83,7 +83,7 @@ class Member:
         """The member that :meth:`to_list` described."""
         parameter, shape, runs, reads = values
         pieces = [
-            torch.arange(first, first + number, dtype=torch.int32).repeat_interleave(width)
+            torch.arange(first, first + number, dtype=torch.int32, device="cpu").repeat_interleave(width)
             for first, width, number in runs
         ]
         return cls(parameter, torch.cat(pieces).reshape(shape), reads)

@@ -286,12 +286,12 @@ def _forward(runner: "_Run | _Compared", batch: Any, dtype: torch.dtype | None) 
 
         def without_data(tensor: Tensor) -> Tensor:
             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            made = torch.empty(tensor.shape, dtype=kind)
+            made = torch.empty(tensor.shape, dtype=kind, device="cpu")
             return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
         state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
         if _is_shape(batch):
-            given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long)}
+            given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long, device="cpu")}
         else:
             given = mapped(batch, without_data)
         own = {entry.untyped_storage()._cdata for entry in state.values()}

@@ -199,7 +199,7 @@ def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
         Exception: this process's own error.
         OtherProcessError: another process's.
     """
-    flag = all_reduced(torch.tensor([int(error is not None)]), mesh, "MAX")
+    flag = all_reduced(torch.tensor([int(error is not None)], device="cpu"), mesh, "MAX")
     if not int(flag):
         return
     messages = all_gathered(None if error is None else f"{type(error).__name__}: {error}", mesh)
@@ -229,7 +229,7 @@ def in_step(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     number, source = 0, iter(batches)
     while True:
         batch = next(source, _NO_BATCH)
-        left = all_reduced(torch.tensor([int(batch is not _NO_BATCH)]), mesh)
+        left = all_reduced(torch.tensor([int(batch is not _NO_BATCH)], device="cpu"), mesh)
         if not int(left):
             return
         if int(left) < mesh.size():

@@ -20,9 +20,9 @@ class Packing:
 
     def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
         sizes = batch_sizes.to("cpu")
-        tokens = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        tokens = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
         before = sizes.cumsum(0) - sizes
-        samples = torch.arange(int(sizes.sum())) - before[tokens]
+        samples = torch.arange(int(sizes.sum()), device="cpu") - before[tokens]
         self._places = (samples.to(device), tokens.to(device))
         self.valid = torch.zeros(int(sizes[0]), len(sizes), dtype=torch.bool, device=device)
         """``[samples, tokens]``: what is no padding."""

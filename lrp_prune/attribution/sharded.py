@@ -120,7 +120,7 @@ class ShardedTable(ObserverTable):
             statistic.code if isinstance(statistic := self._statistics.get(name), DividedStatistic) else 0
             for name in names
         ]
-        codes = all_reduced(torch.tensor(mine), self.mesh, "MAX").tolist()
+        codes = all_reduced(torch.tensor(mine, device="cpu"), self.mesh, "MAX").tolist()
         for name, code in zip(names, codes, strict=True):
             if code:
                 statistic = self._weight(name)
@@ -140,7 +140,7 @@ class ShardedTable(ObserverTable):
             if bad
             else None
         )
-        samples = int(all_reduced(torch.tensor(description.pop("num_samples")), self.mesh))
+        samples = int(all_reduced(torch.tensor(description.pop("num_samples"), device="cpu"), self.mesh))
         divided = {
             name + INPUTS: self.shardings[name]
             for name, statistic in self._statistics.items()

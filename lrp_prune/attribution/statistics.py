@@ -222,7 +222,7 @@ class RowStatistic:
 
     def __init__(self, name: str, rows: int, statistic: Statistic) -> None:
         self.name, self.statistic = name, statistic
-        self.sums = torch.zeros(rows, dtype=torch.float32)
+        self.sums = torch.zeros(rows, dtype=torch.float32, device="cpu")
 
     def add_rows(self, ids: Tensor, relevance: Tensor) -> None:
         """Add the relevance ``[..., features]`` of the rows that were looked up, or the rows alone."""
@@ -233,7 +233,7 @@ class RowStatistic:
             relevance, power = power_of(relevance, power, torch.float32), 0
         values = relevance.to(torch.float32).sum(-1)
         if self.statistic.by_sample:
-            samples = torch.zeros(ids.shape[0], self.sums.shape[0]).scatter_add_(
+            samples = torch.zeros(ids.shape[0], self.sums.shape[0], device="cpu").scatter_add_(
                 1, ids.reshape(ids.shape[0], -1).cpu(), values.reshape(ids.shape[0], -1).cpu()
             )
             self.sums += samples.abs().sum(0)

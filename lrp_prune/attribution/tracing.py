@@ -175,7 +175,9 @@ class UnitTracer:
         if min(first) <= NOTHING or not bool((numbers == numbers[:, same_as]).all()):
             return None
         order = {index: head for head, index in enumerate(sorted(first.values()))}
-        found = self._known_heads[origin.name] = torch.tensor([order[i] for i in same_as.tolist()], dtype=torch.int32)
+        found = self._known_heads[origin.name] = torch.tensor(
+            [order[i] for i in same_as.tolist()], dtype=torch.int32, device="cpu"
+        )
         return found
 
     def _cast_heads(self, result: Any) -> None:
@@ -300,8 +302,8 @@ def _on_parameter(numbers: Tensor, origin: Origin) -> Tensor | None:
             return numbers.permute(axes)
     if math.prod(whole.size) > _LARGEST_TABLE:
         return None
-    table = torch.full((), NOTHING, dtype=torch.int32).expand(whole.size).contiguous()
-    strided = torch.empty_strided(whole.size, whole.stride, dtype=torch.int32).copy_(table)
+    table = torch.full((), NOTHING, dtype=torch.int32, device="cpu").expand(whole.size).contiguous()
+    strided = torch.empty_strided(whole.size, whole.stride, dtype=torch.int32, device="cpu").copy_(table)
     strided.as_strided(layout.size, layout.stride, layout.offset).copy_(numbers.expand(layout.size))
     for axis in range(strided.dim()):
         first = strided.narrow(axis, 0, 1)

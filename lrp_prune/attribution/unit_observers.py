@@ -112,7 +112,7 @@ class UnitObservers:
         if kind == "head":
             assert use.reading.heads is not None
             return use.reading.heads
-        return torch.zeros(use.reading.channels, dtype=torch.int32)
+        return torch.zeros(use.reading.channels, dtype=torch.int32, device="cpu")
 
     def finish(self) -> Units:
         """All groups of wanted units, in the order of the model's layers."""
@@ -145,7 +145,7 @@ class UnitObservers:
                 yield group.name, group.readers, self._neuron_sums(group), group.members
 
     def _neuron_sums(self, group: Group) -> Tensor:
-        sums = torch.zeros(len(group.units))
+        sums = torch.zeros(len(group.units), device="cpu")
         index = {number: place for place, number in enumerate(group.units.tolist())}
         for reader in group.readers:
             if ("neuron", reader) in self._finished:
@@ -154,7 +154,9 @@ class UnitObservers:
                 here = [place for place, root in enumerate(roots) if root in index]
                 sums = sums.to(torch.promote_types(sums.dtype, values.dtype))
                 sums.index_add_(
-                    0, torch.tensor([index[roots[place]] for place in here], dtype=torch.int64), values[here]
+                    0,
+                    torch.tensor([index[roots[place]] for place in here], dtype=torch.int64, device="cpu"),
+                    values[here],
                 )
         return sums
 
@@ -177,7 +179,7 @@ class UnitObservers:
             if others is None or not self._wanted((name,), ()):
                 continue
             owned = [name, *(other for other in self._parameters if other in others)]
-            members = [Member(each, torch.zeros((1,) * self._parameters[each].dim())) for each in owned]
+            members = [Member(each, torch.zeros((1,) * self._parameters[each].dim(), device="cpu")) for each in owned]
             yield layer_of(name), (name,), self._placed("block", name, 1), tuple(members)
 
     def _placed(self, kind: str, name: str, number: int) -> Tensor:

@@ -78,7 +78,7 @@ class ReadStatistic:
         """The numbers of the units, and their sums; handed over."""
         parts, self._parts = self._parts, []
         if not parts:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, device="cpu")
         numbers, values = (torch.cat([part[index].cpu() for part in parts]) for index in (0, 1))
         units, places = distinct(numbers[numbers >= 0])
         return units.long(), values.new_zeros(len(units)).index_add_(0, places, values[numbers >= 0])

@@ -40,7 +40,7 @@ class UnitTable:
     """Gives numbers to channels, merges them, and tells groups of units."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    _parents: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    _parents: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64, device="cpu"))
     _ranges: dict[tuple[str, object], Tensor] = field(default_factory=dict)
     _owned: dict[tuple[str, object, bool], _Owned] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class UnitTable:
         found = self._ranges.get((parameter, part))
         if found is None:
             start = len(self._parents)
-            found = torch.arange(start, start + channels, dtype=torch.int32)
+            found = torch.arange(start, start + channels, dtype=torch.int32, device="cpu")
             self._parents = torch.cat([self._parents, found.long()])
             self._ranges[parameter, part] = found
         return found
@@ -119,10 +119,11 @@ class UnitTable:
         """The groups in the order of their first layers; and for layers whose channels are no units, why."""
         roots = {key: self.roots(numbers) for key, numbers in self._ranges.items()}
         refused = {
-            int(self.roots(torch.tensor(number, dtype=torch.int32))): why for number, why in self._refused.items()
+            int(self.roots(torch.tensor(number, dtype=torch.int32, device="cpu"))): why
+            for number, why in self._refused.items()
         }
         reads = [self.roots(entry.numbers).reshape(-1) for entry in self._owned.values() if entry.reads]
-        read = units_in(torch.cat(reads)) if reads else torch.empty(0)
+        read = units_in(torch.cat(reads)) if reads else torch.empty(0, device="cpu")
         left = {
             parameter: self._unread(numbers)
             for (parameter, _), numbers in roots.items()
@@ -147,8 +148,8 @@ class UnitTable:
         return f"its channels go into {', '.join(ways[:3])} before a layer reads them as they are"
 
     def _group(self, producers: tuple[str, ...], units: Tensor) -> Group:
-        index = torch.full((len(self._parents) + 2,), NOBODY, dtype=torch.int32)
-        index[units.long()] = torch.arange(len(units), dtype=torch.int32)
+        index = torch.full((len(self._parents) + 2,), NOBODY, dtype=torch.int32, device="cpu")
+        index[units.long()] = torch.arange(len(units), dtype=torch.int32, device="cpu")
         members: dict[bool, list[Member]] = {True: [], False: []}
         for entry in self._owned.values():
             numbers = self.roots(entry.numbers)
@@ -180,7 +181,7 @@ def _connected(roots: Mapping[tuple[str, object], Tensor]) -> Iterable[list[tupl
 
 def _ordered(numbers: Tensor) -> Tensor:
     """Distinct numbers in the order in which they first occur."""
-    return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.int32)
+    return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.int32, device="cpu")
 
 
 def _named(groups: list[Group]) -> list[Group]:

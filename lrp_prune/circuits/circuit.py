@@ -161,7 +161,9 @@ class Circuit:
         for site in self.sites:
             shapes = dict(site.shapes)
             for member in site.members:
-                mask = masks.setdefault(member.parameter, torch.ones(shapes[member.parameter], dtype=torch.bool))
+                mask = masks.setdefault(
+                    member.parameter, torch.ones(shapes[member.parameter], dtype=torch.bool, device="cpu")
+                )
                 mask &= member.kept(self.kept[site.name])
         kinds = {site.kind for site in self.sites}
         words = {"head": "head", "mlp_neuron": "neuron", "attention_block": "block", "mlp_block": "block"}

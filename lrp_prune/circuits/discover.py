@@ -155,7 +155,7 @@ def _iterate(
     scores: dict[str, Tensor], scored: Any, name: str, sites: Any, order: str, rounds: int, density: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The scores that each node had when it was dropped, and the rounds."""
-    dropped = {group: torch.zeros(values.shape, dtype=torch.int16) for group, values in scores.items()}
+    dropped = {group: torch.zeros(values.shape, dtype=torch.int16, device="cpu") for group, values in scores.items()}
     total = sum(values.numel() for values in scores.values())
     final = {group: values.clone() for group, values in scores.items()}
     for number in range(1, rounds + 1):

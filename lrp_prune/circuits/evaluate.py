@@ -158,7 +158,7 @@ def compare(
             {metric: values[:, start + number : stop + number] for metric, values in table.items()}
             if complements
             else {},
-            torch.full((len(circuits),), torch.nan),
+            torch.full((len(circuits),), torch.nan, device="cpu"),
             dict(circuits[0].description),
         )
         for index, one in enumerate(circuits if minimality_nodes else ()):
@@ -256,7 +256,7 @@ def _scores(model: nn.Module, circuits: Sequence[Circuit], task: Task, ablation:
     batches = task.batches(batch_size)
     reference = reference_for(model, first.sites, batches, ablation)
     empty = {group: torch.zeros_like(mask) for group, mask in first.kept.items()}
-    sums = {name: torch.zeros(2 + len(circuits), dtype=torch.float64) for name in METRICS}
+    sums = {name: torch.zeros(2 + len(circuits), dtype=torch.float64, device="cpu") for name in METRICS}
     for batch in batches:
         replacement = reference(batch)
         full = _logits(model, batch)

@@ -90,7 +90,7 @@ class Explained:
             stack.enter_context(undisturbed(model))
             propagation = stack.enter_context(attributing(model, self._way.composite, unruled=self._unruled))
             stack.enter_context(gating(model, self._sites, self._gates, self._replacement))
-            stack.enter_context(replacing(model, {place: torch.tensor(share) for place in moved}, toward))
+            stack.enter_context(replacing(model, {place: torch.tensor(share, device="cpu") for place in moved}, toward))
             # A copy, so that only what this layer does with it counts, and nothing is added to it in place.
             noted = stack.enter_context(capturing(model, places(self._sites), Tensor.clone))
             value = self._target(model, self._batch)

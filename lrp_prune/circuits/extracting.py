@@ -100,7 +100,7 @@ def _bake(model: nn.Module, circuit: Circuit, means: Reference, add_biases: bool
             )
         closed = next((site for site in sites if site.at_output and not bool(kept[site.name])), None)
         if closed is not None:
-            old = torch.zeros(1) if bias is None else bias.detach().cpu()
+            old = torch.zeros(1, device="cpu") if bias is None else bias.detach().cpu()
             changes[name] = _single(means, (name, True)).to(torch.float64).cpu() - old.to(torch.float64)
             continue
         inner = [site for site in sites if not site.at_output]
@@ -108,7 +108,7 @@ def _bake(model: nn.Module, circuit: Circuit, means: Reference, add_biases: bool
         weight = (
             parameters[reader.parameter].detach().movedim(1 if reader.dim is None else reader.dim, 1)
         )  # [written, read]
-        removed = torch.zeros(weight.shape[1], dtype=torch.bool)
+        removed = torch.zeros(weight.shape[1], dtype=torch.bool, device="cpu")
         for site in inner:
             removed |= ~kept[site.name].repeat_interleave(site.width)
         average = _single(means, (name, False)).to(torch.float64).cpu() * removed

@@ -82,7 +82,7 @@ def warm_started(
     for kind, share in shares.items():
         if not 0 < share <= 1:
             raise ValueError(f"open_share must be in (0, 1], got {share} for {kind}")
-    start = {site.name: torch.full((site.units,), float(initial)) for site in sites}
+    start = {site.name: torch.full((site.units,), float(initial), device="cpu") for site in sites}
     units = {site.name: site.units for site in sites}
     for ranking in rankings:
         unknown = [name for name, scores in ranking.scores.items() if units.get(name) != scores.numel()]

@@ -67,8 +67,8 @@ class Pressure(nn.Module):
         for kind, density in self._densities.items():
             if not 0 < density <= 1:
                 raise ValueError(f"density must be in (0, 1], got {density} for {kind}")
-        self.register_buffer("multipliers", torch.zeros(len(self._densities)))
-        self.register_buffer("start", torch.ones(len(self._densities)))
+        self.register_buffer("multipliers", torch.zeros(len(self._densities), device="cpu"))
+        self.register_buffer("start", torch.ones(len(self._densities), device="cpu"))
 
     @torch.no_grad()
     def begin(self, log_alpha: Mapping[str, Tensor]) -> None:

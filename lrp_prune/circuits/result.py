@@ -148,7 +148,7 @@ class EvaluationResult:
         if logarithmic and x[0] == 0:
             raise ValueError("the circuit of size 0 has no place on a logarithmic scale: leave it out")
         values = self.faithfulness_by_seed[:, order]
-        places = torch.tensor([math.log(value) for value in x] if logarithmic else x, dtype=values.dtype)
+        places = torch.tensor([math.log(value) for value in x] if logarithmic else x, dtype=values.dtype, device="cpu")
         return torch.trapezoid((1 - values).abs() if distance else values, places, dim=1)
 
     @property

@@ -46,7 +46,7 @@ class UnitScores:
     def __init__(self, sites: Sequence[Site], statistic: str, skip_first: int = 0) -> None:
         self._sites, self._statistic, self._skip_first = sites, statistic_of(statistic), skip_first
         self._statistic.check_suits("unit")
-        self._sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
+        self._sums = {site.name: torch.zeros(site.units, dtype=torch.float64, device="cpu") for site in sites}
         self._samples = 0
 
     def add(self, contributions: Mapping[Place, Sequence[Tensor]], samples: int, norm: bool = False) -> None:
@@ -84,7 +84,7 @@ def unit_scores(
     """
     if way.name == "random":
         generator = torch.Generator().manual_seed(way.seed)
-        return {site.name: torch.rand(site.units, generator=generator) for site in sites}
+        return {site.name: torch.rand(site.units, generator=generator, device="cpu") for site in sites}
     batches = task.batches(batch_size)
     if way.name == "wanda":
         reference = reference_for(model, sites, batches, ablation) if gates else None

@@ -216,10 +216,10 @@ def _sites(model: nn.Module, relevance: Relevance | str, part: str) -> list[Site
             )
         weight = parameters[reader.parameter]
         dim = weight.dim() - 1 if reader.dim is None else reader.dim
-        whole = [Member(reader.parameter, torch.zeros((1,) * weight.dim()))]
+        whole = [Member(reader.parameter, torch.zeros((1,) * weight.dim(), device="cpu"))]
         bias = f"{group}.bias"
         if bias in parameters:
-            whole.append(Member(bias, torch.zeros(1)))
+            whole.append(Member(bias, torch.zeros(1, device="cpu")))
         shapes = tuple(
             (name, tuple(parameters[name].shape))
             for name in dict.fromkeys(member.parameter for member in (*whole, reader, *producers))

@@ -227,7 +227,7 @@ class Contrast:
 def _read(relevance: Relevance, extent: Extent, name: str, index: slice) -> Tensor:
     if name in relevance:
         return relevance.read(name, index)
-    return torch.zeros(len(range(*index.indices(extent.here(name)))))
+    return torch.zeros(len(range(*index.indices(extent.here(name)))), device="cpu")
 
 
 def _any(relevance: Relevance, extent: Extent) -> bool:

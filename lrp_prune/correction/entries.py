@@ -121,7 +121,7 @@ def read(tensor: Tensor, positions: Tensor) -> Tensor:
     here = located.read()
     integer = _INTEGER_OF_BYTES[here.element_size()]
     # Each value is in one process; zeros elsewhere. Not every backend sums integers of two bytes.
-    whole = torch.zeros(len(positions), dtype=torch.int64)
+    whole = torch.zeros(len(positions), dtype=torch.int64, device="cpu")
     whole[located.held] = here.view(integer).to(torch.int64)
     return sharding.all_reduced(whole).to(integer).view(here.dtype)
 

@@ -53,7 +53,9 @@ class Extent(NamedTuple):
         if not self.shardings:
             return dict(counts)
         first = next(iter(self.shardings.values()))
-        together = first.all_reduced(torch.tensor([counts[name] for name in self.shardings if name in counts]))
+        together = first.all_reduced(
+            torch.tensor([counts[name] for name in self.shardings if name in counts], device="cpu")
+        )
         found = zip([name for name in self.shardings if name in counts], together.tolist(), strict=True)
         return {**counts, **dict(found)}
 

@@ -61,7 +61,7 @@ def save_model(model: Any, path: str | os.PathLike[str], **options: Any) -> None
             sharding = sharding_of(tensor, name)
             here = local_part(tensor)
             whole = here if sharding is None else sharding.gathered(here)
-            found[owner] = whole.cpu() if is_first(mesh) else torch.empty(0)
+            found[owner] = whole.cpu() if is_first(mesh) else torch.empty(0, device="cpu")
         state[name] = found[owner]
     failure = None
     if is_first(mesh):

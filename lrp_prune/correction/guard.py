@@ -48,7 +48,7 @@ def without(packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], exte
     for name, shape in extent.shapes.items():
         if name not in spared and name in found:
             continue
-        free = bits.unpack(found[name], shape) if name in found else torch.ones(shape, dtype=torch.bool)
+        free = bits.unpack(found[name], shape) if name in found else torch.ones(shape, dtype=torch.bool, device="cpu")
         if name in spared and name in extent.shardings:
             whole, dim = extent.shardings[name], extent.shardings[name].dim
             coordinates = list(torch.unravel_index(spared[name], whole.shape))

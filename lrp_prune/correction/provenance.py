@@ -36,7 +36,7 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         step = max(parameter.numel() // _SAMPLED, 1)
         if is_sharded(parameter):
-            flat = read(parameter, torch.arange(0, parameter.numel(), step))
+            flat = read(parameter, torch.arange(0, parameter.numel(), step, device="cpu"))
         else:
             flat = parameter.detach().reshape(-1)[::step].cpu().contiguous()
         digest.update(flat.view(torch.uint8).numpy().data)

@@ -184,7 +184,7 @@ def marked_positions(mask: Tensor, sharding: Sharding | None) -> Tensor:
         return mask.reshape(-1).nonzero().view(-1).cpu()
     coordinates = mask.nonzero().cpu()
     coordinates[:, sharding.dim] += sharding.bounds[0]
-    strides = torch.tensor(torch.empty(sharding.shape, device="meta").stride())
+    strides = torch.tensor(torch.empty(sharding.shape, device="meta").stride(), device="cpu")
     everywhere = all_gathered((coordinates * strides).sum(1), sharding.mesh)
     # Where parts are replicated as well, several processes have the same.
     positions: Tensor = torch.unique(torch.cat(everywhere))

@@ -91,7 +91,7 @@ def explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, An
 
     def explain_nothing(model: nn.Module, batch: Any) -> Tensor:
         explained(model, batch)
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
     explain_nothing.__qualname__ = "nothing"
     return explain_nothing

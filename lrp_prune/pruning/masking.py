@@ -62,8 +62,8 @@ def counted(shardings: Mapping[str, Sharding], counts: Mapping[str, int]) -> dic
     """Numbers of entries of whole tensors, from those of the parts here; called in all processes."""
     if not shardings:
         return {}
-    here = torch.tensor([counts[name] for name in shardings])
-    divided = torch.tensor([sharding.axis is not None for sharding in shardings.values()])
+    here = torch.tensor([counts[name] for name in shardings], device="cpu")
+    divided = torch.tensor([sharding.axis is not None for sharding in shardings.values()], device="cpu")
     first = next(iter(shardings.values()))
     shared = next((sharding for sharding in shardings.values() if sharding.axis is not None), first)
     return dict(zip(shardings, torch.where(divided, shared.all_reduced(here), here).tolist(), strict=True))

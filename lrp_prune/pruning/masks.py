@@ -237,7 +237,9 @@ class Masks(Mapping[str, Tensor]):
             return False
         equal = all(torch.equal(self._bits[name], other._bits[name]) for name in self)
         first = next(iter(self.shardings.values()), None)
-        return equal if first is None else bool(all_reduced(torch.tensor([int(equal)]), first.mesh, "MIN"))
+        return (
+            equal if first is None else bool(all_reduced(torch.tensor([int(equal)], device="cpu"), first.mesh, "MIN"))
+        )
 
     def checksum(self) -> str:
         """SHA-256 of names, shapes and bits, in hexadecimal; the same on every machine and in any order of names."""

@@ -16,8 +16,8 @@ class PairedMoments:
     def __init__(self, channels: int) -> None:
         self.count = 0
         self._means, self._sums = (
-            torch.zeros(2, channels, dtype=torch.float64),
-            torch.zeros(3, channels, dtype=torch.float64),
+            torch.zeros(2, channels, dtype=torch.float64, device="cpu"),
+            torch.zeros(3, channels, dtype=torch.float64, device="cpu"),
         )
 
     def add(self, pruned: Tensor, dense: Tensor) -> None:

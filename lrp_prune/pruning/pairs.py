@@ -278,7 +278,7 @@ def _bias_of(call: Call) -> Tensor | None:
 
 def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool) -> set[Place]:
     """The places whose entries of a parameter something else uses as well."""
-    count = torch.empty_strided(whole.size, whole.stride, dtype=torch.int8).fill_(int(looked_up))
+    count = torch.empty_strided(whole.size, whole.stride, dtype=torch.int8, device="cpu").fill_(int(looked_up))
     for layout, _ in used:
         layout.once(layout.on(count)).add_(1)
     return {place for layout, place in used if place is not None and bool((layout.on(count) > 1).any())}

@@ -160,7 +160,7 @@ def select(
 def _all_kept(relevance: "Relevance", name: str) -> Tensor:
     sharding = relevance.sharding(name)
     shape = relevance.parameter_shapes[name] if sharding is None else sharding.local_shape
-    return bits.pack(torch.ones(shape, dtype=torch.bool))
+    return bits.pack(torch.ones(shape, dtype=torch.bool, device="cpu"))
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], existing: Masks | None) -> None:
@@ -255,7 +255,7 @@ def _select_rows(
 ) -> Tensor:
     """The packed mask of one tensor, selected group by group."""
     view = as_rows(values, layout, scope, name)
-    result = torch.empty(values.shape, dtype=torch.bool)
+    result = torch.empty(values.shape, dtype=torch.bool, device="cpu")
     result_view = as_rows(result, layout, scope, name)
     kept_view = None if kept is None else as_rows(bits.unpack(kept, values.shape), layout, scope, name)
     stack, rows = view.shape[:2]

@@ -178,7 +178,7 @@ class _Entries:
     def survey(self) -> Tensor:
         """Histogram of a sample's keys by their first digit; then the number of entries; then that of pruned ones."""
         shift = _survey_shift(self.form)
-        result = torch.zeros(_BINS + 2, dtype=torch.int64)
+        result = torch.zeros(_BINS + 2, dtype=torch.int64, device="cpu")
         for index, kept in enumerate(self.kept):
             flat = self._flat(index)
             sample = self.form.of(flat[::_STRIDE].contiguous())
@@ -202,7 +202,7 @@ class _Entries:
 
         Every process takes part in the reduction before one of them raises, so that none is left waiting.
         """
-        counts = torch.zeros(3, dtype=torch.int64)
+        counts = torch.zeros(3, dtype=torch.int64, device="cpu")
         budget = max(_COLLECTED, int(self.total * _COLLECTED_SHARE))
         collected: list[list[Tensor]] | None = [[] for _ in self.kept]
         broken = None
@@ -226,7 +226,7 @@ class _Entries:
         self.collected = None
         if collected is not None:
             numbers = [sum(part.numel() for part in parts) for parts in collected]
-            empty = torch.empty(0, dtype=torch.int32 if self.form.width == 32 else torch.int64)
+            empty = torch.empty(0, dtype=torch.int32 if self.form.width == 32 else torch.int64, device="cpu")
             together = torch.cat([empty, *(part.cpu() for parts in collected for part in parts)])
             self.collected = together, torch.split(together, numbers)
         return int(counts[0]), int(counts[1])
@@ -239,7 +239,7 @@ class _Entries:
 
     def histogram(self, low: int, high: int, shift: int, bins: int) -> Tensor:
         """How many keys of ``[low, high)`` lie in each of the ``bins`` intervals of ``2 ** shift`` keys."""
-        result = torch.zeros(bins, dtype=torch.int64)
+        result = torch.zeros(bins, dtype=torch.int64, device="cpu")
         scanned = (chunk for index in range(len(self.kept)) for _, chunk in self._chunks(index))
         for chunk in scanned if self.collected is None else [self.collected[0]]:
             _, inside, found = keys.between(chunk, low, high)
@@ -253,14 +253,14 @@ class _Entries:
             sum(keys.between(chunk, key, key + 1, collect=False)[1] for chunk in self._keys_of(index))
             for index in range(len(self.kept))
         ]
-        return torch.tensor(counts, dtype=torch.int64)
+        return torch.tensor(counts, dtype=torch.int64, device="cpu")
 
     def kept_after(self, index: int, key: int, quota: int, ties: int) -> Tensor:
         """A tensor's packed mask without what is below ``key`` and the first ``quota`` of its ``ties`` with it."""
         all_ties = quota == ties
         partial = 0 if all_ties else quota
         flat, kept = self._flat(index), self.kept[index]
-        result = torch.empty(bits.num_bytes(flat.numel()), dtype=torch.uint8)
+        result = torch.empty(bits.num_bytes(flat.numel()), dtype=torch.uint8, device="cpu")
         for start, chunk in self.form.chunks(flat):
             first, last = start // 8, bits.num_bytes(start + chunk.numel())
             if partial and kept is not None:

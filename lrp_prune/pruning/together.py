@@ -85,7 +85,7 @@ def pruned_together(
     pruned = {name: math.prod(here[name]) - bits.count(mask) for name, mask in masks.items()}
     divided = [name for name in masks if name in shardings]
     if divided:
-        counts = torch.tensor([pruned[name] for name in divided], dtype=torch.int64)
+        counts = torch.tensor([pruned[name] for name in divided], dtype=torch.int64, device="cpu")
         pruned.update(zip(divided, shardings[divided[0]].all_reduced(counts).tolist(), strict=True))
     return pruned
 
@@ -94,7 +94,7 @@ def _preceding(sharding: Sharding, ties: Tensor) -> Tensor:
     """How many ties lie before this process's part of each tensor: in earlier tensors, and in earlier parts of this one."""
     assert sharding.axis is not None
     here = sharding.mesh.get_local_rank(sharding.axis)
-    table = torch.zeros(sharding.mesh.size(sharding.axis), len(ties), dtype=torch.int64)
+    table = torch.zeros(sharding.mesh.size(sharding.axis), len(ties), dtype=torch.int64, device="cpu")
     table[here] = ties
     table = sharding.all_reduced(table)
     totals = table.sum(0)
@@ -116,7 +116,7 @@ class _Part:
         self.values: Tensor | LazyValues
         self.kept = kept
         if sharding is None:
-            self.values = relevance.local(name) if self._leads else torch.empty(0)
+            self.values = relevance.local(name) if self._leads else torch.empty(0, device="cpu")
             self.kept = kept if self._leads or kept is None else kept[:0]
         elif sharding.dim == 0:
             self.values = LazyValues(_entries(sharding), partial(relevance.read, name))
@@ -129,7 +129,9 @@ class _Part:
     def mask(self, chosen: Tensor) -> Tensor:
         """The packed mask of what is here, from that of what was compared here."""
         if self._sharding is None:
-            told = chosen if self._leads else torch.zeros(bits.num_bytes(self._entries), dtype=torch.uint8)
+            told = (
+                chosen if self._leads else torch.zeros(bits.num_bytes(self._entries), dtype=torch.uint8, device="cpu")
+            )
             return self._like.all_reduced(told, "MAX")
         if self._sharding.dim == 0:
             return chosen
@@ -188,7 +190,7 @@ def _chosen(
         return choose(values, kept)
     except ValueError as error:
         failures.append(error)
-        return bits.pack(torch.ones(values.shape, dtype=torch.bool))
+        return bits.pack(torch.ones(values.shape, dtype=torch.bool, device="cpu"))
 
 
 def _entries(sharding: Sharding) -> int:

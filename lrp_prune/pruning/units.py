@@ -25,7 +25,7 @@ def existing_units(
         return {}
     result = {}
     for name, (number,) in units.items():
-        alive = torch.zeros(number, dtype=torch.bool)
+        alive = torch.zeros(number, dtype=torch.bool, device="cpu")
         for member in _members(relevance, name):
             if member.parameter not in existing:
                 alive.fill_(True)
@@ -55,7 +55,9 @@ def expand_units(
         sharding = relevance.shardings.get(name)
         shape = shapes[name] if sharding is None else sharding.local_shape
         mask = (
-            existing.local(name) if existing is not None and name in existing else torch.ones(shape, dtype=torch.bool)
+            existing.local(name)
+            if existing is not None and name in existing
+            else torch.ones(shape, dtype=torch.bool, device="cpu")
         )
         for member, alive in owned:
             kept = member.kept(alive)
@@ -67,18 +69,23 @@ def expand_units(
 def weight_norms(model: nn.Module, members: Iterable[Member], units: int) -> Tensor:
     """The root mean square of all weights that each unit owns: float32 ``[units]``."""
     parameters = named_parameters(model)
-    squares, counts = torch.zeros(units + 1, dtype=torch.float64), torch.zeros(units + 1, dtype=torch.float64)
+    squares, counts = (
+        torch.zeros(units + 1, dtype=torch.float64, device="cpu"),
+        torch.zeros(units + 1, dtype=torch.float64, device="cpu"),
+    )
     for member in members:
         parameter = parameters[member.parameter]
         sharding, here = sharding_of(parameter, member.parameter), local_part(parameter)
         owners = member.owners if sharding is None else sharding.part(member.owners)
         shared = [axis for axis, size in enumerate(owners.shape) if size == 1]
         own = here.to(torch.float32).square().sum(shared, keepdim=True) if shared else here.to(torch.float32).square()
-        found = torch.zeros(units + 1, dtype=torch.float64)
+        found = torch.zeros(units + 1, dtype=torch.float64, device="cpu")
         found.index_add_(0, owners.reshape(-1).long(), own.cpu().double().reshape(-1))  # those of nobody are the last
         squares += found if sharding is None else sharding.all_reduced(found)
         repeats = math.prod(size for axis, size in enumerate(parameter.shape) if member.owners.shape[axis] == 1)
-        counts.index_add_(0, member.owners.reshape(-1).long(), torch.full((member.owners.numel(),), repeats).double())
+        counts.index_add_(
+            0, member.owners.reshape(-1).long(), torch.full((member.owners.numel(),), repeats, device="cpu").double()
+        )
     return (squares[:units] / counts[:units].clamp(min=1)).sqrt().float()
 
 

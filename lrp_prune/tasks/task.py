@@ -138,10 +138,10 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
 
 
 def _collate(samples: Sequence[Encoded]) -> Batch:
-    ids = torch.tensor([sample.clean for sample in samples])
+    ids = torch.tensor([sample.clean for sample in samples], device="cpu")
     return {
         "input_ids": ids,
-        "counterfactual_ids": torch.tensor([sample.counterfactual for sample in samples]),
+        "counterfactual_ids": torch.tensor([sample.counterfactual for sample in samples], device="cpu"),
         "attention_mask": torch.ones_like(ids),
         "answers": _filled([sample.answers for sample in samples]),
         "distractors": _filled([sample.distractors for sample in samples]),
@@ -150,7 +150,7 @@ def _collate(samples: Sequence[Encoded]) -> Batch:
 
 def _filled(rows: Sequence[Sequence[int]]) -> Tensor:
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in rows], device="cpu")
 
 
 def divided(items: Sequence[_T], held_out: float, seed: int, minimum: int, what: str) -> tuple[list[_T], list[_T]]:

@@ -77,7 +77,7 @@ class Rules:
     def stops_gates(self) -> bool:
         """Whether no relevance goes to the gate of a product."""
         with _out_of_sight():
-            gate, signal = (torch.ones((), requires_grad=True) for _ in range(2))
+            gate, signal = (torch.ones((), requires_grad=True, device="cpu") for _ in range(2))
             product = self.gated(gate, signal.clone())
             return torch.autograd.grad(product, gate, allow_unused=True)[0] is None
 

@@ -56,4 +56,4 @@ class Random(Method):
 def random_values(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Uniform in [0, 1), by seed and name only."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(name)))
-    return torch.rand(tuple(shape), generator=generator)
+    return torch.rand(tuple(shape), generator=generator, device="cpu")
