@@ -25,8 +25,8 @@ from lrp_prune.pruning import Method, Scope, sparsity_schedule
 from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule
 from lrp_prune.pruning.scope import settled
-from lrp_prune.pruning.scopes import Structure, layout_of, parse_scope
 from lrp_prune.relevance import granularities_of
+from lrp_prune.selection.scopes import Structure, layout_of, parse_scope
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 

@@ -19,8 +19,8 @@ from lrp_prune.callbacks._distributed import agree, check_targets, gathered, mer
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import Inferred
-from lrp_prune.unscored import UnscoredWeightsWarning
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance

@@ -14,11 +14,11 @@ from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._distributed import agree, gathered
 from lrp_prune.correction import Automatic, Search
 from lrp_prune.correction.guard import GUARD_SCOPES
-from lrp_prune.module import CorrectedModule
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
-from lrp_prune.statistics import OF_RELEVANCE
+from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.targets import checked
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 class _InnerCollection(Collection):

@@ -7,9 +7,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.pruning import Masks
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import OtherProcessError
 from lrp_prune.targets import in_words
 
 

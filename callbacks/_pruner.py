@@ -15,18 +15,18 @@ from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._distributed import agree, check_equal
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
+from lrp_prune.distributed.sharding import sharding_of
 from lrp_prune.models.subject import subject_of
-from lrp_prune.module import CorrectedModule
 from lrp_prune.names import resolve
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.coverage import groups_of
-from lrp_prune.pruning.keeping import MaskKeeper
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
-from lrp_prune.pruning.scopes import check_selectable, layout_of, parse_scope
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import sharding_of
-from lrp_prune.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from lrp_prune.selection.scopes import check_selectable, layout_of, parse_scope
+from lrp_prune.training.keeping import MaskKeeper
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 class Pruner:

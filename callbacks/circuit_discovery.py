@@ -16,8 +16,8 @@ from lrp_prune.circuits.discover import check_nodes, check_options
 from lrp_prune.circuits.methods import NodeMethodName, method_for
 from lrp_prune.circuits.sites import kinds_of
 from lrp_prune.pruning import Method
-from lrp_prune.pruning.keys import Order
 from lrp_prune.pruning.scope import Normalization
+from lrp_prune.selection.keys import Order
 from lrp_prune.tasks import Task
 
 

@@ -11,19 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_choice, check_strategy, check_validation, checked_key
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import Guard, ReferenceSets, checked_amount, measured, search_table
 from lrp_prune.correction import Automatic, Patch, Search, search_amount
 from lrp_prune.correction.combining import merged
 from lrp_prune.correction.verifying import resolve_entries
+from lrp_prune.engine.unsharding import make_ordinary
 from lrp_prune.models.states import undisturbed
-from lrp_prune.module import CorrectedModule
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
 from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 class ContrastiveCorrection(CollectingCallback):

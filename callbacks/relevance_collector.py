@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.attribution.unsharding import make_ordinary
 from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
+from lrp_prune.engine.unsharding import make_ordinary
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Granularity
 

@@ -49,7 +49,7 @@ class RelevancePruning(CollectingCallback):
     Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
     validation and score the weights right before they are pruned.
 
-    The zeros are kept by :class:`~lrp_prune.pruning.keeping.MaskKeeper`. Parameters keep their names, so the
+    The zeros are kept by :class:`~lrp_prune.training.keeping.MaskKeeper`. Parameters keep their names, so the
     checkpoint's state dict is that of the plain model.
 
     Example::

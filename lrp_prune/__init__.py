@@ -11,7 +11,6 @@ from importlib import import_module
 
 from lrp_prune.attribution import Composite, Propagation, attribute, attributing, register_rule
 from lrp_prune.correction import Patch
-from lrp_prune.members import Member
 from lrp_prune.planning import Estimate, estimate
 from lrp_prune.pruning import (
     LRP,
@@ -27,7 +26,8 @@ from lrp_prune.pruning import (
     select,
 )
 from lrp_prune.relevance import Relevance
-from lrp_prune.statistics import Statistic
+from lrp_prune.relevance.members import Member
+from lrp_prune.relevance.statistics import Statistic
 
 __all__ = [
     "LRP",
@@ -59,12 +59,23 @@ __all__ = [
 
 
 # What needs Lightning, or is not always wanted, is imported when it is asked for.
-_MODULES = ("attribution", "callbacks", "circuits", "correction", "metrics", "pruning", "tasks")
+_MODULES = (
+    "attribution",
+    "callbacks",
+    "circuits",
+    "correction",
+    "engine",
+    "metrics",
+    "pruning",
+    "relevance",
+    "targets",
+    "tasks",
+)
 
 
 def __getattr__(name: str) -> object:
     if name == "CorrectedModule":
-        from lrp_prune.module import CorrectedModule
+        from lrp_prune.wrapper.module import CorrectedModule
 
         return CorrectedModule
     if name == "compare":

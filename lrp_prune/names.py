@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lrp_prune.adapters import inserted_paths
-from lrp_prune.sharding import at_rest
+from lrp_prune.distributed.sharding import at_rest
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPER_CLASSES = frozenset(

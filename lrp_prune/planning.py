@@ -9,24 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.candidates import candidates
-from lrp_prune.attribution.composites import composite_of
-from lrp_prune.attribution.observers import ObserverTable
-from lrp_prune.attribution.propagation import propagating
-from lrp_prune.attribution.rules import Call
-from lrp_prune.attribution.uses import WeightUses
-from lrp_prune.models.batches import mapped, tensors
-from lrp_prune.models.calling import run
-from lrp_prune.models.outputs import logits_of
-from lrp_prune.models.states import undisturbed
+from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
-from lrp_prune.names import class_name, named_parameters
+from lrp_prune.names import named_parameters
 from lrp_prune.pruning.fitting import ENTRIES
-from lrp_prune.pruning.methods import Collects, Method, method_of
-from lrp_prune.pruning.pairs import computed, given
+from lrp_prune.pruning.methods import Method, method_of
 from lrp_prune.pruning.recalibration import LOOKED_AT, STRENGTHS, parts_of_reference
-from lrp_prune.pruning.scopes import check_sparsity
+from lrp_prune.rehearsing import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.relevance import granularities_of
-from lrp_prune.statistics import statistic_of
+from lrp_prune.relevance.statistics import statistic_of
+from lrp_prune.selection.scopes import check_sparsity
 
 OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, "none": 0}
 """Tensors of a parameter's size that an optimizer keeps for it."""
@@ -171,12 +163,12 @@ def estimate(
     options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
     activations = logits = 0
     if batch is not None and collected is not None:
-        activations, logits = _forward(_Run(module, collected, options), batch, dtype)
+        activations, logits = kept_by_a_forward(Collecting(module, collected, options), batch, dtype)
     gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
     temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
     passes, fitted = _passes(min(batches, LOOKED_AT))
     zeroed = round(sparsity * sum(part(entry) * size(entry) for entry in scored.values()))
-    compared = 0 if batch is None else _compared(_Compared(module, set(scored)), batch, dtype, fitted)
+    compared = 0 if batch is None else _compared(Comparing(module, set(scored)), batch, dtype, fitted)
     if parts > 1:
         compared += _one_module(module, {}, size)
         temporary += _one_module(module, scored if whole else {}, size)
@@ -202,9 +194,9 @@ def _passes(batches: int) -> tuple[int, int]:
     return one_to_measure + fitted * (1 + len(STRENGTHS)) + judged * (2 + len(STRENGTHS)), fitted
 
 
-def _compared(runner: "_Compared", batch: Any, dtype: torch.dtype | None, fitted: int) -> int:
+def _compared(runner: "Comparing", batch: Any, dtype: torch.dtype | None, fitted: int) -> int:
     """Bytes that are kept of the dense model's outputs, and held by a forward, over so many batches as are run as one."""
-    held, logits = _forward(runner, batch, dtype)
+    held, logits = kept_by_a_forward(runner, batch, dtype)
     together = max(1, min(fitted, ENTRIES // max(runner.entries, 1)))
     # Beside its own a forward has the dense logits; those of one batch are compared as distributions.
     return max(together * (runner.bytes + held + 2 * logits), runner.bytes + held + 5 * logits)
@@ -233,15 +225,11 @@ def _inputs(parameter: Tensor) -> int:
 def _tokens(batch: Any) -> int:
     if batch is None:
         return 0
-    if _is_shape(batch):
+    if is_shape(batch):
         return math.prod(batch)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     first = ids if isinstance(ids, Tensor) else next(iter(tensors(batch)), None)
     return 0 if first is None else first.numel() if ids is not None else int(first.shape[0])
-
-
-def _is_shape(batch: Any) -> bool:
-    return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
 
 
 def _contraction(scored: Mapping[str, Tensor], batch: Any, size: Callable[[Tensor], int]) -> int:
@@ -269,93 +257,6 @@ def _one_module(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[
         return sum(2 * size(entry) * entry.numel() for entry in entries) + 2 * sums  # sums are copied to be divided
 
     return max(map(held, layers), default=0)
-
-
-def _forward(runner: "_Run | _Compared", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
-    """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def without_data(tensor: Tensor) -> Tensor:
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            made = torch.empty(tensor.shape, dtype=kind, device="cpu")
-            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-        state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
-        if _is_shape(batch):
-            given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long, device="cpu")}
-        else:
-            given = mapped(batch, without_data)
-        own = {entry.untyped_storage()._cdata for entry in state.values()}
-        try:
-            saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with undisturbed(runner), saving, torch.enable_grad():
-                output = torch.func.functional_call(runner, state, (given,))
-            logits = logits_of(output)
-        except Exception as error:
-            raise ValueError(
-                f"{class_name(runner.module)} cannot be run without data ({type(error).__name__}: {error}): leave out batch="
-            ) from error
-        keep(logits)
-        total = sum(size for storage, (size, _) in kept.items() if storage not in own)
-        return total, logits.untyped_storage().nbytes()
-
-
-class _Run(nn.Module):
-    """Runs a module as a collection does."""
-
-    def __init__(self, module: nn.Module, collected: Collects, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module, self.collected, self.options = module, collected, options
-
-    def forward(self, batch: Any) -> Any:
-        statistic = self.collected.statistic
-        options = {"statistic": statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
-        table = ObserverTable(self.module, **options)
-        uses = WeightUses(table.observers, table.tracer)
-        composite = composite_of(self.collected.composite)
-        with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
-            return run(self.module, batch)
-
-
-class _Compared(nn.Module):
-    """Runs a module as recalibration does, and counts what it keeps of the outputs."""
-
-    def __init__(self, module: nn.Module, names: set[str]) -> None:
-        super().__init__()
-        self.module, self.names = module, names
-        self.entries = self.bytes = 0
-
-    def forward(self, batch: Any) -> Any:
-        uses = _Outputs(self)
-        with propagating(self.module, composite_of("gradient"), None, "ignore", uses, named=False):
-            return run(self.module, batch)
-
-
-class _Outputs(WeightUses):
-    """Products as recalibration makes them."""
-
-    def __init__(self, runner: _Compared) -> None:
-        super().__init__(lambda use: [])
-        self._runner = runner
-
-    def observed(self, call: Call) -> Any:
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
-        if found.origin.name in self._runner.names:
-            self._runner.entries += result.numel()
-            self._runner.bytes += result.nbytes
-        return given(found.activation, lambda: result)
 
 
 def _readable(size: int) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrp_prune.sharding import agree, is_first
+from lrp_prune.distributed.sharding import agree, is_first
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -9,7 +9,7 @@ from torch import nn
 
 import lrp_prune
 from lrp_prune.attribution import RULES
-from lrp_prune.statistics import STATISTICS
+from lrp_prune.relevance.statistics import STATISTICS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()

@@ -10,7 +10,7 @@ from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_prune.delegation import PlainSteps
+from lrp_prune.wrapper.delegation import PlainSteps
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

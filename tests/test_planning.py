@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
 from lrp_prune.pruning import recalibrate, scorer
-from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.training.keeping import MaskKeeper
 
 SIZES = [
     {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 500},

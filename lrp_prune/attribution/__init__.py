@@ -1,11 +1,11 @@
 """Attribution: model and batch in, relevance out."""
 
-from lrp_prune.attribution.audit import UnruledOperationError, UnruledOperationWarning
 from lrp_prune.attribution.collect import RelevanceAccumulator, attribute
-from lrp_prune.attribution.composites import COMPOSITES, Composite, Where
-from lrp_prune.attribution.propagation import Propagation, attributing
-from lrp_prune.attribution.registry import register_rule
-from lrp_prune.attribution.rules import RULES, AlphaBeta, Gamma, Group, Rule, Term, Terms
+from lrp_prune.engine.audit import UnruledOperationError, UnruledOperationWarning
+from lrp_prune.engine.composites import COMPOSITES, Composite, Where
+from lrp_prune.engine.propagation import Propagation, attributing
+from lrp_prune.engine.registry import register_rule
+from lrp_prune.engine.rules import RULES, AlphaBeta, Gamma, Group, Rule, Term, Terms
 from lrp_prune.targets import (
     ClassLogit,
     LastToken,

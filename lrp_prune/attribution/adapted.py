@@ -5,9 +5,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lrp_prune.adapters import adapted_layers
+from lrp_prune.distributed.sharding import is_sharded
 from lrp_prune.names import naming, unwrap
-from lrp_prune.sharding import is_sharded
-from lrp_prune.unscored import DIVIDED
+from lrp_prune.relevance.unscored import DIVIDED
 
 _SCALING = "IA3Layer"
 """Adapters that scale a layer's inputs or outputs: a zero stays one, and relevance at the layer is that of the merged weight."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lrp_prune.adapters import adapted_layers, adapter_parameters
-from lrp_prune.attribution.quantized import quantized_modules
+from lrp_prune.engine.quantized import quantized_modules
 from lrp_prune.names import aliases, matches, named_parameters, naming, unwrap
 
 _DATA_WORDS = frozenset(

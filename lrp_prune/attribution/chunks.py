@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.sharding import in_step
+from lrp_prune.distributed.sharding import in_step
 
 
 class Collecting(Protocol):

@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.checkpoints import recomputed_in_evaluation
 from lrp_prune.attribution.chunks import check_chunks, collect
-from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import ObserverTable, check_included
-from lrp_prune.attribution.propagation import propagating
-from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.sharded import ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
-from lrp_prune.attribution.unsharding import refuse_inference_tensors
-from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.distributed.sharding import device_of, fsdp_modules
+from lrp_prune.engine.checkpoints import recomputed_in_evaluation
+from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.propagation import propagating
+from lrp_prune.engine.roots import Root
+from lrp_prune.engine.unsharding import refuse_inference_tensors
+from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import check_batches, samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import device_of, fsdp_modules
-from lrp_prune.statistics import Statistic
+from lrp_prune.relevance.statistics import Statistic
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 
@@ -223,7 +223,7 @@ def attribute(
         composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
         statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"``, ``"geometric"`` (weights) or a
-            :class:`~lrp_prune.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for
+            :class:`~lrp_prune.relevance.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for
             units. So :func:`attribute` and then :func:`lrp_prune.select` do by default what :func:`lrp_prune.prune` does.
         granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes
             them: hidden units, filters), ``"head"`` (what a head writes to the output projection), ``"block"`` (what a layer

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.batch_layout import BatchLayout
 from lrp_prune.attribution.statistics import WeightStatistic
-from lrp_prune.attribution.uses import Use
-from lrp_prune.sharding import Sharding, all_reduced, device_of, local_part
-from lrp_prune.statistics import Statistic
-from lrp_prune.unscored import DIVIDED
+from lrp_prune.distributed.sharding import Sharding, all_reduced, device_of, local_part
+from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.uses import Use
+from lrp_prune.relevance.statistics import Statistic
+from lrp_prune.relevance.unscored import DIVIDED
 
 
 class DividedStatistic(WeightStatistic):

@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.batch_layout import BatchLayout
 from lrp_prune.attribution.candidates import candidates
-from lrp_prune.attribution.forms import Form
 from lrp_prune.attribution.parametrized import parametrized
-from lrp_prune.attribution.roots import Root
 from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
-from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units
-from lrp_prune.attribution.unit_table import layer_of
-from lrp_prune.attribution.uses import Observer, Use, WeightUses
-from lrp_prune.members import Member
+from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.forms import Form
+from lrp_prune.engine.roots import Root
+from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.unit_table import layer_of
+from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, matches, named_parameters, unwrap
 from lrp_prune.relevance import Relevance, granularities_of
-from lrp_prune.statistics import Statistic, statistic_of
-from lrp_prune.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described, patterns_of
+from lrp_prune.relevance.members import Member
+from lrp_prune.relevance.statistics import Statistic, statistic_of
+from lrp_prune.relevance.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described, patterns_of
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:

@@ -14,17 +14,17 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from lrp_prune.attribution.adapted import adapted_weights
-from lrp_prune.attribution.composites import composite_of
-from lrp_prune.attribution.endings import Endings
-from lrp_prune.attribution.mode import PropagationMode
-from lrp_prune.attribution.origins import marked
-from lrp_prune.attribution.places import Places
-from lrp_prune.attribution.roots import Roots
-from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.distributed.sharding import is_sharded
+from lrp_prune.engine.composites import composite_of
+from lrp_prune.engine.endings import Endings
+from lrp_prune.engine.mode import PropagationMode
+from lrp_prune.engine.origins import marked
+from lrp_prune.engine.places import Places
+from lrp_prune.engine.roots import Roots
+from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.states import undisturbed
 from lrp_prune.names import class_name, named_parameters
-from lrp_prune.sharding import is_sharded
-from lrp_prune.unscored import DIVIDED, RESCALED, computed
+from lrp_prune.relevance.unscored import DIVIDED, RESCALED, computed
 
 _HOOKS = ("WeightNorm", "SpectralNorm")
 
@@ -53,7 +53,7 @@ def parametrized(model: nn.Module) -> Parametrized:
     """Look at what stands in the place of a model's parameters.
 
     Each of these tensors is computed once, in evaluation mode, and what is computed is followed from the parameters on: scales
-    and masks keep their zeros, sums and products of matrices do not (see :mod:`lrp_prune.attribution.origins`).
+    and masks keep their zeros, sums and products of matrices do not (see :mod:`lrp_prune.engine.origins`).
 
     Example:
         >>> layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(2, 2))

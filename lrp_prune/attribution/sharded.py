@@ -17,13 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lrp_prune.attribution.divided import DividedStatistic
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
-from lrp_prune.attribution.tags import set_tag, tag_of
 from lrp_prune.attribution.unit_observers import Units
-from lrp_prune.attribution.unsharding import own_modules
-from lrp_prune.contributions import INPUTS
-from lrp_prune.names import named_parameters, unwrap
-from lrp_prune.relevance import Relevance
-from lrp_prune.sharding import (
+from lrp_prune.distributed.sharding import (
     Sharding,
     agree,
     all_gathered,
@@ -32,6 +27,11 @@ from lrp_prune.sharding import (
     fsdp_modules,
     sharding_of,
 )
+from lrp_prune.engine.tags import set_tag, tag_of
+from lrp_prune.engine.unsharding import own_modules
+from lrp_prune.names import named_parameters, unwrap
+from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.contributions import INPUTS
 
 
 class _Leaving(Function):

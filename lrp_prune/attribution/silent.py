@@ -8,9 +8,9 @@ import warnings
 
 from torch import Tensor
 
-from lrp_prune.attribution.composites import Composite
+from lrp_prune.engine.composites import Composite
 from lrp_prune.relevance import Relevance
-from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of
 
 _RUN = 8
 """Outputs next to each other without relevance, on average: parts of a weight are blocks; dead units lie scattered."""

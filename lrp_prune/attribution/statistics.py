@@ -1,7 +1,7 @@
 """Sums: where a statistic of relevance is kept for one weight, or for the rows of one embedding.
 
-The factor ``W`` of the formulas (:mod:`lrp_prune.statistics`) is applied once, when the sums are read. It is the weight that
-is *used*: of ``weight * mask`` or ``weight / sigma`` these values, though the sums are in the parameter's shape.
+The factor ``W`` of the formulas (:mod:`lrp_prune.relevance.statistics`) is applied once, when the sums are read. It is the
+weight that is *used*: of ``weight * mask`` or ``weight / sigma`` these values, though the sums are in the parameter's shape.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.batch_layout import BatchLayout
-from lrp_prune.attribution.operands import energy_of
-from lrp_prune.attribution.rules.linear import Message, part_of
-from lrp_prune.attribution.seen import Seen
-from lrp_prune.attribution.uses import Use
-from lrp_prune.statistics import Statistic, power_of
-from lrp_prune.unscored import SEVERAL
+from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.operands import energy_of
+from lrp_prune.engine.rules.linear import Message, part_of
+from lrp_prune.engine.seen import Seen
+from lrp_prune.engine.uses import Use
+from lrp_prune.relevance.statistics import Statistic, power_of
+from lrp_prune.relevance.unscored import SEVERAL
 
 
 class WeightStatistic:

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.batch_layout import BatchLayout
-from lrp_prune.attribution.shadow import NOTHING
-from lrp_prune.attribution.tracing import UnitTracer
 from lrp_prune.attribution.unit_statistics import ReadStatistic
-from lrp_prune.attribution.unit_table import Group, layer_of
-from lrp_prune.attribution.uses import Observer, Use
-from lrp_prune.members import Member
+from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.shadow import NOTHING
+from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.unit_table import Group, layer_of
+from lrp_prune.engine.uses import Observer, Use
 from lrp_prune.models.wording import listed
 from lrp_prune.names import matches
-from lrp_prune.statistics import Statistic
-from lrp_prune.unscored import UnscoredWeightsWarning, patterns_of
+from lrp_prune.relevance.members import Member
+from lrp_prune.relevance.statistics import Statistic
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of
 
 UNIT_KINDS: tuple[str, ...] = ("block", "head", "neuron")
 """The granularities that are found by tracing, from coarse to fine."""

@@ -2,7 +2,7 @@ r"""Statistics of units: what arrives at their channels in the layers that read 
 
 With the activation ``a`` of a layer's input channels and the propagated gradient ``d`` of the same channels, the relevance of a
 unit ``u`` at a token is :math:`R_u = \sum_{c \in u} a_c d_c`. Reduced over tokens and samples as weights are
-(:mod:`lrp_prune.statistics`), and summed over the layers that read the unit. ``input_norm`` is
+(:mod:`lrp_prune.relevance.statistics`), and summed over the layers that read the unit. ``input_norm`` is
 :math:`\sum_{c \in u} \|w_c\|^2 \|a_c\|^2` with the weights :math:`w_c` by which the channel is read: Wanda's
 (arXiv 2306.11695) squared contributions, summed over a unit's.
 """
@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrp_prune.attribution.batch_layout import BatchLayout
-from lrp_prune.attribution.shadow import distinct
-from lrp_prune.attribution.tracing import by_weight, channel_axis
-from lrp_prune.attribution.uses import Use
-from lrp_prune.statistics import Statistic, power_of
+from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.shadow import distinct
+from lrp_prune.engine.tracing import by_weight, channel_axis
+from lrp_prune.engine.uses import Use
+from lrp_prune.relevance.statistics import Statistic, power_of
 
 
 class ReadStatistic:

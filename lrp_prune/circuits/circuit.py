@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lrp_prune.circuits.ablation import effective
 from lrp_prune.circuits.sites import Site
-from lrp_prune.members import Member
-from lrp_prune.pruning import Masks, bits
+from lrp_prune.pruning import Masks
+from lrp_prune.relevance.members import Member
+from lrp_prune.selection import bits
 from lrp_prune.storage import load_tensors, save_tensors
 
 

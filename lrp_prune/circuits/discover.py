@@ -16,8 +16,8 @@ from lrp_prune.circuits.sites import find_sites, kinds_of, passing
 from lrp_prune.models.batches import to_device
 from lrp_prune.models.subject import forwarded
 from lrp_prune.pruning import Method, scorer
-from lrp_prune.pruning.keys import ORDERS
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.selection.keys import ORDERS
 from lrp_prune.tasks.task import Batch, Task
 
 

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.propagation import attributing
 from lrp_prune.circuits.ablation import Place, Reference, capturing, gating, places, replacing
 from lrp_prune.circuits.methods import Way
 from lrp_prune.circuits.sites import Site, passing
+from lrp_prune.engine.propagation import attributing
 from lrp_prune.models.states import undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.tasks.task import Batch, Task, answer_logits

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lrp_prune.circuits.circuit import Circuit, Node, site_from_list, site_to_list
 from lrp_prune.circuits.sites import Site
-from lrp_prune.pruning import Masks, bits
-from lrp_prune.pruning.keys import ORDERS
-from lrp_prune.pruning.selection import smallest
+from lrp_prune.pruning import Masks
+from lrp_prune.selection import bits
+from lrp_prune.selection.keys import ORDERS
+from lrp_prune.selection.selection import smallest
 from lrp_prune.storage import load_tensors, save_tensors
 
 

@@ -16,7 +16,7 @@ gradient ``g`` that a composite propagates to it, the contribution of a unit at 
 ``activation``               :math:`\|a\|_2`
 ===========================  =====================================================================================
 
-How tokens and samples are reduced is the statistic, see :mod:`lrp_prune.statistics`.
+How tokens and samples are reduced is the statistic, see :mod:`lrp_prune.relevance.statistics`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ from lrp_prune.circuits.methods import Way
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import NOT_ALIGNED, Site, passing
 from lrp_prune.pruning import Wanda, scorer
-from lrp_prune.statistics import statistic_of
+from lrp_prune.relevance.statistics import statistic_of
 from lrp_prune.tasks.task import Batch, Task, answer_logits
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.backends import traceable_attention
 from lrp_prune.attribution.collect import attribute
 from lrp_prune.attribution.observers import NothingScoredError
-from lrp_prune.members import Member
+from lrp_prune.models.backends import traceable_attention
 from lrp_prune.models.batches import entry
 from lrp_prune.models.states import eager, undisturbed
 from lrp_prune.models.subject import forwarded
 from lrp_prune.names import matches, named_modules, named_parameters
 from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.members import Member
 
 NODE_KINDS: tuple[str, ...] = ("attention_block", "mlp_block", "head", "attention_neuron", "mlp_neuron")
 """The kinds of units, from coarse to fine."""

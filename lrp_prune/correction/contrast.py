@@ -10,10 +10,10 @@ from torch import Tensor
 from lrp_prune.correction.extent import Extent
 from lrp_prune.correction.guard import candidates, unpack_slice, without
 from lrp_prune.names import matches
-from lrp_prune.pruning import bits
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.units import expand_units
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.selection import bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

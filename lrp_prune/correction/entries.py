@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrp_prune.sharding import is_sharded, local_part, sharding_of
+from lrp_prune.distributed.sharding import is_sharded, local_part, sharding_of
 
 _INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

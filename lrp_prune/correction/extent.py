@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lrp_prune.pruning.keys import LazyValues
-from lrp_prune.pruning.selection import smallest
-from lrp_prune.pruning.together import smallest_together
-from lrp_prune.sharding import Sharding
+from lrp_prune.distributed.sharding import Sharding
+from lrp_prune.selection.keys import LazyValues
+from lrp_prune.selection.selection import smallest
+from lrp_prune.selection.together import smallest_together
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance

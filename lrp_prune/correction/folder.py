@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.correction.patch import Patch
-from lrp_prune.sharding import agree, is_first, local_part, mesh_of, sharding_of
+from lrp_prune.distributed.sharding import agree, is_first, local_part, mesh_of, sharding_of
 
 _INDEX = "patches.json"
 

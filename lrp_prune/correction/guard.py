@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.correction.extent import Extent
-from lrp_prune.pruning import bits
+from lrp_prune.selection import bits
 
 GUARD_SCOPES: tuple[str, ...] = ("global", "layer")
 

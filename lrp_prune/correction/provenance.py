@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lrp_prune.correction.entries import read
+from lrp_prune.distributed.sharding import is_sharded
 from lrp_prune.names import class_name, named_parameters, unwrap
-from lrp_prune.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance

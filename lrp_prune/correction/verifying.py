@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.correction.entries import Entries, checksum, read, same_bits, scaled
+from lrp_prune.distributed.sharding import Sharding, all_gathered, is_sharded, local_part, sharding_of
 from lrp_prune.names import class_name, resolve, unwrap
-from lrp_prune.sharding import Sharding, all_gathered, is_sharded, local_part, sharding_of
 
 
 def refusal(name: str, parameter: Tensor, shape: tuple[int, ...]) -> str | None:

@@ -14,7 +14,7 @@ from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.models.calling import run
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.coverage import refuse_unusable
-from lrp_prune.unscored import patterns_of
+from lrp_prune.relevance.unscored import patterns_of
 
 
 def check_uses(

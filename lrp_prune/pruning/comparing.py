@@ -18,9 +18,9 @@ from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import sparsity_schedule
 from lrp_prune.pruning.scope import settled
-from lrp_prune.pruning.scopes import check_reachable, check_sparsity, check_units_scope, parse_scope
 from lrp_prune.pruning.scorers import Scorer, scorer
 from lrp_prune.relevance import Relevance, granularities_of
+from lrp_prune.selection.scopes import check_reachable, check_sparsity, check_units_scope, parse_scope
 from lrp_prune.targets import Inferred
 
 Given = str | Method | Mapping[str, Any]

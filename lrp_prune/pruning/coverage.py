@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.scopes import Structure, groups_by_pattern, number_to_prune
-from lrp_prune.unscored import TOLERABLE, UnscoredWeightsWarning, described, entries_of, patterns_of, share
+from lrp_prune.relevance.unscored import TOLERABLE, UnscoredWeightsWarning, described, entries_of, patterns_of, share
+from lrp_prune.selection.scopes import Structure, groups_by_pattern, number_to_prune
 
 if TYPE_CHECKING:
+    from lrp_prune.pruning.masks import Masks
     from lrp_prune.relevance import Relevance
 
 TOLERANCE = 0.05
@@ -36,7 +36,10 @@ class Group(NamedTuple):
 
 
 def groups_of(
-    relevance: "Relevance", sparsity: float | Mapping[str, float], scope: str | Structure, existing: Masks | None = None
+    relevance: "Relevance",
+    sparsity: float | Mapping[str, float],
+    scope: str | Structure,
+    existing: "Masks | None" = None,
 ) -> list[Group]:
     """What is selected from together, and how many of it: a share of all that was asked for, taken from what is scored.
 
@@ -75,7 +78,7 @@ def _count(
     rate: float,
     what: str,
     together: bool,
-    existing: Masks | None,
+    existing: "Masks | None",
 ) -> int:
     shapes = relevance.parameter_shapes
     of_scored, of_missing = entries_of(scored, shapes), entries_of(missing, shapes)
@@ -122,7 +125,7 @@ def _ways_out(missing: Mapping[str, str], further: str = "") -> str:
     )
 
 
-def tell_unscored(groups: Sequence[Group], relevance: "Relevance", masks: Masks) -> None:
+def tell_unscored(groups: Sequence[Group], relevance: "Relevance", masks: "Masks") -> None:
     """Warn, once a selection, of what stays dense for lack of relevance."""
     missing = {name: reason for group in groups for name, reason in group.unscored.items() if name in masks.unscored}
     if not missing:

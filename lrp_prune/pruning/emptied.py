@@ -3,15 +3,17 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from lrp_prune.pruning.coverage import Group
 from lrp_prune.pruning.kinds import by_kind
-from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.scopes import as_rows, layout_of
-from lrp_prune.unscored import patterns_of
+from lrp_prune.relevance.unscored import patterns_of
+from lrp_prune.selection.scopes import as_rows, layout_of
+
+if TYPE_CHECKING:
+    from lrp_prune.pruning.coverage import Group
+    from lrp_prune.pruning.masks import Masks
 
 NEARLY_ALL = 0.95
 """A tensor that loses more than this share is told, unless as much was asked for."""
@@ -43,7 +45,7 @@ def cut_off(kept: Tensor, layout: str | None = None) -> CutOff | None:
 
     Args:
         kept: the mask of a weight, True for what is kept.
-        layout: one of :data:`lrp_prune.pruning.scopes.LAYOUTS`; None for what the shape suggests.
+        layout: one of :data:`lrp_prune.selection.scopes.LAYOUTS`; None for what the shape suggests.
 
     Example:
         >>> import torch
@@ -57,13 +59,13 @@ def cut_off(kept: Tensor, layout: str | None = None) -> CutOff | None:
     return CutOff(int((~rows).sum()), rows.numel(), int((~columns).sum()), columns.numel())
 
 
-def emptied(masks: Masks) -> list[str]:
+def emptied(masks: "Masks") -> list[str]:
     """Names of the tensors that lose more than :data:`NEARLY_ALL`, those that lose most first."""
     found = [name for name in masks if masks.sparsity_of(name) > NEARLY_ALL]
     return sorted(found, key=masks.sparsity_of, reverse=True)
 
 
-def in_words(masks: Masks, names: Iterable[str]) -> str:
+def in_words(masks: "Masks", names: Iterable[str]) -> str:
     """Tensors by kind of layer, each with what is lost: ``"layers.*.q.weight (2 tensors, up to 99.1 %)"``."""
     parts = []
     for members in by_kind(names).values():
@@ -74,7 +76,7 @@ def in_words(masks: Masks, names: Iterable[str]) -> str:
     return ", ".join(parts[:_SHOWN]) + more
 
 
-def tell_emptied(groups: Sequence[Group], masks: Masks, existing: Masks | None, scope: str) -> None:
+def tell_emptied(groups: Sequence["Group"], masks: "Masks", existing: "Masks | None", scope: str) -> None:
     """Warn, once a selection, of tensors that lose far more than was asked for, and were not that empty before."""
     if masks.granularity in (
         "block",

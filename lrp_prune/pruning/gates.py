@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrp_prune.attribution.origins import Layout, Origin, marked
-from lrp_prune.attribution.uses import RecurrentLayer
+from lrp_prune.engine.origins import Layout, Origin, marked
+from lrp_prune.engine.uses import RecurrentLayer
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.places import BiasPlace, Place
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lrp_prune.pruning.masks import Masks
+if TYPE_CHECKING:
+    from lrp_prune.pruning.masks import Masks
 
 
 def layer_group(name: str) -> str:
@@ -88,7 +89,7 @@ class Figures(NamedTuple):
         return self.pruned / max(self.entries, 1)
 
 
-def figures_by_kind(masks: Masks) -> dict[str, Figures]:
+def figures_by_kind(masks: "Masks") -> dict[str, Figures]:
     """What is pruned of each kind of layer."""
     found = {}
     for group, names in by_kind(masks).items():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrp_prune.pruning import bits
-from lrp_prune.sharding import is_first
+from lrp_prune.distributed.sharding import is_first
+from lrp_prune.selection import bits
 from lrp_prune.storage import Together, load_tensors, save_tensors
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrp_prune.pruning import bits
-from lrp_prune.sharding import Sharding
+from lrp_prune.distributed.sharding import Sharding
+from lrp_prune.selection import bits
 
 if TYPE_CHECKING:
     from lrp_prune.pruning.masks import Masks

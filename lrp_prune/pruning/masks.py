@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.distributed.sharding import Sharding, all_reduced, device_of, local_part, sharding_of
 from lrp_prune.names import resolve
-from lrp_prune.pruning import bits as packing
 from lrp_prune.pruning import mask_files, masking
-from lrp_prune.sharding import Sharding, all_reduced, device_of, local_part, sharding_of
+from lrp_prune.selection import bits as packing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ class Masks(Mapping[str, Tensor]):
 
     Masks hold everything that a sparsity was asked for. Weights that could not be scored are kept whole, and ``unscored`` names
     them: what they matter is not known. ``&`` and ``|`` know it of what one side knows it of, and ``~`` leaves them alone.
-    ``layouts`` says where weights have their outputs (one of :data:`lrp_prune.pruning.scopes.LAYOUTS`), where that is known.
+    ``layouts`` says where weights have their outputs (one of :data:`lrp_prune.selection.scopes.LAYOUTS`), where that is known.
 
     Args:
         masks: bool tensors of the parameters' shapes.
@@ -56,9 +56,7 @@ class Masks(Mapping[str, Tensor]):
     ) -> None:
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
-                raise ValueError(
-                    f"the mask of {name} has type {mask.dtype}: masks are torch.bool, True for what is kept"
-                )
+                raise ValueError(f"the mask of {name} has type {mask.dtype}: masks are torch.bool, True where kept")
         self._bits = {name: packing.pack(mask).cpu() for name, mask in masks.items()}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.granularity = granularity

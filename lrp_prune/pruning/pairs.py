@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lrp_prune.attribution.origins import Layout, marked
-from lrp_prune.attribution.rules import Call
-from lrp_prune.attribution.tracing import channel_axis
-from lrp_prune.attribution.uses import Product, RecurrentLayer, WeightUses
+from lrp_prune.engine.origins import Layout, marked
+from lrp_prune.engine.rules import Call
+from lrp_prune.engine.tracing import channel_axis
+from lrp_prune.engine.uses import Product, RecurrentLayer, WeightUses
 from lrp_prune.pruning.gates import Gates, copied, gates_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lrp_prune.attribution.composites import composite_of
-from lrp_prune.attribution.propagation import propagating
-from lrp_prune.attribution.uses import WeightUses
+from lrp_prune.engine.composites import composite_of
+from lrp_prune.engine.propagation import propagating
+from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.outputs import logits_by
 from lrp_prune.models.profile import profile_of

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lrp_prune.attribution.origins import Layout
+from lrp_prune.engine.origins import Layout
 
 
 class BiasPlace(NamedTuple):

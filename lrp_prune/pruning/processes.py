@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lrp_prune.distributed.sharding import agree, all_gathered, all_reduced
 from lrp_prune.pruning.moments import PairedMoments
-from lrp_prune.sharding import agree, all_gathered, all_reduced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

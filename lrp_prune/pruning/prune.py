@@ -23,13 +23,13 @@ from lrp_prune.pruning.recalibration import recalibrate as measure
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
 from lrp_prune.pruning.scope import Scope, settled
-from lrp_prune.pruning.scopes import Structure, parse_scope
 from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import select
 from lrp_prune.pruning.zeroed import zero_
 from lrp_prune.relevance import Relevance, granularities_of
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from lrp_prune.selection.scopes import Structure, parse_scope
 from lrp_prune.targets import Inferred
-from lrp_prune.unscored import UnscoredWeightsWarning
 
 _logger = logging.getLogger("lrp_prune")
 _ONE_ROUND = 0.6

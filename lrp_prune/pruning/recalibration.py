@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.origins import Layout
 from lrp_prune.attribution.sharded import shardings_of
+from lrp_prune.distributed.sharding import device_of, local_part, mesh_of, sharding_of
+from lrp_prune.engine.origins import Layout
 from lrp_prune.models.batches import samples_in
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
@@ -32,9 +33,8 @@ from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.passes import Normalization
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
-from lrp_prune.sharding import device_of, local_part, mesh_of, sharding_of
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets import Target
-from lrp_prune.unscored import patterns_of
 
 STRENGTHS = (0.5, 1.0)
 """How much of the least squares is tried, beside nothing."""

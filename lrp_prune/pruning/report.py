@@ -15,11 +15,12 @@ from rich.table import Table
 from lrp_prune.figures import new_figure, saved
 from lrp_prune.pruning.emptied import NEARLY_ALL, CutOff, cut_off, emptied, in_words
 from lrp_prune.pruning.kinds import by_kind, common_path, figures_by_kind, in_short, layer_group
-from lrp_prune.pruning.masks import Masks
-from lrp_prune.unscored import described, entries_of, share
+from lrp_prune.relevance.unscored import described, entries_of, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lrp_prune.pruning.masks import Masks
 
 WIDTH = 100
 _SHOWN = 6
@@ -27,7 +28,7 @@ _SHOWN = 6
 _NAMED = 24
 
 
-def report(masks: Masks, width: int = WIDTH) -> str:
+def report(masks: "Masks", width: int = WIDTH) -> str:
     """See :meth:`lrp_prune.Masks.report`."""
     head = f"total sparsity {masks.sparsity:.2%}: {masks.num_pruned:,} of {masks.num_entries:,} weights pruned"
     if masks.granularity != "weight":
@@ -36,7 +37,7 @@ def report(masks: Masks, width: int = WIDTH) -> str:
     return "\n".join([head, *unscored_lines(masks), layer_table(masks, width=width), *danger])
 
 
-def unscored_lines(masks: Masks) -> list[str]:
+def unscored_lines(masks: "Masks") -> list[str]:
     """What could not be scored, with the reasons; nothing if all was."""
     if not masks.unscored:
         return []
@@ -44,7 +45,7 @@ def unscored_lines(masks: Masks) -> list[str]:
     return [f"not scored and kept: {share(missing, masks.num_entries)}: {described(masks.unscored)}"]
 
 
-def layer_table(masks: Masks, newly: Mapping[str, int] | None = None, width: int = WIDTH) -> str:
+def layer_table(masks: "Masks", newly: Mapping[str, int] | None = None, width: int = WIDTH) -> str:
     """A table by kind of layer: tensors, weights, pruned, sparsity, and of single tensors the lowest and highest.
 
     Args:
@@ -77,7 +78,7 @@ def layer_table(masks: Masks, newly: Mapping[str, int] | None = None, width: int
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
 
 
-def _danger(masks: Masks) -> list[str]:
+def _danger(masks: "Masks") -> list[str]:
     lines, names = [], emptied(masks)
     if names:
         gone = sum(masks.pruned_in(name) == math.prod(masks.shapes[name]) for name in names)
@@ -109,7 +110,7 @@ def _by_kind(counts: Mapping[str, CutOff], what: str) -> dict[str, tuple[int, in
     return found
 
 
-def plot(masks: Masks, path: str | os.PathLike[str] | None = None) -> "Figure":
+def plot(masks: "Masks", path: str | os.PathLike[str] | None = None) -> "Figure":
     """See :meth:`lrp_prune.Masks.plot`."""
     names, kinds = list(masks), by_kind(masks)
     labels = in_short(list(kinds))

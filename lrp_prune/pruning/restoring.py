@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lrp_prune.sharding import at_rest, local_part
+from lrp_prune.distributed.sharding import at_rest, local_part
 
 
 @contextmanager

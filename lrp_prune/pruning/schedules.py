@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args, overload
 
-from lrp_prune.pruning.scopes import check_sparsity
+from lrp_prune.selection.scopes import check_sparsity
 
 ScheduleName = Literal["one_shot", "linear", "cubic", "exponential"]
 Schedule = str | Sequence[float] | Callable[[int], float]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lrp_prune.pruning.floors import resolved_floor
-from lrp_prune.pruning.keys import ORDERS, Order
 from lrp_prune.pruning.methods import Method
-from lrp_prune.pruning.scopes import parse_scope
 from lrp_prune.relevance import NORMALIZATIONS
+from lrp_prune.selection.floors import resolved_floor
+from lrp_prune.selection.keys import ORDERS, Order
+from lrp_prune.selection.scopes import parse_scope
 
 Normalization = Literal["mean", "sum", "max", "total"]
 assert get_args(Normalization) == NORMALIZATIONS

@@ -14,13 +14,13 @@ from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.members import Member
+from lrp_prune.distributed.sharding import local_part, sharding_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.checking import explaining_nothing
 from lrp_prune.pruning.methods import Collects, Method, Scorable, kinds_without_data, method_of
 from lrp_prune.pruning.units import weight_norms
 from lrp_prune.relevance import Relevance, granularities_of
-from lrp_prune.sharding import local_part, sharding_of
+from lrp_prune.relevance.members import Member
 
 
 class Scorer:

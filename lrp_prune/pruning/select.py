@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from lrp_prune.pruning import bits
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.emptied import tell_emptied
-from lrp_prune.pruning.floors import limits_of, resolved_floor, within_limits
-from lrp_prune.pruning.keys import CHUNK, DEVICE_CHUNK, LazyValues
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.rows import smallest_per_row
 from lrp_prune.pruning.scope import Scope, scope_of
-from lrp_prune.pruning.scopes import (
+from lrp_prune.pruning.units import existing_units, expand_units
+from lrp_prune.selection import bits
+from lrp_prune.selection.floors import limits_of, resolved_floor, within_limits
+from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK, LazyValues
+from lrp_prune.selection.rows import smallest_per_row
+from lrp_prune.selection.scopes import (
     Structure,
     as_rows,
     check_reachable,
@@ -25,9 +26,8 @@ from lrp_prune.pruning.scopes import (
     number_to_prune,
     parse_scope,
 )
-from lrp_prune.pruning.selection import smallest
-from lrp_prune.pruning.together import pruned_together, raise_together, rows_together, smallest_together
-from lrp_prune.pruning.units import existing_units, expand_units
+from lrp_prune.selection.selection import smallest
+from lrp_prune.selection.together import pruned_together, raise_together, rows_together, smallest_together
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -66,7 +66,7 @@ def select(
             output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept); or a
             :class:`Scope`, which also has the floor, the order and the normalization. Units are compared ``"global"`` or by
             ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
-            :data:`lrp_prune.pruning.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
+            :data:`lrp_prune.selection.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over, and what they prune beyond a tensor's ``floor`` is not given back.
 

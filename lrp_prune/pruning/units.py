@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.members import Member
+from lrp_prune.distributed.sharding import local_part, sharding_of
 from lrp_prune.names import named_parameters
-from lrp_prune.pruning import bits
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.sharding import local_part, sharding_of
+from lrp_prune.relevance.members import Member
+from lrp_prune.selection import bits
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance

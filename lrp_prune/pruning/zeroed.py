@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lrp_prune.distributed.sharding import local_part
 from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.sharding import local_part
 
 
 def zero_(model: nn.Module, masks: Masks) -> Callable[[], None]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.distributed.sharding import all_gathered, is_first
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.profile import Profile, profile_of
 from lrp_prune.models.wording import WAY_OUT
-from lrp_prune.sharding import all_gathered, is_first
 from lrp_prune.targets.alignment import shape_of
 from lrp_prune.targets.looking import Seen, look, reads_left_to_right, token_ids
 from lrp_prune.targets.naming import TARGETS, Target, describe, in_words

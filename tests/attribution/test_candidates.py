@@ -182,7 +182,7 @@ def test_quantized_layers_are_refused_by_name(make: Callable[[], nn.Module], mes
 
 
 def test_a_quantized_recurrent_layer_is_named_once() -> None:
-    from lrp_prune.attribution.quantized import quantized_modules
+    from lrp_prune.engine.quantized import quantized_modules
 
     assert quantized_modules(_dynamic()) == {"0": "DynamicQuantizedLinear", "2.0": "DynamicQuantizedLSTM"}
 

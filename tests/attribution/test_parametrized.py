@@ -14,8 +14,8 @@ import lrp_prune
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.pruning.checking import check_uses
-from lrp_prune.statistics import OF_RELEVANCE
-from lrp_prune.unscored import CONSTANTS, UnscoredWeightsWarning
+from lrp_prune.relevance.statistics import OF_RELEVANCE
+from lrp_prune.relevance.unscored import CONSTANTS, UnscoredWeightsWarning
 
 
 class Using(nn.Linear):

@@ -10,8 +10,8 @@ from small_models import build
 from torch import nn
 
 import lrp_prune
-from lrp_prune.attribution.unsharding import groups_of_parameters
-from lrp_prune.sharding import OtherProcessError
+from lrp_prune.distributed.sharding import OtherProcessError
+from lrp_prune.engine.unsharding import groups_of_parameters
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -314,7 +314,7 @@ def test_errors_of_one_process_are_raised_in_all(tmp_path: Path) -> None:
 
 def test_what_was_gathered_in_inference_mode_is_refused(tmp_path: Path) -> None:
     def check(mesh: Any) -> None:
-        from lrp_prune.attribution.unsharding import make_ordinary
+        from lrp_prune.engine.unsharding import make_ordinary
 
         batches = own(token_batches(2), mesh)
         for prepared in (False, True):

@@ -10,7 +10,7 @@ from torch import nn
 
 import lrp_prune
 from lrp_prune.attribution.silent import in_blocks, silent_outputs
-from lrp_prune.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 
 
 def _told(name: str, composite: str, samples: int = 4, tokens: int = 9) -> list[str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import RelevanceAccumulator
-from lrp_prune.statistics import OF_RELEVANCE
-from lrp_prune.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.statistics import OF_RELEVANCE
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 
 
 def _tokens(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.pruning import keeping
-from lrp_prune.pruning.keeping import MaskKeeper
+from lrp_prune.training import keeping
+from lrp_prune.training.keeping import MaskKeeper
 
 
 class Model(nn.Module):

@@ -61,9 +61,10 @@ def measure(method: str, weights: int, tensors: int) -> dict[str, float]:
 def _prepared(method: str, layers: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
     from torch.nn.utils import prune
 
-    from lrp_prune.pruning import bits, select
-    from lrp_prune.pruning.selection import smallest
+    from lrp_prune.pruning import select
     from lrp_prune.relevance import Relevance
+    from lrp_prune.selection import bits
+    from lrp_prune.selection.selection import smallest
 
     values = {f"{number}.weight": layer.weight.detach() for number, layer in enumerate(layers)}
     if method == "global_unstructured":

@@ -15,7 +15,7 @@ from lrp_prune import LRP, attribute
 from lrp_prune.callbacks import Guard
 from lrp_prune.callbacks.contrastive_correction import ContrastiveCorrection
 from lrp_prune.correction import Automatic, Patch
-from lrp_prune.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule
 
 OPTIONS: dict[str, Any] = {"amount": 20, "method": LRP(target="class")}
 

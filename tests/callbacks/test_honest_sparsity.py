@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from lrp_prune.pruning import METHODS
-from lrp_prune.unscored import UNUSED, UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UNUSED, UnscoredWeightsWarning
 
 
 class Module(LightningModule):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lrp_prune import LRP
 from lrp_prune.callbacks import ContrastiveCorrection, Guard
 from lrp_prune.correction import Automatic, Patch
-from lrp_prune.module import CorrectedModule
-from lrp_prune.sharding import OtherProcessError
+from lrp_prune.distributed.sharding import OtherProcessError
+from lrp_prune.wrapper.module import CorrectedModule
 
 SETS: list[dict[str, Any]] = [
     {},

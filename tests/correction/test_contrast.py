@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrp_prune import Member, Relevance, attribute
 from lrp_prune.correction import Contrast, Patch
-from lrp_prune.unscored import UNREACHED
+from lrp_prune.relevance.unscored import UNREACHED
 
 
 def pair(seed: int = 0, statistic: str = "signed") -> tuple[Relevance, Relevance]:

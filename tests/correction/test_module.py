@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.data import DataLoader
 
 from lrp_prune.correction import Patch, load_patches
-from lrp_prune.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])

@@ -7,7 +7,7 @@ from patches import POSITIONS, entries, patch_of, tensors
 from torch import nn
 
 from lrp_prune.correction import Patch
-from lrp_prune.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 def test_layers_made_in_configure_model_get_their_patches(everything, trainer) -> None:

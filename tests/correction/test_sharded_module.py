@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.correction import Patch, load_patches
-from lrp_prune.module import CorrectedModule
-from lrp_prune.sharding import OtherProcessError
+from lrp_prune.distributed.sharding import OtherProcessError
+from lrp_prune.wrapper.module import CorrectedModule
 
 PLACES = {"net.0.weight": torch.tensor([0, 5, 150]), "net.6.weight": torch.tensor([1, 63])}
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from lrp_prune.correction import Patch
 from lrp_prune.correction.corrections import Corrections
-from lrp_prune.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule
 
 POSITIONS, LAST = torch.tensor([0, 5, 9]), "net.4.weight"
 

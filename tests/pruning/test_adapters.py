@@ -14,7 +14,7 @@ import lrp_prune
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.names import named_modules, named_parameters, resolve
 from lrp_prune.pruning import METHODS, scorer
-from lrp_prune.statistics import OF_RELEVANCE
+from lrp_prune.relevance.statistics import OF_RELEVANCE
 
 QUERIES = ["*.q_proj"]
 

@@ -11,7 +11,7 @@ from torch import nn
 import lrp_prune
 from lrp_prune import Relevance
 from lrp_prune.pruning import METHODS, Masks, select
-from lrp_prune.unscored import UNREACHED, UNUSED, UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UNREACHED, UNUSED, UnscoredWeightsWarning
 
 COMPUTED = "what is used is computed from it (by Orthogonal), and its zeros would be none there"
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lrp_prune.pruning import Masks, bits
+from lrp_prune.pruning import Masks
+from lrp_prune.selection import bits
 
 
 def random_masks(seed=0, shapes=((3, 5), (16,), (), (2, 3, 4), (0, 3)), granularity="weight"):

@@ -8,11 +8,11 @@ import torch
 from sharding import together
 
 import lrp_prune
-from lrp_prune.members import Member
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.emptied import cut_off
 from lrp_prune.relevance import Relevance
-from lrp_prune.unscored import UNREACHED
+from lrp_prune.relevance.members import Member
+from lrp_prune.relevance.unscored import UNREACHED
 
 
 def transformer(dead=3):
@@ -192,7 +192,7 @@ def test_divided_masks_have_the_report_and_the_warning_of_whole_ones(tmp_path: P
     def check(mesh):
         from torch.distributed.tensor import Shard
 
-        from lrp_prune.sharding import Sharding
+        from lrp_prune.distributed.sharding import Sharding
 
         dims = {"key": 0, "up": 1}
         shardings = {name: Sharding(mesh, (Shard(dim),), (20, 30)) for name, dim in dims.items()}

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from lrp_prune.members import Member
 from lrp_prune.pruning import Masks, Scope, select
-from lrp_prune.pruning.scopes import number_to_prune, parse_scope
 from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.members import Member
+from lrp_prune.selection.scopes import number_to_prune, parse_scope
 
 SHAPES = {
     "layers.0.attention.weight": (6, 8),

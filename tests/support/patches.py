@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.correction import Patch
-from lrp_prune.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule
 
 UP = "model.layers.0.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

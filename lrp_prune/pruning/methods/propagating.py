@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lrp_prune.attribution.composites import Composite, composite_of
 from lrp_prune.attribution.defaults import best_for
+from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.pruning.methods.base import Collects, Method
-from lrp_prune.statistics import OF_RELEVANCE
+from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.targets import Inferred, checked
 
 

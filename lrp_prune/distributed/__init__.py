@@ -1,0 +1,1 @@
+"""Models and tensors that are divided among processes, and what processes agree on."""

@@ -1,0 +1,133 @@
+"""Applying a composite: one path from a call to its result, whatever the operation, observed or not."""
+
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from lrp_prune.engine.composed import PARTS
+from lrp_prune.engine.composites import Composite
+from lrp_prune.engine.functional import replaced
+from lrp_prune.engine.origins import marked
+from lrp_prune.engine.resolving import resolved
+from lrp_prune.engine.roots import Roots
+from lrp_prune.engine.rules import Call, Rule, detached, gradient, is_activation, norm_pool
+from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.uses import WeightUses
+
+
+class Depths:
+    """How many layers have run an operation of a kind before a layer first did."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, dict[Hashable, int]] = {}
+
+    def of(self, call: Call) -> int:
+        """The depth of the layer that makes a call: its weight, or the module that runs."""
+        known = self._first.setdefault(call.operation.kind, {})
+        origins = (marked(value) for value in call._constants())
+        layer = next((origin.name for origin in origins if origin is not None), call.name)
+        return known.setdefault(layer, len(known))
+
+
+class Application:
+    """Gives each call the rule that a composite has for it, and computes its result.
+
+    Args:
+        composite: the rules.
+        roots: where relevance ends; what enters as data is added to it.
+        uses: what is to be observed where weights are used.
+        tracer: follows units, or None.
+        is_own: whether a parameter is one of the module that runs.
+        seeing: while it is entered, the operations inside are seen by the rules.
+    """
+
+    def __init__(
+        self,
+        composite: Composite,
+        roots: Roots,
+        uses: WeightUses,
+        tracer: UnitTracer | None,
+        is_own: Callable[[Any], bool],
+        seeing: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._composite, self._roots, self._uses, self._tracer = composite, roots, uses, tracer
+        self._is_own, self._seeing = is_own, seeing
+        self._placed, self._depths = composite.is_placed, Depths()
+        self._rules: dict[Hashable, Rule] = {}
+        self._ways: dict[str, Callable[[Call], Any]] = {
+            **dict.fromkeys(("sum", "join", "plain"), Call.run),
+            **dict.fromkeys(("linear", "convolution", "matmul"), self._contracted),
+            "embedding": self._looked_up,
+            "dropout": self._by_rule,  # whatever it gets, so that no random number is drawn
+            "norm_pool": norm_pool,
+            "composed": self._composed,
+            "factors": self._factors,
+        }
+        """Kinds of operation that have a way of their own, by what they are once their operands are known."""
+
+    def apply(self, call: Call) -> Any:
+        """The result of a call, by its rule."""
+        if call.operation.data:
+            call = self._roots.with_data(call)
+        call = resolved(call)
+        way = self._ways.get(call.operation.kind)
+        if way is not None:
+            return way(call)
+        if not any(map(is_activation, call.operands())):
+            return call.run()
+        return self._by_rule(call)
+
+    def _by_rule(self, call: Call) -> Any:
+        if not self._placed:  # which is most of all calls, and a call less takes less time
+            return self._rule(call.operation.kind)(call)
+        return self.ruled(call).ruled()
+
+    def ruled(self, call: Call, kind: str | None = None) -> Call:
+        """The call with the rule that it has; of another kind than its own if one is given."""
+        kind = call.operation.kind if kind is None else kind
+        if not self._placed:
+            return call._replace(rule=self._rule(kind))
+        depth = self._depths.of(call)
+        return call._replace(depth=depth, rule=self._rule(kind, call.name, call.module, depth))
+
+    def _rule(self, kind: str, name: str = "", module: nn.Module | None = None, depth: int | None = None) -> Rule:
+        key = (kind, name, type(module), depth) if self._placed else kind
+        rule = self._rules.get(key)
+        if rule is None:
+            rule = self._rules[key] = self._composite.rule(kind, name, module, depth)
+        return rule
+
+    def _contracted(self, call: Call) -> Any:
+        call = self.ruled(call)
+        result = self._uses.observed(call)
+        if result is not None:
+            return result
+        return call.ruled() if any(map(is_activation, call.operands())) else call.run()
+
+    def _looked_up(self, call: Call) -> Any:
+        return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
+
+    def _factors(self, call: Call) -> Any:
+        rule = self.ruled(call, "product").rule
+        active = any(map(is_activation, call.operands()))
+        return rule.of_factors(call) if active and rule is not None else call.run()
+
+    def _composed(self, call: Call) -> Any:
+        """The value of the one operation, and the relevance of those that it stands for."""
+        if not any(map(is_activation, call.operands())):
+            return call.run()
+        with self._seeing():
+            stand_in = PARTS[call.function.__name__](*call.args, **call.kwargs)
+        constant = call._replace(
+            args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
+        )
+        result = replaced(stand_in, constant.run)
+        if self._tracer is not None:
+            self._tracer.carry(stand_in, result)
+        return result
+
+    def leaves(self, call: Call) -> bool:
+        """Whether a call keeps the plain gradient."""
+        return self.ruled(call).rule == gradient

@@ -1,0 +1,161 @@
+"""Blocks: layers that write onto a residual stream, found where what they write is added to what they were made of."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lrp_prune.engine.facts import Fact
+from lrp_prune.engine.operations import channels_of
+from lrp_prune.engine.origins import marked
+from lrp_prune.engine.shadow import Call
+from lrp_prune.engine.shadows import keeps_zero
+
+_SUMMING = frozenset("add sub subtract".split())
+_LAYERS = ("_Observed", "_Ruled", "Convolution", "Addmm", "Mm", "Linear")
+_FAR = 4096
+"""Nodes of the graph that are looked at in search of the stream."""
+
+
+Written = Mapping[str, frozenset[str]]
+"""The weights of the layers that a tensor was written by, and what else has to be zero for what each wrote to be zero."""
+
+
+class Blocks:
+    """Follows what layers write until it is added to a stream."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, frozenset[str]] = {}
+        """The weight of each layer that writes onto a residual stream, and the other parameters that the block owns."""
+
+    def carry(self, source: Any, copy: Any) -> None:
+        """A copy that was made out of sight is what it is a copy of."""
+        _set(copy, _written(source))
+
+    def write(self, result: Tensor, weight: str, bias: Tensor | None) -> None:
+        """A layer has written."""
+        origin = None if bias is None else marked(bias)
+        _set(result, {weight: frozenset({origin.name} if origin else ())})
+
+    def after(self, call: Call) -> None:
+        """Follow a function that has just run."""
+        result = call.outputs[0] if call.outputs else None
+        if result is None:
+            return
+        found = None
+        active = [value for value in call.tensors if value.requires_grad]
+        written = [value for value in active if _written(value) is not None]
+        if written and result.requires_grad:
+            found = self._found(call, result, active, written)
+        _set(result, found)
+
+    def _found(self, call: Call, result: Tensor, active: list[Tensor], written: list[Tensor]) -> Written | None:
+        own = _written(written[0])
+        assert own is not None
+        if call.kind == "sum" and call.name in _SUMMING:
+            return self._summed(call, active, written)
+        if len(active) == 1 and channels_of(call.name, call.kind) in ("copied", "moved"):
+            return own
+        if call.kind in ("product", "division"):
+            whole = [value for value in written if value.shape == result.shape]  # a gate of the branch is broadcast
+            return _written(whole[0]) if len(whole) == 1 else own if len(written) == 1 else None
+        if call.kind == "normalization" and len(active) == 1:
+            # Its shift, or a running mean, is written even where nothing comes in, unless the block owns scale and shift.
+            return _with(own, call.tensors[1:])
+        if call.kind == "activation" and len(active) == 1 and keeps_zero(call, active[0]):
+            return own
+        return None
+
+    def _summed(self, call: Call, active: list[Tensor], written: list[Tensor]) -> Written | None:
+        if len(active) == 1:
+            own, shifts = _written(active[0]), [value for value in call.tensors if value is not active[0]]
+            return None if own is None or any(marked(value) is None for value in shifts) else _with(own, shifts)
+        streams = [
+            branch
+            for branch, other in (active[:2], active[1::-1])
+            if _written(branch) is not None and _is_stream_of(other, branch)
+        ]
+        if not streams and len(written) == 2:
+            streams = [branch for branch, other in (active[:2], active[1::-1]) if _is_projection_beside(other, branch)]
+        if len(streams) == 1:
+            block = _written(streams[0])
+            assert block is not None
+            for weight, others in block.items():
+                self.found[weight] = self.found.get(weight, frozenset()) | others
+            return None
+        if len(written) == 2:  # branches side by side, which are added to the stream together
+            first, second = (_written(value) for value in written)
+            assert first is not None and second is not None
+            return {**first, **second}
+        return None
+
+
+def _with(written: Written, constants: Iterable[Tensor]) -> Written:
+    """What is written together with parameters that shift it."""
+    shifts = {origin.name for value in constants if (origin := marked(value)) is not None}
+    return {weight: others | shifts for weight, others in written.items()}
+
+
+_FACT: Fact[Written] = Fact("written")
+_written, _set = _FACT.of, _FACT.note
+
+
+def _is_stream_of(stream: Tensor, branch: Tensor) -> bool:
+    """Whether the branch was made of the stream, or of a part of what was summed up to it."""
+    summands = set(_summands(stream.grad_fn))
+    return any(node in summands for node in _ancestors(branch.grad_fn))
+
+
+def _is_projection_beside(shortcut: Tensor, branch: Tensor) -> bool:
+    """Whether a shortcut is one layer away from what the branch made by several layers: the stream in another width."""
+    made_of = set(_ancestors(branch.grad_fn)) & set(_ancestors(shortcut.grad_fn))
+    return _layers_until(shortcut.grad_fn, made_of) == 1 < _layers_until(branch.grad_fn, made_of)
+
+
+def _layers_until(node: Any, ends: set[Any]) -> int:
+    """The least number of layers between a node and one of the others."""
+    level, layers = [node], 0
+    seen: set[Any] = set()
+    while level and layers < 3:
+        following: list[Any] = []
+        near = list(level)
+        while near:
+            node = near.pop()
+            if node in ends:
+                return layers
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            parents = [parent for parent, _ in node.next_functions]
+            (following if node.name().startswith(_LAYERS) else near).extend(parents)
+        level, layers = following, layers + 1
+    return layers
+
+
+def _summands(node: Any) -> Iterator[Any]:
+    """A node, and behind sums and views what was summed."""
+    stack = [node]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node.name().startswith(
+            ("Add", "Sub", "View", "UnsafeView", "Reshape", "Clone", "ToCopy", "Transpose", "Permute")
+        ):
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _ancestors(node: Any) -> Iterator[Any]:
+    """The nodes that a node was made of, the nearest first."""
+    queue = [node]
+    seen: set[Any] = set()
+    while queue and len(seen) < _FAR:
+        node = queue.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        queue.extend(parent for parent, _ in node.next_functions)

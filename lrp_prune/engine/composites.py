@@ -1,0 +1,252 @@
+"""Composites: which rule each operation gets."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lrp_prune.engine.operations import KINDS
+from lrp_prune.engine.rules import PLAIN, RULES, Call, Own, Rule, gradient
+
+_RULELESS = ("embedding", "sum", "join")
+
+
+@dataclass(frozen=True)
+class Where:
+    """The operations that a rule is for: those that meet all that is asked.
+
+    Args:
+        kind: of operation; None for all kinds that the rule can be for.
+        layer: class of the module that runs.
+        name: pattern of the canonical name of the module that runs.
+        depth: place among the layers of the kind, counted from 0 in the order in which they first run: ``range(3)`` for the
+            first three. A layer is a weight; for kinds without one a module.
+
+    Raises:
+        ValueError: for an unknown kind.
+
+    Example:
+        >>> Where("convolution", depth=range(3)).matches("convolution", "features.0", nn.Conv2d(3, 8, 3), 2)
+        True
+        >>> Where(name="features.*").matches("linear", "classifier.0", nn.Linear(3, 8), 0)
+        False
+    """
+
+    kind: str | None = None
+    layer: type[nn.Module] | None = None
+    name: str | None = None
+    depth: range | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            why = ": it needs no rule, relevance of sums and lookups follows from the gradient"
+            raise ValueError(
+                f"unknown kind of operation {self.kind!r}, expected one of {KINDS}{why if self.kind in _RULELESS else ''}"
+            )
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it asks for more than the kind."""
+        return self.layer is not None or self.name is not None or self.depth is not None
+
+    def matches(self, kind: str, name: str, module: nn.Module | None, depth: int | None) -> bool:
+        """Whether an operation of a kind, in a module of a name, is one of those."""
+        return (
+            self.kind in (None, kind)
+            and (self.layer is None or isinstance(module, self.layer))
+            and (self.name is None or fnmatchcase(name, self.name))
+            and (self.depth is None or depth in self.depth)
+        )
+
+
+RuleLike = str | Rule | Callable[[Call], Any]
+"""A rule, the name of one, or a function of a :class:`~lrp_prune.engine.rules.Call` that returns its result."""
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A named choice of rules: the first that matches an operation is its rule, and where none does the base's.
+
+    Args:
+        name: what results are labelled with.
+        rules: what a rule is for -> the rule, or the name of one, in the order in which they are asked. What it is for is a kind
+            of operation, a class of modules, or :class:`Where` with several conditions. Kinds: ``activation``, ``product`` (of
+            two activations), ``linear`` (products of an activation with a weight or constant, but for ``convolution``),
+            ``matmul`` (of two activations), ``softmax``, ``attention`` (``scaled_dot_product_attention``),
+            ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``dropout``.
+        base: the composite, or the name of a preset, that has the rules of everything else; None for the plain gradient.
+
+    Raises:
+        ValueError: for an unknown kind or rule, or a rule for what it cannot be for.
+
+    Example:
+        The gamma rule for convolutions, a stronger one for the first two, and LRP-epsilon for the rest:
+
+        >>> import torch, lrp_prune
+        >>> from lrp_prune.attribution import Gamma, Where
+        >>> rules = {Where("convolution", depth=range(2)): Gamma(1.0), "convolution": Gamma(0.25)}
+        >>> composite = Composite("gamma", rules, base="epsilon")
+        >>> model = nn.Sequential(
+        ...     nn.Conv1d(1, 4, 3, bias=False), nn.ReLU(), nn.Conv1d(4, 4, 3, bias=False), nn.ReLU(),
+        ...     nn.Conv1d(4, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2, bias=False),
+        ... )
+        >>> with lrp_prune.attributing(model, composite) as propagation:
+        ...     value = model(torch.randn(1, 1, 8)).sum()
+        ...     relevance = propagation.relevance(value)["input"]
+        >>> torch.testing.assert_close(relevance.sum(), value.detach())
+        >>> batches = [(torch.randn(16, 1, 8), torch.randint(2, (16,)))]
+        >>> lrp_prune.attribute(model, batches, composite=composite).composite
+        'gamma'
+    """
+
+    name: str
+    rules: Mapping[str | type[nn.Module] | Where, RuleLike] = field(default_factory=dict)
+    base: "str | Composite | None" = None
+
+    def __post_init__(self) -> None:
+        entries: list[tuple[Where, Rule]] = []
+        for where, rule in self.rules.items():
+            try:
+                entries.append(_entry(where, rule))
+            except ValueError as error:
+                raise ValueError(f"composite {self.name!r}: {error}") from None
+        base = None if self.base is None else composite_of(self.base)
+        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+        object.__setattr__(self, "entries", (*entries, *(() if base is None else base.entries)))
+
+    entries: tuple[tuple[Where, Rule], ...] = field(init=False, repr=False, compare=False)
+    """What rules are for, and the rules; first match wins."""
+
+    def rule(self, kind: str, name: str = "", module: nn.Module | None = None, depth: int | None = None) -> Rule:
+        """The rule of a kind of operation, in a module of a name."""
+        for where, rule in self.entries:
+            if where.matches(kind, name, module, depth) and _fits(rule, kind):
+                return PLAIN.get(kind, rule) if rule == gradient else rule
+        return PLAIN.get(kind, gradient)
+
+    def rules_of(self, kind: str) -> Iterator[Rule]:
+        """All rules that an operation of a kind may get."""
+        for where, rule in self.entries:
+            if where.kind in (None, kind) and _fits(rule, kind):
+                yield rule
+                if not where.is_placed:
+                    return
+        yield gradient
+
+    def needs(self, what: str) -> bool:
+        """Whether a rule needs to know something of its calls: see :class:`~lrp_prune.engine.rules.Rule`."""
+        return any(what in rule.needs for kind in KINDS for rule in self.rules_of(kind))
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether rules differ between operations of a kind, or need to know the module that runs."""
+        return any(where.is_placed for where, _ in self.entries) or self.needs("places")
+
+    @property
+    def traced(self) -> bool:
+        """Whether a rule for products may ask where an activation comes from."""
+        return any("gates" in rule.needs for rule in self.rules_of("product"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every operation keeps its plain gradient."""
+        return all(rule == gradient or rule in PLAIN.values() for _, rule in self.entries)
+
+    def check_scores_weights(self) -> None:
+        """Refuse a composite under which the relevance of weights is not known.
+
+        Raises:
+            ValueError: if it has a rule for linear layers or convolutions that says nothing of it.
+        """
+        for kind in ("linear", "convolution"):
+            for rule in self.rules_of(kind):
+                if not rule.scores_weights:
+                    called = getattr(rule.function, "__name__", rule) if isinstance(rule, Own) else _name_of(rule)
+                    raise ValueError(
+                        f"composite {self.name!r} has a rule of its own for {kind!r} ({called}), and what relevance weights have "
+                        "then is not known: leave it out, declare its terms (lrp_prune.attribution.Terms), or use "
+                        "lrp_prune.attributing for activations"
+                    )
+
+    def check_fits(self, modules: Mapping[str, nn.Module]) -> None:
+        """Refuse patterns and classes that no module of a model has.
+
+        Raises:
+            ValueError: for the first of them.
+        """
+        for where, _ in self.entries:
+            if where.name is not None and not any(fnmatchcase(name, where.name) for name in modules):
+                raise ValueError(
+                    f"composite {self.name!r}: the pattern {where.name!r} matches no module; there are "
+                    f"{', '.join(list(modules)[1:4])}, ..."
+                )
+            layer = where.layer
+            if layer is not None and not any(isinstance(module, layer) for module in modules.values()):
+                raise ValueError(f"composite {self.name!r}: the model has no {layer.__name__}")
+
+
+def _entry(given: str | type[nn.Module] | Where, rule: RuleLike) -> tuple[Where, Rule]:
+    where = given if isinstance(given, Where) else Where(given) if isinstance(given, str) else Where(layer=given)
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}, expected one of {tuple(RULES)}")
+        rule = RULES[rule]
+    elif not isinstance(rule, Rule):
+        rule = Own(rule)
+    if where.kind is not None and not _fits(rule, where.kind):
+        raise ValueError(f"{_name_of(rule)} is a rule for {rule.kinds}, not for {where.kind!r}")
+    return where, rule
+
+
+def _fits(rule: Rule, kind: str) -> bool:
+    return rule.kinds is None or kind in rule.kinds
+
+
+def _name_of(rule: Rule) -> str:
+    return next((name for name, known in RULES.items() if known == rule), str(rule))
+
+
+def composite_of(composite: str | Composite) -> Composite:
+    """A preset by name, or the composite itself.
+
+    Raises:
+        ValueError: if there is no preset of that name.
+    """
+    if isinstance(composite, Composite):
+        return composite
+    if composite not in COMPOSITES:
+        raise ValueError(f"composite must be one of {tuple(COMPOSITES)} or a Composite, got {composite!r}")
+    return COMPOSITES[composite]
+
+
+_COMMON: dict[str | type[nn.Module] | Where, RuleLike] = {
+    "activation": "identity",
+    "normalization": "constant_statistic",
+    "statistic": "scale",
+    "division": "stop_denominator",
+}
+
+COMPOSITES: dict[str, Composite] = {
+    composite.name: composite
+    for composite in (
+        Composite("attnlrp", {**_COMMON, "product": "uniform", "matmul": "uniform", "attention": "attention_uniform"}),
+        Composite(
+            "cp_lrp",
+            {
+                **_COMMON,
+                "product": "stop_gate",
+                "matmul": "uniform",
+                "softmax": "stop",
+                "attention": "attention_to_values",
+            },
+        ),
+        Composite("epsilon", {"activation": "identity"}),
+        Composite("gradient"),
+    )
+}
+"""The presets: ``attnlrp`` (arXiv 2402.05602), ``cp_lrp`` (arXiv 2202.07304), ``epsilon`` (LRP-epsilon with epsilon -> 0 for
+linear layers, activations hand relevance on, the rest by its Taylor expansion: no relevance is halved, so that its scale
+is comparable between layers), ``gradient`` (gradient x input)."""

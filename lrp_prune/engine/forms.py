@@ -1,0 +1,152 @@
+r"""Forms: the shapes in which a weight meets an activation, and what their derivatives are.
+
+Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a, d) = \partial \langle d, B(a, W) \rangle /
+\partial W` gives all statistics: signed relevance from :math:`G(a, d)`, absolute from :math:`G(|a|, |d|)`, squared from
+:math:`G(a^2, d^2)`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_prune.engine.call import Call
+from lrp_prune.engine.operations import Place
+
+
+class Form:
+    """Any bilinear function, through autograd of the function itself; it costs one more forward.
+
+    Args:
+        call: the call; its operands ``activation`` and ``weight`` are given by index.
+        activation: index of the activation among the operands.
+        weight: index of the weight.
+    """
+
+    channel_dim: int | None = None
+    """Dimension of the activation along which it has channels, where every channel meets one slice of the weight."""
+    in_axis = out_axis = -1
+    """Axis of the weight that the activation's channels, and the output's, lie along."""
+    only_shows_activation = False
+    """Whether the gradient of the activation can be told without the activation."""
+
+    def __init__(self, call: Call, activation: int, weight: int) -> None:
+        self.call, self._activation, self._weight = call, activation, weight
+
+    def forward(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation, exactly as the model called it."""
+        operands = self.call.operands()
+        operands[self._activation], operands[self._weight] = activation, weight
+        result: Tensor = self.call.with_operands(operands).run()
+        return result
+
+    def product(self, activation: Tensor, weight: Tensor) -> Tensor:
+        """The operation, without what is added to the product, in the activation's precision.
+
+        In the backward pass no autocast brings tensors together, and the activation may have been kept in another precision.
+        """
+        weight = weight.to(activation.dtype)
+        place, summand = self._added()
+        if place is None or summand is None:
+            return self.forward(activation, weight)
+        nothing = None if place[1] == "bias" else torch.zeros_like(summand, dtype=activation.dtype)
+        return self._adding(place, nothing).forward(activation, weight)
+
+    def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
+        """What is added to the product, in the output's shape; None where nothing is."""
+        place, summand = self._added()
+        if place is None or summand is None:
+            return None
+        return self._adding(place, summand.to(activation.dtype)).forward(
+            torch.zeros_like(activation), weight.to(activation.dtype)
+        )
+
+    def _added(self) -> tuple[Place | None, Any]:
+        place = self.call.operation.added
+        return place, None if place is None else self.call.argument(*place)
+
+    def _adding(self, place: Place, value: Tensor | None) -> "Form":
+        return type(self)(self.call.with_arguments({place: value}), self._activation, self._weight)
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the activation."""
+        with torch.enable_grad():
+            leaf = activation.detach().requires_grad_()
+            result = self.product(leaf, weight)
+            (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
+        return gradient
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        """``G(activation, d)``, in the shape of the weight."""
+        with torch.enable_grad():
+            # In the precision of what is contracted: squares do not fit into the weights' float16.
+            leaf = torch.zeros_like(weight, dtype=activation.dtype).requires_grad_()
+            result = self.product(activation, leaf)
+            (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
+        return gradient
+
+    def in_channels(self, activation: Tensor) -> int:
+        """How many channels the activation has."""
+        return 0 if self.channel_dim is None else int(activation.shape[self.channel_dim])
+
+
+class Linear(Form):
+    """``y = a W^T``: ``F.linear``, weight ``[out, in]``."""
+
+    channel_dim = -1
+    out_axis, in_axis = 0, 1
+    only_shows_activation = True
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(d, weight.to(d.dtype))
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        return d.reshape(-1, d.shape[-1]).T @ activation.reshape(-1, activation.shape[-1])
+
+
+class Matmul(Form):
+    """``y = a W``: ``matmul``, ``mm``, ``addmm``, weight ``[in, out]``."""
+
+    channel_dim = -1
+    out_axis, in_axis = 1, 0
+    only_shows_activation = True
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        return torch.matmul(d, weight.to(d.dtype).T)
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        return activation.reshape(-1, activation.shape[-1]).T @ d.reshape(-1, d.shape[-1])
+
+
+class Convolution(Form):
+    """Convolutions, weight ``[out, in / groups, ...]``; a token is a position."""
+
+    channel_dim = 1
+    out_axis, in_axis = 0, 1
+
+    @property
+    def groups(self) -> int:
+        """In how many groups of channels that know nothing of each other it works."""
+        args, kwargs = self.call.args, self.call.kwargs
+        return int(args[6] if len(args) > 6 else kwargs.get("groups", 1))
+
+
+class TransposedConvolution(Convolution):
+    """Transposed convolutions, weight ``[in, out / groups, ...]``; a token is a position."""
+
+    out_axis, in_axis = 1, 0
+
+
+def form_of(call: Call, activation: int, weight: int) -> Form:
+    """The form of a call of kind ``matmul`` with one activation and one weight."""
+    name = call.function.__name__
+    if name.startswith("conv") and (activation, weight) == (0, 1):
+        kind = TransposedConvolution if name.startswith("conv_transpose") else Convolution
+        return kind(call, activation, weight)
+    if (activation, weight) == (0, 1) and call.operand(1).dim() == 2:
+        if name == "linear":
+            return Linear(call, activation, weight)
+        scaled = {"alpha", "beta"} & set(call.kwargs)
+        if name in ("matmul", "mm", "addmm") and not scaled:
+            return Matmul(call, activation, weight)
+    return Form(call, activation, weight)

@@ -1,0 +1,209 @@
+"""Constants that come from parameters: where in a parameter a tensor's entries lie.
+
+Models reach their weights through views (``weight.T``, one expert of a stack), casts and reparametrizations, so a tensor made
+from parameters alone carries a mark that says which parameter it came from and, where that is still known, which entry of
+the parameter each of its entries is. It is known as long as a zero in the parameter is a zero in the tensor: through masks and
+scales (``weight * mask``, ``weight / sigma``), but not through sums and products of matrices.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrp_prune.engine.facts import Fact
+from lrp_prune.engine.operations import PRODUCTS
+from lrp_prune.relevance.unscored import RESCALED, computed
+
+_ELEMENTWISE = frozenset(
+    "abs neg negative sign clamp clip clamp_min clamp_max round floor ceil trunc fix absolute".split()
+)
+"""Elementwise functions beside activations; whether they keep zeros depends on their arguments, and is tried."""
+
+_CHOOSING = frozenset("where masked_fill __setitem__".split())
+"""Functions that put other entries in the place of some."""
+_OWN_NORM = frozenset({"_weight_norm", "_weight_norm_interface"})
+
+
+class Layout(NamedTuple):
+    """Where the entries of a strided tensor lie in memory, relative to the parameter's first entry."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def on(self, tensor: Tensor) -> Tensor:
+        """The same entries of a tensor that is laid out as the parameter is."""
+        if self == (tuple(tensor.size()), tuple(tensor.stride()), 0):
+            return tensor
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    def once(self, tensor: Tensor) -> Tensor:
+        """A tensor of this size, without the repetitions of entries that stand at several places (of what was expanded)."""
+        repeated = [size > 1 and step == 0 for size, step in zip(self.size, self.stride, strict=True)]
+        return tensor[tuple(slice(0, 1) if again else slice(None) for again in repeated)] if any(repeated) else tensor
+
+    def add_to(self, tensor: Tensor, values: Tensor) -> None:
+        """Add values of this size to the same entries of a tensor that is laid out as the parameter is."""
+        view = self.once(self.on(tensor))
+        values = values.reshape(self.size).to(view.device)
+        view.add_(values if values.shape == view.shape else values.sum_to_size(view.shape))
+
+
+class Origin(NamedTuple):
+    """What a tensor was made of.
+
+    Args:
+        name: the parameter's canonical name.
+        parameter: the parameter's own layout.
+        layout: that of the tensor within it; None where its entries are none of the parameter's.
+        scaled: whether the entries have other values than in the parameter.
+        steps: the functions that made it something else, if ``layout`` is None.
+        rescaled: whether these are a division by a norm of the parameter itself.
+        others: further parameters that went into it.
+        arithmetic: whether more than views, copies and picking of entries did, if ``layout`` is None.
+        product: whether a product of matrices did.
+    """
+
+    name: str
+    parameter: Layout
+    layout: Layout | None
+    scaled: bool = False
+    steps: tuple[str, ...] = ()
+    rescaled: bool = False
+    others: tuple[str, ...] = ()
+    arithmetic: bool = False
+    product: bool = False
+
+    def dim(self, axis: int) -> int | None:
+        """The parameter's dimension that an axis of the tensor is, where the tensor is the parameter up to a transposition."""
+        if self.layout is None or self.layout.offset != 0 or sorted(self.layout.size) != sorted(self.parameter.size):
+            return None
+        if self.layout == self.parameter:  # also where dimensions of size one have the same stride as another
+            return axis % len(self.parameter.size)
+        stride = self.layout.stride[axis]
+        return self.parameter.stride.index(stride) if stride in self.parameter.stride else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters that went into it."""
+        return (self.name, *self.others)
+
+    @property
+    def reason(self) -> str | None:
+        """Why zeros in the parameter would not do; None if they would."""
+        if self.layout is not None:
+            return None
+        return RESCALED if self.rescaled else computed(self.steps)
+
+
+def origin_of_parameter(name: str, parameter: Tensor) -> Origin:
+    """The origin of the whole parameter."""
+    layout = Layout(tuple(parameter.size()), tuple(parameter.stride()), 0)
+    return Origin(name, layout, layout)
+
+
+_ORIGIN: Fact[Origin] = Fact("origin")
+_SOURCE: Fact[Origin] = Fact("source")
+mark, marked = _ORIGIN.note, _ORIGIN.of
+note_source = _SOURCE.note
+"""Remembers what a constant was computed from: it is no part of the parameter, but made of it."""
+
+
+def source_of(tensor: Tensor) -> Origin | None:
+    """The parameter that a constant is a part of, or was computed from."""
+    return marked(tensor) or _SOURCE.of(tensor)
+
+
+def derive(
+    origin: Origin, source: Tensor, result: Tensor, elementwise: bool, name: str, again: Callable[[Tensor], Any]
+) -> Origin:
+    """The origin of ``result``, a view, a cast or something else that was made from ``source``, whose origin is given.
+
+    A view shares the storage, so its place is its place in the storage; a cast or copy of the same shape keeps the place
+    of its source; of anything else only the name is known.
+
+    Args:
+        origin: that of the source.
+        source: what the function was applied to.
+        result: what came out.
+        elementwise: whether the function keeps the meaning of each entry.
+        name: the function's.
+        again: applies it to another tensor.
+    """
+    if origin.layout is None:
+        return origin
+    if result.untyped_storage()._cdata == source.untyped_storage()._cdata and result.dtype == source.dtype:
+        if source.stride() == origin.layout.stride:
+            offset = int(result.storage_offset() - source.storage_offset()) + origin.layout.offset
+            return origin._replace(layout=Layout(tuple(result.size()), tuple(result.stride()), offset))
+        # A copy that lies in memory otherwise than in the parameter: look where the entries would come to lie there.
+        stand_in = torch.empty_strided(origin.parameter.size, origin.parameter.stride, device="meta")
+        viewed = again(origin.layout.on(stand_in))
+        if isinstance(viewed, Tensor) and viewed.shape == result.shape and viewed._is_view():
+            layout = Layout(tuple(viewed.size()), tuple(viewed.stride()), int(viewed.storage_offset()))
+            return origin._replace(layout=layout)
+    elif elementwise and result.shape == source.shape:
+        return origin
+    return lost(name, [origin])
+
+
+def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bool = False) -> Origin:
+    """The origin of what a function made of tensors, whose entries are none of a parameter's."""
+    names = dict.fromkeys(entry for origin in origins for entry in origin.names)
+    steps = dict.fromkeys((*(step for origin in origins for step in origin.steps), name))
+    others = tuple(entry for entry in names if entry != origins[0].name)
+    rescaled = rescaled or any(origin.rescaled for origin in origins)
+    made = origins[0]._replace(layout=None, scaled=False, steps=tuple(steps), others=others)
+    return made._replace(
+        rescaled=rescaled,
+        arithmetic=kind != "plain" or any(origin.scaled or origin.arithmetic for origin in origins),
+        product=kind in PRODUCTS or any(origin.product for origin in origins),
+    )
+
+
+def of_operation(
+    name: str, kind: str, operands: Sequence[Any], result: Tensor, again: Callable[[Tensor, Tensor], Any]
+) -> Origin | None:
+    """The origin of what an operation made of constants; None if none of them came from a parameter.
+
+    Args:
+        name: the function's.
+        kind: its kind of operation, ``"plain"`` where it has none.
+        operands: what it was given, numbers included.
+        result: what it returned.
+        again: applies it with one of the tensors replaced by another.
+    """
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    found = [(tensor, origin) for tensor in tensors if (origin := marked(tensor)) is not None]
+    if not found:
+        return None
+    origins = [origin for _, origin in found]
+    carriers = [
+        (tensor, origin) for tensor, origin in found if origin.layout is not None and tensor.shape == result.shape
+    ]
+    stem = name if name.endswith("__") else name.rstrip("_")
+    if kind == "division":
+        carriers = [entry for entry in carriers if entry[0] is operands[0]]
+    if name in _OWN_NORM or not carriers:
+        return lost(name, origins, kind, rescaled=name in _OWN_NORM)
+    carrier, origin = carriers[0]
+    if kind in ("product", "division"):
+        rest = [(tensor, other) for tensor, other in found if tensor is not carrier]
+        if any(origin.name in other.names and tensor.numel() > 1 for tensor, other in rest):
+            return lost(name, origins, kind, rescaled=True)
+        return origin._replace(scaled=True)
+    if stem in _CHOOSING:
+        fillers = [operand for operand in operands if operand is not carrier and not _is_mask(operand)]
+        kept = len(found) == 1 and all(not bool(torch.as_tensor(filler).any()) for filler in fillers)
+        return origin._replace(scaled=True) if kept else lost(name, origins, kind)
+    if (kind in ("activation", "power") or stem in _ELEMENTWISE) and len(found) == 1:
+        zeros = again(carrier, torch.zeros_like(carrier))
+        if isinstance(zeros, Tensor) and not bool(zeros.any()):
+            return origin._replace(scaled=True)
+    return lost(name, origins, kind)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool

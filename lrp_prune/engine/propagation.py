@@ -1,0 +1,348 @@
+"""``attributing``: LRP for the time of a context, on any model, without a trace."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lrp_prune.engine.audit import Audit
+from lrp_prune.engine.checkpoints import propagating_checkpoints
+from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.constants import Constants
+from lrp_prune.engine.endings import Endings
+from lrp_prune.engine.mode import PropagationMode
+from lrp_prune.engine.modules import is_activation_module
+from lrp_prune.engine.places import Places
+from lrp_prune.engine.registry import MODULE_RULES
+from lrp_prune.engine.roots import Root, Roots
+from lrp_prune.engine.rules import gradient as plain_gradient
+from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.unsharding import unsharding
+from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.wrapping import replaced, whole
+from lrp_prune.models.backends import traceable_attention
+from lrp_prune.models.states import eager, unchanged_buffers
+from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
+
+UNRULED = ("warn", "error", "ignore")
+_NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
+
+
+class Propagation:
+    """What :func:`attributing` yields: turns an explained value into relevance."""
+
+    def __init__(self, mode: PropagationMode, roots: Roots, endings: Endings) -> None:
+        self._mode, self._roots, self._endings = mode, roots, endings
+        self._latent: list[tuple[str, Tensor]] = []
+
+    def relevance(self, target: Tensor) -> dict[str, Tensor]:
+        r"""Relevance of every root and latent module for the value: :math:`R = x \cdot \partial\,\mathrm{target} / \partial x`.
+
+        One backward pass; ``.grad`` of no parameter is touched.
+
+        Args:
+            target: a scalar computed from the model's output inside the context.
+
+        Returns:
+            Name -> tensor of its shape, in its dtype. Roots are
+
+            * the outputs of embeddings, by the name of the module that looks up (where encoder and decoder share one, by the
+              name that the caller has for it), and float inputs, by argument name;
+            * parameters that enter as data, by parameter name: what is concatenated or put into some positions, and what
+              is added and has two dimensions or more;
+            * constants that enter so, by buffer name, or as ``module.constant`` (``module.detached`` if made of activations)
+              by the module that returned or used them, where they have relevance; masks and scalars are none.
+
+            What was met several times has further entries ``name#1``, ``name#2``, ... An input that the target does not
+            depend on has relevance zero.
+
+        Raises:
+            ValueError: if the target is no scalar, or does not depend on a forward inside this context; says why.
+            FloatingPointError: if the target or a relevance is not finite.
+            UnruledOperationError: if it depends on an operation without a rule, and ``unruled`` is ``"error"``.
+        """
+        roots, latent = self._roots.take(), self._latent
+        self._latent = []
+        entries = [*roots, *(Root(name, tensor) for name, tensor in latent)]
+        gradients = self.gradients(target, [root.leaf for root in entries])
+        self.check_reached(target, gradients)
+        result: dict[str, Tensor] = {}
+        for root, gradient in zip(entries, gradients, strict=True):
+            relevance = torch.zeros_like(root.leaf) if gradient is None else root.leaf.detach() * gradient
+            if root.constant and not bool(relevance.any()):
+                continue
+            if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):
+                raise FloatingPointError(
+                    f"the relevance of {root.name!r} is not finite: check the batch and the precision"
+                )
+            repeats = sum(key == root.name or key.startswith(f"{root.name}#") for key in result)
+            result[f"{root.name}#{repeats}" if repeats else root.name] = relevance
+        return result
+
+    def roots(self) -> list[Root]:
+        """The roots of the forward that has just run, for those who reduce relevance themselves."""
+        return self._roots.take()
+
+    def gradients(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Run the backward pass under the rules, so that recomputed (checkpointed) layers see them as well."""
+        self.check_target(target)
+        if not tensors:
+            raise ValueError(self._endings.reason(target))
+        mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
+        mode.audit = None
+        try:
+            with mode.acting(), torch.autocast(target.device.type, enabled=False):
+                return mode.backward(target.reshape(()), tensors)
+        finally:
+            self._roots.recording, mode.audit = True, mode_audit
+
+    def check_target(self, target: Any, propagated: bool = True) -> None:
+        """Refuse what cannot be explained: more than one value, one that is not finite, or is cut off from the inputs.
+
+        What it depends on without a rule is reported.
+
+        Args:
+            target: the explained value.
+            propagated: whether relevance is to be propagated from it.
+        """
+        if not isinstance(target, Tensor) or target.numel() != 1:
+            raise ValueError(
+                f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
+            )
+        if not bool(torch.isfinite(target.detach())):
+            raise FloatingPointError(
+                f"the explained value is {target.item()}: the model's output is not finite on this batch"
+            )
+        if not propagated:
+            return
+        if not target.requires_grad:
+            raise ValueError(self._endings.reason(target))
+        if self._mode.audit is not None:
+            self._mode.audit.report(target)
+
+    def check_reached(self, target: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Refuse gradients that reached nothing, and say why."""
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(self._endings.reason(target))
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+@contextmanager
+def attributing(
+    model: nn.Module,
+    composite: str | Composite = "attnlrp",
+    latent: Sequence[str] | None = None,
+    unruled: str = "warn",
+) -> Iterator[Propagation]:
+    """Propagate relevance through ``model`` by the rules of a composite, while the context lasts.
+
+    Rules act inside the model's forward and in the backward pass of :meth:`Propagation.relevance`, and nowhere else: what is
+    computed from the output (softmax, differences) seeds the outputs by its plain gradient. Dropout is off. When
+    the context is left, also by an exception, everything is as before. Whether the model is in training or evaluation mode
+    is the caller's choice.
+
+    Args:
+        model: any ``nn.Module``; parameters need not require grad.
+        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, or a :class:`~lrp_prune.attribution.Composite`.
+        latent: patterns of module names whose outputs' relevance is wanted too.
+        unruled: what to do where a nonlinear operation has no rule: ``"warn"``, ``"error"`` or ``"ignore"``.
+
+    Raises:
+        ValueError: for an unknown composite, or a latent pattern that matches no module.
+
+    Example:
+        >>> import torch, lrp_prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False))
+        >>> with lrp_prune.attributing(model, composite="cp_lrp") as propagation:
+        ...     output = model(torch.ones(1, 4))
+        ...     relevance = propagation.relevance(output[0, 0])
+        >>> bool(torch.isclose(relevance["input"].sum(), output[0, 0], atol=1e-6))
+        True
+    """
+    with propagating(model, composite_of(composite), latent, unruled, WeightUses(), constants=True) as propagation:
+        yield propagation
+
+
+@contextmanager
+def propagating(
+    model: nn.Module,
+    composite: Composite,
+    latent: Sequence[str] | None,
+    unruled: str,
+    uses: WeightUses,
+    entries: Sequence[nn.Module] | None = None,
+    tracer: UnitTracer | None = None,
+    kept: torch.dtype | None = None,
+    constants: bool = False,
+    named: bool = True,
+) -> Iterator[Propagation]:
+    """:func:`attributing` with observers of weights.
+
+    Args:
+        entries: the modules whose calls are "the model's forward"; by default the model itself, or where it is never called
+            (a ``LightningModule`` that calls its children) its direct children.
+        tracer: follows units.
+        kept: the precision in which rules may keep activations for the backward pass; None for their own.
+        constants: whether constants that enter as data are roots.
+        named: whether messages, roots and rules know the module that runs; it costs time in each call of a module.
+    """
+    if unruled not in UNRULED:
+        raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
+    running = eager(model)  # before it is unwrapped
+    model, modules = unwrap(model), named_modules(model)
+    composite.check_fits(modules)
+    wanted = _latent(modules, latent)
+    data = Constants(model) if constants else None
+    roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)
+    audit = Audit(places, unruled) if not composite.is_plain and unruled != "ignore" else None
+    known = (composite, named_parameters(model), places, roots, uses, endings)
+    mode = PropagationMode(*known, tracer is not None or composite.traced, tracer, audit, kept)
+    propagation = Propagation(mode, roots, endings)
+    with ExitStack() as stack:
+        stack.enter_context(unsharding(model, mode))
+        stack.enter_context(unchanged_buffers(model))
+        stack.enter_context(traceable_attention(model))
+        stack.enter_context(propagating_checkpoints())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(running)
+        ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
+        for module in modules.values():
+            if (ruled or tracer is not None) and is_activation_module(module):
+                stack.enter_context(whole(module, mode))
+            if type(module) in MODULE_RULES:
+                stack.enter_context(replaced(module, mode, MODULE_RULES[type(module)]))
+        if named or audit is not None or composite.is_placed:
+            stack.enter_context(_followed(places, mode, data))
+        for name in wanted:
+            handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
+            stack.callback(handle.remove)
+        _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
+        stack.enter_context(mode)
+        yield propagation
+
+
+def _latent(modules: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
+    """The modules whose outputs' relevance is wanted."""
+    for pattern in patterns or ():
+        if not any(_matching(name, [pattern]) for name in modules):
+            raise ValueError(
+                f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
+            )
+    return [name for name in modules if name and _matching(name, patterns)]
+
+
+def _matching(name: str, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns or ())
+
+
+@contextmanager
+def _followed(places: Places, mode: PropagationMode, constants: Constants | None) -> Iterator[None]:
+    """Follow the modules that run, and account for what goes into and comes out of them."""
+
+    def before(arguments: Any) -> None:
+        if mode.audit is not None and mode.is_acting:
+            with torch._C.DisableTorchFunction():
+                mode.audit.arrive(arguments)
+
+    def after(output: Any) -> None:
+        if mode.is_acting and (mode.audit is not None or constants is not None):
+            with torch._C.DisableTorchFunction():
+                if mode.audit is not None:
+                    mode.audit.arrive(output)
+                if constants is not None:
+                    constants.returned(output, places.name)
+
+    with places.following(before, after):
+        yield
+
+
+def _guard(
+    stack: ExitStack,
+    model: nn.Module,
+    entries: Sequence[nn.Module],
+    mode: PropagationMode,
+    roots: Roots,
+    endings: Endings,
+    constants: Constants | None,
+    tracer: UnitTracer | None,
+) -> None:
+    """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
+    calls: list[ExitStack] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        outermost = not mode.is_acting
+        call = ExitStack()
+        call.enter_context(mode.acting())
+        calls.append(call)
+        if not outermost:
+            return None
+        if mode.audit is not None:
+            with torch._C.DisableTorchFunction():
+                mode.audit.entered((args, kwargs))
+        adopt = module is model
+        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
+        converted = tuple(
+            arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in zip(named, args, strict=True)
+        )
+        return converted, {
+            name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()
+        }
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if calls:
+            calls.pop().close()
+        if calls:
+            return
+        if tracer is not None and module is model:
+            tracer.outputs(tree_flatten(output)[0])
+        if output is not None:
+            with torch._C.DisableTorchFunction():
+                endings.called(output)
+        if mode.audit is not None:
+            with torch._C.DisableTorchFunction():
+                mode.audit.forget(output)
+        if constants is not None:
+            constants.forget()
+
+    for module in dict.fromkeys(entries):
+        # First of all: hooks of the model's own compute weights (torch.nn.utils.prune).
+        before = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        after = module.register_forward_hook(leave, always_call=True)
+        stack.callback(before.remove)
+        stack.callback(after.remove)
+
+
+def _is_no_data(name: str) -> bool:
+    return any(part in name for part in _NOT_DATA)
+
+
+def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Callable[..., Any]:
+    """Record a module's output, and hand on a copy: the model may add to it in place."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not propagation._roots.recording:
+            return None
+        entries = (
+            output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+        )
+        tensor = next(iter(entries), None)
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None
+        propagation._latent.append((name, tensor))
+        copy = tensor.clone()
+        if isinstance(output, Mapping):
+            output[next(iter(output))] = copy  # type: ignore[index]  # model outputs are mutable mappings
+            return output
+        return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
+
+    return hook

@@ -1,0 +1,191 @@
+"""Roots: where relevance ends. Embedding outputs, float inputs, and what else enters as data.
+
+Which parameters and constants are data follows from their use. What is joined with activations, concatenated or put into
+some positions, is data like any input: class tokens, learned queries. What is added is data where it has two dimensions or
+more (learned positions, tables made of sines); of one dimension it is a bias, which absorbs relevance.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.engine.constants import Constants
+from lrp_prune.engine.nested import tensors_in
+from lrp_prune.engine.origins import marked, note_source, source_of
+from lrp_prune.engine.rules import Call, is_activation
+from lrp_prune.models.batches import fields, with_fields
+
+_ADDING = frozenset({"sum", "matmul"})
+"""Kinds of operation that add what enters them; the others join."""
+
+
+@dataclass
+class Root:
+    """One leaf of the graph.
+
+    Args:
+        name: what it is called.
+        leaf: the tensor that requires grad.
+        parameter: the parameter that it comes from, if any.
+        ids: of an embedding those that were looked up.
+        constant: whether it comes from no parameter and no input.
+    """
+
+    name: str
+    leaf: Tensor
+    parameter: str | None = None
+    ids: Tensor | None = None
+    constant: bool = False
+
+
+class Roots:
+    """Makes the leaves that require grad, and remembers them in the order of the forward.
+
+    Args:
+        constants: names constants that enter as data; None: they are no roots.
+    """
+
+    def __init__(self, constants: Constants | None = None) -> None:
+        self.entries: list[Root] = []
+        self.recording = True
+        self._constants = constants
+
+    def _record(self, root: Root) -> None:
+        if self.recording:
+            self.entries.append(root)
+
+    def embedding(self, call: Call, own: bool) -> Any:
+        """The rows that were looked up, as a root; integers carry no relevance, so it ends here.
+
+        Args:
+            call: the lookup.
+            own: whether the table is a parameter of the module that runs.
+        """
+        rows = call.run()
+        # An embedding bag returns more than its sums of rows.
+        looked_up = rows[0] if isinstance(rows, tuple) else rows
+        table = call.operand(0)
+        if is_activation(looked_up) or not looked_up.is_floating_point():
+            return rows
+        origin = marked(table)
+        named = None if origin is None else origin.name.removesuffix(".weight")
+        if named is None and self._constants is not None:
+            named = self._constants.name_of(table, call.name)
+        leaf = looked_up.detach().requires_grad_()
+        root = Root((call.name if own else "") or named or f"{call.name or 'model'}.constant", leaf)
+        if origin is not None:
+            root.parameter, root.ids = origin.name, None if isinstance(rows, tuple) else call.operand(1)
+        self._record(root)
+        return (leaf.clone(), *rows[1:]) if isinstance(rows, tuple) else leaf.clone()
+
+    def with_data(self, call: Call, written: bool = False) -> Call:
+        """The call of an operation that activations enter, with what else enters as data as roots.
+
+        Args:
+            call: the call.
+            written: whether it writes into its first operand, which stays what it is.
+        """
+        places = call.operation.data
+        values = [call.argument(*place) for place in places]
+        if not any(map(_may_be_data, values)) or not any(map(is_activation, tensors_in((values, call.operands())))):
+            return call
+        joined = call.operation.kind not in _ADDING
+        if written:
+            if isinstance(values[0], Tensor) and not values[0].requires_grad:
+                self._adopt(values[0], call.name, joined)
+            places, values = places[1:], values[1:]
+        made = [self._data(value, call.name, joined) for value in values]
+        if all(new is old for new, old in zip(made, values, strict=True)):
+            return call
+        return call.with_arguments(dict(zip(places, made, strict=True)))
+
+    def _adopt(self, target: Tensor, module: str, joined: bool) -> None:
+        """Let a constant that activations are written into be a root; what is overwritten gets no relevance."""
+        whole = target if target._base is None else target._base
+        if self._constants is None or not whole.is_floating_point() or isinstance(whole, nn.Parameter):
+            return
+        root = self._root_of(whole, module, joined)
+        if root is not None:
+            root.leaf = whole.detach().clone().requires_grad_()
+            self._record(root)
+            whole.copy_(root.leaf)
+
+    def written(self, target: Any, value: Any) -> None:
+        """A constant was written into another one, which is then made of what it was made of."""
+        origin = source_of(value) if isinstance(value, Tensor) else None
+        if self._constants is not None and origin is not None and isinstance(target, Tensor):
+            note_source(target if target._base is None else target._base, origin)
+
+    def _data(self, value: Any, module: str, joined: bool) -> Any:
+        if isinstance(value, tuple | list):
+            entries = [self._data(entry, module, joined) for entry in value]
+            same = all(new is old for new, old in zip(entries, value, strict=True))
+            return value if same else type(value)(entries)
+        if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+            return value
+        root = self._root_of(value, module, joined)
+        if root is None:
+            return value
+        # A copy: of a sharded model the parameter itself is gone when its relevance is read.
+        root.leaf = value.detach().clone().requires_grad_()
+        self._record(root)
+        return root.leaf
+
+    def _root_of(self, value: Tensor, module: str, joined: bool) -> Root | None:
+        """The root that a parameter or constant is, if it is data."""
+        origin = source_of(value)
+        if origin is not None:
+            return Root(origin.name, value, origin.name) if joined or len(origin.parameter.size) > 1 else None
+        name = None if self._constants is None else self._constants.data(value, module, 0 if joined else 2)
+        return None if name is None else Root(name, value, constant=True)
+
+    def inputs(self, value: Any, name: str, adopt: bool) -> Any:
+        """The argument of a model with each float tensor as a root.
+
+        Args:
+            value: a tensor, or any nesting of mappings, lists, tuples and objects with tensors as attributes.
+            name: what the roots are called.
+            adopt: also take over tensors that already require grad (they are activations otherwise).
+        """
+        if isinstance(value, Tensor):
+            if not value.is_floating_point() or value.dim() == 0 or (value.requires_grad and not adopt):
+                return value
+            # What was made in inference mode, as batches of a validation are, cannot require grad; a copy can.
+            leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
+            self._record(Root(name, leaf))
+            return leaf.clone()
+        if isinstance(value, Mapping) and type(value).__module__ != "transformers.cache_utils":
+            converted = {
+                key: self.inputs(entry, f"{name}.{key}" if name else str(key), adopt) for key, entry in value.items()
+            }
+            return converted if type(value) is dict else _rebuilt(value, converted)
+        if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+            entries = [self.inputs(entry, f"{name}.{index}", adopt) for index, entry in enumerate(value)]
+            return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        named = None if type(value).__module__ == "transformers.cache_utils" else fields(value)
+        if named:
+            return with_fields(value, {key: self.inputs(entry, f"{name}.{key}", adopt) for key, entry in named.items()})
+        return value
+
+    def take(self) -> list[Root]:
+        """The roots so far; the next forward starts anew."""
+        entries, self.entries = self.entries, []
+        return entries
+
+
+def _may_be_data(value: Any) -> bool:
+    """Whether the argument is, or holds, a constant."""
+    if isinstance(value, Tensor):
+        return not value.requires_grad
+    return isinstance(value, tuple | list) and any(map(_may_be_data, value))
+
+
+def _rebuilt(original: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
+    """A mapping of the same class (``BatchEncoding``, ...) where it can be made from a dict, else a plain one."""
+    try:
+        return type(original)(entries)  # type: ignore[call-arg]  # not every Mapping takes one
+    except TypeError:
+        return entries

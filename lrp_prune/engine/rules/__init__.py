@@ -1,0 +1,75 @@
+"""Rules: how one operation hands relevance to its inputs. One file a family; :data:`RULES` is the list of those with a name."""
+
+from lrp_prune.engine.call import Call, detached, is_activation
+from lrp_prune.engine.rule import Own, Rule, Stop, gradient, skip, stop
+from lrp_prune.engine.rules.attention import (
+    Attention,
+    attention_gradient,
+    attention_to_values,
+    attention_uniform,
+)
+from lrp_prune.engine.rules.elementwise import Identity, Shares, identity, stop_gate, uniform
+from lrp_prune.engine.rules.linear import AlphaBeta, Gamma, Group, Term, Terms, alpha_beta, gamma
+from lrp_prune.engine.rules.normalization import ConstantStatistic, constant_statistic, plain_normalization
+from lrp_prune.engine.rules.scales import norm_pool, plain_scale, scale, stop_denominator
+
+RULES: dict[str, Rule] = {
+    "gradient": gradient,
+    "identity": identity,
+    "uniform": uniform,
+    "stop": stop,
+    "stop_gate": stop_gate,
+    "scale": scale,
+    "stop_denominator": stop_denominator,
+    "constant_statistic": constant_statistic,
+    "attention_uniform": attention_uniform,
+    "attention_to_values": attention_to_values,
+    "attention_gradient": attention_gradient,
+    "skip": skip,
+    "gamma": gamma,
+    "alpha_beta": alpha_beta,
+}
+"""Rules by name, so that a composite can be written in a configuration file."""
+
+PLAIN: dict[str, Rule] = {
+    "attention": attention_gradient,
+    "dropout": skip,
+    "normalization": plain_normalization,
+    "statistic": plain_scale,
+}
+"""What the plain gradient is of kinds of operation that have more to mind than their gradient."""
+
+__all__ = [
+    "PLAIN",
+    "RULES",
+    "AlphaBeta",
+    "Attention",
+    "Call",
+    "ConstantStatistic",
+    "Gamma",
+    "Group",
+    "Identity",
+    "Own",
+    "Rule",
+    "Shares",
+    "Stop",
+    "Term",
+    "Terms",
+    "alpha_beta",
+    "attention_gradient",
+    "attention_to_values",
+    "attention_uniform",
+    "constant_statistic",
+    "detached",
+    "gamma",
+    "gradient",
+    "identity",
+    "is_activation",
+    "norm_pool",
+    "scale",
+    "skip",
+    "stop",
+    "stop_denominator",
+    "stop_gate",
+    "uniform",
+]

@@ -1,0 +1,312 @@
+"""Tracing units: which channels a layer reads belong to which hidden unit or head, found in the forward itself.
+
+What is a unit, and is found without knowing the model's class:
+
+* a *neuron* is a channel that layers write and layers read, with nothing between that mixes channels (a filter of a
+  convolution with its bias and batch norm; the row of both inputs of a gated product);
+* a *head* is what one head of an attention writes to the layer that reads it (the output projection);
+* a *block* is what a layer writes onto a residual stream.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrp_prune.engine.blocks import Blocks
+from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
+from lrp_prune.engine.operations import PRODUCTS
+from lrp_prune.engine.origins import Origin, marked
+from lrp_prune.engine.shadow import NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
+from lrp_prune.engine.shadows import Shadows
+from lrp_prune.engine.tags import tag_of
+from lrp_prune.engine.unit_table import UnitTable
+
+_LARGEST_TABLE = 1 << 26
+"""Entries of a parameter up to which a part of it that is no run of its rows is told apart entry by entry."""
+
+
+class Reading(NamedTuple):
+    """What a layer reads: the unit of each of its input channels, int32 ``[channels]``."""
+
+    neurons: Tensor | None
+    """Numbers of the table; -1 and 0 where there is no unit."""
+    heads: Tensor | None
+    """Counted from 0, each layer's own."""
+    channels: int
+    """How many there are."""
+    passes: bool
+    """Whether the units go on to the layer's output: it is one of those that make them, and reads nothing of its own."""
+
+
+class UnitTracer:
+    """Follows the units of some granularities through forwards.
+
+    Args:
+        shapes: of all parameters, by canonical name.
+        granularities: ``"neuron"``, ``"head"``, ``"block"``, or several.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], granularities: Iterable[str]) -> None:
+        self.table = UnitTable(shapes)
+        self._shapes = shapes
+        wanted = set(granularities)
+        self._neurons = Shadows("neuron", self.table.merge, self._lost) if "neuron" in wanted else None
+        self._heads = Shadows("head", lambda first, _: first, lambda *_: None, gated=True) if "head" in wanted else None
+        self.blocks = Blocks() if "block" in wanted else None
+        self._known_heads: dict[str, Tensor] = {}
+        self._written: Tensor | None = None
+
+    def _spaces(self) -> list[Shadows]:
+        return [space for space in (self._neurons, self._heads) if space is not None]
+
+    def _lost(self, units: Tensor, zero: bool, name: str) -> None:
+        self.table.end(units, name)
+        if not zero:
+            self.table.refuse(units, f"{name} still has something of its channels when all that makes them is zero")
+
+    def carry(self, source: Any, copy: Any) -> None:
+        """A copy that was made out of sight is what it is a copy of."""
+        for space in self._spaces():
+            cast_shadow(copy, space.space, space.of(source))
+        if self.blocks is not None:
+            self.blocks.carry(source, copy)
+
+    def outputs(self, values: Iterable[Any]) -> None:
+        """The model's own outputs: no unit may be among them."""
+        for value in values:
+            shadow = None if self._neurons is None else self._neurons.of(value)
+            if shadow is not None:
+                units = units_in(shadow.numbers)
+                self.table.end(units, "the model's output")
+                self.table.refuse(units, "its channels are outputs of the model")
+
+    def after(self, call: Call) -> None:
+        """Follow a function that has just run."""
+        if self._written is not None and call.result is self._written:
+            self._written = None  # a layer, which was told about by itself
+            return
+        for space in self._spaces():
+            space.after(call)
+        if self.blocks is not None:
+            self.blocks.after(call)
+        if self._neurons is not None:
+            self._own_shifts(call)
+        if self._heads is not None and _is_attended(call):
+            self._cast_heads(call.result)
+
+    def reads(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Reading:
+        """What a layer reads, before it runs."""
+        neurons = None if self._neurons is None else self._read_neurons(form, weight, origin, activation)
+        axis = channel_axis(form, weight, activation)
+        channels = 0 if axis is None else int(activation.shape[axis])
+        return Reading(neurons, self._read_heads(form, origin, activation), channels, passes_channels(form, weight))
+
+    def writes(
+        self, form: Form, weight: Tensor, origin: Origin, reading: Reading, bias: Tensor | None, result: Tensor
+    ) -> None:
+        """Give the channels that a layer has just written their units."""
+        self._written = result
+        if self.blocks is not None:
+            self.blocks.write(result, origin.name, bias)
+        if self._heads is not None:
+            cast_shadow(result, "head", None)
+        if self._neurons is None:
+            return
+        cast_shadow(result, "neuron", None)
+        axis = channel_axis(form, weight, result)
+        if axis is None or origin.layout is None or len(origin.parameter.size) != weight.dim():
+            return
+        channels = int(result.shape[axis])
+        passed = reading.neurons if reading.passes else None
+        if passed is not None and bool((passed > NOTHING).all()):
+            numbers = passed
+        else:
+            numbers = self.table.numbers_for(origin.name, origin.layout, channels)
+            numbers = numbers if passed is None else torch.where(passed > NOTHING, passed, numbers)
+        rows = _on_parameter(by_weight(form, weight, numbers, reading=False), origin)
+        if rows is None:
+            return
+        self.table.own(origin.name, (origin.layout, "writes"), rows)
+        owner = None if bias is None else marked(bias)
+        if owner is not None and owner.layout is not None:
+            shift = _on_parameter(numbers, owner)
+            if shift is not None:
+                self.table.own(owner.name, owner.layout, shift)
+        zero = bias is None or owner is not None
+        shape = [channels if dim == axis % result.dim() else 1 for dim in range(result.dim())]
+        cast_shadow(result, "neuron", Shadow(numbers.to(result.device).reshape(shape), zero))
+
+    def _read_neurons(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Tensor | None:
+        assert self._neurons is not None
+        shadow, name = self._neurons.of(activation), form.call.function.__name__
+        if shadow is None:
+            return None
+        axis, numbers, table = channel_axis(form, weight, activation), None, None
+        if axis is not None and origin.layout is not None and len(origin.parameter.size) == weight.dim():
+            numbers = per_channel(shadow, activation.shape[axis], axis).cpu()
+            table = _on_parameter(by_weight(form, weight, numbers, reading=True), origin)
+        units = units_in(shadow.numbers).cpu()
+        unread = units if table is None or numbers is None else units[~torch.isin(units, numbers)]
+        if len(unread):
+            self._lost(unread, shadow.zero, name)
+        if numbers is None or table is None:
+            return None
+        reads = not passes_channels(form, weight)
+        self.table.own(origin.name, (origin.layout, "reads"), table, reads=reads, zero=shadow.zero)
+        return numbers
+
+    def _read_heads(self, form: Form, origin: Origin, activation: Tensor) -> Tensor | None:
+        """The head of each channel, counted from 0: which channels have the same number, in each token alike."""
+        shadow = None if self._heads is None else self._heads.of(activation)
+        if shadow is None or form.channel_dim != -1:
+            return None
+        known = self._known_heads.get(origin.name)
+        if known is not None and len(known) == activation.shape[-1]:
+            return known
+        numbers = shadow.numbers.expand(*shadow.numbers.shape[:-1], activation.shape[-1]).reshape(
+            -1, activation.shape[-1]
+        )
+        row = numbers[0].tolist()
+        first = {number: index for index, number in reversed(list(enumerate(row)))}
+        same_as = torch.tensor([first[number] for number in row], device=numbers.device)
+        if min(first) <= NOTHING or not bool((numbers == numbers[:, same_as]).all()):
+            return None
+        order = {index: head for head, index in enumerate(sorted(first.values()))}
+        found = self._known_heads[origin.name] = torch.tensor(
+            [order[i] for i in same_as.tolist()], dtype=torch.int32, device="cpu"
+        )
+        return found
+
+    def _cast_heads(self, result: Any) -> None:
+        """Each index but the last of an attention's result is a head of some token of some sample."""
+        if not isinstance(result, Tensor) or result.dim() < 2:
+            return
+        numbers = torch.arange(1, 1 + math.prod(result.shape[:-1]), dtype=torch.int32, device=result.device)
+        cast_shadow(result, "head", Shadow(numbers.reshape(*result.shape[:-1], 1)))
+
+    def _own_shifts(self, call: Call) -> None:
+        """What is added to channels by a parameter with an entry for each belongs to their units, and so does a norm's scale."""
+        assert self._neurons is not None
+        outputs = call.outputs
+        shadow = None if not outputs or outputs[0] is None else self._neurons.of(outputs[0])
+        if shadow is None or shadow.zero:
+            return
+        if call.kind == "normalization" and call.name in ("batch_norm", "instance_norm", "group_norm"):
+            parameters = [value for value in call.tensors[1:] if marked(value) is not None]
+            before = self._neurons.of(call.args[0])
+            needed = 2
+        elif call.kind == "sum" and call.name in ("add", "sub", "subtract"):
+            parameters = [value for value in call.tensors if marked(value) is not None and not value.requires_grad]
+            before = next((self._neurons.of(value) for value in call.tensors if self._neurons.of(value)), None)
+            needed = 1
+            if len(call.tensors) != 2:
+                return
+        else:
+            return
+        owned = [self._own_shift(value, shadow, call) for value in parameters]
+        was_zero = before is not None and before.zero
+        if sum(owned) == needed and (was_zero or call.kind == "normalization"):
+            cast_shadow(outputs[0], "neuron", shadow._replace(zero=True))
+
+    def _own_shift(self, value: Tensor, shadow: Shadow, call: Call) -> bool:
+        origin, channels = marked(value), call.outputs[0]
+        if origin is None or origin.layout is None or len(origin.parameter.size) != 1 or channels is None:
+            return False
+        axis = 1 if call.kind == "normalization" else _only_long(value, channels.dim())
+        if axis is None:
+            return False
+        numbers = per_channel(shadow, channels.shape[axis], axis)
+        if bool((numbers <= NOTHING).any()) or len(numbers) != value.numel():
+            return False
+        table = _on_parameter(numbers.cpu(), origin._replace(layout=origin.parameter))
+        if (
+            table is None
+            or origin.layout.offset != 0
+            or math.prod(origin.layout.size) != math.prod(origin.parameter.size)
+        ):
+            return False
+        self.table.own(origin.name, "shift", table)
+        return True
+
+
+def _is_attended(call: Call) -> bool:
+    """Whether a function's result is what attention heads write: a pattern times values."""
+    if call.kind == "attention":
+        return True
+    if call.kind not in PRODUCTS:
+        return False
+    # Where a rule has stopped the pattern, it is no activation any more, but still a pattern.
+    operands = [value for value in call.tensors if value.requires_grad or tag_of(value) is not None]
+    tag = tag_of(operands[0]) if len(operands) == 2 else None
+    return tag is not None and tag.pattern
+
+
+def _only_long(value: Tensor, dims: int) -> int | None:
+    """The axis of a result with so many dimensions that the only long axis of an operand lies along; None if it has several."""
+    long = [axis for axis, size in enumerate(value.shape) if size > 1]
+    if len(long) > 1 or value.dim() == 0:
+        return None
+    return dims - value.dim() + (long[0] if long else value.dim() - 1)
+
+
+def channel_axis(form: Form, weight: Tensor, tensor: Tensor) -> int | None:
+    """The axis of a layer's input or output along which it has channels."""
+    if isinstance(form, Convolution):
+        return tensor.dim() - (weight.dim() - 1)  # there may be no dimension of samples
+    return form.channel_dim
+
+
+def passes_channels(form: Form, weight: Tensor) -> bool:
+    """Whether each output channel of a convolution is made of the input channel of the same number, and of no other."""
+    return isinstance(form, Convolution) and form.groups > 1 and form.groups == weight.shape[0] and weight.shape[1] == 1
+
+
+def by_weight(form: Form, weight: Tensor, channels: Tensor, reading: bool) -> Tensor:
+    """What is known of each channel that a layer reads, or writes, for each entry of its weight.
+
+    Args:
+        form: the layer's.
+        weight: the layer's.
+        channels: ``[channels]``.
+        reading: of its input, else of its output.
+
+    Returns:
+        A tensor that broadcasts to the weight.
+    """
+    transposed = isinstance(form, TransposedConvolution)
+    if isinstance(form, Convolution) and reading != transposed:
+        # The axis has the channels of one group, and the other axis tells which group that is.
+        rows, width = weight.shape[:2]
+        table = channels.reshape(form.groups, 1, width).expand(-1, rows // form.groups, -1).reshape(rows, width)
+        return (table[:1] if form.groups == 1 else table).reshape(-1, width, *(1,) * (weight.dim() - 2))
+    axis = form.in_axis if reading else form.out_axis
+    return channels.reshape([len(channels) if dim == axis else 1 for dim in range(weight.dim())])
+
+
+def _on_parameter(numbers: Tensor, origin: Origin) -> Tensor | None:
+    """Numbers in the shape of a view of a parameter, in a shape that broadcasts to the parameter itself."""
+    layout, whole = origin.layout, origin.parameter
+    assert layout is not None
+    if layout == whole:
+        return numbers
+    if (
+        layout.offset == 0
+        and sorted(layout.size) == sorted(whole.size)
+        and sorted(layout.stride) == sorted(whole.stride)
+    ):
+        axes = [layout.stride.index(stride) for stride in whole.stride]
+        if len(set(axes)) == len(axes):
+            return numbers.permute(axes)
+    if math.prod(whole.size) > _LARGEST_TABLE:
+        return None
+    table = torch.full((), NOTHING, dtype=torch.int32, device="cpu").expand(whole.size).contiguous()
+    strided = torch.empty_strided(whole.size, whole.stride, dtype=torch.int32, device="cpu").copy_(table)
+    strided.as_strided(layout.size, layout.stride, layout.offset).copy_(numbers.expand(layout.size))
+    for axis in range(strided.dim()):
+        first = strided.narrow(axis, 0, 1)
+        if bool((strided == first).all()):
+            strided = first
+    return strided

@@ -1,0 +1,198 @@
+"""The units of a model: which channels belong together, and which entries of which parameters they own.
+
+A layer's output channels get numbers of their own at its first use. What makes channels depend on each other merges their
+numbers: a residual sum, a gated product, a convolution of one filter for each channel, a layer that is used twice. In the end
+each set of merged numbers is a unit, and the layers that share units are a group.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrp_prune.engine.shadow import NOTHING, alike, units_in
+from lrp_prune.relevance.members import NOBODY, Member
+
+
+class Group(NamedTuple):
+    """Units that are made by the same layers: the number that stands for each, and what they own."""
+
+    name: str
+    units: Tensor
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass
+class _Owned:
+    """Entries of a parameter that belong to numbered units, in a shape that broadcasts to it."""
+
+    parameter: str
+    numbers: Tensor
+    reads: bool
+
+
+@dataclass
+class UnitTable:
+    """Gives numbers to channels, merges them, and tells groups of units."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    _parents: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64, device="cpu"))
+    _ranges: dict[tuple[str, object], Tensor] = field(default_factory=dict)
+    _owned: dict[tuple[str, object, bool], _Owned] = field(default_factory=dict)
+    _refused: dict[int, str] = field(default_factory=dict)
+    _ends: dict[int, str] = field(default_factory=dict)
+
+    def numbers_for(self, parameter: str, part: object, channels: int) -> Tensor:
+        """The numbers of a layer's output channels ``[channels]``: the same at each of its uses."""
+        found = self._ranges.get((parameter, part))
+        if found is None:
+            start = len(self._parents)
+            found = torch.arange(start, start + channels, dtype=torch.int32, device="cpu")
+            self._parents = torch.cat([self._parents, found.long()])
+            self._ranges[parameter, part] = found
+        return found
+
+    def roots(self, numbers: Tensor) -> Tensor:
+        """The number that stands for each unit; what is no unit stays as it is."""
+        numbers = numbers.to("cpu")
+        roots = numbers.long().clamp(min=0)
+        while True:
+            above = self._parents[roots]
+            if torch.equal(above, roots):
+                break
+            roots = above
+        return torch.where(numbers > NOTHING, roots.to(torch.int32), numbers)
+
+    def merge(self, first: Tensor, second: Tensor) -> Tensor:
+        """Make one unit of two, entry by entry where both are units; returns the numbers that stand for them."""
+        device = first.device
+        first, second = alike(first.to("cpu"), second.to("cpu"))
+        both = (first > NOTHING) & (second > NOTHING) & (first != second)
+        pairs = torch.stack([first[both], second[both]]) if bool(both.any()) else None
+        while pairs is not None:
+            one, other = self.roots(pairs[0]).long(), self.roots(pairs[1]).long()
+            if torch.equal(one, other):
+                break
+            low, high = torch.minimum(one, other), torch.maximum(one, other)
+            self._parents.scatter_reduce_(0, high, low, "amin")
+        return self.roots(first).to(device)
+
+    def own(self, parameter: str, part: object, numbers: Tensor, reads: bool = False, zero: bool = True) -> None:
+        """Note entries of a parameter as belonging to units; at a second use the units of both are merged.
+
+        Args:
+            parameter: canonical name.
+            part: what tells this part of the parameter from others (its layout).
+            numbers: in a shape that broadcasts to the parameter's.
+            reads: whether the entries are what a layer reads the units by.
+            zero: whether there is nothing to be read of a unit once all that it owns is zero.
+        """
+        known = self._owned.get((parameter, part, reads))
+        numbers = numbers.to("cpu")
+        if known is None:
+            self._owned[parameter, part, reads] = _Owned(parameter, numbers, reads)
+            return
+        before, now = alike(known.numbers, numbers)
+        merged = self.merge(before, now)
+        both = (before > NOTHING) & (now > NOTHING)
+        # An entry by which something else is read as well cannot be given to the units.
+        known.numbers = torch.where(both, merged, torch.minimum(before, now))
+        if not zero:
+            shared = torch.where(both, NOTHING, torch.maximum(before, now))
+            self.refuse(shared[shared > NOTHING], f"{layer_of(parameter)} reads something else by the same weights")
+
+    def end(self, numbers: Tensor, function: str) -> None:
+        """Units that go into what is not theirs alone by a function."""
+        for number in self.roots(numbers).reshape(-1).tolist():
+            self._ends.setdefault(number, function)
+
+    def refuse(self, numbers: Tensor, reason: str) -> None:
+        """Units that cannot be removed, and why."""
+        for number in numbers.reshape(-1).tolist():
+            self._refused.setdefault(number, reason)
+
+    def groups(self) -> tuple[list[Group], dict[str, str]]:
+        """The groups in the order of their first layers; and for layers whose channels are no units, why."""
+        roots = {key: self.roots(numbers) for key, numbers in self._ranges.items()}
+        refused = {
+            int(self.roots(torch.tensor(number, dtype=torch.int32, device="cpu"))): why
+            for number, why in self._refused.items()
+        }
+        reads = [self.roots(entry.numbers).reshape(-1) for entry in self._owned.values() if entry.reads]
+        read = units_in(torch.cat(reads)) if reads else torch.empty(0, device="cpu")
+        left = {
+            parameter: self._unread(numbers)
+            for (parameter, _), numbers in roots.items()
+            if not bool(torch.isin(numbers, read).any())
+        }
+        found = []
+        for keys in _connected({key: numbers for key, numbers in roots.items() if key[0] not in left}):
+            producers = tuple(dict.fromkeys(parameter for parameter, _ in keys))
+            units = _ordered(torch.cat([roots[key] for key in keys]))
+            units = units[torch.isin(units, read)]  # the others end elsewhere
+            why = next((refused[number] for number in units.tolist() if number in refused), None)
+            if why is not None:
+                left.update(dict.fromkeys(producers, why))
+            else:
+                found.append(self._group(producers, units))
+        return _named(found), left
+
+    def _unread(self, numbers: Tensor) -> str:
+        ways = sorted({self._ends[number] for number in numbers.tolist() if number in self._ends})
+        if not ways:
+            return "nothing reads its channels"
+        return f"its channels go into {', '.join(ways[:3])} before a layer reads them as they are"
+
+    def _group(self, producers: tuple[str, ...], units: Tensor) -> Group:
+        index = torch.full((len(self._parents) + 2,), NOBODY, dtype=torch.int32, device="cpu")
+        index[units.long()] = torch.arange(len(units), dtype=torch.int32, device="cpu")
+        members: dict[bool, list[Member]] = {True: [], False: []}
+        for entry in self._owned.values():
+            numbers = self.roots(entry.numbers)
+            owners = torch.where(numbers > NOTHING, index[numbers.long().clamp(min=0)], NOBODY)
+            if bool((owners != NOBODY).any()):
+                members[entry.reads].append(Member(entry.parameter, owners, entry.reads))
+        readers = tuple(dict.fromkeys(member.parameter for member in members[True]))
+        return Group("", units, (*members[True], *members[False]), producers, readers)
+
+
+def _connected(roots: Mapping[tuple[str, object], Tensor]) -> Iterable[list[tuple[str, object]]]:
+    """Layers that share a unit, together."""
+    parts: list[tuple[set[int], list[tuple[str, object]]]] = []
+    for key, numbers in roots.items():
+        mine = set(numbers.tolist())
+        touching = [part for part in parts if not part[0].isdisjoint(mine)]
+        if not touching:
+            parts.append((mine, [key]))
+            continue
+        first = touching[0]
+        first[0].update(mine)
+        first[1].append(key)
+        for other in touching[1:]:
+            first[0].update(other[0])
+            first[1].extend(other[1])
+            parts.remove(other)
+    return [keys for _, keys in parts]
+
+
+def _ordered(numbers: Tensor) -> Tensor:
+    """Distinct numbers in the order in which they first occur."""
+    return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.int32, device="cpu")
+
+
+def _named(groups: list[Group]) -> list[Group]:
+    """A group is called like the first layer that reads it; where several groups are, its producer is added."""
+    names = [layer_of(group.readers[0]) for group in groups]
+    return [
+        group._replace(name=name if names.count(name) == 1 else f"{name}({layer_of(group.producers[0])})")
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def layer_of(parameter: str) -> str:
+    """The name of the layer whose weight it is."""
+    return parameter.removesuffix(".weight")

@@ -1,0 +1,112 @@
+"""A forward without data: how many bytes it keeps, of a model that may be on the meta device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.attribution.observers import ObserverTable
+from lrp_prune.engine.composites import composite_of
+from lrp_prune.engine.propagation import propagating
+from lrp_prune.engine.rules import Call
+from lrp_prune.engine.uses import WeightUses
+from lrp_prune.models.batches import mapped
+from lrp_prune.models.calling import run
+from lrp_prune.models.outputs import logits_of
+from lrp_prune.models.states import undisturbed
+from lrp_prune.names import class_name
+from lrp_prune.pruning.methods import Collects
+from lrp_prune.pruning.pairs import computed, given
+
+
+def is_shape(batch: Any) -> bool:
+    """Whether a batch is given by its shape alone, samples and tokens."""
+    return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
+
+
+def kept_by_a_forward(runner: "Collecting | Comparing", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def without_data(tensor: Tensor) -> Tensor:
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            made = torch.empty(tensor.shape, dtype=kind, device="cpu")
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+        state = {name: without_data(entry) for name, entry in [*runner.named_parameters(), *runner.named_buffers()]}
+        if is_shape(batch):
+            given: Any = {"input_ids": torch.zeros(batch, dtype=torch.long, device="cpu")}
+        else:
+            given = mapped(batch, without_data)
+        own = {entry.untyped_storage()._cdata for entry in state.values()}
+        try:
+            saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with undisturbed(runner), saving, torch.enable_grad():
+                output = torch.func.functional_call(runner, state, (given,))
+            logits = logits_of(output)
+        except Exception as error:
+            raise ValueError(
+                f"{class_name(runner.module)} cannot be run without data ({type(error).__name__}: {error}): leave out batch="
+            ) from error
+        keep(logits)
+        total = sum(size for storage, (size, _) in kept.items() if storage not in own)
+        return total, logits.untyped_storage().nbytes()
+
+
+class Collecting(nn.Module):
+    """Runs a module as a collection does."""
+
+    def __init__(self, module: nn.Module, collected: Collects, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module, self.collected, self.options = module, collected, options
+
+    def forward(self, batch: Any) -> Any:
+        statistic = self.collected.statistic
+        options = {"statistic": statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
+        table = ObserverTable(self.module, **options)
+        uses = WeightUses(table.observers, table.tracer)
+        composite = composite_of(self.collected.composite)
+        with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
+            return run(self.module, batch)
+
+
+class Comparing(nn.Module):
+    """Runs a module as recalibration does, and counts what it keeps of the outputs."""
+
+    def __init__(self, module: nn.Module, names: set[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+        self.entries = self.bytes = 0
+
+    def forward(self, batch: Any) -> Any:
+        uses = _Outputs(self)
+        with propagating(self.module, composite_of("gradient"), None, "ignore", uses, named=False):
+            return run(self.module, batch)
+
+
+class _Outputs(WeightUses):
+    """Products as recalibration makes them."""
+
+    def __init__(self, runner: Comparing) -> None:
+        super().__init__(lambda use: [])
+        self._runner = runner
+
+    def observed(self, call: Call) -> Any:
+        found = self._product(call)
+        if found is None:
+            return None
+        result = computed(found)
+        if found.origin.name in self._runner.names:
+            self._runner.entries += result.numel()
+            self._runner.bytes += result.nbytes
+        return given(found.activation, lambda: result)

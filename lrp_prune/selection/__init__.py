@@ -1,0 +1,1 @@
+"""Selection: exactly the k smallest of what is compared, in one process or in several, at a few bytes beside the values."""

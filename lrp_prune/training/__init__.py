@@ -1,0 +1,1 @@
+"""What keeps zeros through a training: gradients, optimizers and their moments."""

@@ -1,0 +1,299 @@
+"""Keeping pruned weights at exactly zero through any training, at one byte per weight."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
+
+from lrp_prune.distributed.sharding import is_sharded, local_part, sharding_of
+from lrp_prune.names import resolve
+from lrp_prune.training.optimizers import COUNTERS, SECOND_MOMENTS, keeps_zeros
+from lrp_prune.training.zeroing import as_bits, flat, is_dense, some_pruned, without_pruned, zero_pruned_
+
+_SECOND_MOMENT = 1e-6
+_SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
+_EVERYTHING_EVERY = 100  # steps
+
+
+class MaskKeeper:
+    """Zeroes what the masks prune, and keeps it at exactly zero while the model trains.
+
+    What happens when:
+
+    - **Once, in the constructor and in** :meth:`update`: pruned weights, their ``.grad`` and their optimizer moments
+      become zero. All masks are checked before the first weight changes.
+    - **In each backward**: the gradient of pruned weights is zeroed as soon as it is accumulated, hence before gradient
+      clipping, before DDP reduces it, and in manual optimization as well. Left in, it inflates the norm that clipping
+      divides by, and optimizers that mix entries (Muon) change the kept weights by it.
+    - **In each optimizer step**: nothing is left to do for optimizers that keep zeros
+      (:func:`~lrp_prune.training.optimizers.keeps_zeros`). After a step of any other, weights and moments are zeroed again.
+      Gradients that were assigned (``p.grad = ...``) or changed after the backward pass (by noise, say; clipping leaves
+      zeros) are zeroed before the step, after its closure if it has one. On the CPU some entries tell whether they were
+      changed: what a change of few entries of a large gradient brings back is zeroed within a hundred steps. On other
+      devices, and in gradients that are laid out otherwise, so are changes through ``.data``.
+    - **When an optimizer loads its state**: the loaded moments are zeroed.
+
+    Second moments (averages of squared gradients) are the exception: of optimizers that keep zeros they stay
+    positive where the first moment is zero, which makes the same update, exactly zero. On the CPU they are even kept
+    from reaching zero, since the square root of a tensor with zeros in it takes ten times as long there (MKL; it made a
+    whole training step a fifth slower).
+
+    No parameter is renamed, wrapped or replaced, so state dicts are those of the plain model. Zeroing is a bitwise
+    "and" with 0 or -1: it also turns NaN and infinity into zero, which a product would not.
+
+    Args:
+        model: the model; may be wrapped (see :func:`lrp_prune.names.resolve`).
+        masks: canonical parameter name to a bool tensor of the parameter's shape, True where the weight is kept.
+        optimizers: see :meth:`attach`.
+
+    Raises:
+        KeyError: a name is no parameter of the model.
+        ValueError: a mask has another shape than its parameter, or another type than bool.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> keeper = MaskKeeper(model, {"weight": torch.tensor([[True, False]])}, [optimizer])
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight[0, 1].item(), model.weight.grad[0].tolist()
+        (0.0, [1.0, 0.0])
+        >>> keeper.remove()
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        self._model = model
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
+        self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
+        self._steps: Counter[int] = Counter()  # of each optimizer, by its id
+        self._optimizers: list[Optimizer] = []
+        self._parameter_hooks: list[RemovableHandle] = []
+        self._optimizer_hooks: list[RemovableHandle] = []
+        optimizers = list(optimizers)
+        _check_optimizers(optimizers)
+        self.update(masks)
+        self.attach(optimizers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the masks: one for each weight of the masked parameters."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks by these and zero what they prune; raises as the constructor does."""
+        parameters = resolve(masks, self._model) if len(masks) else {}
+        kept = {}
+        for name, parameter in parameters.items():
+            mask = masks[name]
+            if mask.dtype != torch.bool or mask.shape != parameter.shape:
+                raise ValueError(
+                    f"the mask of {name!r} must be a bool tensor of shape {tuple(parameter.shape)}, "
+                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            here = _part(name, mask, parameter)
+            if not here.all():
+                kept[name] = as_bits(here, local_part(parameter))
+        self._kept, self._samples = kept, {name: some_pruned(bits) for name, bits in kept.items()}
+        self._parameters = {name: parameters[name] for name in kept}
+        self._hook_parameters()
+        self.enforce()
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Watch these optimizers, and no others, and zero the moments they hold.
+
+        Also finds parameters again that were replaced since (by ``to_empty``, a parametrization, a new layer).
+        Cheap enough to be called at each epoch.
+
+        Raises:
+            TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
+        """
+        optimizers = list(optimizers)
+        _check_optimizers(optimizers)
+        current = resolve(self._kept, self._model) if self._kept else {}
+        replaced = any(current[name] is not parameter for name, parameter in self._parameters.items())
+        if replaced or not self._parameter_hooks:
+            self._parameters = current
+            self._hook_parameters()
+        _clear(self._optimizer_hooks)
+        self._optimizers = optimizers
+        for optimizer in optimizers:
+            self._optimizer_hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_load_state_dict_post_hook(self._zero_moments),
+            ]
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Zero pruned weights, their gradients and their moments now, whatever has happened to them."""
+        for name, parameter in self._parameters.items():
+            zero_pruned_(parameter, self._bits(name, parameter))
+            self._zero_gradient(name, parameter)
+        for optimizer in self._optimizers:
+            self._zero_moments(optimizer)
+
+    def remove(self) -> None:
+        """Take off every hook. The weights stay as they are; the next step may change pruned ones again."""
+        _clear(self._parameter_hooks)
+        _clear(self._optimizer_hooks)
+        self._optimizers = []
+
+    def _bits(self, name: str, parameter: Tensor) -> Tensor:
+        kept = self._kept[name]
+        if kept.device != parameter.device:
+            kept = self._kept[name] = kept.to(parameter.device)
+        return kept
+
+    def _hook_parameters(self) -> None:
+        _clear(self._parameter_hooks)
+        self._zeroed = {}
+        for name, parameter in self._parameters.items():
+
+            def zero_gradient(parameter: Tensor, name: str = name) -> None:
+                self._zero_gradient(name, parameter)
+
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue  # it can have no gradient
+            # A frozen parameter takes no hook, but may be unfrozen later.
+            requires_grad = parameter.requires_grad
+            parameter.requires_grad_(True)
+            hook = parameter.register_post_accumulate_grad_hook(zero_gradient)  # type: ignore[no-untyped-call]  # torch's
+            self._parameter_hooks.append(hook)
+            parameter.requires_grad_(requires_grad)
+
+    def _zero_gradient(self, name: str, parameter: Tensor) -> None:
+        whole = parameter.grad
+        if whole is None:
+            return
+        gradient = local_part(whole) if is_sharded(whole) else whole
+        kept = self._bits(name, parameter)
+        if gradient.is_sparse:
+            parameter.grad = without_pruned(gradient, kept)
+            return
+        zero_pruned_(gradient, kept)
+        self._zeroed[name] = TensorWeakRef(whole), gradient._version
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Look at the gradients: where the step runs a closure, which makes and changes them, once that has run."""
+        # The first argument is the optimizer itself.
+        closure = kwargs["closure"] if "closure" in kwargs else args[1] if len(args) > 1 else None
+        if closure is None:
+            self._check_gradients(optimizer)
+            return args, kwargs
+
+        def checked() -> Any:
+            loss = closure()
+            self._check_gradients(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": checked}
+        return (args[0], checked, *args[2:]), kwargs
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        for name, parameter in self._of(optimizer):
+            if parameter.grad is not None and not self._is_zeroed(name, parameter.grad):
+                self._zero_gradient(name, parameter)
+
+    def _is_zeroed(self, name: str, gradient: Tensor) -> bool:
+        """Whether a gradient is zero where it has to be, by a sample of it: going through all of it costs as much as all the
+        rest.
+
+        Most changes are multiplications, as in clipping and unscaling, which leave zeros.
+        """
+        known, version = self._zeroed.get(name, (None, -1))
+        if known is None or known() is not gradient:
+            return False  # it was assigned
+        here, kept = local_part(gradient), self._kept[name]
+        if here.device.type != "cpu" or here.stride() != kept.stride() or not is_dense(here):
+            return here._version == version
+        return not bool(flat(here)[self._samples[name]].any())
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps[id(optimizer)] += 1
+        if keeps_zeros(optimizer):
+            self._keep_second_moments_positive(optimizer)
+            if self._steps[id(optimizer)] % _EVERYTHING_EVERY:
+                return
+        for name, parameter in self._of(optimizer):
+            zero_pruned_(parameter, self._bits(name, parameter))
+        self._zero_moments(optimizer)
+
+    def _keep_second_moments_positive(self, optimizer: Optimizer) -> None:
+        # By the optimizer's own count of steps, so that a resumed run does it at the same steps.
+        for name, parameter in self._of(optimizer):
+            state = optimizer.state.get(parameter, {})
+            if parameter.device.type == "cpu" and "step" in state and int(state["step"]) % _SECOND_MOMENT_EVERY == 1:
+                for key in SECOND_MOMENTS & state.keys():
+                    local_part(state[key]).masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
+
+    def _of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return ((name, parameter) for name, parameter in self._parameters.items() if id(parameter) in owned)
+
+    def _zero_moments(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._zero_history(optimizer)
+            return
+        left = COUNTERS | SECOND_MOMENTS if keeps_zeros(optimizer) else COUNTERS
+        for name, parameter in self._of(optimizer):
+            for key, value in list(optimizer.state.get(parameter, {}).items()):
+                moment = isinstance(value, Tensor) and value.shape == parameter.shape and key not in left
+                # Integer states are codes of a quantized optimizer, in which 0 need not mean zero.
+                if not moment or not (value.is_floating_point() or value.is_complex()):
+                    continue
+                kept = self._bits(name, parameter).to(value.device)
+                if value.is_sparse:
+                    optimizer.state[parameter][key] = without_pruned(value, kept)
+                else:
+                    zero_pruned_(value, kept)
+
+    def _zero_history(self, optimizer: torch.optim.LBFGS) -> None:
+        """L-BFGS keeps past steps and gradients as vectors over all its parameters, in the state of the first."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        sizes = [parameter.numel() for parameter in parameters]
+        for value in list(optimizer.state.get(parameters[0], {}).values()):
+            for vector in value if isinstance(value, list) else [value]:
+                if not isinstance(vector, Tensor) or vector.shape != (sum(sizes),):
+                    continue
+                for parameter, part in zip(parameters, torch.split(vector, sizes), strict=True):
+                    if id(parameter) in names:
+                        zero_pruned_(part, self._bits(names[id(parameter)], parameter).reshape(-1).to(part.device))
+
+
+def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
+    """The mask of what this process has of a parameter.
+
+    Raises:
+        ValueError: if the mask is divided among processes, and the parameter is not, or in another way.
+    """
+    of_mask, of_parameter = sharding_of(mask, name), sharding_of(parameter, name)
+    if of_mask is not None and of_mask != of_parameter:
+        raise ValueError(
+            f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
+            "masks.gathered()"
+        )
+    return mask if of_parameter is None else local_part(mask) if of_mask is not None else of_parameter.part(mask)
+
+
+def _check_optimizers(optimizers: Iterable[Optimizer]) -> None:
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at "
+                f"zero through its steps: derive it from torch.optim.Optimizer"
+            )
+
+
+def _clear(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()

@@ -1,0 +1,49 @@
+"""What keeps the tree readable: data flow one way, without circles, in files and functions that can be read in one sitting."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((*(ROOT / "lrp_prune").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")))
+LINES, LINES_OF_A_FUNCTION = 350, 60
+
+
+def test_no_file_is_longer_than_can_be_read_at_once() -> None:
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert len(long) > 150
+    assert not {name: lines for name, lines in long.items() if lines > LINES}
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    """Without its signature and its docstring."""
+    long = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = 1 + (body[-1].end_lineno or 0) - body[0].lineno if body else 0
+                if lines > LINES_OF_A_FUNCTION:
+                    long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
+    assert not long
+
+
+def test_imports_point_one_way() -> None:
+    """By the contracts in pyproject.toml."""
+    pytest.importorskip("importlinter")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+def test_nothing_below_them_uses_the_callbacks() -> None:
+    """They are a folder of their own, which the contracts cannot see; the package alone imports them, when asked for them."""
+    for path in (ROOT / "lrp_prune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith("lrp_prune.callbacks") for name in imported), path
