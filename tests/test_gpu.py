@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lrp_prune
 
-pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not GPUS, reason="needs a GPU")]
 
 
 def on_a_gpu(function: Callable[[], Any], directory: Path, limit: float = 300.0) -> Any:

@@ -85,6 +85,7 @@ def test_a_training_with_kept_zeros_takes_what_is_planned():
     keeper.remove()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [2, 3])
 def test_each_process_of_a_sharded_model_takes_what_is_planned(tmp_path, processes):
     sizes = {"hidden_size": 192, "intermediate_size": 528, "num_hidden_layers": 6, "vocab_size": 600}

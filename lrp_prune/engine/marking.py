@@ -1,12 +1,15 @@
 """Marking what a forward computes from parameters alone: which parameter's entries a tensor has, or what it was made of."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrp_prune.engine.operations import channels_of
-from lrp_prune.engine.origins import derive, mark, marked, note_source, of_operation, source_of
+from lrp_prune.engine.origins import Origin, derive, mark, marked, note_source, of_operation, source_of
+
+_NUMBERS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(...)})
 
 
 def mark_taken(func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any) -> None:
@@ -64,3 +67,42 @@ def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(values, tuple | list) and not isinstance(values, torch.Size):
         return type(values)(_replaced(value, old, new) for value in values)
     return new if values is old else values
+
+
+def without_parameters(
+    args: Any, kwargs: dict[str, Any], origins: Mapping[int, Origin], touched: set[str]
+) -> tuple[Any, dict[str, Any], Tensor | None]:
+    """The arguments with parameters detached (and marked), and one that stems from a parameter, if any does.
+
+    Args:
+        args: of a torch function.
+        kwargs: likewise.
+        origins: of the model's parameters, by their ids.
+        touched: takes the names of parameters among the arguments.
+    """
+    found: Tensor | None = None
+
+    def convert(value: Any) -> Any:
+        nonlocal found
+        kind = type(value)
+        if kind in _NUMBERS:
+            return value
+        if kind is Tensor or isinstance(value, Tensor):
+            # Asking whether something is a parameter takes long, and a plain tensor is none.
+            if kind is not Tensor and isinstance(value, nn.Parameter):
+                origin = origins.get(id(value))
+                value = value.detach()
+                if origin is not None:
+                    mark(value, origin)
+                    touched.add(origin.name)
+                    found = value if found is None else found
+            elif found is None and not value.requires_grad and source_of(value) is not None:
+                found = value
+            return value
+        if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
+            converted = [convert(entry) for entry in value]
+            return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
+        return value
+
+    converted = tuple(convert(value) for value in args)
+    return converted, {name: convert(value) for name, value in kwargs.items()}, found

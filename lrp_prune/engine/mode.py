@@ -6,7 +6,7 @@ tensors (:mod:`origins <lrp_prune.engine.origins>`, :mod:`tags <lrp_prune.engine
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, MethodWrapperType
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lrp_prune.engine.audit import Audit
 from lrp_prune.engine.composites import Composite
 from lrp_prune.engine.endings import Endings, ends_in_numbers
 from lrp_prune.engine.looking import Unchecked
-from lrp_prune.engine.marking import mark_made, mark_taken
+from lrp_prune.engine.marking import mark_made, mark_taken, without_parameters
 from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.nodes import NO_GRADIENT_NODES, node_kind
 from lrp_prune.engine.operations import OPERATIONS, Operation
@@ -135,10 +135,13 @@ class PropagationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._acting:
+        # By far the most frequent of all: a third of the calls of a transformer.
+        if not self._acting or func is torch._C._set_grad_enabled:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return self._without_gradients(func, args, kwargs)
+        if type(func) is MethodWrapperType:
+            return self._attribute(func, args, kwargs)
         if self.audit is not None:
             self.audit.arrive((args, kwargs))
         registered = REGISTERED.get(func)
@@ -150,7 +153,7 @@ class PropagationMode(TorchFunctionMode):
                 return self._look_inside(func, args, kwargs)
             return self._plain(func, args, kwargs)
         given = args, kwargs
-        args, kwargs, constant = self._without_parameters(args, kwargs)
+        args, kwargs, constant = without_parameters(args, kwargs, self._origins, self._uses.touched)
         call = before = self._called(func, operation, args, kwargs)
         if registered is not None:
             result = registered(call)
@@ -233,37 +236,40 @@ class PropagationMode(TorchFunctionMode):
         return target.copy_(result), call._replace(args=args)
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__set__" or (not args and not kwargs):
+        if not args and not kwargs:
             return func(*args, **kwargs)
-        if name == "__get__":
-            result = func(*args, **kwargs)
-            if not isinstance(result, Tensor) or not isinstance(args[0], Tensor):
-                return result
-            if is_activation(args[0]) and not result.requires_grad and result.is_floating_point():
-                self._ended(func, args, result, "detached")
-            tag = tags.tag_of(args[0])
-            if tag is not None:
-                tags.set_tag(result, tag)
-            if is_activation(args[0]):
-                if self._tracer is not None:
-                    self._tracer.after(Finished(name, "plain", func, args, kwargs, result))
-                return result
-            source = args[0]
-            origin = self._origins.get(id(source)) or source_of(source)
-            if origin is not None and isinstance(source, nn.Parameter):
-                self._uses.touched.add(origin.name)
-                result = result.detach()
-            if origin is not None and (isinstance(source, nn.Parameter) or marked(source) is not None):
-                mark(result, derive(origin, source, result, False, name, lambda stand_in: func(stand_in)))
-            elif origin is not None:
-                note_source(result, origin)
-            return result
-        args, kwargs, constant = self._without_parameters(args, kwargs)
+        args, kwargs, constant = without_parameters(args, kwargs, self._origins, self._uses.touched)
         result = func(*args, **kwargs)
         if constant is not None:
             mark_taken(func, args, kwargs, constant, result)
         self._finish(func, "plain", Call(func, _FIRST, args, kwargs), result)
+        return result
+
+    def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An attribute of a tensor that is read or set; most are no tensors themselves."""
+        result = func(*args, **kwargs)
+        if func.__name__ != "__get__" or not isinstance(result, Tensor) or not isinstance(args[0], Tensor):
+            return result
+        source = args[0]
+        if self.audit is not None:
+            self.audit.arrive(source)
+        if is_activation(source) and not result.requires_grad and result.is_floating_point():
+            self._ended(func, args, result, "detached")
+        tag = tags.tag_of(source)
+        if tag is not None:
+            tags.set_tag(result, tag)
+        if is_activation(source):
+            if self._tracer is not None:
+                self._tracer.after(Finished("__get__", "plain", func, args, kwargs, result))
+            return result
+        origin = self._origins.get(id(source)) or source_of(source)
+        if origin is not None and isinstance(source, nn.Parameter):
+            self._uses.touched.add(origin.name)
+            result = result.detach()
+        if origin is not None and (isinstance(source, nn.Parameter) or marked(source) is not None):
+            mark(result, derive(origin, source, result, False, "__get__", lambda stand_in: func(stand_in)))
+        elif origin is not None:
+            note_source(result, origin)
         return result
 
     def _finish(self, func: Any, kind: str, call: Call, result: Any, before: Call | None = None) -> None:
@@ -313,31 +319,6 @@ class PropagationMode(TorchFunctionMode):
 
     def _ended(self, func: Any, values: Any, result: Any, cause: str) -> None:
         self._endings.ended(func, tensors_in(values), result, cause, self._places)
-
-    def _without_parameters(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Tensor | None]:
-        """The arguments with parameters detached (and marked), and one that stems from a parameter, if any does."""
-        found: Tensor | None = None
-
-        def convert(value: Any) -> Any:
-            nonlocal found
-            if isinstance(value, Tensor):
-                if isinstance(value, nn.Parameter):
-                    origin = self._origins.get(id(value))
-                    value = value.detach()
-                    if origin is not None:
-                        mark(value, origin)
-                        self._uses.touched.add(origin.name)
-                        found = value if found is None else found
-                elif found is None and not value.requires_grad and source_of(value) is not None:
-                    found = value
-                return value
-            if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
-                converted = [convert(entry) for entry in value]
-                return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
-            return value
-
-        converted = tuple(convert(value) for value in args)
-        return converted, {name: convert(value) for name, value in kwargs.items()}, found
 
 
 def _cause(func: Any, kind: str, result: Any) -> str:

@@ -83,7 +83,7 @@ def within_limits(
 
     Example:
         >>> import torch
-        >>> from lrp_prune.pruning import bits
+        >>> from lrp_prune.selection import bits
         >>> values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
         >>> def choose(names, number):
         ...     threshold = torch.cat([values[name] for name in names]).sort().values[number - 1]

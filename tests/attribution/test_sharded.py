@@ -13,6 +13,8 @@ import lrp_prune
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.engine.unsharding import groups_of_parameters
 
+pytestmark = pytest.mark.processes
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"statistic": "geometric", "composite": "epsilon"},

@@ -81,6 +81,7 @@ def test_weights_and_a_single_size(tmp_path: Path) -> None:
     assert "circuit/faithfulness" in run.callback_metrics and "circuit/cpr" not in run.callback_metrics
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     callback = CircuitDiscovery(small_task(), "head", size=3, held_out=held_out())

@@ -24,6 +24,8 @@ from lrp_prune.correction import Automatic, Patch
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
 
+pytestmark = pytest.mark.processes
+
 SETS: list[dict[str, Any]] = [
     {},
     {"guard": Guard(0.5, statistic="squared_token", scope="layer")},

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
+pytestmark = pytest.mark.processes
+
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,

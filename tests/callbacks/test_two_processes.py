@@ -8,6 +8,8 @@ import torch
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", [False, True], ids=["validation", "reference"])

@@ -209,6 +209,7 @@ def test_circuits_of_gates_are_circuits(tmp_path: Path) -> None:
     assert float(expected) == pytest.approx(pruned, rel=1e-4)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_train_the_same_gates(tmp_path: Path) -> None:
     gates = planted(penalties=0.3, held_out=planted_task(3))

@@ -15,6 +15,8 @@ from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.correction import Contrast, Corrections, Patch
 from lrp_prune.correction.provenance import model_fingerprint
 
+pytestmark = pytest.mark.processes
+
 LINEAR, TIED = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
 
 

@@ -22,6 +22,8 @@ from lrp_prune.correction import Patch, load_patches
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
 
+pytestmark = pytest.mark.processes
+
 PLACES = {"net.0.weight": torch.tensor([0, 5, 150]), "net.6.weight": torch.tensor([1, 63])}
 
 

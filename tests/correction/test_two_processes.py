@@ -11,6 +11,8 @@ from lrp_prune.correction import Patch
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.wrapper.module import CorrectedModule
 
+pytestmark = pytest.mark.processes
+
 POSITIONS, LAST = torch.tensor([0, 5, 9]), "net.4.weight"
 
 

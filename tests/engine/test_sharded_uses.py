@@ -13,6 +13,8 @@ import lrp_prune
 from lrp_prune.pruning import METHODS
 from lrp_prune.relevance.unscored import DIVIDED, UNUSED, UnscoredWeightsWarning
 
+pytestmark = pytest.mark.processes
+
 
 class Model(nn.Module):
     """An LSTM, a head, and a layer that is not used."""

@@ -231,6 +231,7 @@ def test_it_is_imported_when_it_is_asked_for():
     assert lrp_prune.Comparison is Comparison and "compare" in dir(lrp_prune)
 
 
+@pytest.mark.processes
 def test_processes_that_share_a_model_compare_together(tmp_path: Path) -> None:
     ids = torch.randint(2, 50, (4, 2, 7), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": entry, "labels": entry} for entry in ids]

@@ -18,6 +18,8 @@ from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.processes import Processes, Turns
 from lrp_prune.pruning.recalibration import recalibrate
 
+pytestmark = pytest.mark.processes
+
 
 class Vision(nn.Module):
     """Sizes that no number of processes divides; a batch normalization with buffers; what is written into in place."""

@@ -183,6 +183,7 @@ def test_units_warn_of_layers_without_any_and_blocks_do_not():
         select(Relevance(values, granularity="block", **options), 0.5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes", [2])
 def test_divided_masks_have_the_report_and_the_warning_of_whole_ones(tmp_path: Path, processes: int) -> None:
     relevance = faint(key=1e-4, up=1.0, down=1.0)

@@ -48,6 +48,7 @@ def test_a_single_batch_is_saved(tmp_path: Path) -> None:
     assert relevance.sums[f"{layer}k_proj.weight::inputs"].any()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_in_half_precision_of_a_sharded_model_are_saved(dtype: torch.dtype, tmp_path: Path) -> None:
     def check(mesh: Any) -> None:
@@ -85,7 +86,7 @@ def test_relevance_is_saved_with_its_description(tmp_path: Path) -> None:
         relevance.save(tmp_path / "relevance.safetensors")
         loaded = Relevance.load(tmp_path / "relevance.safetensors")
         assert list(loaded) == list(relevance)
-        assert loaded._description() == relevance._description()
+        assert loaded.description() == relevance.description()
         assert loaded.members == relevance.members
         assert all(torch.equal(loaded[name], relevance[name]) for name in relevance)
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "relevance.safetensors").read_bytes()[:200])

@@ -12,6 +12,8 @@ from resumable_training import Classifier, Loader, SavedMasks, StatefulLoader
 
 from lrp_prune.callbacks import RelevancePruning
 
+pytestmark = pytest.mark.processes
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,

@@ -14,6 +14,8 @@ from killing import EVENTS, Run, Trials, by_steps, differences, launch
 from lrp_prune.callbacks import Rounds
 from lrp_prune.pruning import Masks
 
+pytestmark = pytest.mark.processes
+
 PROCESSES = {"one": 1, "ddp": 2, "fsdp-sharded": 2, "fsdp-full": 2}
 
 

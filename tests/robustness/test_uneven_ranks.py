@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 
+pytestmark = pytest.mark.processes
+
 
 class Classifier(LightningModule):
     """With buffers, which DDP sends around."""

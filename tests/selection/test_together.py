@@ -17,6 +17,8 @@ from lrp_prune import LRP, Masks, Relevance, Scope
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.training.keeping import MaskKeeper
 
+pytestmark = pytest.mark.processes
+
 SHAPES = {
     "linear": (7, 12),
     "transposed": (12, 8),

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector
 
+pytestmark = pytest.mark.processes
+
 IDS = torch.randint(1, 20, (4, 6), generator=torch.Generator().manual_seed(0))
 FOLLOWING = torch.cat([IDS[:, 1:], IDS[:, :1]], 1)
 TAGS = IDS.flip(1).remainder(3) + 20
