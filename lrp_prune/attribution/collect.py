@@ -1,7 +1,7 @@
 """Collecting: relevance of weights or units over batches, streaming."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import ObserverTable, check_included
-from lrp_prune.attribution.sharded import ShardedTable, shardings_of
+from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
-from lrp_prune.distributed.sharding import device_of, fsdp_modules
+from lrp_prune.distributed.sharding import agreeing, device_of, fsdp_modules
 from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
@@ -118,7 +118,8 @@ class RelevanceAccumulator:
         """
         module, table = self._subject.module, self.table
         sharded = table if isinstance(table, ShardedTable) else None
-        device = next(module.parameters()).device if sharded is None else device_of(sharded.mesh)
+        mesh = None if sharded is None else sharded.mesh
+        device = next(module.parameters()).device if mesh is None else device_of(mesh)
         with (
             torch.inference_mode(False),
             undisturbed(module),
@@ -132,7 +133,6 @@ class RelevanceAccumulator:
                 if sharded is not None:
                     refuse_inference_tensors(fsdp_modules(module))
                 with self._forward_context():
-                    mesh = None if sharded is None else sharded.mesh
                     self._target = self._inferred.decide(module, batch, mesh)
             uses = WeightUses(table.observers, table.tracer)
             first = self.num_samples == 0
@@ -143,7 +143,7 @@ class RelevanceAccumulator:
                 ) as propagation,
                 nullcontext() if sharded is None else sharded.passing(),
             ):
-                with _agreed(sharded), self._forward_context():
+                with agreeing(mesh, COLLECTING), self._forward_context():
                     value = self._target(module, batch)
                     if sharded is not None:
                         propagation.check_target(value, table.backward_needed)
@@ -154,7 +154,7 @@ class RelevanceAccumulator:
                 gradients: Sequence[Tensor | None] = [None] * len(roots)
                 if needed:
                     gradients = propagation.gradients(value, [root.leaf for root in roots])
-            with _agreed(sharded):
+            with agreeing(mesh, COLLECTING):
                 if needed:
                     propagation.check_reached(value, gradients)
                 self._add_roots(roots, gradients)
@@ -270,17 +270,3 @@ def attribute(
     relevance = accumulator.compute()
     check_included(include, relevance, relevance.unscored)
     return relevance
-
-
-@contextmanager
-def _agreed(table: ShardedTable | None) -> Iterator[None]:
-    """What fails in one process of a sharded model fails in all of them: they would wait for it in the next exchange."""
-    if table is None:
-        yield
-        return
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    table.agree(failure)

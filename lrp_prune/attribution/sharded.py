@@ -20,7 +20,7 @@ from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
 from lrp_prune.attribution.unit_observers import Units
 from lrp_prune.distributed.sharding import (
     Sharding,
-    agree,
+    agreeing,
     all_gathered,
     all_reduced,
     device_of,
@@ -32,6 +32,9 @@ from lrp_prune.engine.unsharding import own_modules
 from lrp_prune.names import named_parameters, unwrap
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.contributions import INPUTS
+
+COLLECTING = "collecting relevance"
+"""What processes do together here, as it is said if one of them fails."""
 
 
 class _Leaving(Function):
@@ -127,19 +130,15 @@ class ShardedTable(ObserverTable):
                 assert isinstance(statistic, DividedStatistic)
                 statistic.sum_up(code)
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise everywhere if one process has an error."""
-        agree(error, self.mesh, "collecting relevance")
-
     def finish(self, **description: Any) -> Relevance:
         """The relevance of everything scored, of the samples of all processes; of sharded weights this process's part."""
         self._same_everywhere()
         bad = [name for name, statistic in self._statistics.items() if not _finite(statistic)]
-        self.agree(
-            FloatingPointError(f"the relevance of {bad[0]!r} is not finite: check the batches and the precision")
-            if bad
-            else None
-        )
+        with agreeing(self.mesh, COLLECTING):
+            if bad:
+                raise FloatingPointError(
+                    f"the relevance of {bad[0]!r} is not finite: check the batches and the precision"
+                )
         samples = int(all_reduced(torch.tensor(description.pop("num_samples"), device="cpu"), self.mesh))
         divided = {
             name + INPUTS: self.shardings[name]

@@ -6,6 +6,7 @@ Whatever is made for them (relevance, masks) is divided in the same way; no proc
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -207,6 +208,25 @@ def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
         raise error
     rank, message = next((index, message) for index, message in enumerate(messages) if message is not None)
     raise OtherProcessError(f"{what} failed in process {rank}: {message}")
+
+
+@contextmanager
+def agreeing(mesh: "DeviceMesh | None", what: str) -> Iterator[None]:
+    """What fails in one process fails in all of a mesh, which would wait for it in the next exchange; None: this one is alone.
+
+    Raises:
+        Exception: this process's own error.
+        OtherProcessError: another process's.
+    """
+    if mesh is None:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    agree(failure, mesh, what)
 
 
 def mesh_of(model: nn.Module) -> "DeviceMesh | None":

@@ -6,13 +6,13 @@ next layer runs: they are summed in the forward, product by product.
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lrp_prune.distributed.sharding import agree, all_gathered, all_reduced
+from lrp_prune.distributed.sharding import agreeing, all_gathered, all_reduced
 from lrp_prune.pruning.moments import PairedMoments
 
 if TYPE_CHECKING:
@@ -55,23 +55,9 @@ class Processes:
         """The sum of small tensors."""
         return values if self._mesh is None else all_reduced(values, self._mesh)
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """What fails in one of them fails in all: they would wait for it in the next exchange.
-
-        Raises:
-            Exception: this process's own error.
-            RuntimeError: another's.
-        """
-        if self._mesh is None:
-            yield
-            return
-        failure = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        agree(failure, self._mesh, "recalibrating")
+    def agreeing(self) -> AbstractContextManager[None]:
+        """What fails in one of them fails in all, see :func:`lrp_prune.distributed.sharding.agreeing`."""
+        return agreeing(self._mesh, "recalibrating")
 
 
 class Turns:
