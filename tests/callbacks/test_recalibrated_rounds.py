@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar, WeightAveraging
+from torch.utils.data import DataLoader, TensorDataset
 
 import lrp_prune
 from lrp_prune.callbacks import RelevancePruning, _progress
+from lrp_prune.pruning import METHODS
 
 
 class Seen(Callback):
@@ -102,3 +105,59 @@ def test_a_progress_bar_beside_the_trainers_own(
     (shown,) = made
     assert shown.shows == (bar is not None) and not shown.open
     assert shown.steps[0] == shown.steps[1] > 0
+
+
+class Reseed(Callback):
+    """Lightning does not store the random state."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
+def test_resumed_with_masks_that_wait_it_is_the_uninterrupted_training(
+    make_module: Any,
+    make_loader: Any,
+    make_trainer: Callable[..., Any],
+    same_weights: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
+
+    def arguments(pruning: RelevancePruning) -> dict[str, Any]:
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+        return {"callbacks": [pruning, checkpoint, Reseed()], "max_epochs": 3, "enable_checkpointing": True}
+
+    def pruned() -> RelevancePruning:
+        return RelevancePruning(sparsity=0.6, recalibrate=True, method=lrp_prune.LRP(target="multi_label"))
+
+    def multi_label() -> DataLoader[Any]:
+        inputs, labels = make_loader(seed=2).dataset.tensors
+        return DataLoader(TensorDataset(inputs, torch.nn.functional.one_hot(labels, 4).float()), 16)
+
+    whole, module = make_module(), make_module(seed=9)
+    make_trainer(**arguments(pruned())).fit(whole, make_loader(), multi_label())
+    (table,) = shown
+    resumed = pruned()
+    make_trainer(**arguments(resumed)).fit(module, make_loader(), multi_label(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same_weights(whole, module)
+    assert shown == [table, table] and "explains: the logits of labels that are set" in table
+    state = resumed.state_dict()
+    assert state.pop("pending_target") == ""
+    resumed.load_state_dict(state)  # of an earlier version
+
+
+def test_all_methods_recalibrate_one_mask_alike(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, shown = make_module("none"), list[str]()
+    masks = lrp_prune.select(lrp_prune.pruning.scorer("random", module).compute(), 0.6, scope="layer")
+    monkeypatch.setattr("lrp_prune.callbacks._pruner.select", lambda *_, **__: masks)
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
+    for method in METHODS:
+        pruning = RelevancePruning(sparsity=0.6, recalibrate=True, method=method)
+        trainer = make_trainer(callbacks=[pruning, Reseed()], max_epochs=2)
+        trainer.fit(copy.deepcopy(module), make_loader(), make_loader(seed=2))
+    told = {line for text in shown for line in text.splitlines() if line.startswith("recalibrated")}
+    assert len(shown) == len(METHODS) and len(told) == 1
