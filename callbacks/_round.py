@@ -39,9 +39,17 @@ class Round:
             shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
             self._pruner.check(layouts_of(pl_module, scored, self._collection.needs_data), shapes)
 
-    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what one batch tells, see :meth:`Collection.rehearse`."""
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
+        """Refuse now what one batch tells, see :meth:`Collection.rehearse`.
+
+        Args:
+            trainer: the training that begins.
+            pl_module: its module.
+            preview: whether the round will change nothing.
+        """
         self._collection.check_loader(trainer)
+        if self._recalibrate and not preview and not self._collection.uses_validation:
+            self._collection.check_batches(trainer)
         relevance = self._collection.rehearse(trainer, pl_module)
         if relevance is not None:
             self._pruner.check_scored(relevance)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar, WeightAveraging
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lrp_prune
 from lrp_prune.callbacks import RelevancePruning, _progress
@@ -161,3 +162,74 @@ def test_all_methods_recalibrate_one_mask_alike(
         trainer.fit(copy.deepcopy(module), make_loader(), make_loader(seed=2))
     told = {line for text in shown for line in text.splitlines() if line.startswith("recalibrated")}
     assert len(shown) == len(METHODS) and len(told) == 1
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_without_batches_to_recalibrate_on_no_step_is_made(
+    method: str, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    def fit(loader: Any, pruning: RelevancePruning, **options: Any) -> int:
+        module = make_module()
+        try:
+            make_trainer(callbacks=[pruning], max_epochs=2, **options).fit(module, make_loader(), loader)
+        finally:
+            steps = len(module.zeros_after_step)
+            assert steps in (0, 8)
+        return steps
+
+    def pruning(**arguments: Any) -> RelevancePruning:
+        return RelevancePruning(method=method, **{"recalibrate": True, **arguments})
+
+    needed = "recalibrate=True needs batches: a validation loader .* or reference="
+    with pytest.raises(MisconfigurationException, match=needed):
+        fit(None, pruning())
+    with pytest.raises(MisconfigurationException, match=needed):
+        fit(make_loader(seed=2), pruning(), limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="reference=3, but there is one validation loader"):
+        fit(make_loader(seed=2), pruning(reference=3))
+    assert fit(None, pruning(reference=make_loader(seed=2))) == fit(None, pruning(preview=True)) == 8
+    assert fit(make_loader(seed=2), pruning()) == fit(None, pruning(recalibrate=False)) == 8
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_no_more_batches_are_read_and_moved_than_are_looked_at(
+    reference: bool, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    class States(Callback):
+        def __init__(self) -> None:
+            self.states: list[torch.Tensor] = []
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                self.states.append(torch.get_rng_state())
+                moved.clear()
+                read.clear()
+
+        def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                counts.append((len(moved), len(read)))
+
+    moved, read, counts = [], [], list[tuple[int, int]]()
+    data = make_loader(samples=640, seed=2).dataset
+
+    class Read(Dataset[Any]):
+        def __len__(self) -> int:
+            return 640
+
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return data[index]
+
+    loader = DataLoader(Read(), 20, shuffle=True)
+    module = make_module()
+    module.on_before_batch_transfer = lambda batch, dataloader_idx: (moved.append(1), batch)[1]
+    pruning = RelevancePruning(method="magnitude", recalibrate=True, reference=loader if reference else 0)
+    before, after = States(), States()
+    trainer = make_trainer(
+        callbacks=[before, pruning, after], max_epochs=2, limit_val_batches=1.0, num_sanity_val_steps=0
+    )
+    after.on_train_epoch_start = lambda trainer, pl_module: after.states.append(torch.get_rng_state())  # type: ignore[method-assign]
+    trainer.fit(module, make_loader(), None if reference else loader)
+    assert pruning.round == 1
+    assert torch.equal(before.states[0], after.states[-1])
+    assert counts[0] == (16 + 1, 16 * 20)  # and the training's own first batch
