@@ -263,9 +263,10 @@ class PropagationMode(TorchFunctionMode):
                 self._tracer.after(Finished("__get__", "plain", func, args, kwargs, result))
             return result
         origin = self._origins.get(id(source)) or source_of(source)
+        if isinstance(source, nn.Parameter):  # also one that the model does not know as its own
+            result = result.detach()
         if origin is not None and isinstance(source, nn.Parameter):
             self._uses.touched.add(origin.name)
-            result = result.detach()
         if origin is not None and (isinstance(source, nn.Parameter) or marked(source) is not None):
             mark(result, derive(origin, source, result, False, "__get__", lambda stand_in: func(stand_in)))
         elif origin is not None:
