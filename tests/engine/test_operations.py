@@ -32,7 +32,7 @@ def _complex(x: Tensor) -> Tensor:
 
 CALLS: dict[str, Callable[[Tensor], Any]] = {
     **{
-        name: lambda x, function=getattr(torch, name): function([x, x])
+        name: lambda x, name=name: getattr(torch, name)([x, x])
         for name in "cat concat concatenate stack hstack vstack dstack row_stack column_stack".split()
     },
     **{name: lambda x, name=name: getattr(x.double(), name)() for name in ("float", "half", "bfloat16", "contiguous")},
@@ -79,7 +79,8 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 NOT_RUN = frozenset(
     """alias avg_pool1d_with_indices avg_pool2d_with_indices avg_pool3d_with_indices adaptive_avg_pool1d_with_indices
     adaptive_avg_pool2d_with_indices adaptive_avg_pool3d_with_indices zero fft_r2c fft_c2c fft_c2r nested_tensor_from_mask detach
-    requires_grad_ segment_reduce embedding_bag _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""".split()
+    requires_grad_ segment_reduce embedding_bag _upsample_nearest_exact3d _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa""".split()
 )
 """Names of operators that no function is called by, of what makes no node, and of what takes more than a line to call."""
 IN_ROWS_WITH_NODES_OF_THEIR_OWN = frozenset("quantile nanquantile trapezoid trapz cumulative_trapezoid nanmean".split())
