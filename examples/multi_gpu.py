@@ -6,7 +6,7 @@
     python examples/multi_gpu.py fit --config examples/multi_gpu.yaml    # the same by LightningCLI
 
 A small Llama learns to predict the bytes of the State of the Union addresses, and half of its weights are removed in two
-rounds while it learns. GPUs are used where there are any, else as many CPU processes as there are devices asked for. The
+rounds while it learns. GPUs are used where there are enough, else as many CPU processes as there are devices asked for. The
 model and the callback do not know on how many devices they run.
 """
 
@@ -131,7 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--strategy", choices=["one", "ddp", "fsdp"], default="one", help="how the devices work together")
-    add("--devices", type=int, default=None, help="GPUs, or CPU processes where there is none; 1, or 2 with a strategy")
+    add(
+        "--devices",
+        type=int,
+        default=None,
+        help="GPUs, or CPU processes where there are not as many; 1, or 2 with a strategy",
+    )
     add("--epochs", type=int, default=3, help="pruning takes the first of them for each round")
     add("--sparsity", type=float, default=0.5, help="fraction of the weights to remove")
     add("--windows", type=int, default=2000, help="windows of 128 bytes, a tenth of them held out")

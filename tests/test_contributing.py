@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from circuit_tasks import numbers
 from torch import nn
 
 import lrp_prune
@@ -42,6 +43,14 @@ def test_the_rule_gives_weights_its_relevance() -> None:
 
 def test_the_statistic_is_taken() -> None:
     assert _section("A statistic")["relevance"].statistic == "cubed_token"
+
+
+def test_the_task_makes_prompts() -> None:
+    task = _section("A task")["Successor"](numbers, range(1, 4))
+    assert [sample.clean for sample in task.samples] == [(1, 2, 3), (2, 3, 4), (3, 4, 5)]
+    assert [sample.answers + sample.distractors for sample in task.samples] == [(4, 13), (5, 14), (6, 15)]
+    train, held_out = (set(part.starts) for part in task.split(1 / 3))
+    assert train | held_out == {1, 2, 3} and not train & held_out
 
 
 def test_what_is_referred_to_is_there() -> None:

@@ -202,10 +202,8 @@ class Contrast:
             return Masks.from_bits(kept, whole, shardings=shardings)
         units = self.general
         if removal == "contribution" and units.granularity in ("neuron", "head"):
-            units = units._replace(units._sums)
-            units.members = {
-                name: tuple(member for member in members if member.reads) for name, members in units.members.items()
-            }
+            reading = {name: tuple(member for member in found if member.reads) for name, found in units.members.items()}
+            units = units.with_members(reading)
         shapes, packed = expand_units(units, kept, None)
         return Masks.from_bits(packed, shapes, granularity=units.granularity, shardings=units.shardings)
 
@@ -282,8 +280,5 @@ def _check_entries(relevance: Relevance, general: Relevance, role: str) -> None:
                 f"{role} and the other one are divided among processes in different ways at {name!r}: collect both on the "
                 "same model"
             )
-        elif relevance._sums[name].shape != general._sums[name].shape:
-            raise ValueError(
-                f"{role} has shape {tuple(relevance._sums[name].shape)} for {name!r}, the other one "
-                f"{tuple(general._sums[name].shape)}"
-            )
+        elif (mine := relevance.sums[name].shape) != (theirs := general.sums[name].shape):
+            raise ValueError(f"{role} has shape {tuple(mine)} for {name!r}, the other one {tuple(theirs)}")

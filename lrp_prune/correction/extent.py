@@ -34,7 +34,7 @@ class Extent(NamedTuple):
         shapes, shardings = {}, {}
         for name in names:
             relevance = first if name in first else second
-            shapes[name] = relevance._sums[name].shape
+            shapes[name] = relevance.sums[name].shape
             sharding = relevance.sharding(name)
             if sharding is not None and sharding.axis is not None:
                 shardings[name] = sharding

@@ -14,11 +14,11 @@ from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.entries import Entries, check_strength, checksum, locate, read, scaled, write_together
 from lrp_prune.correction.provenance import describe_model, describe_references
 from lrp_prune.correction.verifying import (
-    agree,
     applied_strength,
     flat_positions,
     marked_positions,
     refusal,
+    refuse_together,
     resolve_entries,
     verify,
 )
@@ -246,7 +246,7 @@ class Patch(Mapping[str, Entries]):
             ValueError: if the patch is not applied to it.
         """
         found = applied_strength(self, model)
-        agree(
+        refuse_together(
             "the patch is not applied to this model: its entries hold neither the originals nor scaled ones; pass "
             "strict=False to write the originals anyway"
             if found is None and strict

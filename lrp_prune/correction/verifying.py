@@ -71,7 +71,7 @@ def _has(model: nn.Module, *names: str) -> bool:
     return True
 
 
-def agree(problem: str | None, parameters: Iterable[Tensor]) -> None:
+def refuse_together(problem: str | None, parameters: Iterable[Tensor]) -> None:
     """Raise a problem on all processes that hold parts of the parameters if one of them has it.
 
     Raises:
@@ -122,9 +122,9 @@ def verify(patch: Mapping[str, Entries], model: nn.Module, strict: bool) -> None
         ValueError: it differs; on all processes that a model is sharded over.
     """
     parameters = resolve_entries(patch, model)
-    agree(_other_values(patch, live_entries(patch, parameters)), parameters.values())
+    refuse_together(_other_values(patch, live_entries(patch, parameters)), parameters.values())
     if strict:
-        agree(_other_checksum(patch, parameters), parameters.values())
+        refuse_together(_other_checksum(patch, parameters), parameters.values())
 
 
 def _other_values(patch: Mapping[str, Entries], live: Mapping[str, Tensor]) -> str | None:

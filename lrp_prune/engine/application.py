@@ -1,6 +1,6 @@
 """Applying a composite: one path from a call to its result, whatever the operation, observed or not."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,7 +40,7 @@ class Application:
         uses: what is to be observed where weights are used.
         tracer: follows units, or None.
         is_own: whether a parameter is one of the module that runs.
-        seeing: while it is entered, the operations inside are seen by the rules.
+        seeing: gives what makes the rules see the operations inside, while it is entered.
     """
 
     def __init__(
@@ -50,31 +50,21 @@ class Application:
         uses: WeightUses,
         tracer: UnitTracer | None,
         is_own: Callable[[Any], bool],
-        seeing: Callable[[], AbstractContextManager[Any]],
+        seeing: Callable[[], AbstractContextManager[Any] | None],
     ) -> None:
         self._composite, self._roots, self._uses, self._tracer = composite, roots, uses, tracer
         self._is_own, self._seeing = is_own, seeing
         self._placed, self._depths = composite.is_placed, Depths()
         self._rules: dict[Hashable, Rule] = {}
-        self._ways: dict[str, Callable[[Call], Any]] = {
-            **dict.fromkeys(("sum", "join", "plain"), Call.run),
-            **dict.fromkeys(("linear", "convolution", "matmul"), self._contracted),
-            "embedding": self._looked_up,
-            "dropout": self._by_rule,  # whatever it gets, so that no random number is drawn
-            "norm_pool": norm_pool,
-            "composed": self._composed,
-            "factors": self._factors,
-        }
-        """Kinds of operation that have a way of their own, by what they are once their operands are known."""
 
     def apply(self, call: Call) -> Any:
         """The result of a call, by its rule."""
         if call.operation.data:
             call = self._roots.with_data(call)
         call = resolved(call)
-        way = self._ways.get(call.operation.kind)
+        way = _WAYS.get(call.operation.kind)
         if way is not None:
-            return way(call)
+            return way(self, call)
         if not any(map(is_activation, call.operands())):
             return call.run()
         return self._by_rule(call)
@@ -118,7 +108,9 @@ class Application:
         """The value of the one operation, and the relevance of those that it stands for."""
         if not any(map(is_activation, call.operands())):
             return call.run()
-        with self._seeing():
+        seeing = self._seeing()
+        assert seeing is not None
+        with seeing:
             stand_in = PARTS[call.function.__name__](*call.args, **call.kwargs)
         constant = call._replace(
             args=tuple(map(detached, call.args)), kwargs={name: detached(value) for name, value in call.kwargs.items()}
@@ -131,3 +123,23 @@ class Application:
     def leaves(self, call: Call) -> bool:
         """Whether a call keeps the plain gradient."""
         return self.ruled(call).rule == gradient
+
+
+def _run(application: Application, call: Call) -> Any:
+    return call.run()
+
+
+def _norm_pooled(application: Application, call: Call) -> Any:
+    return norm_pool(call)
+
+
+_WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
+    **dict.fromkeys(("sum", "join", "plain"), _run),
+    **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
+    "embedding": Application._looked_up,
+    "dropout": Application._by_rule,  # whatever it gets, so that no random number is drawn
+    "norm_pool": _norm_pooled,
+    "composed": Application._composed,
+    "factors": Application._factors,
+}
+"""Kinds of operation that have a way of their own, by what they are once their operands are known."""

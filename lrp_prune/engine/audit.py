@@ -7,7 +7,7 @@ explained value depends on of that is reported.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ _IDENTITIES = frozenset({"RegisterPostBackwardFunction", "RegisterPreBackwardFun
 _ACCOUNTED = LINEAR_NODES | _IDENTITIES
 # What is in proportion to its input has as plain gradient what the rule of activations gives: f(x) / x.
 _IN_PROPORTION = frozenset({"Relu", "LeakyRelu", "PreluKernel"})
-_CAME_OUT = "came out of a forward"
 
 
 class UnruledOperationWarning(UserWarning):
@@ -72,6 +71,7 @@ class Audit:
     def __init__(self, places: Places, unruled: str) -> None:
         self._places, self._unruled = places, unruled
         self._known: set[Any] = set()
+        self._began = self._ended = 0  # of the latest forward, by autograd's own count of nodes
         self._found: dict[Any, Finding] = {}
 
     def arrive(self, values: Any) -> None:
@@ -84,11 +84,9 @@ class Audit:
                 )
 
     def entered(self, values: Any) -> None:
-        """Account for what the outermost forward is given: what was made of an earlier one's outputs before it."""
-        for node in self._new_nodes(values, lambda node: node.metadata.get(_CAME_OUT) is self._places):
-            kind = node_kind(node)
-            if kind not in _ACCOUNTED and kind not in _IN_PROPORTION:
-                self._found[node] = Finding("between", _operation(node), "the target, or a step of the model")
+        """A forward begins: account for what it is given of an earlier one's outputs, and of what was made of these since."""
+        self._began = _count()
+        self._new_nodes(values)
 
     def made(self, function: Any, result: Any, ruled: bool) -> None:
         """Account for what a torch function has just made."""
@@ -102,29 +100,37 @@ class Audit:
                     "no gradient" if kind in NO_GRADIENT_NODES else "function", name, self._places.described()
                 )
 
-    def _new_nodes(self, value: Any, is_accounted_for: Callable[[Any], bool] | None = None) -> list[Any]:
+    def _new_nodes(self, value: Any) -> list[Any]:
+        """Those behind a value that the forward has made since they were asked for last.
+
+        What is older was accounted for in an earlier forward, or was made between the two, outside of any.
+        """
         found, stack = [], [tensor.grad_fn for tensor in tensors_in(value) if tensor.grad_fn is not None]
         while stack:
             node = stack.pop()
             if node in self._known:
                 continue
             self._known.add(node)
-            if is_accounted_for is not None and is_accounted_for(node):
+            if node._sequence_nr() >= self._began:
+                found.append(node)
+            elif not self._is_between(node):
                 continue
-            found.append(node)
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         return found
 
-    def forget(self, output: Any) -> None:
-        """The forward is over: only what was found is kept, so that its graph can be freed.
-
-        Another forward may go on from its output. What is behind that is accounted for, which is noted where it lives as long.
-        """
+    def forget(self) -> None:
+        """The forward is over: only what was found is kept, so that its graph can be freed."""
         self._known.clear()
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                metadata: Any = tensor.grad_fn.metadata
-                metadata[_CAME_OUT] = self._places
+        self._ended = _count()
+
+    def _is_between(self, node: Any) -> bool:
+        """Whether a node was made after the forward before this one; remembered where its plain gradient is no rule's."""
+        if not self._ended <= node._sequence_nr() < self._began:
+            return False
+        kind = node_kind(node)
+        if self._ended and kind not in _ACCOUNTED and kind not in _IN_PROPORTION:
+            self._found[node] = Finding("between", _operation(node), "the target, or a step of the model")
+        return True
 
     def report(self, target: Tensor) -> None:
         """Warn, or raise, of what was found and the target depends on.
@@ -145,6 +151,11 @@ class Audit:
         if self._unruled == "error":
             raise UnruledOperationError(message)
         warnings.warn(message, UnruledOperationWarning, stacklevel=5)
+
+
+def _count() -> int:
+    """How many nodes autograd has made in this thread."""
+    return int(torch._C._autograd._get_sequence_nr())
 
 
 def _operation(node: Any) -> str:

@@ -54,6 +54,13 @@ class Call(NamedTuple):
     def _constants(self) -> list[Tensor]:
         return [value for value in self.operands() if isinstance(value, Tensor) and not value.requires_grad]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What a layer adds to each of its channels; None where it adds nothing, or something else."""
+        place = self.operation.added
+        added = None if place is None else self.argument(*place)
+        return added if isinstance(added, Tensor) and added.dim() == 1 else None
+
     def argument(self, position: int, name: str) -> Any:
         """An argument's value, given by position or by name; None where the model left it out."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -26,7 +25,7 @@ class Where:
             first three. A layer is a weight; for kinds without one a module.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, a name that is no text, or a depth that is no range.
 
     Example:
         >>> Where("convolution", depth=range(3)).matches("convolution", "features.0", nn.Conv2d(3, 8, 3), 2)
@@ -46,6 +45,12 @@ class Where:
             raise ValueError(
                 f"unknown kind of operation {self.kind!r}, expected one of {KINDS}{why if self.kind in _RULELESS else ''}"
             )
+        if self.name is not None and not isinstance(self.name, str):
+            raise ValueError(
+                f"name must be a pattern such as 'features.*', got {self.name!r}: use an entry for each of several"
+            )
+        if self.depth is not None and not isinstance(self.depth, range):
+            raise ValueError(f"depth must be a range, such as range(3) for the first three layers, got {self.depth!r}")
 
     @property
     def is_placed(self) -> bool:
@@ -103,7 +108,7 @@ class Composite:
     """
 
     name: str
-    rules: Mapping[str | type[nn.Module] | Where, RuleLike] = field(default_factory=dict)
+    rules: Mapping[str | type[nn.Module] | Where, RuleLike] = field(default_factory=dict, hash=False)
     base: "str | Composite | None" = None
 
     def __post_init__(self) -> None:
@@ -114,8 +119,13 @@ class Composite:
             except ValueError as error:
                 raise ValueError(f"composite {self.name!r}: {error}") from None
         base = None if self.base is None else composite_of(self.base)
-        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+        object.__setattr__(self, "rules", dict(self.rules))
         object.__setattr__(self, "entries", (*entries, *(() if base is None else base.entries)))
+        preset = _presets().get(self.name)
+        if preset is not None and preset.entries != self.entries:
+            raise ValueError(
+                f"{self.name!r} is the name of a preset with other rules, and results are told apart by it"
+            )
 
     entries: tuple[tuple[Where, Rule], ...] = field(init=False, repr=False, compare=False)
     """What rules are for, and the rules; first match wins."""
@@ -162,14 +172,18 @@ class Composite:
             ValueError: if it has a rule for linear layers or convolutions that says nothing of it.
         """
         for kind in ("linear", "convolution"):
-            for rule in self.rules_of(kind):
-                if not rule.scores_weights:
+            for where, rule in self.entries:
+                # A rule for some modules, whatever they run, is looked at where it meets a weight.
+                wanted = where.kind == kind or (where.kind is None and not where.is_placed)
+                if wanted and _fits(rule, kind) and not rule.scores_weights:
                     called = getattr(rule.function, "__name__", rule) if isinstance(rule, Own) else _name_of(rule)
                     raise ValueError(
                         f"composite {self.name!r} has a rule of its own for {kind!r} ({called}), and what relevance weights have "
                         "then is not known: leave it out, declare its terms (lrp_prune.attribution.Terms), or use "
                         "lrp_prune.attributing for activations"
                     )
+                if wanted and _fits(rule, kind):
+                    break
 
     def check_fits(self, modules: Mapping[str, nn.Module]) -> None:
         """Refuse patterns and classes that no module of a model has.
@@ -220,6 +234,12 @@ def composite_of(composite: str | Composite) -> Composite:
     if composite not in COMPOSITES:
         raise ValueError(f"composite must be one of {tuple(COMPOSITES)} or a Composite, got {composite!r}")
     return COMPOSITES[composite]
+
+
+def _presets() -> dict[str, Composite]:
+    """The presets; none while they are made."""
+    found: dict[str, Composite] = globals().get("COMPOSITES", {})
+    return found
 
 
 _COMMON: dict[str | type[nn.Module] | Where, RuleLike] = {

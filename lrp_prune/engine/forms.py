@@ -85,10 +85,6 @@ class Form:
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
 
-    def in_channels(self, activation: Tensor) -> int:
-        """How many channels the activation has."""
-        return 0 if self.channel_dim is None else int(activation.shape[self.channel_dim])
-
 
 class Linear(Form):
     """``y = a W^T``: ``F.linear``, weight ``[out, in]``."""

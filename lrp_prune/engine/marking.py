@@ -80,29 +80,37 @@ def without_parameters(
         origins: of the model's parameters, by their ids.
         touched: takes the names of parameters among the arguments.
     """
-    found: Tensor | None = None
+    detaching = _Detaching(origins, touched)
+    converted = tuple(detaching.of(value) for value in args)
+    return converted, {name: detaching.of(value) for name, value in kwargs.items()}, detaching.found
 
-    def convert(value: Any) -> Any:
-        nonlocal found
+
+class _Detaching:
+    """Goes through arguments; an object, as a function that calls itself would keep what it saw alive in a circle."""
+
+    __slots__ = ("_origins", "_touched", "found")
+
+    def __init__(self, origins: Mapping[int, Origin], touched: set[str]) -> None:
+        self._origins, self._touched = origins, touched
+        self.found: Tensor | None = None
+
+    def of(self, value: Any) -> Any:
         kind = type(value)
         if kind in _NUMBERS:
             return value
         if kind is Tensor or isinstance(value, Tensor):
             # Asking whether something is a parameter takes long, and a plain tensor is none.
             if kind is not Tensor and isinstance(value, nn.Parameter):
-                origin = origins.get(id(value))
+                origin = self._origins.get(id(value))
                 value = value.detach()
                 if origin is not None:
                     mark(value, origin)
-                    touched.add(origin.name)
-                    found = value if found is None else found
-            elif found is None and not value.requires_grad and source_of(value) is not None:
-                found = value
+                    self._touched.add(origin.name)
+                    self.found = value if self.found is None else self.found
+            elif self.found is None and not value.requires_grad and source_of(value) is not None:
+                self.found = value
             return value
         if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
-            converted = [convert(entry) for entry in value]
+            converted = [self.of(entry) for entry in value]
             return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
         return value
-
-    converted = tuple(convert(value) for value in args)
-    return converted, {name: convert(value) for name, value in kwargs.items()}, found

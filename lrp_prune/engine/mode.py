@@ -4,8 +4,10 @@ Nothing about the model is touched. What the mode has to know that a single call
 tensors (:mod:`origins <lrp_prune.engine.origins>`, :mod:`tags <lrp_prune.engine.tags>`) and goes with them.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodWrapperType
 from typing import Any
 
@@ -91,7 +93,9 @@ class PropagationMode(TorchFunctionMode):
         self._acting = 0
         self._inside: list[Any] = []
         self._unchecked = Unchecked()
-        self._application = Application(composite, roots, uses, tracer, self._is_own, lambda: self)
+        own = partial(_is_own, self._origins, places)
+        # Without a circle, so that all of it is gone as soon as nothing uses it.
+        self._application = Application(composite, roots, uses, tracer, own, weakref.ref(self))
 
     @contextmanager
     def acting(self, on: bool = True) -> Iterator[None]:
@@ -197,13 +201,6 @@ class PropagationMode(TorchFunctionMode):
         finally:
             self._inside.pop()
 
-    def _is_own(self, origin: Origin | None) -> bool:
-        """Whether a parameter is one of the module that runs."""
-        if origin is None:
-            return False
-        own = (self._origins.get(id(parameter)) for parameter in self._places.module._parameters.values())
-        return any(found is not None and found.name == origin.name for found in own)
-
     def _in_place(self, call: Call) -> tuple[Any, Call]:
         """An in-place operation: of what is only added or assigned as it is, of others the twin on a copy, written back.
 
@@ -263,9 +260,10 @@ class PropagationMode(TorchFunctionMode):
                 self._tracer.after(Finished("__get__", "plain", func, args, kwargs, result))
             return result
         origin = self._origins.get(id(source)) or source_of(source)
+        if isinstance(source, nn.Parameter):  # also one that the model does not know as its own
+            result = result.detach()
         if origin is not None and isinstance(source, nn.Parameter):
             self._uses.touched.add(origin.name)
-            result = result.detach()
         if origin is not None and (isinstance(source, nn.Parameter) or marked(source) is not None):
             mark(result, derive(origin, source, result, False, "__get__", lambda stand_in: func(stand_in)))
         elif origin is not None:
@@ -328,3 +326,11 @@ def _cause(func: Any, kind: str, result: Any) -> str:
     if kind in _RULELESS:
         return "detached" if result.is_floating_point() else "integers"
     return "registered" if kind == "registered" else "rule"
+
+
+def _is_own(origins: Mapping[int, Origin], places: Places, origin: Origin | None) -> bool:
+    """Whether a parameter is one of the module that runs."""
+    if origin is None:
+        return False
+    own = (origins.get(id(parameter)) for parameter in places.module._parameters.values())
+    return any(found is not None and found.name == origin.name for found in own)

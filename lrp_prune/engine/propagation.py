@@ -18,7 +18,7 @@ from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
 from lrp_prune.engine.places import Places
-from lrp_prune.engine.registry import MODULE_RULES
+from lrp_prune.engine.registry import MODULE_RULES, any_placed
 from lrp_prune.engine.roots import Root, Roots
 from lrp_prune.engine.rules import gradient as plain_gradient
 from lrp_prune.engine.tracing import UnitTracer
@@ -220,7 +220,7 @@ def propagating(
                 stack.enter_context(whole(module, mode))
             if type(module) in MODULE_RULES:
                 stack.enter_context(replaced(module, mode, MODULE_RULES[type(module)]))
-        if named or audit is not None or composite.is_placed:
+        if named or audit is not None or composite.is_placed or any_placed():
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
             handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
@@ -309,8 +309,7 @@ def _guard(
             with torch._C.DisableTorchFunction():
                 endings.called(output)
         if mode.audit is not None:
-            with torch._C.DisableTorchFunction():
-                mode.audit.forget(output)
+            mode.audit.forget()
         if constants is not None:
             constants.forget()
 

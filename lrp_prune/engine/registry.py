@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lrp_prune.engine.operations import KINDS, OPERATIONS, ROWS, Operation, Place
-from lrp_prune.engine.rules import RULES, Call, Own, Rule
+from lrp_prune.engine.rules import RULES, Call, Identity, Own, Rule
 
 ModuleRule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Computes what a module returns, from its forward and its arguments."""
@@ -113,9 +113,10 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
 
 
 def _register_function(function: Callable[..., Any], rule: str | Callable[..., Any]) -> RegisteredRule:
+    _check_kind(function, RULES.get(rule) if isinstance(rule, str) else rule)
     if not isinstance(rule, str):
         handle = RegisteredRule(REGISTERED, function)
-        REGISTERED[function] = rule if isinstance(rule, Rule) else _adapted(rule)
+        REGISTERED[function] = rule if isinstance(rule, Rule) else _Adapted(rule)
     elif rule in KINDS:
         row = ROWS.get(function.__name__, Operation("plain"))
         if rule == "normalization" and row.signature is None:
@@ -123,7 +124,9 @@ def _register_function(function: Callable[..., Any], rule: str | Callable[..., A
                 f"what {function.__name__} normalises over cannot be told from its arguments: give a rule as a function"
             )
         handle = RegisteredRule(OPERATIONS, function)
-        OPERATIONS[function] = Operation(rule, _OPERANDS.get(rule, ((0, "input"),)), signature=row.signature)
+        added = (2, "bias") if rule in ("linear", "convolution") and row.added is None else row.added
+        operands = _OPERANDS.get(rule, ((0, "input"),))
+        OPERATIONS[function] = Operation(rule, operands, signature=row.signature, added=added)
     elif rule in RULES:
         handle = RegisteredRule(REGISTERED, function)
         REGISTERED[function] = RULES[rule]
@@ -132,13 +135,33 @@ def _register_function(function: Callable[..., Any], rule: str | Callable[..., A
     return handle
 
 
-def _adapted(given: Callable[..., Any]) -> Rule:
-    """A function of function, arguments and keyword arguments as a rule."""
+def _check_kind(function: Callable[..., Any], rule: Any) -> None:
+    """Refuse a rule that is for other kinds of operation than a function's."""
+    if not isinstance(rule, Rule) or rule.kinds is None or rule.kinds == Identity.kinds:
+        return  # that of an activation goes for whatever has one operand
+    kind = OPERATIONS[function].kind if function in OPERATIONS else ""
+    products = ("linear", "convolution", "matmul", "einsum")
+    if kind not in rule.kinds and not (set(rule.kinds) & set(products) and kind in products):
+        raise ValueError(
+            f"{rule} is a rule for {rule.kinds}, and {function.__name__} is {kind or 'of no kind that is known'}: register the "
+            f"function as {rule.kinds[0]!r}, and give the rule to a composite"
+        )
 
-    def adapted(call: Call) -> Any:
-        return given(call.function, call.args, call.kwargs)
 
-    return Own(adapted)
+class _Adapted(Own):
+    """A function of function, arguments and keyword arguments, which sees nothing else of a call."""
+
+    def __call__(self, call: Call) -> Any:
+        return self.function(call.function, call.args, call.kwargs)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+
+def any_placed() -> bool:
+    """Whether a registered rule needs to know the module that runs."""
+    return any("places" in rule.needs for rule in REGISTERED.values())
 
 
 def _register_module(kind: type, rule: str | Callable[..., Any]) -> RegisteredRule:

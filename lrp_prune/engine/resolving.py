@@ -34,6 +34,8 @@ def _einsum(call: Call) -> Call:
     if len(tensors) == 1 and isinstance(tensors[0], tuple | list):
         tensors = tuple(tensors[0])
     operands = tuple((index + 1, f"operand{index}") for index in range(len(tensors)))
+    if len(tensors) == 1:  # a sum, a diagonal, another order
+        return call._replace(operation=Operation("plain", operands), args=(call.args[0], *tensors))
     return _contraction(call._replace(operation=Operation("matmul", operands), args=(call.args[0], *tensors)))
 
 

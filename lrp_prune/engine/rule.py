@@ -82,7 +82,7 @@ class Skip(Rule):
 class Own(Rule):
     """A function of the user's, of which nothing else is known."""
 
-    function: Callable[[Call], Any]
+    function: Callable[..., Any]
 
     scores_weights: ClassVar[bool] = False
 

@@ -51,7 +51,6 @@ class UnitTracer:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], granularities: Iterable[str]) -> None:
         self.table = UnitTable(shapes)
-        self._shapes = shapes
         wanted = set(granularities)
         self._neurons = Shadows("neuron", self.table.merge, self._lost) if "neuron" in wanted else None
         self._heads = Shadows("head", lambda first, _: first, lambda *_: None, gated=True) if "head" in wanted else None

@@ -257,6 +257,11 @@ class WeightUses:
         reading = None if self._tracer is None else self._tracer.reads(form, weight, origin, activation)
         use = Use(form, weight, origin, reading, self._all_tokens)
         observers = [] if origin.name in self.left_out else self._observers(use)
+        if observers and call.rule is not None and not call.rule.scores_weights:
+            raise ValueError(
+                f"{origin.name} has a rule of its own ({call.rule}), and what relevance weights have then is not known: leave it "
+                "out, declare its terms (lrp_prune.attribution.Terms), or use lrp_prune.attributing for activations"
+            )
         if self.showing:
             for observer in observers:
                 observer.forward(use, activation)
@@ -268,7 +273,7 @@ class WeightUses:
         else:
             result = call.run()
         if self._tracer is not None and reading is not None:
-            self._tracer.writes(form, weight, origin, reading, _bias_of(call), result)
+            self._tracer.writes(form, weight, origin, reading, call.bias, result)
         return result
 
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:
@@ -279,12 +284,7 @@ class WeightUses:
         return self._latest.made(dtype, activation.detach(), lambda tensor: tensor.to(dtype))
 
 
-def _bias_of(call: Call) -> Tensor | None:
-    """What a layer adds to each of its channels."""
-    entries = (*call.args, *call.kwargs.values())
-    return next((entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1), None)
-
-
 def _is_layer(call: Call) -> bool:
-    """Whether the second operand is a weight by the function's own account."""
-    return call.operation.kind in ("linear", "convolution")
+    """Whether the second operand is a weight by the function's own account, whatever its operands are in this call."""
+    row = OPERATIONS.get(call.function)
+    return row is not None and row.kind in ("linear", "convolution") and len(call.operation.operands) == 2

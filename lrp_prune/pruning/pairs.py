@@ -72,7 +72,7 @@ class DenseOutputs(WeightUses):
             self.order.append((part.place, int(part.of(result).shape[part.axis])))
         if not parts:
             self._note(found.origin.name, found.origin.parameter, found.origin.layout, None)
-        bias = _bias_of(call)
+        bias = call.bias
         origin = None if bias is None else marked(bias)
         if origin is not None:
             self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
@@ -233,7 +233,7 @@ def parts_of(found: Product, call: Call, result: Any, masks: Masks) -> list[Part
     axis = channel_axis(form, weight, result)
     if axis is None:
         return _experts(found, call, origin.layout, result)
-    bias, placed = _bias_of(call), None
+    bias, placed = call.bias, None
     if bias is not None:
         added = marked(bias)
         if added is None or added.layout is None or added.scaled or len(bias) != result.shape[axis]:
@@ -267,13 +267,6 @@ def _experts(found: Product, call: Call, layout: Layout, result: Tensor) -> list
         for index in range(len(stack))
     ]
     return [Part(place, index, 1) for place, index in zip(places, indices, strict=True)]
-
-
-def _bias_of(call: Call) -> Tensor | None:
-    """What a layer adds to its channels."""
-    entries = (*call.args, *call.kwargs.values())
-    vectors = (entry for entry in entries if isinstance(entry, Tensor) and entry.dim() == 1)
-    return next((entry for entry in vectors if entry.is_floating_point()), None)
 
 
 def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool) -> set[Place]:

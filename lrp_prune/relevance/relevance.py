@@ -170,6 +170,10 @@ class Relevance(Mapping[str, Tensor]):
         described = {"statistic": statistic, "composite": composite, "target": target, "num_samples": num_samples}
         return self._replace(values, **described, derived=True, scales={}, inputs={}, mean_weights={})
 
+    def with_members(self, members: Mapping[str, tuple[Member, ...]]) -> "Relevance":
+        """The same scores of units that own other entries."""
+        return self._replace(self._sums, members=dict(members))
+
     def _values(self, name: str, sums: Tensor, index: slice) -> Tensor:
         values = sums.to(torch.float32)
         if not self.derived:

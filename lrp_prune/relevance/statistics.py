@@ -39,7 +39,7 @@ class Statistic:
         counted: whether anything is summed at all, or only found.
 
     Raises:
-        ValueError: if powers are negative, or given together with ``by_sample``.
+        ValueError: if the power is negative, or given together with what it cannot go with.
 
     Example:
         The cubes of relevance at each token, in which large values count more than in squares:
@@ -59,10 +59,19 @@ class Statistic:
     counted: bool = True
 
     def __post_init__(self) -> None:
-        if self.power < 0 or (self.by_sample and self.power):
+        whole = isinstance(self.power, int) and not isinstance(self.power, bool)
+        if not whole or self.power < 0 or (self.by_sample and self.power):
             raise ValueError(
                 f"statistic {self.name!r}: power must be a whole number of at least 0, and 0 where samples are summed first, "
                 f"got {self.power}"
+            )
+        if not self.propagated and self.counted and (self.power != 2 or self.by_sample or self.contributing):
+            raise ValueError(
+                f"statistic {self.name!r}: of inputs alone (propagated=False) there are squares, power=2, summed over tokens"
+            )
+        if self.contributing and not self.power:
+            raise ValueError(
+                f"statistic {self.name!r}: contributing=True is a factor of powers, so power must be at least 1"
             )
 
     @classmethod

@@ -1,10 +1,12 @@
 """Relevance of weights against independent computations by hooks and autograd."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from small_models import CAUSAL, batch_for, build
 from torch import Tensor, nn
@@ -373,6 +375,13 @@ def test_a_statistic_of_ones_own_is_summed_read_merged_and_kept(tmp_path: Any) -
 def test_statistics_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"statistic 'odd': power must be .* got -1"):
         lrp_prune.Statistic("odd", power=-1)
+    with pytest.raises(ValueError, match=r"power must be a whole number .* got 1.5"):
+        lrp_prune.Statistic("odd", power=1.5)  # type: ignore[arg-type]
+    for wrong in ({"power": 1}, {"power": 4}, {}, {"power": 2, "contributing": True}):
+        with pytest.raises(ValueError, match=r"of inputs alone \(propagated=False\) there are squares"):
+            lrp_prune.Statistic("inputs", propagated=False, **wrong)
+    with pytest.raises(ValueError, match="contributing=True is a factor of powers"):
+        lrp_prune.Statistic("signed_share", contributing=True)
     with pytest.raises(ValueError, match=r"0 where samples are summed first, got 2"):
         lrp_prune.Statistic("both", power=2, by_sample=True)
     with pytest.raises(
@@ -382,3 +391,46 @@ def test_statistics_that_make_no_sense_are_refused() -> None:
     shares = lrp_prune.Statistic("shares", power=1, contributing=True)
     with pytest.raises(ValueError, match="statistic 'shares' is about weights, not heads: use 'squared_token'"):
         lrp_prune.attribute(nn.Linear(2, 2), [torch.ones(1, 2)], statistic=shares, granularity="head")
+
+
+def test_weights_that_are_multiplied_with_each_other_are_used_by_what_comes_of_them() -> None:
+    """A contraction of constants alone is no layer, however many they are."""
+
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.einsum("ij,jk,kl->il", self.a, self.b, self.c) + self.a @ self.b
+            return self.layer(x @ weight)
+
+    torch.manual_seed(0)
+    relevance = lrp_prune.attribute(
+        Factored(), [(torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0]))], include=["*weight"]
+    )
+    assert list(relevance) == ["layer.weight"]
+
+
+@pytest.mark.parametrize("read", [lambda w: w.T, lambda w: w.mT, lambda w: w.t()], ids=["T", "mT", "t"])
+def test_a_parameter_that_the_model_does_not_know_is_a_constant_however_it_is_read(
+    read: Callable[[Tensor], Tensor],
+) -> None:
+    hidden = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.apart, self.layer = [hidden], nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) @ read(self.apart[0])
+
+    torch.manual_seed(0)
+    model, x = Hides(), torch.randn(3, 4)
+    with lrp_prune.attributing(model) as propagation:
+        found = propagation.relevance(model(x).sum())["x"]
+    inputs = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((F.linear(inputs, model.layer.weight, model.layer.bias) @ hidden.T).sum(), inputs)
+    torch.testing.assert_close(found, x * gradient)

@@ -1,7 +1,7 @@
 """Compares what pruning by each method and setting costs a language model in perplexity, next to SparseGPT and Wanda.
 
     python tests/benchmarks/compression.py                       # everything; takes hours on two cores
-    python tests/benchmarks/compression.py --settings default "gradient, global" sparsegpt --sparsities 0.5 --seeds 0
+    python tests/benchmarks/compression.py --settings default "gradient squared_token, global" --sparsities 0.5 --seeds 0
 
 All settings see the same calibration windows and are measured on the same held-out windows. Each result is appended to
 the file of results as soon as it is there and not computed again, so that a run can be stopped and continued. `wanda
@@ -49,7 +49,7 @@ class Setting:
 
 def settings() -> dict[str, Setting]:
     """The table's rows, by name."""
-    per_row, raw, normalized = Scope("row"), Scope("global"), Scope("global", normalize="mean")
+    per_row, raw, normalized = Scope("row"), Scope("global", floor=0.0), Scope("global", floor=0.0, normalize="mean")
     rows = {
         "default": Setting("lrp"),
         "wanda": Setting("wanda"),

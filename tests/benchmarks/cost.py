@@ -115,7 +115,7 @@ def main() -> None:
     add = parser.add_argument
     add("--method", default="lrp", help="whose collection: lrp, gradient or wanda")
     add("--composite", default=None, help="rules, for lrp; the method's default if not given")
-    add("--statistic", default=None, help="reduction over tokens and samples; the method's default if not given")
+    add("--statistic", default=None, help="for lrp and gradient; the method's default if not given")
     add("--batches", type=int, default=12, help="pairs that are timed, at least 2")
     add("--batch-size", type=int, default=1, help="windows in a batch")
     add("--model", default=language_model.PACKAGED_MODEL, help="the packaged model, or a hub name or folder")

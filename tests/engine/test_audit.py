@@ -250,6 +250,34 @@ def test_what_is_computed_between_forwards_is_told_and_what_is_behind_it_is_not(
     assert not any("_Observed" in str(warning.message) for warning in told)
 
 
+class _Keeps(nn.Module):
+    """Goes on from what it computed before, which is no argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Sequential(nn.Linear(4, 4), nn.GELU()), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        if self.kept is not None:
+            x = x + self.kept
+        self.kept = x  # type: ignore[assignment]
+        return x
+
+
+def test_what_an_earlier_forward_left_behind_is_accounted_for() -> None:
+    model = _Keeps()
+    with lrp_prune.attributing(model, unruled="error") as propagation:
+        model(torch.randn(2, 4))
+        propagation.relevance(model(torch.randn(2, 4)).sum())
+    llama = build("llama")
+    ids = batch_for("llama")["input_ids"]
+    with lrp_prune.attributing(llama, unruled="error") as propagation:
+        first = llama(input_ids=ids, use_cache=True)
+        second = llama(input_ids=ids[:, :1], past_key_values=first.past_key_values)
+        propagation.relevance(second.logits[:, -1].max(-1).values.sum())
+
+
 def test_the_audit_lets_go_of_the_graph() -> None:
     """What was found is kept until it is told, and of other forwards nothing."""
     model, freed = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), []

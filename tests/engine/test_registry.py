@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune import Composite
-from lrp_prune.attribution import Gamma, UnruledOperationError
+from lrp_prune.attribution import Gamma, Rule, UnruledOperationError
 from lrp_prune.engine import registry
+from lrp_prune.engine.call import Call
 from lrp_prune.engine.operations import OPERATIONS
 
 
@@ -255,3 +256,31 @@ def test_the_gamma_rule_of_the_example_is_that_of_the_paper(padding: int) -> Non
     favoured = contributions * (1 + gamma * same_sign)
     expected = favoured / favoured.sum(1, keepdim=True) * z.square()[:, None]
     torch.testing.assert_close(found, expected.sum(0).view_as(x))
+
+
+def test_a_registered_rule_knows_its_module_in_every_batch() -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Looks(Rule):
+        def __call__(self, call: Call) -> Any:
+            seen.append((call.name, type(call.module).__name__))
+            return call.run()
+
+        @property
+        def needs(self) -> frozenset[str]:
+            return frozenset({"places"})
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = [(torch.randn(3, 4), torch.tensor([0, 1, 0]))] * 3
+    with lrp_prune.register_rule(torch.tanh, Looks()):
+        lrp_prune.attribute(model, batches, target="class", composite="gradient", unruled="ignore")
+    assert seen == [("1", "Tanh")] * 3
+
+
+@pytest.mark.parametrize("function", [torch.relu, F.layer_norm], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("rule", ["gamma", Gamma()], ids=str)
+def test_rules_of_products_are_for_products(function: Callable[..., Any], rule: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"Gamma.* is a rule for \('linear', 'convolution'\), and {function.__name__} is"
+    ):
+        lrp_prune.register_rule(function, rule)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrp_prune
@@ -368,3 +369,52 @@ def test_rules_that_make_no_sense_are_refused() -> None:
         ValueError, match=r"composite 'mine': Gamma\(gamma=0.5\) is a rule for \(.*\), not for 'activation'"
     ):
         Composite("mine", {"activation": Gamma(0.5)})
+
+
+class _Contracted(nn.Module):
+    def __init__(self, equation: str, matrices: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.equation = equation
+        self.matrices = nn.ParameterList(nn.Parameter(torch.randn(4, 4)) for _ in range(matrices))
+        self.head = nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.einsum(self.equation, *self.matrices, x))
+
+
+def test_contractions_of_more_or_fewer_tensors_than_two() -> None:
+    """The order of one tensor needs no rule; what is multiplied by two weights at once has no terms."""
+    composite, x = Composite("terms", {"linear": Gamma(GAMMA)}, base="epsilon"), torch.randn(3, 4)
+    turned = lrp_prune.attribute(_Contracted("ij->ij", 0), [x], target=_first, composite=composite)
+    assert list(turned) == ["head.weight"]
+    with pytest.raises(ValueError, match="einsum in <model> contracts 3 tensors at once: write it as products of two"):
+        lrp_prune.attribute(_Contracted("ij,jk,bi->bk", 2), [x], target=_first, composite=composite)
+    lrp_prune.attribute(_Contracted("ij,jk,bi->bk", 2), [x], target=_first, composite="epsilon")
+
+
+def _first(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)[:, 0].sum()
+
+
+def test_a_function_that_is_registered_as_linear_has_its_bias() -> None:
+    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    visible = torch.overrides.wrap_torch_function(lambda x, weight, bias: (x, weight, bias))(product)
+
+    class Own(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.weight, self.bias = layer.weight, layer.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return visible(x, self.weight, self.bias)
+
+    torch.manual_seed(0)
+    layer, composite = nn.Linear(5, 3), Composite("terms", {"linear": Gamma(0.5)}, base="epsilon")
+    x = torch.randn(4, 5)
+    expected = lrp_prune.attribute(nn.Sequential(layer), [x], target=_first, composite=composite)["0.weight"]
+    with lrp_prune.register_rule(visible, "linear"):
+        found = lrp_prune.attribute(Own(layer), [x], target=_first, composite=composite)["weight"]
+    torch.testing.assert_close(found, expected)

@@ -1,5 +1,7 @@
 """What rules are for: kinds, classes of layers, patterns of names and groups of depth; the first that matches."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -196,3 +198,50 @@ def test_what_matches_nothing_in_the_model_is_refused() -> None:
             pass
     with pytest.raises(ValueError, match=r"unknown kind of operation 'conv', expected one of \('activation'"):
         Where("conv")
+
+
+def _two_layers() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    return model, [(torch.randn(8, 4), torch.randint(3, (8,)))]
+
+
+@pytest.mark.parametrize("where", [nn.GELU, Where(name="1"), Where(layer=nn.GELU, name="1")], ids=str)
+def test_a_rule_for_a_layer_without_weights_leaves_those_of_others_scored(where: Any) -> None:
+    model, batches = _two_layers()
+    expected = lrp_prune.attribute(model, batches, composite=Composite("kind", {"activation": "identity"}))
+    found = lrp_prune.attribute(model, batches, composite=Composite("place", {where: "identity"}))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+    own = Composite("own", {where: lambda call: call.run()})
+    plain = lrp_prune.attribute(model, batches, composite="gradient")
+    found = lrp_prune.attribute(model, batches, composite=own)
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name])
+
+
+def test_a_rule_of_ones_own_for_a_layer_with_weights_is_refused_where_they_are_scored() -> None:
+    model, batches = _two_layers()
+    composite = Composite("own", {Where(name="2"): lambda call: call.run()})
+    with pytest.raises(ValueError, match=r"2\.weight has a rule of its own .* declare its terms"):
+        lrp_prune.attribute(model, batches, composite=composite)
+    lrp_prune.attribute(model, batches, composite=composite, include=["0.weight"])
+
+
+def test_composites_are_copied_pickled_and_told_apart() -> None:
+    composite = Composite("mine", {Where("linear", depth=range(2)): Gamma(0.5), nn.GELU: "identity"}, base="epsilon")
+    for other in (copy.deepcopy(composite), pickle.loads(pickle.dumps(composite))):
+        assert other == composite and other.entries == composite.entries and hash(other) == hash(composite)
+    assert copy.deepcopy(lrp_prune.LRP(composite=composite)).composite == composite
+    given = {"linear": Gamma()}
+    Composite("mine", given).rules["activation"] = "identity"  # type: ignore[index]
+    assert given == {"linear": Gamma()}
+    with pytest.raises(ValueError, match="'epsilon' is the name of a preset with other rules"):
+        Composite("epsilon", {"linear": Gamma(0.5)})
+
+
+def test_what_asks_for_no_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"depth must be a range, such as range\(3\) .* got 2"):
+        Where("linear", depth=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="name must be a pattern"):
+        Where(name=["a", "b"])  # type: ignore[arg-type]

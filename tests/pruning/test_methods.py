@@ -230,7 +230,7 @@ def test_what_is_planned_for_depends_on_the_method() -> None:
 
 def test_the_example_for_contributors_runs() -> None:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text[text.index("## A new pruning method") :]
+    section = text[text.index("## A pruning method") :]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     names = {"model": network(), "batches": batches()}
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)

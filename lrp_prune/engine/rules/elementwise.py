@@ -17,6 +17,14 @@ from lrp_prune.engine.tags import is_gate, is_statistic
 class Identity(Rule):
     """Relevance out = relevance in (AttnLRP, eq. 9): the gradient becomes f(x)/x, and 0 where x is 0."""
 
+    kinds: ClassVar[tuple[str, ...] | None] = (
+        "activation",
+        "softmax",
+        "normalization",
+        "statistic",
+        "division",
+        "dropout",
+    )
     scores_weights: ClassVar[bool] = False
 
     def __call__(self, call: Call) -> Any:

@@ -85,7 +85,7 @@ class Terms(Rule):
         >>> with lrp_prune.attributing(model, composite) as propagation:
         ...     value = model(torch.ones(1, 4)).max()
         ...     relevance = propagation.relevance(value)["input"]
-        >>> bool(value <= 0 or (relevance >= 0).all())
+        >>> bool((relevance * value.sign() >= 0).all())
         True
     """
 
@@ -109,10 +109,14 @@ class Terms(Rule):
         if len(summands) > 1:
             return _beside_a_summand(call, self)
         operands = call.operands()
-        form = form_of(
-            call.with_operands([None if index in active else v for index, v in enumerate(operands)]), *_places(active)
-        )
-        return ruled(operands[active[0]], operands[1 - active[0]], form, self)
+        if len(operands) != 2:
+            raise ValueError(
+                f"{self} is for a product of two, and {call.function.__name__} in {call.name or '<model>'} contracts "
+                f"{len(operands)} tensors at once: write it as products of two, or give this module another rule"
+            )
+        place, other = active[0], 1 - active[0]
+        without = call.with_operands([None if index == place else value for index, value in enumerate(operands)])
+        return ruled(operands[place], operands[other], form_of(without, place, other), self)
 
 
 @dataclass(frozen=True)
@@ -294,10 +298,6 @@ def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching:
 
 
 _ruled: Callable[..., Tensor] = _Ruled.apply
-
-
-def _places(active: list[int]) -> tuple[int, int]:
-    return active[0], 1 - active[0]
 
 
 def _beside_a_summand(call: Call, rule: Terms) -> Any:
