@@ -23,7 +23,7 @@ from lrp_prune.models import check_batches
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning import Method, Scope, sparsity_schedule
 from lrp_prune.pruning.methods import method_of
-from lrp_prune.pruning.schedules import SCHEDULES, Schedule
+from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
 from lrp_prune.selection.scopes import Structure, layout_of, parse_scope
@@ -113,15 +113,18 @@ def iter_once(batches: Any) -> bool:
     return hasattr(batches, "__next__")
 
 
+def checked_rounds(schedule: Schedule, rounds: int | None) -> int:
+    """How many rounds there are: as is asked for, else one for each number of a list, else one."""
+    try:
+        return rounds_of(schedule, rounds) or 1
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
 def check_schedule(
     sparsity: Any, rounds: int, schedule: Schedule, scope: Scope
 ) -> list[float] | list[dict[str, float]]:
     """Check how much is pruned, and return the total sparsity after each round."""
-    if not (isinstance(schedule, str | Sequence) or callable(schedule)):
-        raise MisconfigurationException(
-            f"schedule must be one of {', '.join(SCHEDULES)}, a list of {rounds} numbers or a callable, got "
-            f"{schedule!r}"
-        )
     try:
         targets = sparsity_schedule(schedule, sparsity, rounds)
         structure = parse_scope(scope.compared or "global")

@@ -64,8 +64,9 @@ class RelevancePruning(CollectingCallback):
 
     Args:
         sparsity: total sparsity after the last round in [0, 1), or one for each name pattern.
-        rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are.
-        schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`.
+        rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are. None: one, or
+            one for each number of a list as ``schedule``.
+        schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
             ``LRP(composite="attnlrp", target="class")``; see :mod:`lrp_prune.pruning.methods`.
         scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; or a
@@ -94,7 +95,7 @@ class RelevancePruning(CollectingCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] = 0.5,
-        rounds: int | Rounds = 1,
+        rounds: int | Rounds | None = None,
         *,
         schedule: ScheduleName | list[float] | Callable[[int], float] = "cubic",
         method: MethodName | Method = "lrp",
@@ -129,12 +130,12 @@ class RelevancePruning(CollectingCallback):
             max_batches=max_batches,
             accumulate_on=accumulate_on,
         )
-        rounds = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
-        self._times = self._planned = rounds.times(collection.uses_validation)
+        planned = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
+        self._times = self._planned = planned.times(schedule, collection.uses_validation)
         scope = _checks.checked_scope(scope, collection.method, collection.kinds)
-        targets = _checks.check_schedule(sparsity, rounds.count, schedule, scope)
+        targets = _checks.check_schedule(sparsity, self._times.count, schedule, scope)
         self._pruner = Pruner(targets, scope, name)
-        self._round = Round(collection, self._pruner, rounds.count, recalibrate, summary)
+        self._round = Round(collection, self._pruner, self._times.count, recalibrate, summary)
         self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
         self._allow_untested = allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}

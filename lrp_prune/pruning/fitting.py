@@ -14,7 +14,7 @@ from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.pairs import DenseOutputs, PrunedUses
-from lrp_prune.pruning.passes import Change, divergence, normalizing, outputs_of
+from lrp_prune.pruning.passes import Change, distances, normalizing, outputs_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes, Turn, Turns
 from lrp_prune.pruning.zeroed import zeroed
@@ -30,7 +30,8 @@ class Candidate:
         self.strength = strength
         self.channels: dict[Place, PairedMoments] = {}
         self.norms: dict[str, PairedMoments] = {}
-        self.divergences: list[float] = []
+        self.distances: list[list[float | None]] = []
+        """Of each batch that was judged, output by output; None where an output cannot be compared."""
 
     def normalized(
         self, name: str, x: Tensor, dense: Tensor | None, turns: Turns | None, adding: bool
@@ -148,7 +149,7 @@ class Runs:
                     again = Choices(choices.made if fitting else None)
                     found = outputs_of(self.model, batch, uses, self.target, again)
                     if not fitting and adding:
-                        candidate.divergences.append(divergence(expected, found, self.target, counted))
+                        candidate.distances.append(distances(expected, found, self.target, counted))
                     self.advance(number if adding else 0)
 
 

@@ -233,3 +233,22 @@ def test_no_more_batches_are_read_and_moved_than_are_looked_at(
     assert pruning.round == 1
     assert torch.equal(before.states[0], after.states[-1])
     assert counts[0] == (16 + 1, 16 * 20)  # and the training's own first batch
+
+
+def test_outputs_that_cannot_be_compared_are_refused_with_the_way_out(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    class Chosen(type(make_module())):  # type: ignore[misc]
+        """Says nothing of some samples."""
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            logits = self.net(batch[0])
+            return logits[logits[:, 0] > logits[:, 0].mean()]
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return self(batch).square().mean()
+
+    module, pruning = Chosen("none"), RelevancePruning(0.6, method="wanda", recalibrate=True)
+    with pytest.raises(ValueError, match=r"nothing that the dense model gives .* pass recalibrate=False"):
+        make_trainer(callbacks=[pruning], max_epochs=2).fit(module, make_loader(), make_loader(256, 64, seed=2))
+    assert module.zeros_after_step == [0] * 4

@@ -61,8 +61,7 @@ class Method(ABC):
     """A way to score weights or units: the base of :class:`LRP`, :class:`Wanda` and all others, and of your own.
 
     Say what is collected (:meth:`collects`), what a score is (:meth:`score`), or both, and pass an instance as ``method``. What
-    can
-    be chosen is an argument of the constructor: plain values, so that a configuration file can give them.
+    can be chosen is an argument of the constructor: plain values, so that a configuration file can give them.
 
     Attributes:
         name: in tables and logs, and as the ``statistic`` of its scores; by default the class's, in lower case.
