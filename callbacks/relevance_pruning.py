@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
@@ -115,10 +114,8 @@ class RelevancePruning(CollectingCallback):
         name: str = "pruning",
         allow_untested: bool = False,
     ) -> None:
-        if not isinstance(name, str) or not name or "/" in name:
-            raise MisconfigurationException(f"name must be a word that metrics' names can begin with, got {name!r}")
-        _checks.check_choice("monitor_mode", monitor_mode, ("min", "max"), optional=False)
-        _checks.check_flag("preview", preview)
+        _checks.check_logging(name, monitor, monitor_mode)
+        _checks.check_flags(recalibrate=recalibrate, summary=summary, preview=preview, allow_untested=allow_untested)
         self.name = name
         self._collection = collection = Collection(
             method=method,

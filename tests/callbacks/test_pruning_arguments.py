@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lrp_prune.callbacks import RelevancePruning, Rounds
 
@@ -81,6 +82,16 @@ def test_unreachable_structures_and_damaged_relevance_change_no_weight(
         ({"scope": "2:4", "sparsity": 0.5, "rounds": 2}, "rounds=1"),
         ({"scope": 3}, "scope"),
         ({"monitor_mode": "least"}, "monitor_mode"),
+        ({"monitor": 3}, "monitor must be None or the name of a metric .* got 3"),
+        ({"recalibrate": "yes"}, "recalibrate must be True or False, got 'yes'"),
+        ({"recalibrate": None}, "recalibrate must be True or False, got None"),
+        ({"summary": 1}, "summary must be True or False, got 1"),
+        ({"preview": 0}, "preview must be True or False, got 0"),
+        ({"allow_untested": "ddp"}, "allow_untested must be True or False, got 'ddp'"),
+        ({"reference": []}, "reference is an empty list: pass at least one batch"),
+        ({"reference": ()}, "reference is an empty tuple"),
+        ({"reference": DataLoader([])}, "reference is an empty DataLoader"),
+        ({"reference": [], "method": "magnitude"}, "reference is an empty list"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments, message) -> None:
