@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
@@ -138,7 +139,7 @@ class Pruner:
             if recalibration is not None:
                 recalibration.apply_(subject_of(_inner(pl_module)).module)
         self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
-        self._mask_averages(trainer)
+        self._mask_averages(trainer, recalibration)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""
@@ -163,10 +164,13 @@ class Pruner:
             figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = each.sparsity
         _log(pl_module, figures)
 
-    def _mask_averages(self, trainer: Trainer) -> None:
+    def _mask_averages(self, trainer: Trainer, recalibration: Recalibration | None = None) -> None:
+        """Prune averages as well, and scale them: an average of scaled weights is the average, scaled."""
         if self.state.masks is not None:
             for average in averaged_models(trainer):
                 self.state.masks.apply_(average)
+                if recalibration is not None:
+                    recalibration.apply_(subject_of(_inner(average)).module)
 
 
 def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
@@ -175,9 +179,9 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
 
 
-def _inner(pl_module: LightningModule) -> LightningModule:
+def _inner(pl_module: nn.Module) -> nn.Module:
     """The module that is trained, without a wrapper for corrections."""
-    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module  # type: ignore[return-value]
+    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
 
 
 def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:
