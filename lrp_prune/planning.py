@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lrp_prune.arguments import check_flag, check_integer, check_number, check_patterns
 from lrp_prune.attribution.candidates import candidates
+from lrp_prune.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Method, collected_by, method_of
 from lrp_prune.pruning.recalibration import LOOKED_AT, STRENGTHS, parts_of_reference
-from lrp_prune.rehearsing import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.relevance import granularities_of
 from lrp_prune.relevance.statistics import statistic_of
 from lrp_prune.selection.scopes import check_sparsity

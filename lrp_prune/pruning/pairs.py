@@ -11,11 +11,11 @@ from lrp_prune.engine.origins import Layout, marked
 from lrp_prune.engine.rules import Call
 from lrp_prune.engine.tracing import channel_axis
 from lrp_prune.engine.uses import Product, RecurrentLayer, WeightUses
-from lrp_prune.pruning.gates import Gates, copied, gates_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.places import BiasPlace, Place
 from lrp_prune.pruning.processes import Turn, Turns
+from lrp_prune.pruning.recurrent_gates import Gates, copied, gates_of
 
 
 class DenseOutputs(WeightUses):

@@ -20,7 +20,7 @@ from lrp_prune.names import named_modules
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.pairs import DenseOutputs
 
-Normalization = nn.modules.batchnorm._NormBase
+BatchNormalization = nn.modules.batchnorm._NormBase
 
 Change = tuple[Tensor, Tensor]
 """A difference of means, and a quotient of variances."""
@@ -68,7 +68,7 @@ def normalizing(module: nn.Module, told: Callable[[str, Tensor], Change | None])
     handles = [
         entry.register_forward_hook(hook(name), prepend=True)  # before its weights are divided again
         for name, entry in named_modules(module).items()
-        if isinstance(entry, Normalization) and entry.running_mean is not None and not _of_instances(entry)
+        if isinstance(entry, BatchNormalization) and entry.running_mean is not None and not _of_instances(entry)
     ]
     try:
         yield

@@ -32,7 +32,7 @@ from lrp_prune.progress import Progress, bar, is_first, no_bar
 from lrp_prune.pruning.compared import comparing_by
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.passes import Normalization
+from lrp_prune.pruning.passes import BatchNormalization
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.relevance.unscored import patterns_of
@@ -108,7 +108,7 @@ class Recalibration:
             _change_(parameters[name], parts, Tensor.add_, 0.0)
         for name, (moved, factor) in self.normalizations.items():
             module = modules[name]
-            assert isinstance(module, Normalization)
+            assert isinstance(module, BatchNormalization)
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.add_(moved.to(module.running_mean))
             module.running_var.mul_(factor.to(module.running_var))
