@@ -74,6 +74,8 @@ class Runs:
     advance: Callable[[int], Any]
     seen: dict[str, bool] = field(default_factory=dict)
     """Names of weights that are places, or have some, and whether something else uses one as well."""
+    uneven: set[str] = field(default_factory=set)
+    """Names of weights whose outputs had another shape once masks were applied."""
 
     def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """Fit scales to batches, laid together to as few as memory allows."""
@@ -148,6 +150,7 @@ class Runs:
                     # Fitted, pairs are of the same tokens; judged, the model chooses as it will.
                     again = Choices(choices.made if fitting else None)
                     found = outputs_of(self.model, batch, uses, self.target, again)
+                    self.uneven.update(uses.uneven)
                     if not fitting and adding:
                         candidate.distances.append(distances(expected, found, self.target, counted))
                     self.advance(number if adding else 0)

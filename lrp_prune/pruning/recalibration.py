@@ -209,18 +209,21 @@ def recalibrate(
     known = [place for place, moments in candidates[-1].channels.items() if moments.told]
     fitted_to = {entry.name for place in known for entry in (place, *place.also)}
     pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
-    result.left_out = {name: _reason(runs.seen.get(name)) for name in pruned}
+    result.left_out = {name: _reason(runs.seen.get(name), name in runs.uneven) for name in pruned}
     return result
 
 
-def _reason(tied: bool | None) -> str:
+def _reason(tied: bool | None, uneven: bool) -> str:
     """Why a weight is not scaled.
 
     Args:
         tied: whether something else uses it as well; None if it has no channels.
+        uneven: whether its outputs had another shape than the dense ones.
     """
     if tied is None:
         return "is in no product of which each output channel could be scaled by it alone"
+    if uneven and not tied:
+        return "gives outputs of another shape once masks are applied, as shapes depend on values"
     return "is used by something else as well" if tied else "is reached by fewer than 16 samples or tokens"
 
 
