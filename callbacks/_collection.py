@@ -19,6 +19,7 @@ from lrp_prune.callbacks._distributed import agree, check_targets, gathered, mer
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.recalibration import enough
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import Inferred
 
@@ -110,8 +111,12 @@ class Collection:
 
     def check_loader(self, trainer: Trainer) -> None:
         """Raise now if there is no such validation loader."""
+        if self.uses_validation:
+            self._check_index(trainer)
+
+    def _check_index(self, trainer: Trainer) -> None:
         loaders = len(trainer.num_val_batches)
-        if self.uses_validation and self.loader is not None and self.loader >= loaders > 0:
+        if self.loader is not None and self.loader >= loaders > 0:
             raise MisconfigurationException(
                 f"reference={self.loader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
                 "counted from 0: choose another, or pass reference='all', or batches"
@@ -246,14 +251,28 @@ class Collection:
         return self.finish(trainer)
 
     def batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
-        """The batches that are collected on, on the device: of the reference data, else of the validation's loaders."""
+        """The first of the batches that are collected on, as many as a recalibration looks at, on the device.
+
+        They are of the reference data, else of the validation's loaders; what is beyond is neither read nor moved.
+        """
         with isolate_rng():
             if self.data is not None:
                 batches: Iterable[tuple[Any, int]] = zip(batches_of(self.data), repeat(0), strict=False)
             else:
                 trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 batches = validation_batches(trainer, self.loader)
-            return [to_device(batch, trainer, pl_module, index) for batch, index in islice(batches, self.max_batches)]
+            taken = islice(batches, self.max_batches)
+            return enough(to_device(batch, trainer, pl_module, index) for batch, index in taken)
+
+    def check_batches(self, trainer: Trainer) -> None:
+        """Raise now if there will be no :meth:`batches`: a method that needs no data does not ask for any."""
+        if self.data is None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "recalibrate=True needs batches: a validation loader (with a validation_step, and limit_val_batches > 0), or "
+                "reference="
+            )
+        if self.data is None:
+            self._check_index(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scorer = self._make_scorer(trainer, pl_module)

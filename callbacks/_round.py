@@ -9,6 +9,7 @@ from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._summary import preview, round_table, show
 from lrp_prune.pruning import Masks
+from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import in_words
@@ -28,7 +29,6 @@ class Round:
     def __init__(self, collection: Collection, pruner: Pruner, count: int, recalibrate: bool, summary: bool) -> None:
         self._collection, self._pruner, self._count = collection, pruner, count
         self._recalibrate, self._summary = recalibrate, summary
-        self._target = ""
         self.previewed: Masks | None = None
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,9 +39,17 @@ class Round:
             shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
             self._pruner.check(layouts_of(pl_module, scored, self._collection.needs_data), shapes)
 
-    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse now what one batch tells, see :meth:`Collection.rehearse`."""
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
+        """Refuse now what one batch tells, see :meth:`Collection.rehearse`.
+
+        Args:
+            trainer: the training that begins.
+            pl_module: its module.
+            preview: whether the round will change nothing.
+        """
         self._collection.check_loader(trainer)
+        if self._recalibrate and not preview and not self._collection.uses_validation:
+            self._collection.check_batches(trainer)
         relevance = self._collection.rehearse(trainer, pl_module)
         if relevance is not None:
             self._pruner.check_scored(relevance)
@@ -49,9 +57,9 @@ class Round:
     def pend(self, relevance: Relevance, epoch: int) -> None:
         """Select masks in a validation, to be applied when the training goes on."""
         state = self._pruner.state
-        self._target = relevance.target
         state.pending = self._pruner.select(relevance)
         state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
+        state.pending_target = relevance.target
 
     def preview(self, trainer: Trainer, relevance: Relevance) -> None:
         """Select and show the last round's masks, and change nothing."""
@@ -64,13 +72,14 @@ class Round:
         """Apply the masks that wait, or those that are collected for now, and tell of it."""
         pruner, previous = self._pruner, self._pruner.state.masks
         masks, samples, sparsity = pruner.state.pending, pruner.state.pending_samples, pruner.target
+        explained = pruner.state.pending_target
         if masks is None:
             # No data are needed, or there are reference data, or the validation was left out.
             relevance = self._collection.run(trainer, pl_module)
-            self._target = relevance.target
+            explained = relevance.target
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
-        recalibration = self._recalibration(trainer, pl_module, masks) if self._recalibrate else None
+        recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None
         pruner.apply(trainer, pl_module, masks, recalibration)
         if log:
             pruner.log_round(pl_module, previous, samples)
@@ -84,15 +93,16 @@ class Round:
                 method=str(self._collection.method),
                 samples=samples,
                 recalibration=recalibration,
-                explains=self._explains(self._target),
+                explains=self._explains(explained),
             )
             show(trainer, table)
 
-    def _recalibration(self, trainer: Trainer, pl_module: LightningModule, masks: Masks) -> Recalibration:
-        asked = self._collection.method.target
+    def _recalibration(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Masks, explained: str
+    ) -> Recalibration:
         batches = partial(self._collection.batches, trainer, pl_module)
-        explained = asked if callable(asked) else self._target
-        return self._pruner.recalibration(trainer, pl_module, masks, batches, explained)
+        target = asked_of(self._collection.method.target, explained)
+        return self._pruner.recalibration(trainer, pl_module, masks, batches, target)
 
     def _explains(self, target: str) -> str:
-        return in_words(target) if self._collection.explains else ""
+        return in_words(target) if self._collection.explains and target else ""

@@ -22,6 +22,7 @@ class PruningState:
         pending: selected in a validation, to be applied when the next training epoch or batch starts.
         pending_epoch: the epoch of that validation.
         pending_samples: samples they were selected on.
+        pending_target: what was explained there, by its name; empty if nothing was, or it is not known.
         delay: epochs or steps by which all rounds come later, since the training had begun without pruning.
     """
 
@@ -30,6 +31,7 @@ class PruningState:
     pending: Masks | None = None
     pending_epoch: int = -1
     pending_samples: int = 0
+    pending_target: str = ""
     delay: int = 0
 
     def to_dict(self, fingerprint: Mapping[str, str]) -> dict[str, Any]:
@@ -41,6 +43,7 @@ class PruningState:
             "pending": self.pending.state_dict() if self.pending is not None else None,
             "pending_epoch": self.pending_epoch,
             "pending_samples": self.pending_samples,
+            "pending_target": self.pending_target,
             "delay": self.delay,
             "fingerprint": dict(fingerprint),
         }
@@ -75,6 +78,7 @@ class PruningState:
             round=state["round"],
             pending_epoch=state["pending_epoch"],
             pending_samples=state["pending_samples"],
+            pending_target=state.get("pending_target", ""),  # not yet in the first checkpoints
             delay=state["delay"],
             **masks,
         )

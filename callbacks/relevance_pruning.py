@@ -211,7 +211,7 @@ class RelevancePruning(CollectingCallback):
         if trainer.ckpt_path and trainer.global_step > 0 and not self._restored:
             self._begin_late(trainer)
         if self.round < self._times.count:
-            self._round.rehearse(trainer, pl_module)
+            self._round.rehearse(trainer, pl_module, self._preview)
         self._make_up(trainer, pl_module)
         if self._monitor is not None:
             _monitor.check_sanity(self._monitor, self._logged)

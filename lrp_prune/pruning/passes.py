@@ -39,7 +39,7 @@ def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, cho
         plain = composite_of("gradient")
         with propagating(module, plain, None, "ignore", uses, named=False) as propagation, choices:
             if callable(target):
-                logits, output = target(module, batch).reshape(1), None
+                logits, output = None, target(module, batch)  # of a method that explains nothing it may be anything
             else:
                 logits, output = logits_by(module, call_of(module, batch))
             if isinstance(uses, DenseOutputs):

@@ -15,6 +15,7 @@ from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.methods import Method, method_of
@@ -149,8 +150,8 @@ def prune(
                 masks = select(scored, target, scope, existing=masks)
             if recalibrates:
                 restore()
-                explained = method.target if callable(method.target) else scored.target
-                found = measure(model, masks, reference, explained, progress=progress)
+                compared = asked_of(method.target, scored.target)
+                found = measure(model, masks, reference, compared, progress=progress)
             zero(masks)
             if recalibrates:
                 found.apply_(subject_of(model).module)

@@ -28,6 +28,7 @@ from lrp_prune.models.batches import samples_in
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
 from lrp_prune.progress import Progress, bar, no_bar
+from lrp_prune.pruning.compared import comparing_by
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.passes import Normalization
@@ -131,7 +132,7 @@ def recalibrate(
     model: nn.Module,
     masks: Masks,
     batches: Iterable[Any],
-    target: str | Target | Callable[[nn.Module, Any], Tensor] = "",
+    target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     together: bool = False,
     progress: bool | Progress = False,
@@ -153,6 +154,8 @@ def recalibrate(
         batches: reference samples, of which the first 16 batches are looked at, or as many as have 256 samples.
         target: what is explained, which tells how outputs are compared: by the Kullback-Leibler divergence where they are
             choices, else by squares. A function of model and batch is run in the model's place, and its values are compared.
+            None: it is inferred from the model and its first batch, as :func:`lrp_prune.attribute` does; by squares (``""``)
+            where that cannot be told, and the log says why.
         strengths: what to try beside nothing.
         together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
             result. Those that a model is divided among do in any case.
@@ -170,7 +173,7 @@ def recalibrate(
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> batches = [(torch.randn(64, 16), torch.randint(4, (64,))) for _ in range(4)]
         >>> masks = lrp_prune.select(lrp_prune.attribute(model, batches), sparsity=0.8)
-        >>> recalibration = recalibrate(model, masks, batches, "class")
+        >>> recalibration = recalibrate(model, masks, batches)
         >>> masks.apply_(model)
         >>> recalibration.apply_(model)
         >>> recalibration.strength
@@ -185,6 +188,7 @@ def recalibrate(
     processes = Processes(mesh) if mesh is not None or not together else Processes.of_run(device)
     with processes.agreeing():
         fitted, judged = parts_of_reference(enough(batches))
+    target = comparing_by(module, fitted[0], target, processes, mesh, device)
     candidates = [Candidate(strength) for strength in (0.0, *strengths)]
     shown = progress if callable(progress) else bar if progress else no_bar
     with shown("Recalibrating", len(fitted) * len(candidates) + len(judged) * (1 + len(candidates))) as advance:

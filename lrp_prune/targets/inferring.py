@@ -42,6 +42,9 @@ class Inferred:
     What is decided is told once by the logger ``lrp_prune``. One object may serve several collections, such as the rounds of a
     pruning: it decides once for a model.
 
+    Args:
+        tells: whether what is decided is told.
+
     Example:
         >>> inferred = Inferred()
         >>> inferred.decide(nn.Linear(2, 3), (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
@@ -50,7 +53,8 @@ class Inferred:
         "the logit of each sample's class"
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tells: bool = True) -> None:
+        self._tells = tells
         self._chosen: Target | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -74,11 +78,12 @@ class Inferred:
         if self._chosen is None or known is not model:
             reading = _decided(model, batch, mesh)
             self._chosen, self._model = reading.target, weakref.ref(model)
-            _tell(reading, mesh)
+            if self._tells:
+                _tell(reading, mesh)
         return self._chosen
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_chosen": None, "_model": None}  # a reference cannot go to another process
+        return {"_chosen": None, "_model": None, "_tells": self._tells}  # a reference cannot go to another process
 
     def __repr__(self) -> str:
         return f"Inferred({describe(self._chosen) if self._chosen is not None else ''})"

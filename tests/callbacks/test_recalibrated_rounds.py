@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar, WeightAveraging
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lrp_prune
 from lrp_prune.callbacks import RelevancePruning, _progress
+from lrp_prune.pruning import METHODS
 
 
 class Seen(Callback):
@@ -102,3 +106,130 @@ def test_a_progress_bar_beside_the_trainers_own(
     (shown,) = made
     assert shown.shows == (bar is not None) and not shown.open
     assert shown.steps[0] == shown.steps[1] > 0
+
+
+class Reseed(Callback):
+    """Lightning does not store the random state."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
+def test_resumed_with_masks_that_wait_it_is_the_uninterrupted_training(
+    make_module: Any,
+    make_loader: Any,
+    make_trainer: Callable[..., Any],
+    same_weights: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
+
+    def arguments(pruning: RelevancePruning) -> dict[str, Any]:
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+        return {"callbacks": [pruning, checkpoint, Reseed()], "max_epochs": 3, "enable_checkpointing": True}
+
+    def pruned() -> RelevancePruning:
+        return RelevancePruning(sparsity=0.6, recalibrate=True, method=lrp_prune.LRP(target="multi_label"))
+
+    def multi_label() -> DataLoader[Any]:
+        inputs, labels = make_loader(seed=2).dataset.tensors
+        return DataLoader(TensorDataset(inputs, torch.nn.functional.one_hot(labels, 4).float()), 16)
+
+    whole, module = make_module(), make_module(seed=9)
+    make_trainer(**arguments(pruned())).fit(whole, make_loader(), multi_label())
+    (table,) = shown
+    resumed = pruned()
+    make_trainer(**arguments(resumed)).fit(module, make_loader(), multi_label(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same_weights(whole, module)
+    assert shown == [table, table] and "explains: the logits of labels that are set" in table
+    state = resumed.state_dict()
+    assert state.pop("pending_target") == ""
+    resumed.load_state_dict(state)  # of an earlier version
+
+
+def test_all_methods_recalibrate_one_mask_alike(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, shown = make_module("none"), list[str]()
+    masks = lrp_prune.select(lrp_prune.pruning.scorer("random", module).compute(), 0.6, scope="layer")
+    monkeypatch.setattr("lrp_prune.callbacks._pruner.select", lambda *_, **__: masks)
+    monkeypatch.setattr("lrp_prune.callbacks._round.show", lambda trainer, text: shown.append(text))
+    for method in METHODS:
+        pruning = RelevancePruning(sparsity=0.6, recalibrate=True, method=method)
+        trainer = make_trainer(callbacks=[pruning, Reseed()], max_epochs=2)
+        trainer.fit(copy.deepcopy(module), make_loader(), make_loader(seed=2))
+    told = {line for text in shown for line in text.splitlines() if line.startswith("recalibrated")}
+    assert len(shown) == len(METHODS) and len(told) == 1
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_without_batches_to_recalibrate_on_no_step_is_made(
+    method: str, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    def fit(loader: Any, pruning: RelevancePruning, **options: Any) -> int:
+        module = make_module()
+        try:
+            make_trainer(callbacks=[pruning], max_epochs=2, **options).fit(module, make_loader(), loader)
+        finally:
+            steps = len(module.zeros_after_step)
+            assert steps in (0, 8)
+        return steps
+
+    def pruning(**arguments: Any) -> RelevancePruning:
+        return RelevancePruning(method=method, **{"recalibrate": True, **arguments})
+
+    needed = "recalibrate=True needs batches: a validation loader .* or reference="
+    with pytest.raises(MisconfigurationException, match=needed):
+        fit(None, pruning())
+    with pytest.raises(MisconfigurationException, match=needed):
+        fit(make_loader(seed=2), pruning(), limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="reference=3, but there is one validation loader"):
+        fit(make_loader(seed=2), pruning(reference=3))
+    assert fit(None, pruning(reference=make_loader(seed=2))) == fit(None, pruning(preview=True)) == 8
+    assert fit(make_loader(seed=2), pruning()) == fit(None, pruning(recalibrate=False)) == 8
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_no_more_batches_are_read_and_moved_than_are_looked_at(
+    reference: bool, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    class States(Callback):
+        def __init__(self) -> None:
+            self.states: list[torch.Tensor] = []
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                self.states.append(torch.get_rng_state())
+                moved.clear()
+                read.clear()
+
+        def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                counts.append((len(moved), len(read)))
+
+    moved, read, counts = [], [], list[tuple[int, int]]()
+    data = make_loader(samples=640, seed=2).dataset
+
+    class Read(Dataset[Any]):
+        def __len__(self) -> int:
+            return 640
+
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return data[index]
+
+    loader = DataLoader(Read(), 20, shuffle=True)
+    module = make_module()
+    module.on_before_batch_transfer = lambda batch, dataloader_idx: (moved.append(1), batch)[1]
+    pruning = RelevancePruning(method="magnitude", recalibrate=True, reference=loader if reference else 0)
+    before, after = States(), States()
+    trainer = make_trainer(
+        callbacks=[before, pruning, after], max_epochs=2, limit_val_batches=1.0, num_sanity_val_steps=0
+    )
+    after.on_train_epoch_start = lambda trainer, pl_module: after.states.append(torch.get_rng_state())  # type: ignore[method-assign]
+    trainer.fit(module, make_loader(), None if reference else loader)
+    assert pruning.round == 1
+    assert torch.equal(before.states[0], after.states[-1])
+    assert counts[0] == (16 + 1, 16 * 20)  # and the training's own first batch
