@@ -138,10 +138,8 @@ def check_equal(trainer: Trainer, masks: Masks) -> None:
 
 def _digests(masks: Masks, name: str) -> tuple[str, str, str]:
     """What is equal in all processes; which part this one has; what is equal in all that have the same part."""
-    sharding = masks.shardings.get(name)
-    part = (
-        "whole" if sharding is None or sharding.axis is None else f"part {sharding.mesh.get_local_rank(sharding.axis)}"
-    )
+    sharding = masks.sharding(name)
+    part = f"part {sharding.rank}" if sharding.is_divided else "whole"
     shared = f"{masks.pruned_in(name)} of {masks.shapes[name]} pruned"
     return shared, part, hashlib.sha256(masks.bits(name).numpy().tobytes()).hexdigest()
 

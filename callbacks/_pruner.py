@@ -106,8 +106,7 @@ class Pruner:
             masks = getattr(self.state, name)
             if masks is not None:
                 found = {entry: sharding_of(weight, entry) for entry, weight in resolve(masks, pl_module).items()}
-                shardings = {entry: sharding for entry, sharding in found.items() if sharding is not None}
-                setattr(self.state, name, masks.divided(shardings))
+                setattr(self.state, name, masks.divided(found))
 
     def recalibration(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any

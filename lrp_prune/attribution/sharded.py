@@ -212,11 +212,11 @@ def shardings_of(model: nn.Module) -> dict[str, Sharding]:
     """
     model = unwrap(model)
     found = {name: sharding_of(parameter, name) for name, parameter in named_parameters(model).items()}
-    shardings = {name: sharding for name, sharding in found.items() if sharding is not None}
+    shardings = {name: sharding for name, sharding in found.items() if sharding.mesh is not None}
     if not shardings:
         return {}
     known = {id(parameter) for module in fsdp_modules(model) for parameter in module.parameters()}
-    meshes = {tuple(sharding.mesh.mesh.flatten().tolist()) for sharding in shardings.values()}
+    meshes = {tuple(entry.mesh.mesh.flatten().tolist()) for entry in shardings.values() if entry.mesh is not None}
     for name, parameter in named_parameters(model).items():
         if name in shardings and id(parameter) not in known:
             raise ValueError(

@@ -1,23 +1,21 @@
 """Contrast: what a model computes with when it misbehaves and not otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lrp_prune.arguments import check_flag, check_patterns
-from lrp_prune.correction.extent import Extent
 from lrp_prune.correction.guard import Guard, candidates, guard_of, unpack_slice, without
+from lrp_prune.distributed.sharding import Sharding, counted
 from lrp_prune.names import matches
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.units import expand_units
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
 from lrp_prune.selection import bits
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from lrp_prune.selection.together import smallest_of
+from lrp_prune.selection.values import Computed
 
 REMOVALS: tuple[str, ...] = ("contribution", "all")
 _LAST = torch.finfo(torch.float32).max
@@ -71,7 +69,7 @@ class Contrast:
         *,
         normalize: str | None = "total",
         guard: float | Guard | None = 0.7,
-        spared: "Mapping[str, Tensor] | None" = None,
+        spared: Mapping[str, Tensor] | None = None,
         reverse: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -86,9 +84,9 @@ class Contrast:
         self.general, self.undesired = general, undesired
         first, second = (undesired, general) if reverse else (general, undesired)
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
-        self._extent = Extent.of(self.names, first, second)
+        self._shardings = {name: (first if name in first else second).sharding(name) for name in self.names}
         for role, relevance in (("general", general), ("undesired", undesired)):
-            if not _any(relevance, self._extent):
+            if not _any(relevance, self._shardings):
                 raise ValueError(
                     f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
                 )
@@ -100,18 +98,19 @@ class Contrast:
             measure = guard.measured_by(self._first)
             if guard.by is not None:
                 _check_entries(measure, first, "the guard's relevance")
-            self._candidates = candidates(self.names, partial(_read, measure, self._extent), self._extent, guard)
+            values = Computed(self._shardings, partial(_read, measure, self._shardings))
+            self._candidates = candidates(values, self.names, guard)
         if spared:
-            self._candidates = without(self._candidates, spared, self._extent)
+            self._candidates = without(self._candidates, spared, self._shardings)
         self._num_candidates = self.num_entries
         if self._candidates is not None:
             counts = {name: bits.count(packed) for name, packed in self._candidates.items()}
-            self._num_candidates = sum(self._extent.counted(counts).values())
+            self._num_candidates = sum(counted(self._shardings, counts).values())
 
     @property
     def num_entries(self) -> int:
         """How many entries (of weights, or units) there are to choose from, guarded ones included."""
-        return sum(self._extent.size(name) for name in self.names)
+        return sum(sharding.numel for sharding in self._shardings.values())
 
     @property
     def num_candidates(self) -> int:
@@ -120,16 +119,15 @@ class Contrast:
 
     def read(self, name: str, index: slice) -> Tensor:
         """The contrast of a slice of a flattened tensor, or of the flattened part that is in this process."""
-        first = _read(self._first, self._extent, name, index)
-        return first - _read(self._second, self._extent, name, index).to(first.device)
+        first = _read(self._first, self._shardings, name, index)
+        return first - _read(self._second, self._shardings, name, index).to(first.device)
 
     def relevance(self) -> Relevance:
         """All of the contrast as a :class:`~lrp_prune.Relevance`, guarded entries included."""
         some = self.general if self.names[0] in self.general else self.undesired
-        shapes = self._extent.shapes
-        values = {name: self.read(name, slice(0, shapes[name].numel())).view(shapes[name]) for name in self.names}
+        values = Computed(self._shardings, self.read)
         return some._replace(
-            values,
+            {name: values.local(name) for name in self.names},
             num_samples=self.general.num_samples + self.undesired.num_samples,
             derived=True,
             scales={},
@@ -170,11 +168,10 @@ class Contrast:
         Raises:
             ValueError: if the amount is not possible, or a value is infinite or NaN.
         """
-        shapes, shardings = self._extent
         found = {}
         for name, kept in self._kept(amount).items():
-            chosen = ~bits.unpack(kept, shapes[name])
-            found[name] = shardings[name].tensor(chosen) if name in shardings else chosen
+            sharding = self._shardings[name]
+            found[name] = sharding.tensor(~bits.unpack(kept, sharding.local_shape))
         return found
 
     def masks(self, amount: float | int, removal: str = "contribution") -> Masks:
@@ -192,9 +189,8 @@ class Contrast:
             raise ValueError(f"removal must be one of {REMOVALS}, got {removal!r}")
         kept = self._kept(amount)
         if self.general.granularity == "weight":
-            shardings = self._extent.shardings
-            whole = {name: shardings[name].shape if name in shardings else self._extent.shapes[name] for name in kept}
-            return Masks.from_bits(kept, whole, shardings=shardings)
+            shapes = {name: self._shardings[name].shape for name in kept}
+            return Masks.from_bits(kept, shapes, shardings=self._shardings)
         units = self.general
         if removal == "contribution" and units.granularity in ("neuron", "head"):
             reading = {name: tuple(member for member in found if member.reads) for name, found in units.members.items()}
@@ -204,31 +200,30 @@ class Contrast:
 
     def _kept(self, amount: float | int) -> dict[str, Tensor]:
         """Packed masks of what is here and not among the lowest, of tensors that have any of them in some process."""
-        kept = self._extent.smallest(self._ranked, self.names, self.count(amount), "signed")
-        here = {name: self._extent.here(name) - bits.count(packed) for name, packed in kept.items()}
-        return {name: kept[name] for name, count in self._extent.counted(here).items() if count}
+        values = Computed(self._shardings, self._ranked)
+        kept = smallest_of(values, self.names, self.count(amount), "signed")
+        here = {name: self._shardings[name].local_numel - bits.count(packed) for name, packed in kept.items()}
+        return {name: kept[name] for name, count in counted(self._shardings, here).items() if count}
 
     def _ranked(self, name: str, index: slice) -> Tensor:
         values = self.read(name, index)
         if self._candidates is None:
             return values
-        free = unpack_slice(self._candidates[name], self._extent.here(name), index).to(values.device)
+        free = unpack_slice(self._candidates[name], self._shardings[name].local_numel, index).to(values.device)
         # Nothing finite comes after it, so that a guarded entry is chosen only after all candidates.
         return torch.where(free | ~values.isfinite(), values, _LAST)
 
 
-def _read(relevance: Relevance, extent: Extent, name: str, index: slice) -> Tensor:
+def _read(relevance: Relevance, shardings: Mapping[str, Sharding], name: str, index: slice) -> Tensor:
     if name in relevance:
         return relevance.read(name, index)
-    return torch.zeros(len(range(*index.indices(extent.here(name)))), device="cpu")
+    return torch.zeros(len(range(*index.indices(shardings[name].local_numel))), device="cpu")
 
 
-def _any(relevance: Relevance, extent: Extent) -> bool:
+def _any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
     """Whether there is anything but zeros, in any process."""
-    names = [name for name in extent.shapes if name in relevance]
-    if not extent.shardings:
-        return any(bool(relevance[name].any()) for name in names)
-    return any(extent.counted({name: int(relevance.local(name).any()) for name in names}).values())
+    here = {name: int(relevance.local(name).any()) for name in shardings if name in relevance}
+    return any(counted(shardings, here).values())
 
 
 def _chosen_names(names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
@@ -269,10 +264,10 @@ def _check_entries(relevance: Relevance, general: Relevance, role: str) -> None:
         if missing is not None:
             if name not in missing.unscored:
                 raise ValueError(f"{role} and the other one are of different tensors: {name!r} is in one of them only")
-        elif relevance.sharding(name) != general.sharding(name):
+        elif (mine := relevance.sharding(name)).shape != (theirs := general.sharding(name)).shape:
+            raise ValueError(f"{role} has shape {mine.shape} for {name!r}, the other one {theirs.shape}")
+        elif mine != theirs:
             raise ValueError(
                 f"{role} and the other one are divided among processes in different ways at {name!r}: collect both on the "
                 "same model"
             )
-        elif (mine := relevance.sums[name].shape) != (theirs := general.sums[name].shape):
-            raise ValueError(f"{role} has shape {tuple(mine)} for {name!r}, the other one {tuple(theirs)}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,16 +76,8 @@ def locate(tensor: Tensor, positions: Tensor) -> Located:
     index = torch.unravel_index(positions, tuple(tensor.shape)) if tensor.dim() else (positions.new_zeros(()),)
     local, held = tensor.detach(), None
     if is_sharded(tensor):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        sharded: Any = tensor
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, sharded.device_mesh, sharded.placements)
-        held = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
-        for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
-            held &= (index[dim] >= start) & (index[dim] < start + size)
-        index = tuple(coordinate[held] - start for coordinate, start in zip(index, offset, strict=True))
-        held = held.cpu()
-        local = sharded.to_local().detach()
+        held, index = sharding_of(tensor).located(index)
+        held, local = held.cpu(), local_part(tensor)
     if tensor.dim() == 0:
         return Located(local.view(1), (torch.zeros(len(positions), dtype=torch.int64, device=local.device),), held)
     return Located(local, tuple(coordinate.to(local.device) for coordinate in index), held)
@@ -115,15 +107,14 @@ def read(tensor: Tensor, positions: Tensor) -> Tensor:
     Of a ``DTensor`` all processes that have parts of it must call this, and each gets all values, bit by bit.
     """
     located = locate(tensor, positions)
-    sharding = sharding_of(tensor)
-    if located.held is None or sharding is None:
+    if located.held is None:
         return located.read()
     here = located.read()
     integer = _INTEGER_OF_BYTES[here.element_size()]
     # Each value is in one process; zeros elsewhere. Not every backend sums integers of two bytes.
     whole = torch.zeros(len(positions), dtype=torch.int64, device="cpu")
     whole[located.held] = here.view(integer).to(torch.int64)
-    return sharding.all_reduced(whole).to(integer).view(here.dtype)
+    return sharding_of(tensor).all_reduced(whole).to(integer).view(here.dtype)
 
 
 def same_bits(first: Tensor, second: Tensor) -> Tensor:
@@ -165,8 +156,6 @@ def checksum(tensor: Tensor) -> str:
     A ``DTensor`` is brought together for it, so that all processes that have parts of it must call this.
     """
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    sharding = sharding_of(tensor)
-    whole = tensor.detach() if sharding is None else sharding.gathered(local_part(tensor))
-    flat = whole.cpu().contiguous().view(-1)
+    flat = sharding_of(tensor).gathered(local_part(tensor)).cpu().contiguous().view(-1)
     digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -58,9 +58,7 @@ def save_model(model: Any, path: str | os.PathLike[str], **options: Any) -> None
     for name, tensor in model.state_dict().items():
         owner = id(parameters.get(name, tensor))  # tied weights stay one tensor
         if owner not in found:
-            sharding = sharding_of(tensor, name)
-            here = local_part(tensor)
-            whole = here if sharding is None else sharding.gathered(here)
+            whole = sharding_of(tensor, name).gathered(local_part(tensor))
             found[owner] = whole.cpu() if is_first(mesh) else torch.empty(0, device="cpu")
         state[name] = found[owner]
     failure = None

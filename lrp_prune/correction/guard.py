@@ -1,16 +1,18 @@
 """The guard: what matters to the wanted behaviour is no candidate for removal, however much it serves the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lrp_prune.correction.extent import Extent
+from lrp_prune.distributed.sharding import Sharding
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.selection import bits
+from lrp_prune.selection.together import smallest_of
+from lrp_prune.selection.values import Values
 
 GuardScope = Literal["global", "layer"]
 
@@ -76,45 +78,40 @@ def _check_share(share: Any, message: str) -> None:
         raise ValueError(f"{message}, got {share!r}")
 
 
-def candidates(
-    names: list[str], read: Callable[[str, slice], Tensor], extent: Extent, guard: Guard
-) -> dict[str, Tensor]:
+def candidates(values: Values, names: list[str], guard: Guard) -> dict[str, Tensor]:
     r"""Packed masks of the entries whose absolute value is below a quantile: :math:`|R_i| < Q_q(|R|)`.
 
     Exactly :math:`\mathrm{round}(q n)` of :math:`n` entries are candidates; ties by position.
 
     Args:
+        values: of the measure that tells what matters.
         names: the tensors that are compared.
-        read: values of a tensor's slice, of the measure that tells what matters.
-        extent: which of their entries are here.
-        guard: which quantile, and of what: of all tensors together, or of each.
+        guard: which quantile, and of all tensors together or of each.
 
     Raises:
         ValueError: a value is not finite.
     """
     found: dict[str, Tensor] = {}
     for together in [names] if guard.scope == "global" else [[name] for name in names]:
-        count = round(guard.share * sum(extent.size(name) for name in together))
-        for name, packed in extent.smallest(read, together, count, "absolute").items():
-            found[name] = bits.invert(packed, extent.here(name))
+        count = round(guard.share * sum(values.sharding(name).numel for name in together))
+        for name, packed in smallest_of(values, together, count, "absolute").items():
+            found[name] = bits.invert(packed, values.sharding(name).local_numel)
     return found
 
 
-def without(packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], extent: Extent) -> dict[str, Tensor]:
+def without(
+    packed: dict[str, Tensor] | None, spared: Mapping[str, Tensor], shardings: Mapping[str, Sharding]
+) -> dict[str, Tensor]:
     """Packed masks of candidates (None: everything is one) without the entries at flat positions."""
     found = dict(packed) if packed is not None else {}
-    for name, shape in extent.shapes.items():
+    for name, sharding in shardings.items():
         if name not in spared and name in found:
             continue
+        shape = sharding.local_shape
         free = bits.unpack(found[name], shape) if name in found else torch.ones(shape, dtype=torch.bool, device="cpu")
-        if name in spared and name in extent.shardings:
-            whole, dim = extent.shardings[name], extent.shardings[name].dim
-            coordinates = list(torch.unravel_index(spared[name], whole.shape))
-            assert dim is not None
-            start, stop = whole.bounds
-            here = (coordinates[dim] >= start) & (coordinates[dim] < stop)
-            coordinates[dim] = coordinates[dim] - start
-            free[tuple(coordinate[here] for coordinate in coordinates)] = False
+        if name in spared and shape:
+            _, coordinates = sharding.located(torch.unravel_index(spared[name], sharding.shape))
+            free[coordinates] = False
         elif name in spared:
             free.view(-1)[spared[name]] = False
         found[name] = bits.pack(free)

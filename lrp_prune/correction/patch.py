@@ -169,7 +169,7 @@ class Patch(Mapping[str, Entries]):
             exclude=exclude,
         )
         masks = contrast.masks(amount, removal)
-        positions = {name: marked_positions(~masks.local(name), masks.shardings.get(name)) for name in masks}
+        positions = {name: marked_positions(~masks.local(name), masks.sharding(name)) for name in masks}
         provenance = {
             "behaviour": behaviour,
             "references": describe_references(general, undesired, None if guard is None else guard.by, references),

@@ -77,9 +77,8 @@ def refuse_together(problem: str | None, parameters: Iterable[Tensor]) -> None:
     Raises:
         ValueError: there is a problem, here or elsewhere.
     """
-    sharding = next((sharding_of(parameter) for parameter in parameters if is_sharded(parameter)), None)
-    if sharding is not None:
-        problem = next((found for found in all_gathered(problem, sharding.mesh) if found is not None), None)
+    mesh = next((sharding_of(parameter).mesh for parameter in parameters if is_sharded(parameter)), None)
+    problem = next((found for found in all_gathered(problem, mesh) if found is not None), None)
     if problem is not None:
         raise ValueError(problem)
 
@@ -178,9 +177,9 @@ def flat_positions(name: str, given: Tensor, parameter: Tensor) -> Tensor:
     return flat
 
 
-def marked_positions(mask: Tensor, sharding: Sharding | None) -> Tensor:
+def marked_positions(mask: Tensor, sharding: Sharding) -> Tensor:
     """Ascending flat positions of what is marked in a tensor, or in the parts that processes have of it, for all of them."""
-    if sharding is None or sharding.dim is None:
+    if sharding.dim is None:
         return mask.reshape(-1).nonzero().view(-1).cpu()
     coordinates = mask.nonzero().cpu()
     coordinates[:, sharding.dim] += sharding.bounds[0]

@@ -4,8 +4,9 @@ Parameters of a model that was sharded by FSDP2 are ``DTensor``: each process ho
 Whatever is made for them (relevance, masks) is divided in the same way; no process ever holds all of it.
 """
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,17 +19,37 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """How one tensor lies on a mesh of processes.
+    """How one tensor is divided among processes, which may be not at all: then each process has the whole as its part.
 
     Args:
-        mesh: the processes.
-        placements: for each dimension of the mesh ``Shard(dim)`` or ``Replicate()``.
         shape: of the whole tensor.
+        mesh: the processes that it lies on together; None for an ordinary tensor, of which nobody else knows.
+        placements: for each dimension of the mesh ``Shard(dim)`` or ``Replicate()``.
+
+    Example:
+        >>> alone = Sharding((2, 3))
+        >>> alone.is_divided, alone.local_shape, alone.part(torch.ones(2, 3)).shape
+        (False, (2, 3), torch.Size([2, 3]))
     """
 
-    mesh: "DeviceMesh"
-    placements: tuple[Any, ...]
     shape: tuple[int, ...]
+    mesh: "DeviceMesh | None" = None
+    placements: tuple[Any, ...] = ()
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether other processes have parts of it that are not here."""
+        return self.axis is not None
+
+    @property
+    def rank(self) -> int:
+        """Which of the parts is here, counted from 0."""
+        return 0 if self.mesh is None or self.axis is None else self.mesh.get_local_rank(self.axis)
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return 1 if self.mesh is None or self.axis is None else self.mesh.size(self.axis)
 
     @property
     def axis(self) -> int | None:
@@ -43,11 +64,11 @@ class Sharding(NamedTuple):
     @property
     def bounds(self) -> tuple[int, int]:
         """First and last (exclusive) index of this process's part along :attr:`dim`; equal where it is empty."""
-        if self.axis is None or self.dim is None:
+        if self.dim is None:
             return 0, self.shape[0] if self.shape else 1
         size = self.shape[self.dim]
-        length = -(-size // self.mesh.size(self.axis))
-        start = min(self.mesh.get_local_rank(self.axis) * length, size)
+        length = -(-size // self.parts)
+        start = min(self.rank * length, size)
         return start, min(start + length, size)
 
     @property
@@ -58,6 +79,32 @@ class Sharding(NamedTuple):
         start, stop = self.bounds
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
+    @property
+    def numel(self) -> int:
+        """Entries of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def local_numel(self) -> int:
+        """Entries of this process's part."""
+        return math.prod(self.local_shape)
+
+    def located(self, coordinates: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which entries are in this process's part, and where in it these are.
+
+        Args:
+            coordinates: of entries of the whole tensor, ``[entries]`` for each dimension.
+
+        Returns:
+            Bool ``[entries]``, and the coordinates in the part of those that are in it.
+        """
+        if self.dim is None:
+            return torch.ones(coordinates[0].shape, dtype=torch.bool, device=coordinates[0].device), tuple(coordinates)
+        start, stop = self.bounds
+        here = (coordinates[self.dim] >= start) & (coordinates[self.dim] < stop)
+        moved = [entry - start if dim == self.dim else entry for dim, entry in enumerate(coordinates)]
+        return here, tuple(entry[here] for entry in moved)
+
     def part(self, whole: Tensor) -> Tensor:
         """This process's part of the whole tensor, or of one that broadcasts to it; a view."""
         if self.dim is None or whole.shape[self.dim] != self.shape[self.dim]:
@@ -66,7 +113,9 @@ class Sharding(NamedTuple):
         return whole.narrow(self.dim, start, stop - start)
 
     def tensor(self, part: Tensor) -> Tensor:
-        """The whole as a ``DTensor`` of which this is the part here; nothing is sent."""
+        """The whole as a ``DTensor`` of which this is the part here; an ordinary tensor as it is. Nothing is sent."""
+        if self.mesh is None:
+            return part
         from torch.distributed.tensor import DTensor
 
         strides = torch.empty(self.shape, device="meta").stride()
@@ -76,6 +125,8 @@ class Sharding(NamedTuple):
 
     def summed(self, partial: Tensor) -> Tensor:
         """This process's part of the sum over all processes of whole tensors: a reduce-scatter."""
+        if self.mesh is None:
+            return partial
         from torch.distributed.tensor import DTensor, Partial
 
         everywhere = [Partial()] * self.mesh.ndim
@@ -86,6 +137,7 @@ class Sharding(NamedTuple):
         """The whole tensor, from all parts, on every process."""
         if self.axis is None:
             return part
+        part = part.to(device_of(self.mesh))
         # Booleans travel as bytes: not every backend knows them.
         plain = part.view(torch.uint8) if part.dtype == torch.bool else part
         whole: Tensor = self.tensor(plain.contiguous()).full_tensor()  # type: ignore[attr-defined]  # a DTensor
@@ -110,15 +162,32 @@ class Sharding(NamedTuple):
         """The reduction over those processes that hold different parts of one tensor."""
         return tensor if self.axis is None else all_reduced(tensor, self.mesh, operation, (self.axis,))
 
+    def summed_up(self, counts: Sequence[int]) -> list[int]:
+        """The sums of numbers over those processes."""
+        found: list[int] = self.all_reduced(torch.tensor(counts, dtype=torch.int64, device="cpu")).tolist()
+        return found
 
-def sharding_of(tensor: Tensor, name: str = "the tensor") -> Sharding | None:
-    """How a tensor is divided; None for an ordinary one.
+
+def counted(shardings: Mapping[str, Sharding], counts: Mapping[str, int]) -> dict[str, int]:
+    """Numbers of entries of whole tensors, from those of the parts that are here; called in all processes.
+
+    Args:
+        shardings: of the tensors, all of those that are divided among the same processes.
+        counts: by name.
+    """
+    divided = [name for name in counts if shardings[name].is_divided]
+    sums = shardings[divided[0]].summed_up([counts[name] for name in divided]) if divided else []
+    return {**counts, **dict(zip(divided, sums, strict=True))}
+
+
+def sharding_of(tensor: Tensor, name: str = "the tensor") -> Sharding:
+    """How a tensor is divided, which an ordinary one is not.
 
     Raises:
         ValueError: if it is divided twice, as tensor parallelism together with sharding does.
     """
     if not is_sharded(tensor):
-        return None
+        return Sharding(tuple(tensor.shape))
     placements = tuple(tensor.placements)  # type: ignore[attr-defined]  # a DTensor
     shards = [placement for placement in placements if not placement.is_replicate()]
     if len(shards) > 1 or any(
@@ -128,7 +197,7 @@ def sharding_of(tensor: Tensor, name: str = "the tensor") -> Sharding | None:
             f"{name} is laid out as {placements}: what is divided along more than one dimension of a mesh (tensor "
             "parallelism) is not supported, use fully_shard alone"
         )
-    return Sharding(tensor.device_mesh, placements, tuple(tensor.shape))  # type: ignore[attr-defined]
+    return Sharding(tuple(tensor.shape), tensor.device_mesh, placements)  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -158,31 +227,35 @@ def at_rest(model: nn.Module) -> None:
         module.reshard()  # type: ignore[operator]  # of FSDPModule
 
 
-def device_of(mesh: "DeviceMesh") -> torch.device:
+def device_of(mesh: "DeviceMesh | None") -> torch.device:
     """Where this process communicates from."""
-    if mesh.device_type == "cpu":
+    if mesh is None or mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-def is_first(mesh: "DeviceMesh") -> bool:
-    """Whether this process is the first of the mesh, which writes files."""
-    return not any(mesh.get_coordinate() or ())
+def is_first(mesh: "DeviceMesh | None") -> bool:
+    """Whether this process is the first of the mesh, which writes files; None: it is alone."""
+    return mesh is None or not any(mesh.get_coordinate() or ())
 
 
 def all_reduced(
-    tensor: Tensor, mesh: "DeviceMesh", operation: str = "SUM", axes: Sequence[int] | None = None
+    tensor: Tensor, mesh: "DeviceMesh | None", operation: str = "SUM", axes: Sequence[int] | None = None
 ) -> Tensor:
     """The reduction of a small tensor over the processes of a mesh, or along some of its dimensions; on its own device."""
+    if mesh is None:
+        return tensor
     result = tensor.to(device_of(mesh), copy=True)
     for axis in range(mesh.ndim) if axes is None else axes:
         torch.distributed.all_reduce(result, getattr(torch.distributed.ReduceOp, operation), mesh.get_group(axis))
     return result.to(tensor.device)
 
 
-def all_gathered(value: Any, mesh: "DeviceMesh") -> list[Any]:
+def all_gathered(value: Any, mesh: "DeviceMesh | None") -> list[Any]:
     """A small plain value of each process of a mesh, in the same order everywhere."""
     values = [value]
+    if mesh is None:
+        return values
     for axis in reversed(range(mesh.ndim)):
         groups: list[Any] = [None] * mesh.size(axis)
         torch.distributed.all_gather_object(groups, values, mesh.get_group(axis))
@@ -194,7 +267,7 @@ class OtherProcessError(RuntimeError):
     """Another process has an error, so that this one stops as well."""
 
 
-def agree(error: Exception | None, mesh: "DeviceMesh", what: str) -> None:
+def agree(error: Exception | None, mesh: "DeviceMesh | None", what: str) -> None:
     """Raise everywhere if one process has an error, so that none waits for one that is gone.
 
     Raises:

@@ -52,7 +52,7 @@ class UnitTracer:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], granularities: Iterable[str]) -> None:
         self.table = UnitTable(shapes)
         wanted = set(granularities)
-        self._neurons = Shadows("neuron", self.table.merge, self._lost) if "neuron" in wanted else None
+        self._neurons = Shadows("neuron", self.table.merge, self.table.lose) if "neuron" in wanted else None
         self._heads = Shadows("head", lambda first, _: first, lambda *_: None, gated=True) if "head" in wanted else None
         self.blocks = Blocks() if "block" in wanted else None
         self._known_heads: dict[str, Tensor] = {}
@@ -60,11 +60,6 @@ class UnitTracer:
 
     def _spaces(self) -> list[Shadows]:
         return [space for space in (self._neurons, self._heads) if space is not None]
-
-    def _lost(self, units: Tensor, zero: bool, name: str) -> None:
-        self.table.end(units, name)
-        if not zero:
-            self.table.refuse(units, f"{name} still has something of its channels when all that makes them is zero")
 
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
@@ -150,7 +145,7 @@ class UnitTracer:
         units = units_in(shadow.numbers).cpu()
         unread = units if table is None or numbers is None else units[~torch.isin(units, numbers)]
         if len(unread):
-            self._lost(unread, shadow.zero, name)
+            self.table.lose(unread, shadow.zero, name)
         if numbers is None or table is None:
             return None
         reads = not passes_channels(form, weight)

@@ -111,6 +111,12 @@ class UnitTable:
         for number in self.roots(numbers).reshape(-1).tolist():
             self._ends.setdefault(number, function)
 
+    def lose(self, numbers: Tensor, zero: bool, function: str) -> None:
+        """Units that :meth:`end`, and whether they are zero there once they are removed, without which they cannot be."""
+        self.end(numbers, function)
+        if not zero:
+            self.refuse(numbers, f"{function} still has something of its channels when all that makes them is zero")
+
     def refuse(self, numbers: Tensor, reason: str) -> None:
         """Units that cannot be removed, and why."""
         for number in numbers.reshape(-1).tolist():

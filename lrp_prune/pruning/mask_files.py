@@ -1,6 +1,5 @@
 """Masks as they are written: into checkpoints, and into files."""
 
-import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +23,7 @@ def state_of(masks: "Masks") -> dict[str, Any]:
     found = {}
     for name in masks:
         whole = masks.whole_bits(name)
-        if name not in masks.shardings or is_first(masks.shardings[name].mesh):
+        if is_first(masks.sharding(name).mesh):
             found[name] = whole
     return {"version": _STATE_VERSION, **_description(masks), "bits": found}
 
@@ -73,7 +72,7 @@ def _description(masks: "Masks") -> dict[str, Any]:
 
 
 def _together(masks: "Masks", name: str) -> Tensor | Together:
-    if name not in masks.shardings:
+    sharding = masks.sharding(name)
+    if sharding.mesh is None:
         return masks.bits(name)
-    size = (bits.num_bytes(math.prod(masks.shapes[name])),)
-    return Together(size, torch.uint8, partial(masks.whole_bits, name), masks.shardings[name].mesh)
+    return Together((bits.num_bytes(sharding.numel),), torch.uint8, partial(masks.whole_bits, name), sharding.mesh)

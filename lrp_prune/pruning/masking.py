@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lrp_prune.distributed.sharding import Sharding
@@ -34,7 +33,7 @@ def combined(
             raise ValueError(
                 f"cannot {action} masks of {name!r}: shapes {first.shapes[name]} and {second.shapes[name]}"
             )
-        if first.shardings.get(name) != second.shardings.get(name):
+        if first.sharding(name) != second.sharding(name):
             raise ValueError(f"cannot {action} masks of {name!r}: divided among processes in different ways")
     return {name: function(first.bits(name), second.bits(name)) for name in first}
 
@@ -48,7 +47,8 @@ def parts(masks: "Masks", shardings: Mapping[str, Sharding]) -> tuple[dict[str, 
     for name in masks.shardings:
         if shardings.get(name, masks.shardings[name]) != masks.shardings[name]:
             raise ValueError(f"the mask of {name} is divided among processes in another way: use masks.gathered()")
-    new = {name: entry for name, entry in shardings.items() if name in masks and name not in masks.shardings}
+    given = {name: entry for name, entry in shardings.items() if entry.mesh is not None}
+    new = {name: entry for name, entry in given.items() if name in masks and name not in masks.shardings}
     for name, sharding in new.items():
         if sharding.shape != masks.shapes[name]:
             raise ValueError(
@@ -56,17 +56,6 @@ def parts(masks: "Masks", shardings: Mapping[str, Sharding]) -> tuple[dict[str, 
             )
     packed = {name: bits.pack(new[name].part(masks.local(name))) if name in new else masks.bits(name) for name in masks}
     return packed, new
-
-
-def counted(shardings: Mapping[str, Sharding], counts: Mapping[str, int]) -> dict[str, int]:
-    """Numbers of entries of whole tensors, from those of the parts here; called in all processes."""
-    if not shardings:
-        return {}
-    here = torch.tensor([counts[name] for name in shardings], device="cpu")
-    divided = torch.tensor([sharding.axis is not None for sharding in shardings.values()], device="cpu")
-    first = next(iter(shardings.values()))
-    shared = next((sharding for sharding in shardings.values() if sharding.axis is not None), first)
-    return dict(zip(shardings, torch.where(divided, shared.all_reduced(here), here).tolist(), strict=True))
 
 
 def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.distributed.sharding import Sharding, all_reduced, device_of, local_part, sharding_of
+from lrp_prune.distributed.sharding import Sharding, all_reduced, counted, local_part, sharding_of
 from lrp_prune.names import resolve
 from lrp_prune.pruning import mask_files, masking
 from lrp_prune.selection import bits as packing
@@ -90,36 +90,37 @@ class Masks(Mapping[str, Tensor]):
             ValueError: if bytes and shape of a mask do not fit together.
         """
         masks = cls({}, granularity=granularity, unscored=unscored)
-        masks.shardings = {name: sharding for name, sharding in (shardings or {}).items() if name in bits}
+        masks.shardings = {
+            name: sharding for name, sharding in (shardings or {}).items() if sharding.mesh is not None and name in bits
+        }
         masks.layouts = {name: layout for name, layout in (layouts or {}).items() if name in bits}
         for name, packed in bits.items():
             if name not in shapes:
                 raise ValueError(f"the mask of {name} has no shape")
             shape = tuple(int(size) for size in shapes[name])
-            entries = math.prod(masks.shardings[name].local_shape if name in masks.shardings else shape)
-            packing.check(packed, entries, shape, name)
-            masks._bits[name] = packed.cpu()
             masks.shapes[name] = shape
+            packing.check(packed, masks.sharding(name).local_numel, shape, name)
+            masks._bits[name] = packed.cpu()
         masks._count_together()
         return masks
 
     def _count_together(self) -> None:
         """Count now what is pruned in all parts: nobody else may be there when the counts are read."""
-        self._pruned = masking.counted(self.shardings, {name: self._pruned_here(name) for name in self.shardings})
+        self._pruned = counted(self.shardings, {name: self._pruned_here(name) for name in self.shardings})
 
     def _pruned_here(self, name: str) -> int:
-        return math.prod(self._local_shape(name)) - packing.count(self._bits[name])
+        return self.sharding(name).local_numel - packing.count(self._bits[name])
 
-    def _local_shape(self, name: str) -> tuple[int, ...]:
-        return self.shardings[name].local_shape if name in self.shardings else self.shapes[name]
+    def sharding(self, name: str) -> Sharding:
+        """How a mask is divided among processes, which may be not at all."""
+        return self.shardings.get(name) or Sharding(self.shapes[name])
 
     def __getitem__(self, name: str) -> Tensor:
-        mask = self.local(name)
-        return self.shardings[name].tensor(mask) if name in self.shardings else mask
+        return self.sharding(name).tensor(self.local(name))
 
     def local(self, name: str) -> Tensor:
         """The mask of what is in this process: all of the parameter, unless it is divided among processes."""
-        return packing.unpack(self._bits[name], self._local_shape(name))
+        return packing.unpack(self._bits[name], self.sharding(name).local_shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
@@ -185,9 +186,8 @@ class Masks(Mapping[str, Tensor]):
             ValueError: if it is divided in another way than the masks.
         """
         self._check_division(name, parameter)
-        sharding = None if name in self.shardings else sharding_of(parameter, name)
-        mask = packing.unpack(self._bits[name].to(local_part(parameter).device), self._local_shape(name))
-        return mask if sharding is None else sharding.part(mask)
+        mask = packing.unpack(self._bits[name].to(local_part(parameter).device), self.sharding(name).local_shape)
+        return mask if name in self.shardings else sharding_of(parameter, name).part(mask)
 
     def _check_division(self, name: str, parameter: Tensor) -> None:
         if name in self.shardings and self.shardings[name] != sharding_of(parameter, name):
@@ -219,7 +219,7 @@ class Masks(Mapping[str, Tensor]):
     def __invert__(self) -> "Masks":
         """Keep what is pruned, prune what is kept; what is unscored is kept in both."""
         flipped = {
-            name: packed if name in self.unscored else packing.invert(packed, math.prod(self._local_shape(name)))
+            name: packed if name in self.unscored else packing.invert(packed, self.sharding(name).local_numel)
             for name, packed in self._bits.items()
         }
         return self._with_bits(flipped)
@@ -234,10 +234,8 @@ class Masks(Mapping[str, Tensor]):
         if self.shapes != other.shapes or self.shardings != other.shardings:
             return False
         equal = all(torch.equal(self._bits[name], other._bits[name]) for name in self)
-        first = next(iter(self.shardings.values()), None)
-        return (
-            equal if first is None else bool(all_reduced(torch.tensor([int(equal)], device="cpu"), first.mesh, "MIN"))
-        )
+        mesh = next((sharding.mesh for sharding in self.shardings.values()), None)
+        return bool(all_reduced(torch.tensor([int(equal)], device="cpu"), mesh, "MIN"))
 
     def checksum(self) -> str:
         """SHA-256 of names, shapes and bits, in hexadecimal; the same on every machine and in any order of names."""
@@ -249,10 +247,8 @@ class Masks(Mapping[str, Tensor]):
 
     def whole_bits(self, name: str) -> Tensor:
         """The packed mask of the whole parameter; all processes must ask for one that is divided among them."""
-        if name not in self.shardings:
-            return self._bits[name]
-        sharding = self.shardings[name]
-        return packing.pack(sharding.gathered(self.local(name).to(device_of(sharding.mesh)))).cpu()
+        sharding = self.sharding(name)
+        return packing.pack(sharding.gathered(self.local(name))).cpu() if sharding.is_divided else self._bits[name]
 
     def whole(self, name: str) -> Tensor:
         """The mask of the whole parameter, on the CPU; all processes must ask for one that is divided among them."""

@@ -130,11 +130,11 @@ def _change_(
     That takes one tensor of the whole parameter's size for a while, as the parameter's own layer does in a forward.
     """
     here, sharding = local_part(parameter), sharding_of(parameter)
-    whole = here if sharding is None else torch.full(sharding.shape, neutral, dtype=here.dtype, device=here.device)
+    whole = torch.full(sharding.shape, neutral, dtype=here.dtype, device=here.device) if sharding.is_divided else here
     for layout, values in parts:
         part = layout.on(whole)
         combine(part, values(part).to(part))
-    if sharding is not None:
+    if sharding.is_divided:
         combine(here, sharding.part(whole))
 
 

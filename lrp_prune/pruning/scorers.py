@@ -14,7 +14,7 @@ from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.distributed.sharding import agreeing, local_part, sharding_of
+from lrp_prune.distributed.sharding import Sharding, agreeing, local_part, sharding_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.checking import explaining_nothing
 from lrp_prune.pruning.methods import (
@@ -128,8 +128,7 @@ class Scorer:
             scorable = Scorable(name, (units,), values, weight)
         else:
             parameter = self._parameters[name]
-            sharding = sharding_of(parameter, name)
-            part = _whole if sharding is None else partial(_part, sharding)
+            part = partial(_part, sharding_of(parameter, name))
             weight = used.get(name, partial(local_part, parameter))
             scorable = Scorable(name, tuple(parameter.shape), values, weight, part)
         scores = self.method.score(scorable)
@@ -157,13 +156,9 @@ class Scorer:
         )
 
 
-def _whole(values: Tensor) -> Tensor:
-    return values
-
-
-def _part(sharding: Any, values: Tensor) -> Tensor:
-    part: Tensor = sharding.part(values).clone()
-    return part
+def _part(sharding: Sharding, values: Tensor) -> Tensor:
+    part = sharding.part(values)
+    return part.clone() if sharding.is_divided else part  # so that what is not here is not kept
 
 
 def scorer(

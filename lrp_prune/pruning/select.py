@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lrp_prune.distributed.sharding import counted
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.emptied import tell_emptied
 from lrp_prune.pruning.masks import Masks
@@ -15,7 +16,7 @@ from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.units import existing_units, expand_units
 from lrp_prune.selection import bits
 from lrp_prune.selection.floors import limits_of, resolved_floor, within_limits
-from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK, LazyValues
+from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK
 from lrp_prune.selection.rows import smallest_per_row
 from lrp_prune.selection.scopes import (
     Structure,
@@ -26,8 +27,7 @@ from lrp_prune.selection.scopes import (
     number_to_prune,
     parse_scope,
 )
-from lrp_prune.selection.selection import smallest
-from lrp_prune.selection.together import pruned_together, raise_together, rows_together, smallest_together
+from lrp_prune.selection.together import raise_together, rows_together, smallest_of
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -158,9 +158,7 @@ def select(
 
 
 def _all_kept(relevance: "Relevance", name: str) -> Tensor:
-    sharding = relevance.sharding(name)
-    shape = relevance.parameter_shapes[name] if sharding is None else sharding.local_shape
-    return bits.pack(torch.ones(shape, dtype=torch.bool, device="cpu"))
+    return bits.pack(torch.ones(relevance.sharding_of(name).local_shape, dtype=torch.bool, device="cpu"))
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], existing: Masks | None) -> None:
@@ -170,31 +168,6 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], existing: Masks | None)
                 f"the existing mask of {name} has shape {existing.shapes[name]}, its relevance {tuple(shapes[name])}: "
                 "was it made for another model?"
             )
-
-
-class _Named(Sequence[Tensor | LazyValues]):
-    """A relevance's tensors by number; each is computed when it is read, by chunks where it can be; none is held."""
-
-    def __init__(self, relevance: "Relevance", names: list[str]) -> None:
-        self.relevance, self.names = relevance, names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor | LazyValues: ...
-    @overload
-    def __getitem__(self, index: slice) -> "_Named": ...
-    def __getitem__(self, index: int | slice) -> "Tensor | LazyValues | _Named":
-        if isinstance(index, slice):
-            return _Named(self.relevance, self.names[index])
-        name = self.names[index]
-        read = getattr(self.relevance, "read", None)
-        if read is None:
-            return self.relevance[name]
-        shape = self.relevance.parameter_shapes.get(name) if self.relevance.granularity == "weight" else None
-        entries = math.prod(self.relevance[name].shape if shape is None else shape)
-        return LazyValues(entries, partial(read, name))
 
 
 def _select_weights(
@@ -210,19 +183,16 @@ def _select_weights(
     """Packed masks of the selected tensors, in the relevance's order."""
     found: dict[str, Tensor] = {}
     failures: list[ValueError] = []
-    divided = {}
-    if relevance.granularity == "weight":
-        divided = {name: entry for name, entry in relevance.shardings.items() if entry.axis is not None}
-    layouts: Mapping[str, str] = getattr(relevance, "layouts", None) or {}
+    shardings = {name: relevance.sharding(name) for group in groups for name in group.scored}
+    mesh = next((sharding.mesh for sharding in shardings.values() if sharding.is_divided), None)
 
     def choose_together(names: Sequence[str], k: int) -> dict[str, Tensor]:
-        old = [kept.get(name) for name in names]
-        if any(name in divided for name in names):
-            masks = smallest_together(relevance, names, k, order, old)
-        else:
-            values = _Named(relevance, list(names))
-            masks = smallest(values, k, order=order, kept=old, names=names, dtype=torch.float32)
-        return dict(zip(names, masks, strict=True))
+        return smallest_of(relevance, names, k, order, kept)
+
+    def pruned_by(masks: Mapping[str, Tensor]) -> dict[str, int]:
+        return counted(
+            shardings, {name: shardings[name].local_numel - bits.count(mask) for name, mask in masks.items()}
+        )
 
     for group in groups:
         rate = group.rate
@@ -233,20 +203,15 @@ def _select_weights(
                     k = group.number  # also for those that are not scored
                 if scope == "global" and floor:
                     limits = limits_of({name: math.prod(shapes[name]) for name in together}, floor, k, before or {})
-                    count = partial(pruned_together, shapes, divided)
-                    found.update(within_limits(together, k, limits, choose_together, count))
+                    found.update(within_limits(together, k, limits, choose_together, pruned_by))
                 else:
                     found.update(choose_together(together, k))
             else:
                 (name,) = together
-                layout = layouts.get(name) or layout_of(shapes[name])
+                layout = relevance.layouts.get(name) or layout_of(shapes[name])
                 choose = partial(_select_rows, rate=rate, scope=scope, layout=layout, order=order, name=name)
-                if divided:
-                    found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
-                else:
-                    found[name] = choose(relevance.local(name), kept.get(name))
-    if divided:
-        raise_together(failures, next(iter(divided.values())))
+                found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
+    raise_together(failures, mesh)
     return {name: found[name] for name in relevance if name in found}
 
 

@@ -30,12 +30,9 @@ def existing_units(
             if member.parameter not in existing:
                 alive.fill_(True)
                 continue
-            mask, sharding = existing.local(member.parameter), relevance.shardings.get(member.parameter)
-            if sharding is None:
-                alive |= member.any_kept(mask, number)
-            else:
-                here = Member(member.parameter, sharding.part(member.owners)).any_kept(mask, number)
-                alive |= sharding.all_reduced(here.to(torch.uint8), "MAX").to(torch.bool)
+            mask, sharding = existing.local(member.parameter), relevance.sharding_of(member.parameter)
+            here = Member(member.parameter, sharding.part(member.owners)).any_kept(mask, number)
+            alive |= sharding.all_reduced(here.to(torch.uint8), "MAX").to(torch.bool)
         result[name] = bits.pack(alive)
     return result
 
@@ -52,16 +49,14 @@ def expand_units(
     shapes = {name: tuple(relevance.parameter_shapes[name]) for name in parameters}
     masks = {}
     for name, owned in parameters.items():
-        sharding = relevance.shardings.get(name)
-        shape = shapes[name] if sharding is None else sharding.local_shape
+        sharding = relevance.sharding_of(name)
         mask = (
             existing.local(name)
             if existing is not None and name in existing
-            else torch.ones(shape, dtype=torch.bool, device="cpu")
+            else torch.ones(sharding.local_shape, dtype=torch.bool, device="cpu")
         )
         for member, alive in owned:
-            kept = member.kept(alive)
-            mask &= kept if sharding is None else sharding.part(kept)
+            mask &= sharding.part(member.kept(alive))
         masks[name] = bits.pack(mask)
     return shapes, masks
 
@@ -76,12 +71,12 @@ def weight_norms(model: nn.Module, members: Iterable[Member], units: int) -> Ten
     for member in members:
         parameter = parameters[member.parameter]
         sharding, here = sharding_of(parameter, member.parameter), local_part(parameter)
-        owners = member.owners if sharding is None else sharding.part(member.owners)
+        owners = sharding.part(member.owners)
         shared = [axis for axis, size in enumerate(owners.shape) if size == 1]
         own = here.to(torch.float32).square().sum(shared, keepdim=True) if shared else here.to(torch.float32).square()
         found = torch.zeros(units + 1, dtype=torch.float64, device="cpu")
         found.index_add_(0, owners.reshape(-1).long(), own.cpu().double().reshape(-1))  # those of nobody are the last
-        squares += found if sharding is None else sharding.all_reduced(found)
+        squares += sharding.all_reduced(found)
         repeats = math.prod(size for axis, size in enumerate(parameter.shape) if member.owners.shape[axis] == 1)
         counts.index_add_(
             0, member.owners.reshape(-1).long(), torch.full((member.owners.numel(),), repeats, device="cpu").double()

@@ -1,6 +1,5 @@
 r"""What weights contribute to their layers' outputs, :math:`|W_{ji}| \, \|a_i\|_2`: the second factor of ``geometric``."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -44,9 +43,8 @@ class Contributions:
             index: a slice of the flattened weight, for which a vector is returned; None: what broadcasts to ``shape``.
         """
         inputs = self._per_sample(name)
-        sharding = self._shardings.get(name)
-        if sharding is not None and name + INPUTS not in self._shardings:
-            inputs = sharding.part(inputs)  # a vector, which is whole in each process
+        if name in self._shardings and name + INPUTS not in self._shardings:
+            inputs = self._shardings[name].part(inputs)  # a vector, which is whole in each process
         mean = self._means.get(name)
         shares = inputs.sqrt() / ((self._mean(name) if mean is None else mean) or 1.0)
         return shares if index is None else _broadcast(shares, shape, index)
@@ -56,10 +54,8 @@ class Contributions:
 
     def _mean(self, name: str) -> float:
         contributions = self.mean_weights[name] * self._per_sample(name).sqrt()
-        sharding = self._shardings.get(name + INPUTS)
-        if sharding is None:
-            return float(contributions.mean(dtype=torch.float64))
-        return float(sharding.all_reduced(contributions.sum(dtype=torch.float64))) / max(math.prod(sharding.shape), 1)
+        sharding = self._shardings.get(name + INPUTS) or Sharding(tuple(contributions.shape))
+        return float(sharding.all_reduced(contributions.sum(dtype=torch.float64))) / max(sharding.numel, 1)
 
 
 def _broadcast(tensor: Tensor, shape: torch.Size, index: slice) -> Tensor:

@@ -22,12 +22,13 @@ def save(path: str | os.PathLike[str], description: Mapping[str, Any], sums: Map
     plain = {**{key: value for key, value in description.items() if key not in apart}, "members": members}
     parts = {**sums, **{name + _MEAN_WEIGHTS: tensor for name, tensor in description["mean_weights"].items()}}
     divided = description["shardings"] if description["granularity"] == "weight" else {}
-    whole = {key: _together(part, divided.get(key.replace(_MEAN_WEIGHTS, INPUTS))) for key, part in parts.items()}
+    keys = {key: key.replace(_MEAN_WEIGHTS, INPUTS) for key in parts}
+    whole = {key: _together(part, divided[keys[key]]) if keys[key] in divided else part for key, part in parts.items()}
     save_tensors(path, "relevance", whole, plain)
 
 
-def _together(part: Tensor, sharding: Sharding | None) -> Tensor | Together:
-    if sharding is None:
+def _together(part: Tensor, sharding: Sharding) -> Tensor | Together:
+    if sharding.mesh is None:
         return part
     return Together(sharding.shape, part.dtype, partial(sharding.gathered, part), sharding.mesh)
 

@@ -1,6 +1,5 @@
 """Relevance: named tensors together with what they mean, so that only what fits together is merged or compared."""
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -112,7 +111,9 @@ class Relevance(Mapping[str, Tensor]):
         self.layouts = dict(layouts or {})
         self.derived = derived
         known = {*self.parameter_shapes, *(name + INPUTS for name in inputs or ())}
-        self.shardings = {key: sharding for key, sharding in (shardings or {}).items() if key in known}
+        self.shardings = {
+            key: entry for key, entry in (shardings or {}).items() if entry.mesh is not None and key in known
+        }
         if self._reading.contributing and not derived and set(inputs or ()) != set(self._sums):
             raise ValueError(
                 f"relevance of statistic {self.statistic!r} needs inputs and mean_weights for every tensor"
@@ -126,16 +127,20 @@ class Relevance(Mapping[str, Tensor]):
             return {self.granularity: list(self)}
         return {kind: [name for name in self if name.startswith(f"{kind}:")] for kind in several}
 
-    def sharding(self, name: str) -> Sharding | None:
-        """How the tensor of this name is divided among processes; None if all of it is here."""
-        return self.shardings.get(name) if self.granularity == "weight" else None
+    def sharding(self, name: str) -> Sharding:
+        """How the values of this name are divided among processes, which those of units are not."""
+        known = self.shardings.get(name) if self.granularity == "weight" else None
+        return known or Sharding(tuple(self._sums[name].shape))
+
+    def sharding_of(self, parameter: str) -> Sharding:
+        """How a parameter is divided among processes: its scores as well, or what units own of it."""
+        return self.shardings.get(parameter) or Sharding(tuple(self.parameter_shapes[parameter]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._sums  # a mapping of its own would compute the values to tell
 
     def __getitem__(self, name: str) -> Tensor:
-        values, sharding = self.local(name), self.sharding(name)
-        return values if sharding is None else sharding.tensor(values)
+        return self.sharding(name).tensor(self.local(name))
 
     def local(self, name: str) -> Tensor:
         """The values that are in this process: all of the tensor, unless it is divided among processes."""
@@ -302,12 +307,10 @@ class Relevance(Mapping[str, Tensor]):
             magnitude, sharding = self.local(name).abs(), self.sharding(name)
             if by == "max":
                 largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
-                sizes[name] = float(largest if sharding is None else sharding.all_reduced(largest, "MAX"))
+                sizes[name] = float(sharding.all_reduced(largest, "MAX"))
             else:
-                total = magnitude.sum(dtype=torch.float64)
-                entries = math.prod(magnitude.shape if sharding is None else sharding.shape)
-                total = total if sharding is None else sharding.all_reduced(total)
-                sizes[name] = float(total) / max(entries, 1) if by == "mean" else float(total)
+                total = float(sharding.all_reduced(magnitude.sum(dtype=torch.float64)))
+                sizes[name] = total / max(sharding.numel, 1) if by == "mean" else total
         if by == "total":
             sizes = dict.fromkeys(self, sum(sizes.values()))
         scales = {name: self._scales.get(name, 1.0) / sizes[name] if sizes[name] else 1.0 for name in self}

@@ -5,10 +5,9 @@ Where all entries of a tensor or of a model are compared, the processes exchange
 divided along another dimension; where it is not, its values are moved so that they are, and the mask is moved back.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,46 +17,39 @@ from lrp_prune.selection import bits
 from lrp_prune.selection.keys import LazyValues
 from lrp_prune.selection.scopes import Structure, input_dim, row_dims
 from lrp_prune.selection.selection import smallest
+from lrp_prune.selection.values import Values
 
 if TYPE_CHECKING:
-    from lrp_prune.relevance import Relevance
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-class Divided(Protocol):
-    """Values of tensors that are divided among processes, as a :class:`~lrp_prune.Relevance` has them."""
-
-    def sharding(self, name: str) -> Sharding | None:
-        """How a tensor is divided; None if all of it is here."""
-
-    def local(self, name: str) -> Tensor:
-        """The values that are here."""
-
-    def read(self, name: str, index: slice) -> Tensor:
-        """Those of a slice of what is here, flattened."""
-
-
-def smallest_together(
-    relevance: Divided, names: Sequence[str], k: int, order: str, kept: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """The packed masks of this process's parts when the ``k`` smallest of all entries of all tensors are not kept.
+def smallest_of(
+    values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The packed masks of what is here when the ``k`` smallest of all entries of all tensors are not kept.
 
     Equal values are chosen by position: the order of names, then that of the flattened whole tensors.
+
+    Args:
+        values: of the tensors.
+        names: which of them are compared, together.
+        k: how many entries are chosen, in all processes.
+        order: ``"absolute"`` or ``"signed"``.
+        kept: packed, of tensors of which something is chosen already.
 
     Raises:
         ValueError: if tensors are divided among different processes, and what :func:`smallest` raises.
     """
-    shardings = {name: relevance.sharding(name) for name in names}
-    found = {
-        name: sharding for name, sharding in shardings.items() if sharding is not None and sharding.axis is not None
-    }
-    first = next(iter(found.values()))
-    for name, sharding in found.items():
+    shardings = {name: values.sharding(name) for name in names}
+    divided = {name: sharding for name, sharding in shardings.items() if sharding.is_divided}
+    first = next(iter(divided.values()), Sharding(()))
+    for name, sharding in divided.items():
         if (sharding.mesh, sharding.axis) != (first.mesh, first.axis):
             raise ValueError(
-                f"{name} is divided among other processes than {next(iter(found))}: they cannot be compared with each "
+                f"{name} is divided among other processes than {next(iter(divided))}: they cannot be compared with each "
                 "other, use scope='layer'"
             )
-    parts = [_Part(relevance, name, found.get(name), old, first) for name, old in zip(names, kept, strict=True)]
+    parts = [_Part(values, name, (kept or {}).get(name), first) for name in names]
     masks = smallest(
         [part.values for part in parts],
         k,
@@ -68,70 +60,48 @@ def smallest_together(
         reduce=first.all_reduced,
         preceding=partial(_preceding, first),
     )
-    return [part.mask(mask) for part, mask in zip(parts, masks, strict=True)]
-
-
-def pruned_together(
-    shapes: Mapping[str, tuple[int, ...]], shardings: Mapping[str, Sharding], masks: Mapping[str, Tensor]
-) -> dict[str, int]:
-    """How many entries of whole tensors are pruned by packed masks, each of the part that is here.
-
-    Args:
-        shapes: of the whole tensors.
-        shardings: of those that are divided, all among the same processes.
-        masks: packed.
-    """
-    here = {name: shardings[name].local_shape if name in shardings else shapes[name] for name in masks}
-    pruned = {name: math.prod(here[name]) - bits.count(mask) for name, mask in masks.items()}
-    divided = [name for name in masks if name in shardings]
-    if divided:
-        counts = torch.tensor([pruned[name] for name in divided], dtype=torch.int64, device="cpu")
-        pruned.update(zip(divided, shardings[divided[0]].all_reduced(counts).tolist(), strict=True))
-    return pruned
+    return {name: part.mask(mask) for name, part, mask in zip(names, parts, masks, strict=True)}
 
 
 def _preceding(sharding: Sharding, ties: Tensor) -> Tensor:
     """How many ties lie before this process's part of each tensor: in earlier tensors, and in earlier parts of this one."""
-    assert sharding.axis is not None
-    here = sharding.mesh.get_local_rank(sharding.axis)
-    table = torch.zeros(sharding.mesh.size(sharding.axis), len(ties), dtype=torch.int64, device="cpu")
-    table[here] = ties
+    table = torch.zeros(sharding.parts, len(ties), dtype=torch.int64, device="cpu")
+    table[sharding.rank] = ties
     table = sharding.all_reduced(table)
     totals = table.sum(0)
-    return totals.cumsum(0) - totals + table[:here].sum(0)
+    return totals.cumsum(0) - totals + table[: sharding.rank].sum(0)
 
 
 class _Part:
     """One tensor's part as it is compared: neighbouring rows, so that parts follow each other as the entries do.
 
     A tensor that every process holds is compared by the first of them, which tells the others.
+
+    Args:
+        values: of the tensors.
+        name: of this one.
+        kept: packed, what of it is not chosen yet; None: all.
+        like: how tensors are divided that are compared with it.
     """
 
-    def __init__(
-        self, relevance: Divided, name: str, sharding: Sharding | None, kept: Tensor | None, like: Sharding
-    ) -> None:
-        self._sharding, self._like = sharding, like
-        self._leads = like.mesh.get_local_rank(like.axis) == 0
-        self._entries = relevance.local(name).numel() if sharding is None else 0
+    def __init__(self, values: Values, name: str, kept: Tensor | None, like: Sharding) -> None:
+        self._sharding, self._like, self.kept = values.sharding(name), like, kept
         self.values: Tensor | LazyValues
-        self.kept = kept
-        if sharding is None:
-            self.values = relevance.local(name) if self._leads else torch.empty(0, device="cpu")
-            self.kept = kept if self._leads or kept is None else kept[:0]
-        elif sharding.dim == 0:
-            self.values = LazyValues(_entries(sharding), partial(relevance.read, name))
-        else:
-            rows = sharding.divided_along(0)
-            self.values = sharding.moved(relevance.local(name), rows)
+        if self._sharding.is_divided and self._sharding.dim != 0:
+            rows = self._sharding.divided_along(0)
+            self.values = self._sharding.moved(values.local(name), rows)
             if kept is not None:
-                self.kept = bits.pack(sharding.moved(_unpacked(kept, sharding), rows)).cpu()
+                self.kept = bits.pack(self._sharding.moved(_unpacked(kept, self._sharding), rows)).cpu()
+        elif self._sharding.is_divided or like.rank == 0:
+            self.values = LazyValues(self._sharding.local_numel, partial(values.read, name))
+        else:
+            self.values, self.kept = torch.empty(0, device="cpu"), None if kept is None else kept[:0]
 
     def mask(self, chosen: Tensor) -> Tensor:
         """The packed mask of what is here, from that of what was compared here."""
-        if self._sharding is None:
-            told = (
-                chosen if self._leads else torch.zeros(bits.num_bytes(self._entries), dtype=torch.uint8, device="cpu")
-            )
+        if not self._sharding.is_divided:
+            size = bits.num_bytes(self._sharding.local_numel)
+            told = chosen if self._like.rank == 0 else torch.zeros(size, dtype=torch.uint8, device="cpu")
             return self._like.all_reduced(told, "MAX")
         if self._sharding.dim == 0:
             return chosen
@@ -140,7 +110,7 @@ class _Part:
 
 
 def rows_together(
-    relevance: "Relevance",
+    values: Values,
     name: str,
     scope: str | Structure,
     layout: str,
@@ -151,36 +121,33 @@ def rows_together(
     """The packed mask of this process's part, selected row by row (or column, or group).
 
     Args:
-        relevance: the values.
-        name: of the tensor.
+        values: of the tensors.
+        name: of this one.
         scope: what is compared.
         layout: which of its dimensions are which.
         kept: packed, what is not pruned yet.
         choose: from values and their packed mask to the packed mask of what is kept.
         failures: gets what went wrong here; to be made known by :func:`raise_together`.
     """
-    sharding = relevance.sharding(name)
-    values = relevance.local(name)
-    if sharding is None:
-        return _chosen(values, kept, choose, failures)
+    sharding, here = values.sharding(name), values.local(name)
     whole = range(len(sharding.shape)) if isinstance(scope, Structure) else row_dims(layout, scope)
     allowed = [dim for dim in whole if not (isinstance(scope, Structure) and dim == input_dim(layout))]
     if sharding.dim is None or sharding.dim in allowed:
-        return _chosen(values, kept, choose, failures)
+        return _chosen(here, kept, choose, failures)
     old = None if kept is None else _unpacked(kept, sharding)
     if not allowed:  # a vector
         packed = None if old is None else bits.pack(sharding.gathered(old))
-        everywhere = _chosen(sharding.gathered(values), packed, choose, failures)
+        everywhere = _chosen(sharding.gathered(here), packed, choose, failures)
         return bits.pack(sharding.part(bits.unpack(everywhere, sharding.shape)).contiguous())
     there = sharding.divided_along(allowed[0])
     packed = None if old is None else bits.pack(sharding.moved(old, there)).cpu()
-    chosen = _chosen(sharding.moved(values, there), packed, choose, failures)
+    chosen = _chosen(sharding.moved(here, there), packed, choose, failures)
     return bits.pack(there.moved(_unpacked(chosen, there), sharding)).cpu()
 
 
-def raise_together(failures: Sequence[ValueError], sharding: Sharding) -> None:
+def raise_together(failures: Sequence[ValueError], mesh: "DeviceMesh | None") -> None:
     """Raise in all processes if one of them has a failure."""
-    agree(failures[0] if failures else None, sharding.mesh, "selecting")
+    agree(failures[0] if failures else None, mesh, "selecting")
 
 
 def _chosen(
@@ -191,10 +158,6 @@ def _chosen(
     except ValueError as error:
         failures.append(error)
         return bits.pack(torch.ones(values.shape, dtype=torch.bool, device="cpu"))
-
-
-def _entries(sharding: Sharding) -> int:
-    return torch.Size(sharding.local_shape).numel()
 
 
 def _unpacked(packed: Tensor, sharding: Sharding) -> Tensor:

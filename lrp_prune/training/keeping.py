@@ -276,12 +276,12 @@ def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
         ValueError: if the mask is divided among processes, and the parameter is not, or in another way.
     """
     of_mask, of_parameter = sharding_of(mask, name), sharding_of(parameter, name)
-    if of_mask is not None and of_mask != of_parameter:
+    if of_mask.mesh is not None and of_mask != of_parameter:
         raise ValueError(
             f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
             "masks.gathered()"
         )
-    return mask if of_parameter is None else local_part(mask) if of_mask is not None else of_parameter.part(mask)
+    return of_parameter.part(mask) if of_mask.mesh is None else local_part(mask)
 
 
 def _check_optimizers(optimizers: Iterable[Optimizer]) -> None:

@@ -196,7 +196,7 @@ def test_divided_masks_have_the_report_and_the_warning_of_whole_ones(tmp_path: P
         from lrp_prune.distributed.sharding import Sharding
 
         dims = {"key": 0, "up": 1}
-        shardings = {name: Sharding(mesh, (Shard(dim),), (20, 30)) for name, dim in dims.items()}
+        shardings = {name: Sharding((20, 30), mesh, (Shard(dim),)) for name, dim in dims.items()}
         parts = {
             name: shardings[name].part(relevance[name]).clone() if name in dims else relevance[name]
             for name in relevance

@@ -43,7 +43,7 @@ def divided(relevance: Relevance, mesh: Any, dims: dict[str, int]) -> Relevance:
 
     from lrp_prune.distributed.sharding import Sharding
 
-    shardings = {name: Sharding(mesh, (Shard(dim),), SHAPES[name]) for name, dim in dims.items()}
+    shardings = {name: Sharding(SHAPES[name], mesh, (Shard(dim),)) for name, dim in dims.items()}
     parts = {
         name: shardings[name].part(relevance[name]).clone() if name in dims else relevance[name] for name in relevance
     }
