@@ -1,7 +1,8 @@
 """What is refused, or warned about, before anything is collected or pruned."""
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +17,30 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
+from lrp_prune.arguments import check_flag, check_integer, check_patterns
 from lrp_prune.models import check_batches
 from lrp_prune.names import named_parameters
+from lrp_prune.progress import number_of
 from lrp_prune.pruning import Method, Scope, sparsity_schedule
 from lrp_prune.pruning.methods import method_of
-from lrp_prune.pruning.schedules import SCHEDULES, Schedule
+from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
 from lrp_prune.selection.scopes import Structure, layout_of, parse_scope
+from lrp_prune.wrapper.internals import starts_processes
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+@contextmanager
+def misconfiguration(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Turns what the engine says about wrong arguments into Lightning's error."""
+    try:
+        yield
+    except kinds as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], optional: bool = True) -> None:
@@ -41,43 +53,46 @@ def check_count(name: str, value: Any, minimum: int, optional: bool = False) -> 
     """Refuse what is no integer of at least ``minimum``."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise MisconfigurationException(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    with misconfiguration():
+        check_integer(name, value, minimum)
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flags(**flags: Any) -> None:
     """Refuse what is neither true nor false."""
-    if not isinstance(value, bool):
-        raise MisconfigurationException(f"{name} must be true or false, got {value!r}")
+    with misconfiguration():
+        for name, value in flags.items():
+            check_flag(name, value)
 
 
-def check_patterns(name: str, value: Any) -> None:
-    """Refuse what is no list of name patterns; a single string would be read letter by letter."""
-    if value is not None and (isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value)):
-        raise MisconfigurationException(f"{name} must be a list of name patterns such as ['*.mlp'], got {value!r}")
+def check_logging(name: Any, monitor: Any, monitor_mode: Any) -> None:
+    """Check under what names a pruning callback logs, and which metric it watches."""
+    if not isinstance(name, str) or not name or "/" in name:
+        raise MisconfigurationException(f"name must be a word that metrics' names can begin with, got {name!r}")
+    check_choice("monitor_mode", monitor_mode, ("min", "max"), optional=False)
+    if monitor is not None and (not isinstance(monitor, str) or not monitor):
+        raise MisconfigurationException(
+            f"monitor must be None or the name of a metric that is logged in validation_step, got {monitor!r}"
+        )
 
 
 def checked_method(method: Any) -> Method:
     """The method that is meant by a name, or given."""
-    try:
+    with misconfiguration():
         return method_of(method)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
 
 
 def checked_kinds(granularity: Any) -> tuple[str, ...]:
     """What is scored: weights, or kinds of units."""
-    try:
+    with misconfiguration((ValueError, TypeError)):
         return granularities_of(granularity)
-    except (ValueError, TypeError) as error:
-        raise MisconfigurationException(str(error)) from error
 
 
 def check_weights(include: Any, exclude: Any, trainable_only: Any, accumulate_on: Any) -> None:
     """Check the arguments that say which weights are scored, and where their sums are kept."""
-    check_patterns("include", include)
-    check_patterns("exclude", exclude)
-    check_flag("trainable_only", trainable_only)
+    with misconfiguration():
+        check_patterns("include", include)
+        check_patterns("exclude", exclude)
+        check_flag("trainable_only", trainable_only)
     if accumulate_on is not None:
         try:
             torch.device(accumulate_on)
@@ -86,25 +101,34 @@ def check_weights(include: Any, exclude: Any, trainable_only: Any, accumulate_on
 
 
 def check_reference(reference: Any, name: str = "reference") -> None:
-    """Check what says where reference samples come from: a validation loader's index, ``"all"`` of them, or batches."""
+    """Check what says where reference samples come from: a validation loader's index, ``"all"`` of them, or batches.
+
+    Args:
+        reference: what was given.
+        name: of the argument; ``"all"`` is for ``"reference"`` alone.
+    """
     if isinstance(reference, int) and not isinstance(reference, bool):
         return check_count(name, reference, 0)
-    if isinstance(reference, str) and reference == "all":
+    if name == "reference" and isinstance(reference, str) and reference == "all":
         return
+    every = "'all' of them, " if name == "reference" else ""
     if isinstance(reference, str | Mapping) or not isinstance(reference, Iterable | LightningDataModule):
         raise MisconfigurationException(
-            f"{name} must be the index of a validation loader, 'all' of them, batches that can be iterated over again (a list, a "
-            f"DataLoader), or a LightningDataModule, got {reference!r}"
+            f"{name} must be the index of a validation loader, {every}batches that can be iterated over "
+            f"again (a list, a DataLoader), or a LightningDataModule, got {reference!r}"
         )
-    if not isinstance(reference, LightningDataModule):
-        try:
-            check_batches(reference, name)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+    if isinstance(reference, LightningDataModule):
+        return
+    with misconfiguration():
+        check_batches(reference, name)
     if iter_once(reference):
         raise MisconfigurationException(
-            f"{name} is a {type(reference).__name__}, which can be iterated over only once, but each round needs "
-            "it: pass a list or a DataLoader"
+            f"{name} is a {type(reference).__name__}, which can be iterated over only once, but it is gone "
+            "through more often: pass a list or a DataLoader"
+        )
+    if number_of(reference) == 0:
+        raise MisconfigurationException(
+            f"{name} is an empty {type(reference).__name__}: pass at least one batch, or the index of a validation loader"
         )
 
 
@@ -113,20 +137,19 @@ def iter_once(batches: Any) -> bool:
     return hasattr(batches, "__next__")
 
 
+def checked_rounds(schedule: Schedule, rounds: int | None) -> int:
+    """How many rounds there are: as is asked for, else one for each number of a list, else one."""
+    with misconfiguration():
+        return rounds_of(schedule, rounds) or 1
+
+
 def check_schedule(
     sparsity: Any, rounds: int, schedule: Schedule, scope: Scope
 ) -> list[float] | list[dict[str, float]]:
     """Check how much is pruned, and return the total sparsity after each round."""
-    if not (isinstance(schedule, str | Sequence) or callable(schedule)):
-        raise MisconfigurationException(
-            f"schedule must be one of {', '.join(SCHEDULES)}, a list of {rounds} numbers or a callable, got "
-            f"{schedule!r}"
-        )
-    try:
+    with misconfiguration((ValueError, TypeError)):
         targets = sparsity_schedule(schedule, sparsity, rounds)
         structure = parse_scope(scope.compared or "global")
-    except (ValueError, TypeError) as error:
-        raise MisconfigurationException(str(error)) from error
     if isinstance(structure, Structure):
         only = 1 - structure.kept / structure.size
         for target in targets:
@@ -142,10 +165,8 @@ def check_schedule(
 
 def checked_scope(scope: Any, method: Method, kinds: tuple[str, ...]) -> Scope:
     """:func:`~lrp_prune.pruning.scope.settled`; what it refuses is refused as a callback's arguments are."""
-    try:
+    with misconfiguration():
         return settled(scope, method, kinds)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error
 
 
 def layouts_of(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[str, str | None]:
@@ -232,7 +253,7 @@ def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: b
         sharded: whether the callback works on parameters that ``fully_shard`` has divided.
     """
     strategy = trainer.strategy
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if starts_processes(trainer):
         rank_zero_warn(
             f"this strategy starts processes that give back the model's weights only: what {name} finds stays in them. Take "
             "it from a checkpoint, write it in a hook of your own (on_fit_end), or use strategy='ddp'"

@@ -1,8 +1,7 @@
 """Collecting relevance inside a Lightning run: from the batches of a validation, or from reference data."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,15 +12,24 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.observers import check_included
-from lrp_prune.callbacks._batches import batches_of, number_of_batches, to_device, validation_batches
-from lrp_prune.callbacks._checks import check_count, check_reference, check_weights, checked_kinds, checked_method
-from lrp_prune.callbacks._distributed import agree, check_targets, gathered, merged
+from lrp_prune.callbacks._batches import batches_of, number_of_batches, validation_batches
+from lrp_prune.callbacks._checks import (
+    check_count,
+    check_reference,
+    check_weights,
+    checked_kinds,
+    checked_method,
+    misconfiguration,
+)
+from lrp_prune.callbacks._distributed import agree, agreeing, check_targets, gathered, merged
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.pruning import METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.methods import collected_by
 from lrp_prune.pruning.recalibration import enough
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import Inferred
+from lrp_prune.wrapper.internals import to_device
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 MethodName = Literal["lrp", "gradient", "wanda", "magnitude", "random"]
 # The names are spelt out for help and type checkers.
 assert get_args(MethodName) == tuple(METHODS)
+_OTHERS = "reference='all', or batches"
 Reference = int | Literal["all"] | Iterable[Any] | LightningDataModule
 
 
@@ -44,6 +53,7 @@ class Collection:
         reference: the index of the validation loader whose batches are used, ``"all"`` for those of all; or batches, a loader or
             a data module, instead of the validation's.
         max_batches: batches used of each pass over the data.
+        argument: what ``reference`` is called where it is given.
         granularity, include, exclude, trainable_only, accumulate_on: see :class:`~lrp_prune.callbacks.RelevancePruning`.
 
     Raises:
@@ -61,12 +71,16 @@ class Collection:
         exclude: Sequence[str] | None = None,
         trainable_only: bool = False,
         accumulate_on: str | None = None,
+        argument: str = "reference",
     ) -> None:
         self.method = checked_method(method)
         self.kinds = checked_kinds(granularity)
+        with misconfiguration():
+            collected_by(self.method, self.kinds)
         check_weights(include, exclude, trainable_only, accumulate_on)
         check_count("max_batches", max_batches, 1, optional=True)
-        check_reference(reference)
+        check_reference(reference, argument)
+        self._argument = argument
         self.max_batches = max_batches
         self.loader: int | None = reference if isinstance(reference, int) else None
         self.data: Iterable[Any] | LightningDataModule | None = None if isinstance(reference, int | str) else reference
@@ -118,8 +132,8 @@ class Collection:
         loaders = len(trainer.num_val_batches)
         if self.loader is not None and self.loader >= loaders > 0:
             raise MisconfigurationException(
-                f"reference={self.loader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
-                "counted from 0: choose another, or pass reference='all', or batches"
+                f"{self._argument}={self.loader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "
+                f"counted from 0: choose another, or pass {'batches' if self._argument != 'reference' else _OTHERS}"
             )
 
     def remember(self, batch: Any, dataloader_idx: int) -> None:
@@ -128,7 +142,7 @@ class Collection:
             self._first = batch
 
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> "Relevance | None":
-        """Score one batch and forget it, so that what would fail in an epoch fails now.
+        """Score one batch and forget it, so that what would fail in an epoch fails now; without data if none are needed.
 
         The batch is that of the sanity check, else the first of the reference data. Where there is none (validation data without
         a sanity check), nothing happens: a loader that is asked for a batch may be another one afterwards.
@@ -141,30 +155,26 @@ class Collection:
                 the model does not take, units that the model does not have.
             FloatingPointError: the relevance is not finite.
         """
-        relevance, failure = None, None
         batch, self._first = self._first, None
         if self.needs_data and self.data is not None:
             with isolate_rng():
                 batch = next(iter(batches_of(self.data)), None)
             batch = None if batch is None else to_device(batch, trainer, pl_module, 0)
-        if not all(gathered(trainer, batch is not None)):
+        if self.needs_data and not all(gathered(trainer, batch is not None)):
             return None
-        try:
-            with torch.inference_mode(False), _misconfiguration(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UnscoredWeightsWarning)  # one batch does not tell
-                scores = self._make_scorer(trainer, pl_module)
+        with agreeing(trainer), torch.inference_mode(False), misconfiguration(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnscoredWeightsWarning)  # one batch does not tell
+            scores = self._make_scorer(trainer, pl_module)
+            if self.needs_data:
                 scores.update(batch)
-                relevance = scores.compute()
-        except Exception as error:  # the other processes have to hear of it
-            failure = error
-        agree(trainer, failure)
-        check_targets(gathered(trainer, None if relevance is None else relevance.target))
+            relevance = scores.compute()
+        check_targets(gathered(trainer, relevance.target))
         return relevance
 
     def check_prunable(self, pl_module: LightningModule) -> None:
         """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
         if self.kinds == ("weight",):
-            with _misconfiguration(), warnings.catch_warnings():
+            with misconfiguration(), warnings.catch_warnings():
                 if getattr(rank_zero_only, "rank", 0) != 0:
                     warnings.simplefilter("ignore")
                 check_prunable(pl_module, **self.which)
@@ -195,10 +205,10 @@ class Collection:
             if failure is None and self._taken == 0 and self.needs_data and self._alone:
                 raise MisconfigurationException(
                     f"no batch reached method {self.method}: validation loader {self.loader} is empty or does "
-                    "not exist; choose another by reference=, or pass batches as reference="
+                    f"not exist; choose another by {self._argument}=, or pass batches as {self._argument}="
                 )
             if failure is None and (self._taken or not self.needs_data):
-                with torch.inference_mode(False), _misconfiguration():
+                with torch.inference_mode(False), misconfiguration():
                     relevance = scores.collected()
         except Exception as error:  # the other processes have to hear of it before it is raised
             failure = error
@@ -214,11 +224,11 @@ class Collection:
                 sums = {name: tensor / times for name, tensor in relevance.sums.items()}
                 relevance = relevance.with_sums(sums, relevance.num_samples // times)
         if failure is not None or relevance is None:
-            raise failure or MisconfigurationException(f"reference= gave method {self.method} no batch")
+            raise failure or MisconfigurationException(f"{self._argument}= gave method {self.method} no batch")
         return self._scored(scores, relevance)
 
     def _scored(self, scores: Scorer, collected: "Relevance") -> "Relevance":
-        with torch.inference_mode(False), _misconfiguration():
+        with torch.inference_mode(False), misconfiguration():
             relevance = scores.scored(collected)
             check_included(self.which["include"], relevance, relevance.unscored)
         return relevance
@@ -295,7 +305,7 @@ class Collection:
 
     def _update(self, batch: Any) -> None:
         try:
-            with torch.inference_mode(False), _misconfiguration():
+            with torch.inference_mode(False), misconfiguration():
                 assert self._scorer is not None
                 self._scorer.update(batch)
         except Exception as error:
@@ -310,16 +320,7 @@ class Collection:
     def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Scorer:
         method = self.method if self.method.target is not None else self.method.with_target(self._inferred)
         context = trainer.precision_plugin.val_step_context
-        with torch.inference_mode(False), _misconfiguration():
+        with torch.inference_mode(False), misconfiguration():
             return scorer(
                 method, pl_module, granularity=self.kinds, forward_context=context, **self.which, **self.running
             )
-
-
-@contextmanager
-def _misconfiguration() -> Iterator[None]:
-    """Turns what the engine says about wrong arguments into Lightning's error."""
-    try:
-        yield
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error

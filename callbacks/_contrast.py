@@ -1,22 +1,20 @@
 """Two reference sets collected in one validation, and the table of a search over the amount."""
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lrp_prune.callbacks._checks import check_choice, checked_kinds, checked_method
+from lrp_prune.callbacks._checks import checked_kinds, checked_method, misconfiguration
 from lrp_prune.callbacks._collection import Collection
-from lrp_prune.callbacks._distributed import agree, gathered
+from lrp_prune.callbacks._distributed import agreeing, gathered
 from lrp_prune.correction import Automatic, Search
-from lrp_prune.correction.guard import GUARD_SCOPES
+from lrp_prune.correction.guard import Guard, guard_of
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
-from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.targets import checked
 from lrp_prune.wrapper.module import CorrectedModule
 
@@ -29,37 +27,6 @@ class _InnerCollection(Collection):
         return super()._make_scorer(trainer, model)
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What spares the entries that the general behaviour depends on, see :class:`lrp_prune.correction.Contrast`.
-
-    Args:
-        share: of the entries that may be removed at all: those whose relevance for the general set is below this quantile.
-        statistic: collect the general set in this statistic too, to measure it by; ``"squared_token"`` say.
-        scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
-
-    Raises:
-        MisconfigurationException: an argument has an impossible value, or does not fit another.
-    """
-
-    share: float | None = 0.7
-    statistic: Any = None
-    scope: Literal["global", "layer"] = "global"
-
-    def __post_init__(self) -> None:
-        if self.share is not None and (
-            isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1
-        ):
-            raise MisconfigurationException(f"guard must be a quantile in (0, 1] or None, got {self.share!r}")
-        check_choice("the guard's scope", self.scope, GUARD_SCOPES, optional=False)
-        if isinstance(self.statistic, str):
-            check_choice("the guard's statistic", self.statistic, OF_RELEVANCE)
-        if self.share is None and self.statistic is not None:
-            raise MisconfigurationException(
-                f"statistic={self.statistic!r} is of a guard, but there is none: give it a share, 0.7 say"
-            )
-
-
 class ReferenceSets:
     """Collects the relevance of a general and of an undesired set, and of the general one for a guard.
 
@@ -68,7 +35,7 @@ class ReferenceSets:
         undesired: likewise.
         method: by which.
         undesired_target: what is explained on the undesired set, if it is something else.
-        guard_statistic: in which the general set is collected a second time, if given.
+        guard: may say in which statistic the general set is collected a second time.
         max_batches: of each set.
         **options: of the collections.
 
@@ -83,7 +50,7 @@ class ReferenceSets:
         *,
         method: str | Method,
         undesired_target: Any,
-        guard_statistic: Any,
+        guard: Guard | None,
         max_batches: int | None,
         **options: Any,
     ) -> None:
@@ -93,13 +60,15 @@ class ReferenceSets:
             )
         own = _signed(checked_method(method), checked_kinds(options["granularity"]))
 
-        def collection(source: int | Iterable[Any], method: Method) -> Collection:
-            return _InnerCollection(method=method, reference=source, max_batches=max_batches, **options)
+        def collection(argument: str, source: int | Iterable[Any], method: Method) -> Collection:
+            return _InnerCollection(
+                method=method, reference=source, argument=argument, max_batches=max_batches, **options
+            )
 
         with_target = own if undesired_target is None else _changed(own, target=undesired_target)
-        self._collections = [collection(general, own), collection(undesired, with_target)]
-        if guard_statistic is not None:
-            self._collections.append(collection(general, _changed(own, statistic=guard_statistic)))
+        self._collections = [collection("general", general, own), collection("undesired", undesired, with_target)]
+        if guard is not None and guard.by is not None:
+            self._collections.append(collection("general", general, _changed(own, statistic=guard.by)))
         self._indices = [source for source in (general, undesired) if isinstance(source, int)]
 
     @property
@@ -181,19 +150,20 @@ def _changed(method: Method, **changes: Any) -> Method:
         ) from error
 
 
-def measured(trainer: Trainer, metric: Any, model: nn.Module) -> float:
+def measured(trainer: Trainer, name: str, metric: Any, model: nn.Module) -> float:
     """The mean of what a metric gives in all processes, so that all of them decide alike.
 
     Raises:
         Exception: the metric's own.
-        RuntimeError: it failed in another process.
+        MisconfigurationException: it gives no number.
+        OtherProcessError: it failed in another process.
     """
-    value, failure = math.nan, None
-    try:
-        value = float(metric(model))
-    except Exception as error:
-        failure = error
-    agree(trainer, failure)
+    with agreeing(trainer):
+        found = metric(model)
+        try:
+            value = float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MisconfigurationException(f"{name}_metric must return a number, got {found!r}") from error
     values: list[float] = gathered(trainer, value)
     return sum(values) / len(values)
 
@@ -213,6 +183,27 @@ def search_table(search: Search, behaviour: str) -> str:
             f"{trial.loss:>9.2%}"
         )
     return "\n".join(lines)
+
+
+def checked_guard(guard: Any) -> Guard | None:
+    """What is to be spared; what a callback measures it by it collects itself."""
+    with misconfiguration():
+        found = guard_of(guard)
+    if found is not None and isinstance(found.by, Relevance):
+        raise MisconfigurationException(
+            "a callback collects what its guard is by: pass the name of a statistic, as in Guard(by='squared_token'), not a "
+            "Relevance"
+        )
+    return found
+
+
+def check_metric(name: str, metric: Any) -> None:
+    """Refuse what is neither a function of the model nor the name of a logged metric."""
+    if metric is not None and not callable(metric) and not (isinstance(metric, str) and metric):
+        raise MisconfigurationException(
+            f"{name} must be a function of the model that returns a number, the name of a metric that the validation logs, or "
+            f"None, got {metric!r}"
+        )
 
 
 def checked_amount(amount: Any) -> Automatic | None:

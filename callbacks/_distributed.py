@@ -1,13 +1,15 @@
 """What several processes must agree on: relevance of all samples, and masks."""
 
 import hashlib
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lrp_prune.distributed.sharding import OtherProcessError
+from lrp_prune.distributed.sharding import OtherProcessError, telling
 from lrp_prune.pruning import Masks
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import in_words
@@ -41,6 +43,11 @@ def agree(trainer: Trainer, error: Exception | None) -> None:
         raise OtherProcessError(
             f"rank {failed[0][0]} failed, so this one stops as well, with nothing changed: {failed[0][1]}"
         )
+
+
+def agreeing(trainer: Trainer) -> AbstractContextManager[None]:
+    """What fails in one process fails in all of them: :func:`agree` on what comes up in the context."""
+    return telling(partial(agree, trainer))
 
 
 def merged(trainer: Trainer, relevance: Relevance | None, error: Exception | None) -> Relevance:

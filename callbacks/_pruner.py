@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_only
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from lrp_prune.callbacks._averages import averaged_models
-from lrp_prune.callbacks._distributed import agree, check_equal
+from lrp_prune.callbacks._checks import misconfiguration
+from lrp_prune.callbacks._distributed import agreeing, check_equal
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.distributed.sharding import sharding_of
@@ -57,20 +58,17 @@ class Pruner:
             MisconfigurationException: the sparsity of this round or a later one cannot be reached, or patterns match nothing.
         """
         existing, scope = self.state.masks, parse_scope(self._compared)
-        try:
+        with misconfiguration(), warnings.catch_warnings():
             for target in self.targets[self.state.round + 1 :]:
                 groups_of(relevance, target, scope, existing)
-            with warnings.catch_warnings():
-                # Said once, by one process, and again where there is more to say.
-                others = getattr(rank_zero_only, "rank", 0) != 0
-                if others or self._told >= set(relevance.unscored):
-                    warnings.simplefilter("ignore", UnscoredWeightsWarning)
-                if others:
-                    warnings.simplefilter("ignore", EmptiedWeightsWarning)
-                target = self.targets[-1] if final else self.target
-                masks = select(relevance, target, self._scope, existing=existing)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            # Said once, by one process, and again where there is more to say.
+            others = getattr(rank_zero_only, "rank", 0) != 0
+            if others or self._told >= set(relevance.unscored):
+                warnings.simplefilter("ignore", UnscoredWeightsWarning)
+            if others:
+                warnings.simplefilter("ignore", EmptiedWeightsWarning)
+            target = self.targets[-1] if final else self.target
+            masks = select(relevance, target, self._scope, existing=existing)
         self._told |= set(relevance.unscored)
         return masks
 
@@ -78,11 +76,9 @@ class Pruner:
         self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]], granularity: str = "weight"
     ) -> None:
         """Refuse now what a selection would refuse whatever the scores are; see :func:`check_selectable`."""
-        try:
+        with misconfiguration():
             for target in self.targets[self.state.round :]:
                 check_selectable(layouts, shapes, target, self._compared, granularity)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
 
     def check_scored(self, relevance: Relevance) -> None:
         """:meth:`check` of what is known from one batch, whose scores do not count."""
@@ -116,16 +112,14 @@ class Pruner:
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any
     ) -> Recalibration:
         """How what these masks keep has to be scaled, from the batches of all processes together; no weight changes."""
-        found, failure = None, None
-        try:
-            with _uncorrected(pl_module), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
-                together, shown = trainer.world_size > 1, partial(beside, trainer)
-                found = recalibrate(_inner(pl_module), masks, batches(), target, together=together, progress=shown)
-        except Exception as error:  # the other processes have to hear of it
-            failure = error
-        agree(trainer, failure)
-        assert found is not None
-        return found
+        together, shown = trainer.world_size > 1, partial(beside, trainer)
+        with (
+            agreeing(trainer),
+            _uncorrected(pl_module),
+            torch.inference_mode(False),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            return recalibrate(_inner(pl_module), masks, batches(), target, together=together, progress=shown)
 
     def apply(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, recalibration: Recalibration | None = None
@@ -144,7 +138,7 @@ class Pruner:
             if recalibration is not None:
                 recalibration.apply_(subject_of(_inner(pl_module)).module)
         self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
-        self._mask_averages(trainer)
+        self._mask_averages(trainer, recalibration)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""
@@ -169,10 +163,13 @@ class Pruner:
             figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = each.sparsity
         _log(pl_module, figures)
 
-    def _mask_averages(self, trainer: Trainer) -> None:
+    def _mask_averages(self, trainer: Trainer, recalibration: Recalibration | None = None) -> None:
+        """Prune averages as well, and scale them: an average of scaled weights is the average, scaled."""
         if self.state.masks is not None:
             for average in averaged_models(trainer):
                 self.state.masks.apply_(average)
+                if recalibration is not None:
+                    recalibration.apply_(subject_of(_inner(average)).module)
 
 
 def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
@@ -181,9 +178,9 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
 
 
-def _inner(pl_module: LightningModule) -> LightningModule:
+def _inner(pl_module: nn.Module) -> nn.Module:
     """The module that is trained, without a wrapper for corrections."""
-    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module  # type: ignore[return-value]
+    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
 
 
 def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from lrp_prune.callbacks._checks import check_count
+from lrp_prune.callbacks._checks import check_count, checked_rounds
+from lrp_prune.pruning import Schedule
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Rounds:
     """How many rounds there are, and when; a number stands for as many of them, one an epoch from epoch 1 on.
 
     Args:
-        count: number of rounds.
+        count: number of rounds; None: one for each number of the schedule if that is a list, else one.
         every_n_epochs: epochs between rounds; 1 if neither this nor ``every_n_steps`` is given.
         every_n_steps: optimizer steps (``trainer.global_step``) between rounds, instead of epochs.
         start: the epoch at whose start the first round prunes, or the step from which it is due; ``None`` for epoch 1, or
@@ -28,13 +29,13 @@ class Rounds:
         RelevancePruning(sparsity=0.7, rounds=Rounds(5, every_n_steps=500))
     """
 
-    count: int = 1
+    count: int | None = None
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
     start: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.count, 1)
+        check_count("rounds", self.count, 1, optional=True)
         check_count("every_n_epochs", self.every_n_epochs, 1, optional=True)
         check_count("every_n_steps", self.every_n_steps, 1, optional=True)
         check_count("start", self.start, 0, optional=True)
@@ -44,21 +45,22 @@ class Rounds:
                 "of them"
             )
 
-    def times(self, uses_validation: bool) -> "Times":
-        """When the rounds are, in a training whose validations they need or not.
+    def times(self, schedule: Schedule, uses_validation: bool) -> "Times":
+        """When the rounds of a schedule are, in a training whose validations they need or not.
 
         Raises:
-            MisconfigurationException: the first would come before any validation.
+            MisconfigurationException: nothing says how many there are, or the first would come before any validation.
         """
+        count = checked_rounds(schedule, self.count)
         if self.every_n_steps is not None:
             first = self.every_n_steps if self.start is None else self.start
-            return Times(self.count, self.every_n_steps, first, by_steps=True)
+            return Times(count, self.every_n_steps, first, by_steps=True)
         first = 1 if self.start is None else self.start
         if first == 0 and uses_validation:
             raise MisconfigurationException(
                 "start=0 prunes before there was a validation to collect relevance in: pass reference= with batches, or start=1"
             )
-        return Times(self.count, self.every_n_epochs or 1, first, by_steps=False)
+        return Times(count, self.every_n_epochs or 1, first, by_steps=False)
 
 
 @dataclass(frozen=True)

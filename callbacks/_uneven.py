@@ -4,7 +4,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lrp_prune.callbacks._distributed import agree, gathered
+from lrp_prune.callbacks._distributed import agreeing, gathered
 
 
 def check_before_training(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -14,13 +14,8 @@ def check_before_training(trainer: Trainer, pl_module: LightningModule) -> None:
         MisconfigurationException: on all processes; see :func:`check_batches`.
     """
     if trainer.world_size > 1 and trainer.enable_validation and trainer.val_dataloaders is None:
-        failure = None
-        try:
-            with isolate_rng():
-                trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        except Exception as error:  # Lightning refuses an empty loader in that process only
-            failure = error
-        agree(trainer, failure)
+        with agreeing(trainer), isolate_rng():  # Lightning refuses an empty loader in that process only
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
     check_batches(trainer, pl_module)
 
 

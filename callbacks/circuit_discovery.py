@@ -9,11 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
-from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
+from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, check_validation, misconfiguration
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import Ablation, check_ablation
 from lrp_prune.circuits.discover import check_nodes, check_options
 from lrp_prune.circuits.methods import NodeMethodName, method_for
+from lrp_prune.circuits.ranking import check_size
 from lrp_prune.circuits.sites import kinds_of
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
@@ -78,20 +79,22 @@ class CircuitDiscovery(Callback):
         allow_untested: bool = False,
     ) -> None:
         check_count("every_n_epochs", every_n_epochs, 1)
-        try:
+        check_flags(allow_untested=allow_untested)
+        _check_task("task", task)
+        _check_task("held_out", task if held_out is None else held_out)
+        with misconfiguration((ValueError, TypeError)):
             check_ablation(ablation)
             if granularity != "weight":
                 kinds_of(granularity)
             elif ablation != "zero":
                 raise ValueError(f"weights have no activations to replace: pass ablation='zero', got {ablation!r}")
             self._method = method_for(granularity == "weight", method)
-            for given in (size, *sizes):
-                if isinstance(given, bool) or given < 0 or (isinstance(given, float) and given > 1):
-                    raise ValueError(f"sizes are numbers of nodes or fractions in [0, 1], got {given!r}")
-            check_options(order, rounds, density, normalize)
+            check_size("size", size)
+            for each in sizes:
+                check_size("each of sizes", each)
+            check_options(order, rounds, density, normalize, batch_size, include, exclude)
+            task.target(metric)  # or refused
             self._task, self._held_out = (task, held_out) if held_out is not None else task.split()
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
         self._granularity, self._size, self._sizes = granularity, size, tuple(sizes)
         self._ablation, self._every_n_epochs, self._allow_untested = ablation, every_n_epochs, allow_untested
         self._looked_at: dict[str, Any] = {"metric": metric, "include": include, "exclude": exclude}
@@ -133,11 +136,8 @@ class CircuitDiscovery(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now a training without validations, a model without such nodes, or a task that does not suit it."""
         check_validation(trainer, type(self).__name__, "finds circuits")
-        try:
-            with torch.inference_mode(False), trainer.precision_plugin.val_step_context():
-                check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        with misconfiguration(), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+            check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,21 +146,26 @@ class CircuitDiscovery(Callback):
             inside_fit and trainer.current_epoch % self._every_n_epochs != self._every_n_epochs - 1
         ):
             return
-        try:
-            with (
-                trained_weights(trainer, pl_module, self),
-                torch.inference_mode(False),
-                trainer.precision_plugin.val_step_context(),
-            ):
-                options: dict[str, Any] = {**self._looked_at, **self._options}
-                ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
-                sizes = [*self._sizes, self._size]
-                result = evaluate(pl_module, ranking, self._held_out, sizes, self._ablation, complements=False)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        with (
+            misconfiguration(),
+            trained_weights(trainer, pl_module, self),
+            torch.inference_mode(False),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            options: dict[str, Any] = {**self._looked_at, **self._options}
+            ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
+            sizes = [*self._sizes, self._size]
+            result = evaluate(pl_module, ranking, self._held_out, sizes, self._ablation, complements=False)
         self._ranking, self._result = ranking, result
         measured = {"faithfulness": float(result.faithfulness[-1])}
         if len(set(result.sizes)) > 1:
             measured |= {"cpr": result.cpr, "cmd": result.cmd}
         for name, value in measured.items():
             pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1)
+
+
+def _check_task(name: str, task: Any) -> None:
+    if not isinstance(task, Task):
+        raise MisconfigurationException(
+            f"{name} must be a task such as lrp_prune.tasks.IndirectObject(tokenizer), got {task!r}"
+        )

@@ -1,6 +1,7 @@
 """The callback that finds what causes a behaviour, and hands the correction to the model."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,10 +12,24 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lrp_prune.callbacks._checks import check_choice, check_strategy, check_validation, checked_key
+from lrp_prune.callbacks._checks import (
+    check_choice,
+    check_flags,
+    check_strategy,
+    check_validation,
+    checked_key,
+    misconfiguration,
+)
 from lrp_prune.callbacks._collecting import CollectingCallback
-from lrp_prune.callbacks._contrast import Guard, ReferenceSets, checked_amount, measured, search_table
-from lrp_prune.correction import Automatic, Patch, Search, search_amount
+from lrp_prune.callbacks._contrast import (
+    ReferenceSets,
+    check_metric,
+    checked_amount,
+    checked_guard,
+    measured,
+    search_table,
+)
+from lrp_prune.correction import Automatic, Guard, Patch, Search, search_amount
 from lrp_prune.correction.combining import merged
 from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.engine.unsharding import make_ordinary
@@ -72,8 +87,8 @@ class ContrastiveCorrection(CollectingCallback):
         max_batches: batches used of each set.
         accumulate_on: device of the accumulators; ``None`` for the weights' own.
         normalize, reverse: see :class:`lrp_prune.correction.Contrast`.
-        guard: the share of entries that may be removed at all, see :class:`lrp_prune.correction.Contrast`; or :class:`Guard`,
-            which also says what it is measured by.
+        guard: the share of entries that may be removed at all, see :class:`lrp_prune.correction.Contrast`; or
+            :class:`~lrp_prune.correction.Guard`, which also says by which statistic, and in which scope.
         undesired_metric: measures the behaviour; lower is better.
         general_metric: measures what is to stay.
         allow_untested: use it with strategies that it is not tested with.
@@ -115,20 +130,23 @@ class ContrastiveCorrection(CollectingCallback):
                 f"amount={amount!r} measures the model with each patch: pass undesired_metric and general_metric as functions of "
                 "the model that return a number"
             )
-        guard = guard if isinstance(guard, Guard) else Guard(guard)
+        check_flags(reverse=reverse, allow_untested=allow_untested)
+        check_metric("undesired_metric", undesired_metric)
+        check_metric("general_metric", general_metric)
+        self._guard = checked_guard(guard)
         self._sets = ReferenceSets(
             general,
             undesired,
             method=method,
             undesired_target=undesired_target,
-            guard_statistic=guard.statistic,
+            guard=self._guard,
             max_batches=max_batches,
             granularity=granularity,
             include=include,
             exclude=exclude,
             accumulate_on=accumulate_on,
         )
-        self._contrast = {"normalize": normalize, "reverse": reverse, "guard": guard.share, "guard_scope": guard.scope}
+        self._contrast = {"normalize": normalize, "reverse": reverse}
         self._behaviour, self._amount, self._strength = behaviour, amount, strength
         self._metrics = {"undesired": undesired_metric, "general": general_metric}
         self._before: dict[str, float] = {}
@@ -246,19 +264,19 @@ class ContrastiveCorrection(CollectingCallback):
         def make(amount: float | int) -> Patch:
             options: dict[str, Any] = {
                 **self._contrast,
-                "guard_by": guard_by,
+                "guard": None if self._guard is None else replace(self._guard, by=guard_by),
                 "behaviour": self._behaviour,
                 "spared": spared,
             }
             return Patch.from_contrast(model, general, undesired, amount, **options)
 
-        try:
+        with misconfiguration():
             if self._automatic is None:
                 assert isinstance(self._amount, int | float)
                 self._patch = make(self._amount)
             else:
                 undesired_metric, general_metric = (
-                    partial(measured, pl_module.trainer, self._metrics[name]) for name in ("undesired", "general")
+                    partial(measured, pl_module.trainer, name, self._metrics[name]) for name in ("undesired", "general")
                 )
                 found = search_amount(
                     model, make, undesired_metric, general_metric, automatic=self._automatic, strength=self._strength
@@ -266,8 +284,6 @@ class ContrastiveCorrection(CollectingCallback):
                 self.search = found
                 self._patch = self.search.patch
                 rank_zero_info(search_table(self.search, self._behaviour))
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
         if self._patch is None:
             assert self._automatic is not None
             rank_zero_warn(
@@ -301,7 +317,7 @@ class ContrastiveCorrection(CollectingCallback):
             if callable(metric):
                 # A training that has begun is in another mode than the validation that the first value is from.
                 with torch.no_grad(), undisturbed(model):
-                    value = measured(pl_module.trainer, metric, model)
+                    value = measured(pl_module.trainer, name, metric, model)
             elif metric is not None and suffix:
                 found = pl_module.trainer.callback_metrics.get(metric)
                 if found is None:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks._checks import check_count, check_strategy, check_validation
+from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.engine.unsharding import make_ordinary
@@ -78,6 +78,7 @@ class RelevanceCollector(CollectingCallback):
         allow_untested: bool = False,
     ) -> None:
         check_count("every_n_epochs", every_n_epochs, 1)
+        check_flags(allow_untested=allow_untested)
         self._collection = Collection(
             method=method,
             granularity=granularity,

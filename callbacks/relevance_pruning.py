@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
@@ -64,8 +63,9 @@ class RelevancePruning(CollectingCallback):
 
     Args:
         sparsity: total sparsity after the last round in [0, 1), or one for each name pattern.
-        rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are.
-        schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`.
+        rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are. None: one, or
+            one for each number of a list as ``schedule``.
+        schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
             ``LRP(composite="attnlrp", target="class")``; see :mod:`lrp_prune.pruning.methods`.
         scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; or a
@@ -94,7 +94,7 @@ class RelevancePruning(CollectingCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] = 0.5,
-        rounds: int | Rounds = 1,
+        rounds: int | Rounds | None = None,
         *,
         schedule: ScheduleName | list[float] | Callable[[int], float] = "cubic",
         method: MethodName | Method = "lrp",
@@ -114,10 +114,8 @@ class RelevancePruning(CollectingCallback):
         name: str = "pruning",
         allow_untested: bool = False,
     ) -> None:
-        if not isinstance(name, str) or not name or "/" in name:
-            raise MisconfigurationException(f"name must be a word that metrics' names can begin with, got {name!r}")
-        _checks.check_choice("monitor_mode", monitor_mode, ("min", "max"), optional=False)
-        _checks.check_flag("preview", preview)
+        _checks.check_logging(name, monitor, monitor_mode)
+        _checks.check_flags(recalibrate=recalibrate, summary=summary, preview=preview, allow_untested=allow_untested)
         self.name = name
         self._collection = collection = Collection(
             method=method,
@@ -129,12 +127,12 @@ class RelevancePruning(CollectingCallback):
             max_batches=max_batches,
             accumulate_on=accumulate_on,
         )
-        rounds = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
-        self._times = self._planned = rounds.times(collection.uses_validation)
+        planned = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
+        self._times = self._planned = planned.times(schedule, collection.uses_validation)
         scope = _checks.checked_scope(scope, collection.method, collection.kinds)
-        targets = _checks.check_schedule(sparsity, rounds.count, schedule, scope)
+        targets = _checks.check_schedule(sparsity, self._times.count, schedule, scope)
         self._pruner = Pruner(targets, scope, name)
-        self._round = Round(collection, self._pruner, rounds.count, recalibrate, summary)
+        self._round = Round(collection, self._pruner, self._times.count, recalibrate, summary)
         self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
         self._allow_untested = allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}

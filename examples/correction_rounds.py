@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import lrp_prune
 from lrp_prune import Patch, Relevance
+from lrp_prune.correction import Guard
 
 
 def last_within(model: PreTrainedModel, patches: Sequence[Patch], strength: float, text: Tensor, allowed: float) -> int:
@@ -83,8 +84,7 @@ class ContrastRounds:
             undesired,
             amount,
             normalize=None,
-            guard=self.guard,
-            guard_by=self.guard_by,
+            guard=Guard(self.guard, by=self.guard_by),
             behaviour=self.behaviour,
             extends=extends,
         )

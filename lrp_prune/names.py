@@ -95,6 +95,16 @@ def naming(model: nn.Module) -> Callable[[str], str]:
     return canonical
 
 
+def layer_of(parameter: str) -> str:
+    """The name of the layer whose weight it is; of any other parameter its own.
+
+    Example:
+        >>> layer_of("mlp.up_proj.weight"), layer_of("mlp.up_proj.bias")
+        ('mlp.up_proj', 'mlp.up_proj.bias')
+    """
+    return parameter.removesuffix(".weight")
+
+
 def matches(name: str, patterns: Iterable[str] | None) -> bool:
     """Whether one of the shell-style patterns matches the name, or the name of a module that contains it.
 

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.arguments import check_flag, check_integer, check_number, check_patterns
 from lrp_prune.attribution.candidates import candidates
+from lrp_prune.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning.fitting import ENTRIES
-from lrp_prune.pruning.methods import Method, method_of
+from lrp_prune.pruning.methods import Method, collected_by, method_of
 from lrp_prune.pruning.recalibration import LOOKED_AT, STRENGTHS, parts_of_reference
-from lrp_prune.rehearsing import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.relevance import granularities_of
 from lrp_prune.relevance.statistics import statistic_of
 from lrp_prune.selection.scopes import check_sparsity
@@ -127,17 +128,12 @@ def estimate(
         >>> plan.weights, plan.relevance, plan.masks
         (1061900, 1077248, 265216)
     """
-    if isinstance(world_size, bool) or world_size < 1:
-        raise ValueError(f"world_size must be at least 1, got {world_size}")
-    if strategy not in ("ddp", "fsdp"):
-        raise ValueError(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
-    collected = method_of(method).collects(granularities_of(granularity))
+    states = _checked(world_size, strategy, optimizer, dtype, accumulate_on, batches)
+    collected = collected_by(method_of(method), granularities_of(granularity))
     check_sparsity(sparsity)
-    if isinstance(batches, bool) or batches < 1:
-        raise ValueError(f"batches must be at least 1, got {batches}")
-    states = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    check_flag("trainable_only", trainable_only)
     module = subject_of(model).module if isinstance(model, nn.Module) else _from_configuration(model, dtype)
     parts = world_size if strategy == "fsdp" else 1
     parameters = named_parameters(module)
@@ -185,6 +181,26 @@ def estimate(
         recalibration=zeroed + compared,
         recalibration_passes=passes,
     )
+
+
+def _checked(world_size: Any, strategy: Any, optimizer: Any, dtype: Any, accumulate_on: Any, batches: Any) -> float:
+    """Refuse arguments that are not possible; how many tensors of a parameter's size the optimizer keeps."""
+    check_integer("world_size", world_size, 1)
+    check_integer("batches", batches, 1)
+    if strategy not in ("ddp", "fsdp"):
+        raise ValueError(f"strategy must be 'ddp' or 'fsdp', got {strategy!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be None or a torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if accumulate_on is not None:
+        try:
+            torch.device(accumulate_on)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"accumulate_on must be None or name a device, got {accumulate_on!r}") from error
+    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
+        return OPTIMIZERS[optimizer]
+    if isinstance(optimizer, str):
+        raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)} or a number of tensors, got {optimizer!r}")
+    return check_number("optimizer (tensors that it keeps)", optimizer, "[0, inf)")
 
 
 def _passes(batches: int) -> tuple[int, int]:

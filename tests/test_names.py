@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import lrp_prune
 from lrp_prune.names import canonical_name, matches, named_modules, named_parameters, resolve, unwrap
 
 
@@ -48,6 +49,19 @@ def test_tied_parameters_have_their_first_name() -> None:
 def test_patterns_match_names_and_the_modules_around_them(name: str, pattern: str, expected: bool) -> None:
     assert matches(name, [pattern]) is expected
     assert not matches(name, None) and not matches(name, [])
+
+
+def test_a_single_string_is_no_list_of_patterns() -> None:
+    model, batch = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (torch.ones(1, 2), torch.zeros(1, dtype=torch.long))
+    for name in ("include", "exclude"):
+        for granularity in ("weight", "neuron"):
+            with pytest.raises(ValueError, match=f"{name} must be a list of name patterns such as .* got '0'"):
+                lrp_prune.prune(model, [batch], 0.5, granularity=granularity, **{name: "0"})
+    with (
+        pytest.raises(ValueError, match=r"latent must be a list of name patterns such as .* got '0'"),
+        lrp_prune.attributing(model, latent="0"),
+    ):
+        pass
 
 
 def test_names_that_fit_several_modules_are_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lrp_prune.adapters import adapted_layers, adapter_parameters
+from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.quantized import quantized_modules
 from lrp_prune.names import aliases, matches, named_parameters, naming, unwrap
 
@@ -56,6 +57,8 @@ def candidates(
         ValueError: if a pattern matches no parameter, or vectors only; nothing is left; a weight is quantized; or only
             trainable weights are asked for, and these are adapters.
     """
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
     parameters = named_parameters(model)
     _refuse_quantized(model, parameters, include, exclude)
     for pattern in (*(include or ()), *(exclude or ())):

@@ -14,10 +14,9 @@ from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.forms import Form
 from lrp_prune.engine.roots import Root
 from lrp_prune.engine.tracing import UnitTracer
-from lrp_prune.engine.unit_table import layer_of
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
-from lrp_prune.names import class_name, matches, named_parameters, unwrap
+from lrp_prune.names import class_name, layer_of, matches, named_parameters, unwrap
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic, statistic_of

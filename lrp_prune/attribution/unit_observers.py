@@ -12,10 +12,10 @@ from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.shadow import NOTHING
 from lrp_prune.engine.tracing import UnitTracer
-from lrp_prune.engine.unit_table import Group, layer_of
+from lrp_prune.engine.unit_table import Group
 from lrp_prune.engine.uses import Observer, Use
 from lrp_prune.models.wording import listed
-from lrp_prune.names import matches
+from lrp_prune.names import layer_of, matches
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.arguments import check_integer, check_number, check_patterns
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.observers import check_included, fingerprint
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
@@ -90,7 +91,7 @@ def discover(
     """
     weights = granularity == "weight"
     method = method_for(weights, method)
-    check_options(order, rounds, density, normalize)
+    check_options(order, rounds, density, normalize, batch_size, include, exclude)
     check_ablation(ablation)
     module = forwarded(model)
     kinds = () if weights else kinds_of(granularity)
@@ -227,13 +228,20 @@ def check_nodes(
 
 
 def check_options(
-    order: str = "absolute", rounds: int = 1, density: float = 0.01, normalize: str | None = None
+    order: str = "absolute",
+    rounds: int = 1,
+    density: float = 0.01,
+    normalize: str | None = None,
+    batch_size: int = 16,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
 ) -> None:
     """Refuse values of :func:`discover`'s options that can be known to be wrong without a model."""
     for what, value, choices in (("order", order, ORDERS), ("normalize", normalize, (*NORMALIZATIONS, None))):
         if value not in choices:
             raise ValueError(f"{what} must be one of {choices}, got {value!r}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if not 0 < density < 1:
-        raise ValueError(f"density must be in (0, 1), got {density}")
+    check_integer("rounds", rounds, 1)
+    check_number("density", density, "(0, 1)")
+    check_integer("batch_size", batch_size, 1)
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)

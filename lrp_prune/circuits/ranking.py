@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrp_prune.arguments import check_integer, check_number
 from lrp_prune.circuits.circuit import Circuit, Node, site_from_list, site_to_list
 from lrp_prune.circuits.sites import Site
 from lrp_prune.pruning import Masks
@@ -66,8 +67,9 @@ class Ranking:
         Raises:
             ValueError: if it is out of range.
         """
+        check_size("size", size)
         number = int(size * len(self) + 1e-9) if isinstance(size, float) else size
-        if isinstance(size, bool) or not 0 <= number <= len(self) or (isinstance(size, float) and not 0 <= size <= 1):
+        if number > len(self):
             raise ValueError(f"size must be a fraction in [0, 1] or a number up to {len(self)}, got {size!r}")
         return number
 
@@ -152,3 +154,15 @@ class Ranking:
             description["model"],
             description["description"],
         )
+
+
+def check_size(name: str, size: Any) -> None:
+    """Refuse what is neither a number of nodes nor, as a float, a fraction of all.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if isinstance(size, float):
+        check_number(name, size, "[0, 1]")
+    else:
+        check_integer(name, size, 0)

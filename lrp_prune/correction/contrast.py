@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lrp_prune.correction.guard import candidates, unpack_slice, without
+from lrp_prune.arguments import check_flag, check_patterns
+from lrp_prune.correction.guard import Guard, candidates, guard_of, unpack_slice, without
 from lrp_prune.distributed.sharding import Sharding, counted
 from lrp_prune.names import matches
 from lrp_prune.pruning.masks import Masks
@@ -28,7 +29,7 @@ class Contrast:
 
     What served well on a language model (``examples/correct_repetition.py``): as undesired target the margin of the tokens
     that show the behaviour (:class:`~lrp_prune.targets.RepetitionMargin`, :class:`~lrp_prune.targets.TokenMargin`),
-    ``"next_token"`` on general text, both ``signed`` by ``epsilon`` with ``skip_first=1``; ``guard_by`` the general set in
+    ``"next_token"`` on general text, both ``signed`` by ``epsilon`` with ``skip_first=1``; a guard by the general set in
     ``squared_token``; a strength of a half on more entries instead of removing fewer; and a second round on the corrected
     model (``extends`` of :meth:`Patch.from_contrast`).
 
@@ -39,11 +40,8 @@ class Contrast:
             default: the paper states no scale, and the sets differ in samples, tokens and logits); ``"mean"``,
             ``"sum"`` and ``"max"`` divide tensor by tensor; None takes the values as they are.
         guard: the share of entries that may be removed at all: those whose absolute relevance for ``general`` is below
-            this quantile. Without it (None, as in the paper) the few entries that everything depends on go first, and
-            the model with them.
-        guard_by: another relevance for the general set that the quantile is taken of, ``abs_token`` say; ``general``
-            itself by default.
-        guard_scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
+            this quantile; or a :class:`Guard`, which also says of what it is one. Without it (None, as in the paper) the few
+            entries that everything depends on go first, and the model with them.
         spared: weights that are no candidates whatever they do, flat positions by parameter name: those that another patch
             has already.
         reverse: ask the reverse question, what serves the general behaviour only; the two sets change places, and with
@@ -70,9 +68,7 @@ class Contrast:
         undesired: Relevance,
         *,
         normalize: str | None = "total",
-        guard: float | None = 0.7,
-        guard_by: Relevance | None = None,
-        guard_scope: str = "global",
+        guard: float | Guard | None = 0.7,
         spared: Mapping[str, Tensor] | None = None,
         reverse: bool = False,
         include: Sequence[str] | None = None,
@@ -83,8 +79,8 @@ class Contrast:
         if normalize is not None and normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize must be None or one of {NORMALIZATIONS}, got {normalize!r}")
         _check_pair(general, undesired)
-        if guard is None and guard_by is not None:
-            raise ValueError("guard_by says what the guard measures, but there is no guard: pass guard=0.7, say")
+        check_flag("reverse", reverse)
+        guard = guard_of(guard)
         self.general, self.undesired = general, undesired
         first, second = (undesired, general) if reverse else (general, undesired)
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
@@ -99,11 +95,11 @@ class Contrast:
         )
         self._candidates: dict[str, Tensor] | None = None
         if guard is not None:
-            measure = guard_by if guard_by is not None else self._first
-            if guard_by is not None:
-                _check_entries(guard_by, first, "guard_by")
+            measure = guard.measured_by(self._first)
+            if guard.by is not None:
+                _check_entries(measure, first, "the guard's relevance")
             values = Computed(self._shardings, partial(_read, measure, self._shardings))
-            self._candidates = candidates(values, self.names, guard, guard_scope)
+            self._candidates = candidates(values, self.names, guard)
         if spared:
             self._candidates = without(self._candidates, spared, self._shardings)
         self._num_candidates = self.num_entries
@@ -232,8 +228,7 @@ def _any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
 
 def _chosen_names(names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
     for kind, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{kind} must be a list of name patterns such as ['*.mlp'], got {patterns!r}")
+        check_patterns(kind, patterns)
         for pattern in patterns or ():
             if not any(matches(name, [pattern]) for name in names):
                 raise ValueError(f"{kind} pattern {pattern!r} matches none of {', '.join(names[:3])}, ...")

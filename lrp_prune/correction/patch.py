@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrp_prune.correction import combining
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.entries import Entries, check_strength, checksum, locate, read, scaled, write_together
+from lrp_prune.correction.guard import Guard, guard_of
 from lrp_prune.correction.provenance import describe_model, describe_references
 from lrp_prune.correction.verifying import (
     applied_strength,
@@ -116,9 +117,7 @@ class Patch(Mapping[str, Entries]):
         amount: float | int = 0.0003,
         *,
         normalize: str | None = "total",
-        guard: float | None = 0.7,
-        guard_by: "Relevance | None" = None,
-        guard_scope: str = "global",
+        guard: float | Guard | None = 0.7,
         reverse: bool = False,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -135,8 +134,7 @@ class Patch(Mapping[str, Entries]):
             general: relevance for what is to stay.
             undesired: relevance for what is to go.
             amount: how much to remove: a fraction of all weights (or units) chosen from, or a count.
-            normalize, guard, guard_by, guard_scope, reverse, include, exclude: of the contrast; the paper's own is
-                ``normalize=None, guard=None``.
+            normalize, guard, reverse, include, exclude: of the contrast; the paper's own is ``normalize=None, guard=None``.
             removal: of neurons and heads, ``"contribution"`` or ``"all"``: see :meth:`Contrast.masks`.
             behaviour: what is removed, in a word or two.
             references: plain values that say which samples were used.
@@ -158,14 +156,13 @@ class Patch(Mapping[str, Entries]):
             >>> Patch.from_contrast(model, general, undesired, amount=1)["weight"].positions
             tensor([1])
         """
+        guard = guard_of(guard)
         extended = {} if extends is None else {name: extends[name].positions for name in extends}
         contrast = Contrast(
             general,
             undesired,
             normalize=normalize,
             guard=guard,
-            guard_by=guard_by,
-            guard_scope=guard_scope,
             spared=combining.merged(spared or {}, extended),
             reverse=reverse,
             include=include,
@@ -175,12 +172,12 @@ class Patch(Mapping[str, Entries]):
         positions = {name: marked_positions(~masks.local(name), masks.sharding(name)) for name in masks}
         provenance = {
             "behaviour": behaviour,
-            "references": describe_references(general, undesired, guard_by, references),
+            "references": describe_references(general, undesired, None if guard is None else guard.by, references),
             "options": {
                 "amount": amount,
                 "normalize": normalize,
-                "guard": guard,
-                "guard_scope": guard_scope,
+                "guard": None if guard is None else guard.share,
+                "guard_scope": None if guard is None else guard.scope,
                 "reverse": reverse,
                 "include": None if include is None else list(include),
                 "exclude": None if exclude is None else list(exclude),

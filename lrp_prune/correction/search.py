@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from lrp_prune.arguments import check_integer, check_number
 from lrp_prune.correction.patch import Patch
 
 AMOUNTS: tuple[float, ...] = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
@@ -38,19 +39,22 @@ class Automatic:
     general_mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        if not 0 < self.reduction <= 1:
-            raise ValueError(f"reduction must be in (0, 1], got {self.reduction!r}")
-        if not self.allowed_loss >= 0:
-            raise ValueError(f"allowed_loss must be 0 or more, got {self.allowed_loss!r}")
+        check_number("reduction", self.reduction, "(0, 1]")
+        check_number("allowed_loss", self.allowed_loss, "[0, inf]")
         if self.general_mode not in ("min", "max"):
             raise ValueError(f"general_mode must be 'min' or 'max', got {self.general_mode!r}")
-        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or self.refine < 0:
-            raise ValueError(f"refine must be an integer of at least 0, got {self.refine!r}")
-        amounts = list(self.amounts)
-        if not amounts or any(isinstance(amount, bool) or not amount > 0 for amount in amounts):
-            raise ValueError(f"amounts must be positive fractions or counts, got {amounts!r}")
-        if len({type(amount) for amount in amounts}) > 1:
-            raise ValueError(f"amounts must be all fractions or all counts, got {amounts!r}")
+        check_integer("refine", self.refine, 0)
+        given: Any = self.amounts
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+            raise ValueError(f"amounts must be a list of fractions or counts, got {self.amounts!r}")
+        fractions = any(isinstance(amount, float) for amount in self.amounts)
+        for amount in self.amounts:
+            if fractions and not isinstance(amount, float):
+                raise ValueError(f"amounts must be all fractions or all counts, got {list(self.amounts)!r}")
+            if fractions:
+                check_number("a fraction in amounts", amount, "(0, 1)")
+            else:
+                check_integer("a count in amounts", amount, 1)
 
 
 _USUAL = Automatic()

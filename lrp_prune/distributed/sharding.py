@@ -6,8 +6,9 @@ Whatever is made for them (relevance, masks) is divided in the same way; no proc
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -283,23 +284,25 @@ def agree(error: Exception | None, mesh: "DeviceMesh | None", what: str) -> None
     raise OtherProcessError(f"{what} failed in process {rank}: {message}")
 
 
-@contextmanager
-def agreeing(mesh: "DeviceMesh | None", what: str) -> Iterator[None]:
+def agreeing(mesh: "DeviceMesh | None", what: str) -> AbstractContextManager[None]:
     """What fails in one process fails in all of a mesh, which would wait for it in the next exchange; None: this one is alone.
 
     Raises:
         Exception: this process's own error.
         OtherProcessError: another process's.
     """
-    if mesh is None:
-        yield
-        return
+    return nullcontext() if mesh is None else telling(partial(agree, mesh=mesh, what=what))
+
+
+@contextmanager
+def telling(agree: Callable[[Exception | None], None]) -> Iterator[None]:
+    """Tells of the error that came up in the context, or of none; to raise it, here and elsewhere, is up to what is told."""
     failure = None
     try:
         yield
     except Exception as error:
         failure = error
-    agree(failure, mesh, what)
+    agree(failure)
 
 
 def mesh_of(model: nn.Module) -> "DeviceMesh | None":

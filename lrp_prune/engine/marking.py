@@ -65,8 +65,13 @@ def _replaced(values: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(values, dict):
         return {name: _replaced(value, old, new) for name, value in values.items()}
     if isinstance(values, tuple | list) and not isinstance(values, torch.Size):
-        return type(values)(_replaced(value, old, new) for value in values)
+        return _alike(values, [_replaced(value, old, new) for value in values])
     return new if values is old else values
+
+
+def _alike(values: Any, entries: list[Any]) -> Any:
+    """Other entries in a list or tuple of the same kind, with names or without."""
+    return type(values)(*entries) if hasattr(values, "_fields") else type(values)(entries)
 
 
 def without_parameters(
@@ -111,6 +116,5 @@ class _Detaching:
                 self.found = value
             return value
         if isinstance(value, list | tuple) and value and not isinstance(value, torch.Size):
-            converted = [self.of(entry) for entry in value]
-            return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
+            return _alike(value, [self.of(entry) for entry in value])
         return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.audit import Audit
 from lrp_prune.engine.checkpoints import propagating_checkpoints
 from lrp_prune.engine.composites import Composite, composite_of
@@ -232,6 +233,7 @@ def propagating(
 
 def _latent(modules: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
     """The modules whose outputs' relevance is wanted."""
+    check_patterns("latent", patterns)
     for pattern in patterns or ():
         if not any(_matching(name, [pattern]) for name in modules):
             raise ValueError(

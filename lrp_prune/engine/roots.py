@@ -17,6 +17,7 @@ from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.origins import marked, note_source, source_of
 from lrp_prune.engine.rules import Call, is_activation
 from lrp_prune.models.batches import fields, with_fields
+from lrp_prune.names import layer_of
 
 _ADDING = frozenset({"sum", "matmul"})
 """Kinds of operation that add what enters them; the others join."""
@@ -71,7 +72,7 @@ class Roots:
         if is_activation(looked_up) or not looked_up.is_floating_point():
             return rows
         origin = marked(table)
-        named = None if origin is None else origin.name.removesuffix(".weight")
+        named = None if origin is None else layer_of(origin.name)
         if named is None and self._constants is not None:
             named = self._constants.name_of(table, call.name)
         leaf = looked_up.detach().requires_grad_()

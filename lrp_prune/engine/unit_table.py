@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.shadow import NOTHING, alike, units_in
+from lrp_prune.names import layer_of
 from lrp_prune.relevance.members import NOBODY, Member
 
 
@@ -197,8 +198,3 @@ def _named(groups: list[Group]) -> list[Group]:
         group._replace(name=name if names.count(name) == 1 else f"{name}({layer_of(group.producers[0])})")
         for name, group in zip(names, groups, strict=True)
     ]
-
-
-def layer_of(parameter: str) -> str:
-    """The name of the layer whose weight it is."""
-    return parameter.removesuffix(".weight")

@@ -16,7 +16,7 @@ from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.methods import METHODS, Method, method_of
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
-from lrp_prune.pruning.schedules import sparsity_schedule
+from lrp_prune.pruning.schedules import rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import settled
 from lrp_prune.pruning.scorers import Scorer, scorer
 from lrp_prune.relevance import Relevance, granularities_of
@@ -159,9 +159,9 @@ def _check(
         check_units_scope(",".join(kinds), compared)
         for rate in rates:
             check_reachable(parse_scope(compared), rate)
-            sparsity_schedule(
-                entry.get("schedule", "cubic"), rate, 1 if entry.get("rounds") is None else entry["rounds"]
-            )
+            schedule = entry.get("schedule", "cubic")
+            rounds = rounds_of(schedule, entry.get("rounds"))
+            sparsity_schedule(schedule, rate, 1 if rounds is None else rounds)
         check_chunks(entry.get("chunks", 1), reference, ",".join(kinds))
         needs_data = _scorer(model, entry).needs_data
     except (ValueError, TypeError) as error:

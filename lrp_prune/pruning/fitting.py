@@ -14,7 +14,7 @@ from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.pairs import DenseOutputs, PrunedUses
-from lrp_prune.pruning.passes import Change, divergence, normalizing, outputs_of
+from lrp_prune.pruning.passes import Change, distances, normalizing, outputs_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes, Turn, Turns
 from lrp_prune.pruning.zeroed import zeroed
@@ -30,7 +30,8 @@ class Candidate:
         self.strength = strength
         self.channels: dict[Place, PairedMoments] = {}
         self.norms: dict[str, PairedMoments] = {}
-        self.divergences: list[float] = []
+        self.distances: list[list[float | None]] = []
+        """Of each batch that was judged, output by output; None where an output cannot be compared."""
 
     def normalized(
         self, name: str, x: Tensor, dense: Tensor | None, turns: Turns | None, adding: bool
@@ -73,6 +74,8 @@ class Runs:
     advance: Callable[[int], Any]
     seen: dict[str, bool] = field(default_factory=dict)
     """Names of weights that are places, or have some, and whether something else uses one as well."""
+    uneven: set[str] = field(default_factory=set)
+    """Names of weights whose outputs had another shape once masks were applied."""
 
     def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """Fit scales to batches, laid together to as few as memory allows."""
@@ -147,8 +150,9 @@ class Runs:
                     # Fitted, pairs are of the same tokens; judged, the model chooses as it will.
                     again = Choices(choices.made if fitting else None)
                     found = outputs_of(self.model, batch, uses, self.target, again)
+                    self.uneven.update(uses.uneven)
                     if not fitting and adding:
-                        candidate.divergences.append(divergence(expected, found, self.target, counted))
+                        candidate.distances.append(distances(expected, found, self.target, counted))
                     self.advance(number if adding else 0)
 
 

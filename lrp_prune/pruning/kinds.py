@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lrp_prune.names import layer_of
+
 if TYPE_CHECKING:
     from lrp_prune.pruning.masks import Masks
 
@@ -15,7 +17,7 @@ def layer_group(name: str) -> str:
         >>> layer_group("model.layers.11.mlp.up_proj.weight"), layer_group("classifier.2.weight")
         ('model.layers.*.mlp.up_proj', 'classifier.2')
     """
-    *blocks, last = name.removesuffix(".weight").split(".")
+    *blocks, last = layer_of(name).split(".")
     return ".".join([*("*" if block.isdigit() else block for block in blocks), last])
 
 

@@ -11,11 +11,11 @@ from lrp_prune.engine.origins import Layout, marked
 from lrp_prune.engine.rules import Call
 from lrp_prune.engine.tracing import channel_axis
 from lrp_prune.engine.uses import Product, RecurrentLayer, WeightUses
-from lrp_prune.pruning.gates import Gates, copied, gates_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.places import BiasPlace, Place
 from lrp_prune.pruning.processes import Turn, Turns
+from lrp_prune.pruning.recurrent_gates import Gates, copied, gates_of
 
 
 class DenseOutputs(WeightUses):
@@ -135,6 +135,8 @@ class PrunedUses(WeightUses):
         self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
         self._states = {place: iter(made) for place, made in dense.states.items()}
+        self.uneven: set[str] = set()
+        """Weights whose outputs had another shape than the dense ones, so that there are no pairs."""
 
     def observed(self, call: Call) -> Any:
         """The product as it will be."""
@@ -179,8 +181,11 @@ class PrunedUses(WeightUses):
         """Scale and shift by what is known; None where that is too little."""
         if self._turns is not None:
             fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
-            if self._adding and dense is not None and result is not None and dense.shape == result.shape:
-                fresh.add(self._rows(result, axis), self._rows(dense, axis))
+            if self._adding and dense is not None and result is not None:
+                if dense.shape == result.shape:
+                    fresh.add(self._rows(result, axis), self._rows(dense, axis))
+                else:
+                    self.uneven.add(place.name)
             whole = self._turns.summed(place, fresh)
             if whole is not None:
                 self._channels.setdefault(place, PairedMoments(width)).merge([whole])

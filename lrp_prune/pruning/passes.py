@@ -20,7 +20,7 @@ from lrp_prune.names import named_modules
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.pairs import DenseOutputs
 
-Normalization = nn.modules.batchnorm._NormBase
+BatchNormalization = nn.modules.batchnorm._NormBase
 
 Change = tuple[Tensor, Tensor]
 """A difference of means, and a quotient of variances."""
@@ -68,7 +68,7 @@ def normalizing(module: nn.Module, told: Callable[[str, Tensor], Change | None])
     handles = [
         entry.register_forward_hook(hook(name), prepend=True)  # before its weights are divided again
         for name, entry in named_modules(module).items()
-        if isinstance(entry, Normalization) and entry.running_mean is not None and not _of_instances(entry)
+        if isinstance(entry, BatchNormalization) and entry.running_mean is not None and not _of_instances(entry)
     ]
     try:
         yield
@@ -81,25 +81,35 @@ def _of_instances(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.instancenorm._InstanceNorm)
 
 
-def divergence(expected: Sequence[Tensor], found: Sequence[Tensor], target: Any, counted: Tensor | None) -> float:
-    """How far outputs are from the dense model's: in nats where they are choices, else as a share of the variance."""
-    total = 0.0
+def distances(
+    expected: Sequence[Tensor], found: Sequence[Tensor], target: Any, counted: Tensor | None
+) -> list[float | None]:
+    """How far each output is from the dense model's: in nats where it is a choice, else as a share of the variance.
+
+    None stands for an output that cannot be compared: one of another shape, where shapes depend on values (boxes that were
+    found, say); and all of them if there are more or fewer, since nobody knows which is which.
+    """
+    if len(expected) != len(found):
+        return [None] * len(expected)
+    distances: list[float | None] = []
     for dense, pruned in zip(expected, found, strict=True):
+        if dense.shape != pruned.shape or not dense.numel():
+            distances.append(None)
+            continue
         dense, pruned = dense.float(), pruned.float()
         if counted is not None and dense.shape[:2] == counted.shape:
             dense, pruned = dense[counted], pruned[counted]
-        if (
-            not callable(target)
-            and target in _CHOICES
-            and len(expected) == 1
-            and dense.dim() > 1
-            and dense.shape[-1] > 1
-        ):
+        if _is_choice(target) and len(expected) == 1 and dense.dim() > 1 and dense.shape[-1] > 1:
             along = 1 if dense.dim() > 3 else -1
-            total += float(
-                F.kl_div(pruned.log_softmax(along), dense.log_softmax(along), reduction="sum", log_target=True)
-            ) / max(dense.numel() // dense.shape[along], 1)
+            distances.append(
+                float(F.kl_div(pruned.log_softmax(along), dense.log_softmax(along), reduction="sum", log_target=True))
+                / max(dense.numel() // dense.shape[along], 1)
+            )
         else:
             spread = float((dense - dense.mean()).square().mean())
-            total += float((pruned - dense).square().mean()) / max(spread, 1e-12)
-    return total
+            distances.append(float((pruned - dense).square().mean()) / max(spread, 1e-12))
+    return distances
+
+
+def _is_choice(target: Any) -> bool:
+    return not callable(target) and target in _CHOICES

@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
 
 from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.attribution.observers import check_included
+from lrp_prune.distributed.sharding import mesh_of
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
@@ -19,14 +21,14 @@ from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.methods import Method, method_of
-from lrp_prune.pruning.recalibration import enough
+from lrp_prune.pruning.recalibration import IncomparableError, Recalibration, enough
 from lrp_prune.pruning.recalibration import recalibrate as measure
-from lrp_prune.pruning.restoring import restored
-from lrp_prune.pruning.schedules import Schedule, sparsity_schedule
+from lrp_prune.pruning.restoring import remembered, restored
+from lrp_prune.pruning.schedules import Schedule, rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import Scope, settled
 from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import select
-from lrp_prune.pruning.zeroed import zero_
+from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.selection.scopes import Structure, parse_scope
@@ -35,6 +37,7 @@ from lrp_prune.targets import Inferred
 _logger = logging.getLogger("lrp_prune")
 _ONE_ROUND = 0.6
 """Up to here a second scoring gains nothing, on any model of the panel (tests/benchmarks/panel.py)."""
+_NO_BATCHES = "recalibrate=True needs batches: pass some, or recalibrate=False"
 
 
 def prune(
@@ -71,8 +74,8 @@ def prune(
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
         batches: reference samples, see :func:`lrp_prune.attribute`, gone through once a round, and the first of them once more to
-            recalibrate. ``magnitude`` and ``random``
-            need none; if there is one, the first shows whether the model computes with weights before it uses them.
+            recalibrate. ``magnitude`` and ``random`` need none; if there is one, the first shows whether the model computes with
+            weights before it uses them.
         sparsity: the fraction to prune, of all that ``include`` and ``exclude`` ask for (see :func:`select`), in all or by
             pattern of parameter names.
         method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
@@ -84,13 +87,14 @@ def prune(
         exclude: patterns of parameters to leave alone.
         trainable_only: leave frozen weights alone, unless ``include`` names them.
         rounds: in how many rounds. Each scores the model as it is pruned by then, so that weights which stand in for
-            pruned ones are seen to matter; what is pruned stays pruned. None: one, and two beyond 60 % where the model is
-            recalibrated between them.
-        schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`.
+            pruned ones are seen to matter; what is pruned stays pruned. None: one for each entry of ``schedule`` if that is a
+            list, else one, and two beyond 60 % where the model is recalibrated between them.
+        schedule: total sparsity by round, see :func:`~lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
         recalibrate: whether what is kept is scaled, channel by channel, to the outputs of the dense model on the same batches, by
             forward passes alone and only as far as it helps (see :func:`~lrp_prune.pruning.recalibrate`); biases and running
-            statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches. Of several
-            rounds each begins with the dense model's weights, which are kept beside the model until then.
+            statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches, and
+            outputs that can be compared (their shapes do not depend on values); else the log says that nothing was recalibrated.
+            Of several rounds each begins with the dense model's weights, which are kept beside the model until then.
         existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
         relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
             again: for several sparsities, say.
@@ -118,14 +122,16 @@ def prune(
     method, kinds = method_of(method), granularities_of(granularity)
     scope = settled(scope, method, kinds)
     check_batches(batches)
+    batches = _peeked(batches)
+    recalibrates = _recalibrates(recalibrate, batches)
+    rounds = rounds_of(schedule, rounds)
     if rounds is None:
-        again = existing is None and _gains_by_a_second_round(kinds, scope, sparsity)
-        rounds = 2 if again and _recalibrates(recalibrate, batches) else 1
-    targets = [sparsity] if rounds == 1 else sparsity_schedule(schedule, sparsity, rounds)
+        again = recalibrates and existing is None and _gains_by_a_second_round(kinds, scope, sparsity)
+        rounds = 2 if again else 1
+    targets: Sequence[float | Mapping[str, float]] = sparsity_schedule(schedule, sparsity, rounds)
     _check_granularity(relevance, kinds)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, ",".join(kinds))
-    recalibrates = _recalibrates(recalibrate, reference)
     if recalibrates and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
     if method.target is None:
@@ -134,7 +140,7 @@ def prune(
     running: dict[str, Any] = {"accumulate_on": accumulate_on, "matmul_dtype": matmul_dtype, "unruled": unruled}
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
-    with _beginning_again(model, recalibrates and rounds > 1) as restore, _undone_on_error(model) as zero:
+    with _beginning_again(model, recalibrates and rounds > 1) as restore, _undone_on_error() as undo:
         for index, target in enumerate(targets):
             scores = score()
             if index == 0 and kinds == ("weight",):
@@ -148,13 +154,14 @@ def prune(
                 check_included(include, scored, scored.unscored)
                 groups_of(scored, targets[-1], parse_scope(scope.compared or "global"), masks)  # before the first zero
                 masks = select(scored, target, scope, existing=masks)
+            found = None
             if recalibrates:
                 restore()
                 compared = asked_of(method.target, scored.target)
-                found = measure(model, masks, reference, compared, progress=progress)
-            zero(masks)
-            if recalibrates:
-                found.apply_(subject_of(model).module)
+                found = _measured(model, masks, reference, compared, recalibrate is True, progress)
+                recalibrates = found is not None
+            _apply(model, masks, found, undo)
+            if found is not None:
                 _logger.info("round %d: %s", index + 1, found)
     assert masks is not None
     return masks
@@ -172,11 +179,39 @@ def _recalibrates(asked: bool | None, reference: Any) -> bool:
     Raises:
         ValueError: if it is asked for and cannot be.
     """
-    if asked is False:
-        return False
+    if asked not in (None, True, False) or isinstance(asked, int) != isinstance(asked, bool):
+        raise ValueError(f"recalibrate must be True, False, or None for wherever there are batches, got {asked!r}")
     if asked and _is_empty(reference):
-        raise ValueError("recalibrate=True needs batches: pass some, or recalibrate=False")
-    return not _is_empty(reference)
+        raise ValueError(_NO_BATCHES)
+    return asked is not False and not _is_empty(reference)
+
+
+def _measured(
+    model: nn.Module, masks: Masks, reference: Iterable[Any], compared: Any, asked: bool, progress: bool
+) -> Recalibration | None:
+    """The recalibration; None where there is nothing to compare, and it was not asked for."""
+    batches = enough(reference)
+    if not batches and mesh_of(model) is None:  # of several processes one may have some
+        if asked:
+            raise ValueError(_NO_BATCHES)
+        return None
+    try:
+        return measure(model, masks, batches, compared, progress=progress)
+    except IncomparableError as error:
+        if asked:
+            raise
+        _logger.warning("not recalibrated: %s", error)
+        return None
+
+
+def _apply(model: nn.Module, masks: Masks, found: Recalibration | None, undo: list[Callable[[], None]]) -> None:
+    """Zero what is pruned and scale what is kept; before anything changes it is noted what puts it back."""
+    undo.append(values_under(model, masks))
+    masks.apply_(model)
+    if found is not None:
+        module = subject_of(model).module
+        undo.append(remembered(module, found.changed(module)))
+        found.apply_(module)
 
 
 def _highest(sparsity: float | Mapping[str, float]) -> float:
@@ -186,7 +221,15 @@ def _highest(sparsity: float | Mapping[str, float]) -> float:
 
 
 def _is_empty(batches: Any) -> bool:
-    return isinstance(batches, list | tuple) and not batches
+    return number_of(batches) == 0
+
+
+def _peeked(batches: Iterable[Any]) -> Iterable[Any]:
+    """The same batches; of what can be gone through once, nothing at all if there is none."""
+    if not isinstance(batches, Iterator):
+        return batches
+    first = list(islice(batches, 1))
+    return chain(first, batches) if first else ()
 
 
 class _Remembering:
@@ -231,11 +274,11 @@ def _once(told: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[Any]:
-    """Yields what applies masks, and restores the values that they zeroed if a later round fails."""
+def _undone_on_error() -> Iterator[list[Callable[[], None]]]:
+    """Yields a list of what puts values back, which is done in reverse if something fails."""
     undo: list[Callable[[], None]] = []
     try:
-        yield lambda masks: undo.append(zero_(model, masks))
+        yield undo
     except BaseException:
         for entry in reversed(undo):
             entry()

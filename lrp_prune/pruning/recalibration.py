@@ -12,6 +12,7 @@ strengths are carried along, none among them, and the one counts whose model's o
 batches that it has not yet been fitted to.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,16 +28,17 @@ from lrp_prune.engine.origins import Layout
 from lrp_prune.models.batches import samples_in
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules, named_parameters
-from lrp_prune.progress import Progress, bar, no_bar
+from lrp_prune.progress import Progress, bar, is_first, no_bar
 from lrp_prune.pruning.compared import comparing_by
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.passes import Normalization
+from lrp_prune.pruning.passes import BatchNormalization
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets import Target
 
+_logger = logging.getLogger("lrp_prune")
 STRENGTHS = (0.5, 1.0)
 """How much of the least squares is tried, beside nothing."""
 
@@ -78,6 +80,14 @@ class Recalibration:
         biases = [place.bias.name for place in places if place.bias is not None]
         return list(dict.fromkeys([*(place.name for place in places), *biases]))
 
+    def changed(self, model: nn.Module) -> list[Tensor]:
+        """Parameters and statistics of a model that :meth:`apply_` changes."""
+        parameters, modules = named_parameters(model), named_modules(model)
+        statistics = [
+            getattr(modules[name], kind) for name in self.normalizations for kind in ("running_mean", "running_var")
+        ]
+        return [*(parameters[name] for name in self.parameters), *statistics]
+
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Change a model in place, to which the masks have been applied."""
@@ -98,7 +108,7 @@ class Recalibration:
             _change_(parameters[name], parts, Tensor.add_, 0.0)
         for name, (moved, factor) in self.normalizations.items():
             module = modules[name]
-            assert isinstance(module, Normalization)
+            assert isinstance(module, BatchNormalization)
             assert module.running_mean is not None and module.running_var is not None
             module.running_mean.add_(moved.to(module.running_mean))
             module.running_var.mul_(factor.to(module.running_var))
@@ -162,8 +172,8 @@ def recalibrate(
         progress: show a progress bar, or what shows another.
 
     Raises:
-        ValueError: there is no batch, a batch does not fit the model, or the model is divided in another way than by
-            ``fully_shard``.
+        ValueError: there is no batch, a batch does not fit the model, the model is divided in another way than by
+            ``fully_shard``, or none of its outputs can be compared, as their shapes depend on values.
         RuntimeError: another process has an error; or parameters were gathered in inference mode before.
         FloatingPointError: the dense model's output is not finite.
 
@@ -199,19 +209,22 @@ def recalibrate(
     known = [place for place, moments in candidates[-1].channels.items() if moments.told]
     fitted_to = {entry.name for place in known for entry in (place, *place.also)}
     pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
-    result.left_out = {name: _reason(runs.seen.get(name)) for name in pruned}
+    result.left_out = {name: _reason(runs.seen.get(name), name in runs.uneven) for name in pruned}
     return result
 
 
-def _reason(tied: bool | None) -> str:
+def _reason(tied: bool | None, uneven: bool) -> str:
     """Why a weight is not scaled.
 
     Args:
         tied: whether something else uses it as well; None if it has no channels.
+        uneven: whether its outputs had another shape than the dense ones.
     """
     if tied is None:
         return "is in no product of which each output channel could be scaled by it alone"
-    return "is used by something else as well" if tied else "is reached by too few of the dense model's tokens"
+    if uneven and not tied:
+        return "gives outputs of another shape once masks are applied, as shapes depend on values"
+    return "is used by something else as well" if tied else "is reached by fewer than 16 samples or tokens"
 
 
 def enough(batches: Iterable[Any]) -> list[Any]:
@@ -241,7 +254,7 @@ def parts_of_reference(batches: list[Any]) -> tuple[list[Any], list[Any]]:
 
 def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
     """The strength whose outputs are closest on batches that it was not fitted to."""
-    judged = {candidate.strength: _mean(candidate.divergences, processes) for candidate in candidates}
+    judged = _divergences(candidates, processes)
     finite = {strength: value for strength, value in judged.items() if math.isfinite(value)}
     strength = min(finite, key=lambda entry: (finite[entry], entry)) if finite else 0.0
     chosen = next(candidate for candidate in candidates if candidate.strength == strength)
@@ -255,6 +268,32 @@ def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
     return result
 
 
-def _mean(values: Sequence[float], processes: Processes) -> float:
-    flat = [value for theirs in processes.gathered(list(values)) for value in theirs]
-    return float(sum(flat) / max(len(flat), 1))
+class IncomparableError(ValueError):
+    """No output of the dense model can be compared with what it is after pruning."""
+
+
+def _divergences(candidates: list[Candidate], processes: Processes) -> dict[float, float]:
+    """The distance from the dense model by strength, of those outputs that can be compared at each of them.
+
+    Raises:
+        IncomparableError: if there is none.
+    """
+    batches: list[tuple[float, ...]] = []
+    left_out: set[str] = set()
+    for theirs in processes.gathered([candidate.distances for candidate in candidates]):
+        for batch in zip(*theirs, strict=True):
+            outputs = list(zip(*batch, strict=True))  # each with its distance at each strength
+            compared = [output for output in outputs if None not in output]
+            left_out |= {f"{index + 1} of {len(outputs)}" for index, output in enumerate(outputs) if None in output}
+            if compared:
+                batches.append(tuple(map(sum, zip(*compared, strict=True))))
+    if not batches:
+        raise IncomparableError(
+            "nothing that the dense model gives can be compared with what it gives once masks are applied, since shapes or the "
+            "number of outputs depend on values: pass recalibrate=False, or a method with a function as its target, whose values "
+            "are compared then"
+        )
+    if left_out and is_first():
+        _logger.info("recalibration does not compare output %s: shapes depend on values", ", ".join(sorted(left_out)))
+    means = (sum(column) / len(batches) for column in zip(*batches, strict=True))
+    return {candidate.strength: mean for candidate, mean in zip(candidates, means, strict=True)}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrp_prune.figures import new_figure, saved
+from lrp_prune.names import layer_of
 from lrp_prune.pruning.emptied import NEARLY_ALL, CutOff, cut_off, emptied, in_words
 from lrp_prune.pruning.kinds import by_kind, common_path, figures_by_kind, in_short, layer_group
 from lrp_prune.relevance.unscored import described, entries_of, share
@@ -143,7 +144,7 @@ def _color(number: int, of: int) -> Any:
 def _ticks(names: list[str]) -> dict[int, str]:
     """Where the bars of a block begin, and its number; the layers' names where these are few."""
     if len(names) <= _NAMED:
-        return dict(enumerate(in_short([name.removesuffix(".weight") for name in names]).values()))
+        return dict(enumerate(in_short([layer_of(name) for name in names]).values()))
     found: dict[int, str] = {}
     last = None
     for index, name in enumerate(names):

@@ -1,8 +1,8 @@
 """Schedules: the total sparsity after each round of pruning."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args, overload
 
 from lrp_prune.selection.scopes import check_sparsity
 
@@ -30,12 +30,13 @@ def sparsity_schedule(
       redundant, slow at the end;
     * ``"exponential"``: :math:`1 - (1 - s_0) \left(\frac{1 - s_T}{1 - s_0}\right)^x`: each round prunes the same share
       of what is left, as in iterative magnitude pruning (Frankle & Carbin 2019, arXiv 1803.03635);
-    * a list of ``rounds`` numbers, or a callable from the round (1 to ``rounds``) to a number: the total sparsities.
+    * a list of ``rounds`` numbers, or a callable from the round (1 to ``rounds``) to a number: the total sparsities, the last of
+      which is :math:`s_T`.
 
     Args:
         schedule: the form, see above.
         sparsity: total sparsity after the last round; or one for each pattern, each of which follows the schedule on its
-            own. A list or callable then gives the share of each pattern's final sparsity, in [0, 1].
+            own. A list or callable then gives the share of each pattern's final sparsity, in [0, 1], and ends at 1.
         rounds: number of rounds.
         initial: total sparsity before the first round (named schedules only).
 
@@ -43,7 +44,8 @@ def sparsity_schedule(
         One number, or ``{pattern: number}``, for each round.
 
     Raises:
-        ValueError: if an argument is out of range, a list has not ``rounds`` entries, or the sparsity would fall.
+        ValueError: if an argument is out of range, a list has not ``rounds`` entries, the sparsity would fall, or what is given
+            ends at another one.
 
     Example:
         >>> sparsity_schedule("linear", 0.5, 2), sparsity_schedule("exponential", 0.75, 2)
@@ -63,13 +65,13 @@ def sparsity_schedule(
     if isinstance(schedule, str):
         curves = {pattern: _totals(schedule, rate, rounds, initial) for pattern, rate in sparsity.items()}
         return [{pattern: curve[number] for pattern, curve in curves.items()} for number in range(rounds)]
-    shares = _given(schedule, rounds, allow_one=True)
+    shares = _given(schedule, rounds, 1.0, "share of each sparsity")
     return [{pattern: share * rate for pattern, rate in sparsity.items()} for share in shares]
 
 
 def _totals(schedule: Schedule, final: float, rounds: int, initial: float) -> list[float]:
     if not isinstance(schedule, str):
-        return _given(schedule, rounds, allow_one=False)
+        return _given(schedule, rounds, final, "sparsity")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, a list or a callable, got {schedule!r}")
     if initial > final:
@@ -87,10 +89,39 @@ def _totals(schedule: Schedule, final: float, rounds: int, initial: float) -> li
     return [min(max(total, initial), final) for total in totals] + [float(final)]
 
 
-def _given(schedule: Sequence[float] | Callable[[int], float], rounds: int, *, allow_one: bool) -> list[float]:
-    values = [schedule(number) for number in range(1, rounds + 1)] if callable(schedule) else list(schedule)
+def rounds_of(schedule: Schedule, rounds: int | None) -> int | None:
+    """How many rounds there are: as many as are asked for, else one for each entry of a list; None if nothing says it.
+
+    Raises:
+        ValueError: for a function of the round and no number of rounds.
+
+    Example:
+        >>> rounds_of([0.3, 0.5], None), rounds_of("linear", 3), rounds_of("linear", None)
+        (2, 3, None)
+    """
+    if rounds is not None or isinstance(schedule, str):
+        return rounds
+    if callable(schedule):
+        raise ValueError("schedule is a function of the round: pass rounds= with how many there are")
+    return len(_listed(schedule))
+
+
+def _listed(schedule: Any) -> list[Any]:
+    if isinstance(schedule, Mapping) or not isinstance(schedule, Iterable):
+        raise ValueError(f"schedule must be one of {SCHEDULES}, a list or a callable, got {schedule!r}")
+    values = list(schedule)
+    if not values:
+        raise ValueError("the schedule is empty: give a number for each round")
+    return values
+
+
+def _given(schedule: Sequence[float] | Callable[[int], float], rounds: int, final: float, what: str) -> list[float]:
+    allow_one = final == 1
+    values = [schedule(number) for number in range(1, rounds + 1)] if callable(schedule) else _listed(schedule)
     if len(values) != rounds:
-        raise ValueError(f"the schedule has {len(values)} entries for {rounds} rounds: give one for each round")
+        raise ValueError(
+            f"the schedule has {len(values)} entries for rounds={rounds}: give one for each, or leave rounds out"
+        )
     before = 0.0
     for number, value in enumerate(values, start=1):
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -103,4 +134,8 @@ def _given(schedule: Sequence[float] | Callable[[int], float], rounds: int, *, a
                 f"the schedule falls from {before} to {value} in round {number}: what is pruned stays pruned"
             )
         before = value
-    return [float(value) for value in values]
+    if not math.isclose(before, final, rel_tol=1e-6, abs_tol=1e-9):
+        raise ValueError(
+            f"the schedule ends at {before:g}, and the {what} to reach is {final:g}: let it end there, or pass another sparsity"
+        )
+    return [float(min(value, final)) for value in values[:-1]] + [float(final)]

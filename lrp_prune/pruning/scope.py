@@ -87,6 +87,10 @@ def settled(scope: "str | Scope | None", method: Method, kinds: tuple[str, ...])
         (Scope('row', floor=0.0), Scope('global', floor=0.5), Scope('global', floor=0.0))
     """
     asked = Scope() if scope is None else scope_of(scope)
+    try:
+        Scope(method.scope_for(kinds), method.floor if method.scope_for(kinds) == "global" else None)
+    except ValueError as error:
+        raise ValueError(f"method {method.name!r}: {error}") from error
     compared = asked.compared or method.scope_for(kinds)
     own = method.floor if (compared, kinds) == ("global", ("weight",)) else None
     floor = resolved_floor(own if asked.floor is None else asked.floor, compared, ",".join(kinds))

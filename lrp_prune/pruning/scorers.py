@@ -14,10 +14,18 @@ from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.distributed.sharding import Sharding, local_part, sharding_of
+from lrp_prune.distributed.sharding import Sharding, agreeing, local_part, sharding_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.checking import explaining_nothing
-from lrp_prune.pruning.methods import Collects, Method, Scorable, kinds_without_data, method_of
+from lrp_prune.pruning.methods import (
+    Collects,
+    Method,
+    Scorable,
+    check_scores,
+    collected_by,
+    kinds_without_data,
+    method_of,
+)
 from lrp_prune.pruning.units import weight_norms
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.members import Member
@@ -39,7 +47,7 @@ class Scorer:
     def __init__(self, method: Method, model: nn.Module, kinds: tuple[str, ...], **options: Any) -> None:
         self.method, self._model, self._kinds = method, subject_of(model).module, kinds
         self._which = {name: options[name] for name in ("include", "exclude", "trainable_only") if name in options}
-        collected = method.collects(kinds)
+        collected = collected_by(method, kinds)
         self._structure = collected is None  # whatever it is made of, only what there is to score is looked for
         self._scores_itself = self._structure or type(method).score is not Method.score
         self._accumulator: RelevanceAccumulator | None = None
@@ -92,11 +100,16 @@ class Scorer:
         return self._of_weights_alone() if self._accumulator is None else self._accumulator.compute()
 
     def scored(self, collected: Relevance) -> Relevance:
-        """The scores, from what was collected."""
+        """The scores, from what was collected.
+
+        Raises:
+            ValueError: the method gives something else than a number for each weight or unit.
+        """
         if not self._scores_itself:
             return collected
         used = {} if collected.granularity != "weight" else parametrized(self._model).used
-        with torch.no_grad():
+        mesh = next((sharding.mesh for sharding in collected.shardings.values()), None)
+        with torch.no_grad(), agreeing(mesh, f"method {self.method.name!r}"):  # each may score parts of its own
             values = {name: self._score(name, collected, used) for name in collected}
         if self._structure:
             return collected.with_values(values, self.method.name)
@@ -119,11 +132,7 @@ class Scorer:
             weight = used.get(name, partial(local_part, parameter))
             scorable = Scorable(name, tuple(parameter.shape), values, weight, part)
         scores = self.method.score(scorable)
-        expected = tuple(collected.sums[name].shape)
-        if tuple(scores.shape) != expected:
-            raise ValueError(
-                f"method {self.method.name!r} gives {name} scores of shape {tuple(scores.shape)}, where {expected} is needed"
-            )
+        check_scores(self.method, name, scores, tuple(collected.sums[name].shape))
         return scores.detach().to(device=collected.sums[name].device)
 
     def _of_weights_alone(self) -> Relevance:

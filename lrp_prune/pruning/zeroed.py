@@ -11,15 +11,16 @@ from lrp_prune.names import resolve
 from lrp_prune.pruning.masks import Masks
 
 
-def zero_(model: nn.Module, masks: Masks) -> Callable[[], None]:
-    """Apply masks to a model, and return what puts back the values that they zeroed, bit for bit.
+def values_under(model: nn.Module, masks: Masks) -> Callable[[], None]:
+    """What puts back the values that masks are going to zero, bit for bit; to be asked for before they are applied.
 
     Of a model that is divided among processes each keeps the values of its own part.
 
     Example:
-        >>> model = nn.Linear(2, 1, bias=False)
+        >>> model, masks = nn.Linear(2, 1, bias=False), Masks({"weight": torch.tensor([[True, False]])})
         >>> before = model.weight.detach().clone()
-        >>> undo = zero_(model, Masks({"weight": torch.tensor([[True, False]])}))
+        >>> undo = values_under(model, masks)
+        >>> masks.apply_(model)
         >>> model.weight[0, 1].item()
         0.0
         >>> undo()
@@ -29,7 +30,6 @@ def zero_(model: nn.Module, masks: Masks) -> Callable[[], None]:
     values = {
         name: local_part(parameter)[~masks.part(name, parameter)] for name, parameter in resolve(masks, model).items()
     }
-    masks.apply_(model)
 
     def undo() -> None:
         with torch.no_grad():
@@ -42,9 +42,10 @@ def zero_(model: nn.Module, masks: Masks) -> Callable[[], None]:
 @contextmanager
 def zeroed(model: nn.Module, masks: Masks) -> Iterator[None]:
     """The model as masks leave it, for the time of a context, whatever happens in it."""
-    undo = zero_(model, masks)
-    torch.clear_autocast_cache()  # which may have the weights as they were
+    undo = values_under(model, masks)
     try:
+        masks.apply_(model)
+        torch.clear_autocast_cache()  # which may have the weights as they were
         yield
     finally:
         undo()

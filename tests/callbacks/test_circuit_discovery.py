@@ -97,25 +97,41 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"ablation": "noise"},
-        {"method": "magic"},
-        {"granularity": "x"},
-        {"granularity": "weight"},  # by counterfactuals, which weights do not have
-        {"granularity": "weight", "ablation": "zero", "method": "gate_ig"},
-        {"every_n_epochs": 0},
-        {"size": 2.0},
-        {"sizes": (0.5, 3.0)},
-        {"method": circuits.AttributionPatching(statistic="geometric")},  # which is of weights
-        {"method": LRP(target="next_token")},  # where the task says what is explained
-        {"method": Magnitude()},
-        {"density": 1.0},
-        {"order": "ascending"},
-        {"normalize": "median"},
-        {"rounds": 0},
+        ({"ablation": "noise"}, "ablation must be one of .* got 'noise'"),
+        ({"method": "magic"}, "method must be one of .* got 'magic'"),
+        ({"granularity": "x"}, "granularity must be .* got 'x'"),
+        ({"granularity": 3}, "not iterable"),
+        ({"granularity": "weight"}, "weights have no activations to replace"),
+        ({"granularity": "weight", "ablation": "zero", "method": "gate_ig"}, "scores units, not weights"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be an integer of at least 1, got 0"),
+        ({"size": 2.0}, r"size must be a number in \[0, 1\], got 2.0"),
+        ({"size": float("nan")}, "size must be .* got nan"),
+        ({"size": -1}, "size must be an integer of at least 0, got -1"),
+        ({"size": True}, "size must be .* got True"),
+        ({"size": "all"}, "size must be .* got 'all'"),
+        ({"sizes": (0.5, 3.0)}, r"each of sizes must be a number in \[0, 1\], got 3.0"),
+        ({"sizes": "all"}, "each of sizes must be .* got 'a'"),
+        ({"sizes": 0.5}, "not iterable"),
+        ({"method": circuits.AttributionPatching(statistic="geometric")}, "statistic must be one of"),  # of weights
+        ({"method": LRP(target="next_token")}, "what is explained is the task's"),
+        ({"method": Magnitude()}, "has no scores of a circuit's units"),
+        ({"density": 1.0}, r"density must be a number in \(0, 1\), got 1.0"),
+        ({"density": "half"}, "density must be .* got 'half'"),
+        ({"order": "ascending"}, "order must be one of"),
+        ({"normalize": "median"}, "normalize must be one of"),
+        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"rounds": 1.5}, "rounds must be .* got 1.5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"metric": "loss"}, "metric 'loss' cannot be explained"),
+        ({"include": "mlp"}, "include must be a list of name patterns .* got 'mlp'"),
+        ({"exclude": [1]}, r"exclude must be a list of name patterns .* got \[1\]"),
+        ({"allow_untested": 1}, "allow_untested must be True or False, got 1"),
+        ({"held_out": "ioi"}, "held_out must be a task .* got 'ioi'"),
+        ({"task": "ioi"}, "task must be a task such as .* got 'ioi'"),
     ],
 )
-def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException):
-        CircuitDiscovery(small_task(), held_out=held_out(), **options)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        CircuitDiscovery(**{"task": small_task(), "held_out": held_out(), **options})

@@ -51,7 +51,7 @@ OTHERS = [
         "init_args": {
             "amount": 0.01,
             "method": {"class_path": "lrp_prune.LRP", "init_args": {"composite": {"matmul": "stop"}}},
-            "guard": {"share": 0.5, "statistic": "squared_token"},
+            "guard": {"share": 0.5, "by": "squared_token"},
         },
     },
 ]

@@ -11,7 +11,7 @@ from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lrp_prune import LRP, attribute
+from lrp_prune import LRP, Relevance, attribute
 from lrp_prune.callbacks import Guard
 from lrp_prune.callbacks.contrastive_correction import ContrastiveCorrection
 from lrp_prune.correction import Automatic, Patch
@@ -57,7 +57,7 @@ def test_a_corrected_module_gets_it_and_other_options_reach_the_contrast(
 ) -> None:
     module, loaders = make_module(), [make_loader(seed=1), make_loader(seed=2)]
     options = {"normalize": "mean", "reverse": True}
-    wanted = expected(module, loaders[::-1], **options, guard=0.4, guard_scope="layer")
+    wanted = expected(module, loaders[::-1], **options, guard=Guard(0.4, scope="layer"))
     guard = Guard(0.4, scope="layer")
     correction = ContrastiveCorrection(
         **OPTIONS, **options, guard=guard, general=1, undesired=0, behaviour="bad", strength=0.5
@@ -181,7 +181,7 @@ def test_effects_are_logged_before_and_after(make_module, make_loader, make_trai
 
     corrected = CorrectedModule(make_module())
     correction = ContrastiveCorrection(
-        **OPTIONS, undesired_metric=size, general_metric="val_loss/dataloader_idx_0", guard=Guard(statistic="abs_token")
+        **OPTIONS, undesired_metric=size, general_metric="val_loss/dataloader_idx_0", guard=Guard(by="abs_token")
     )
     trainer = make_trainer(callbacks=[correction])
     loaders = [make_loader(seed=1), make_loader(seed=2)]
@@ -297,18 +297,31 @@ def test_wrong_use_is_refused_without_touching_the_module(make_module, make_load
         with pytest.raises(MisconfigurationException, match=message):
             ContrastiveCorrection(**wrong)
     for wrong, message in (
-        ({"share": None, "statistic": "abs_token"}, "is of a guard, but there is none"),
-        ({"statistic": "most"}, "statistic must be"),
-        ({"scope": "row"}, "scope must be"),
+        ({"guard": Guard(by=Relevance({"a": torch.ones(2)}))}, "pass the name of a statistic"),
+        ({"general": []}, "general is an empty list"),
+        ({"undesired": []}, "undesired is an empty list"),
+        ({"general": "all"}, "general must be the index of a validation loader, batches .* got 'all'"),
+        ({"undesired": "all"}, "undesired must be the index of a validation loader, batches .* got 'all'"),
+        ({"undesired": -1}, "undesired must be an integer of at least 0, got -1"),
+        ({"general": torch.zeros(2, 8)}, "general must be an iterable of batches, got a tensor"),
+        ({"general": 2.5}, "general must be the index"),
+        ({"reverse": "yes"}, "reverse must be True or False, got 'yes'"),
+        ({"allow_untested": 1}, "allow_untested must be True or False, got 1"),
+        ({"undesired_metric": 3}, "undesired_metric must be a function of the model .* got 3"),
+        ({"general_metric": ["loss"]}, r"general_metric must be a function of the model .* got \['loss'\]"),
+        ({"general_metric": ""}, "general_metric must be a function"),
+        ({"amount": "some"}, "amount must be .* got 'some'"),
+        ({"amount": float("nan")}, "amount must be .* got nan"),
+        ({"strength": float("nan")}, "strength must be .* got nan"),
+        ({"strength": "full"}, "strength must be .* got 'full'"),
     ):
         with pytest.raises(MisconfigurationException, match=message):
-            Guard(**wrong)
+            ContrastiveCorrection(**wrong)
     module = make_module()
     before = tensors(module)
     loaders = [make_loader(seed=1), make_loader(seed=2)]
     for options, data, message in (
         ({}, loaders[:1], "validation loader 1 is a reference set, but there are 1"),
-        ({"undesired": []}, loaders, "no batch reached"),
         ({"include": ["nothing"]}, loaders, "matches no parameter"),
         ({"amount": 500}, loaders, "may be removed"),
     ):

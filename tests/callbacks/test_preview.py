@@ -77,7 +77,7 @@ def test_a_preview_that_cannot_come_is_said(make_module, make_loader, make_train
     assert not shown and pruning.previewed is None
     with pytest.raises(MisconfigurationException, match="this training has none"):
         make_trainer(callbacks=[RelevancePruning(preview=True)], max_epochs=2).fit(make_module(), make_loader())
-    with pytest.raises(MisconfigurationException, match="preview must be true or false"):
+    with pytest.raises(MisconfigurationException, match="preview must be True or False"):
         RelevancePruning(preview="yes")
 
 

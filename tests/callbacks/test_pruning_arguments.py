@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lrp_prune.callbacks import RelevancePruning, Rounds
 
@@ -67,7 +68,12 @@ def test_unreachable_structures_and_damaged_relevance_change_no_weight(
         ({"schedule": "cubical"}, "schedule"),
         ({"schedule": [0.5], "rounds": 2}, "2"),
         ({"schedule": [0.5, 0.2], "rounds": 2}, "0.2"),
-        ({"schedule": 3}, "schedule"),
+        ({"schedule": [0.2, 0.5], "rounds": 1}, "2 entries for rounds=1"),
+        ({"schedule": [0.2, 0.5], "rounds": Rounds(3, every_n_steps=2)}, "2 entries for rounds=3"),
+        ({"schedule": [0.2, 0.4]}, "ends at 0.4, and the sparsity to reach is 0.5"),
+        ({"schedule": lambda number: 0.5}, "pass rounds="),
+        ({"schedule": lambda number: 0.3, "rounds": 1}, "ends at 0.3"),
+        ({"schedule": 3}, "schedule must be one of"),
         ({"rounds": Rounds(start=0)}, "reference="),
         ({"method": "sparsegpt"}, "method"),
         ({"scope": "rows"}, "scope"),
@@ -76,11 +82,31 @@ def test_unreachable_structures_and_damaged_relevance_change_no_weight(
         ({"scope": "2:4", "sparsity": 0.5, "rounds": 2}, "rounds=1"),
         ({"scope": 3}, "scope"),
         ({"monitor_mode": "least"}, "monitor_mode"),
+        ({"monitor": 3}, "monitor must be None or the name of a metric .* got 3"),
+        ({"recalibrate": "yes"}, "recalibrate must be True or False, got 'yes'"),
+        ({"recalibrate": None}, "recalibrate must be True or False, got None"),
+        ({"summary": 1}, "summary must be True or False, got 1"),
+        ({"preview": 0}, "preview must be True or False, got 0"),
+        ({"allow_untested": "ddp"}, "allow_untested must be True or False, got 'ddp'"),
+        ({"reference": []}, "reference is an empty list: pass at least one batch"),
+        ({"reference": ()}, "reference is an empty tuple"),
+        ({"reference": DataLoader([])}, "reference is an empty DataLoader"),
+        ({"reference": [], "method": "magnitude"}, "reference is an empty list"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(arguments, message) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         RelevancePruning(**arguments)
+
+
+@pytest.mark.parametrize("rounds", [None, Rounds(every_n_steps=2)])
+def test_a_list_says_how_many_rounds_there_are(
+    rounds: Any, make_module: Any, make_loader: Any, make_trainer: Any
+) -> None:
+    pruning = RelevancePruning(schedule=[0.2, 0.3, 0.5], rounds=rounds, method="magnitude")
+    make_trainer(callbacks=[pruning], max_epochs=4).fit(make_module(), make_loader(), make_loader(seed=2))
+    assert pruning.round == 3
+    assert pruning.masks.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,18 @@ from lrp_prune.callbacks import RelevancePruning, _progress
 from lrp_prune.pruning import METHODS
 
 
-class Seen(Callback):
-    """The weights at the first batch after a round."""
+class States(Callback):
+    """The module, and averages of it, as they are when epoch 1 begins: before pruning where it stands before it, else after."""
 
-    def __init__(self, pruning: RelevancePruning) -> None:
-        self.pruning, self.weights = pruning, {}
+    def __init__(self) -> None:
+        self.module: Any = None
+        self.averages: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.pruning.round == 1 and not self.weights:
-            self.weights = copy.deepcopy(pl_module.state_dict())
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.module = copy.deepcopy(pl_module)
+            averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+            self.averages = [copy.deepcopy(entry.module.state_dict()) for entry in averages if entry is not None]
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -33,20 +36,41 @@ class Seen(Callback):
 def test_a_round_scales_what_it_keeps_as_prune_does(
     reference: bool, corrected: bool, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
 ) -> None:
-    module, loader = make_module("none"), make_loader(seed=2)  # a training that changes no weight
-    dense = copy.deepcopy(module)
+    module, loader = make_module(), make_loader(seed=2)
     pruning = RelevancePruning(sparsity=0.6, recalibrate=True, reference=loader if reference else 0)
-    seen = Seen(pruning)
+    before, after = States(), States()
     trained = lrp_prune.CorrectedModule(module) if corrected else module
-    make_trainer(callbacks=[pruning, seen], max_epochs=3).fit(trained, make_loader(), loader)
-    buffers = {name: value for name, value in seen.weights.items() if "running" in name or "num_batches" in name}
-    assert pruning.masks is not None and buffers
-    masks = {name.removeprefix("module."): mask for name, mask in pruning.masks.items()}
-    weights = {name.removeprefix("module."): value for name, value in seen.weights.items()}
-    assert all(not weights[name][~mask].any() for name, mask in masks.items())
-    kept = [weights[name][mask] / dense.state_dict()[name][mask] for name, mask in masks.items()]
-    assert any((scale - 1).abs().max() > 1e-3 for scale in kept)
-    assert all(not module.state_dict()[name][~mask].any() for name, mask in masks.items())
+    make_trainer(callbacks=[before, pruning, after], max_epochs=2).fit(trained, make_loader(), loader)
+    dense, pruned = ((state.module.module if corrected else state.module) for state in (before, after))
+    masks = lrp_prune.prune(dense, list(loader), 0.6, rounds=1, recalibrate=True)
+    assert pruning.masks == masks
+    for name, value in dense.state_dict().items():
+        torch.testing.assert_close(pruned.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+    assert any((~masks[name]).any() for name in masks)
+
+
+def test_an_average_is_scaled_as_what_it_is_an_average_of(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    """The average of scaled weights is the scaled average; of biases and running statistics, which are shifted, as well."""
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging
+    for optimizer in ("none", "adamw"):
+        pruning, before, after = RelevancePruning(sparsity=0.6, recalibrate=True), States(), States()
+        callbacks = [before, pruning, after, averaging(decay=0.9)]
+        trainer = make_trainer(callbacks=callbacks, max_epochs=2)
+        trainer.fit(make_module(optimizer), make_loader(), make_loader(seed=2))
+        masks, dense, pruned = pruning.masks, before.module.state_dict(), after.module.state_dict()
+        (average,), (made,) = before.averages, after.averages
+        assert masks is not None
+        for name, mask in masks.items():
+            assert not made[name][~mask].any() and not torch.equal(pruned[name][mask], dense[name][mask])
+            found, expected = (made[name] * dense[name])[mask], (pruned[name] * average[name])[mask]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        if optimizer == "none":  # an average of equal weights
+            for name, _ in after.module.named_parameters():
+                torch.testing.assert_close(made[name], pruned[name])
+        else:
+            assert any(not torch.equal(average[name], dense[name]) for name in masks)
 
 
 def test_off_by_default_and_the_table_says_what_was_done(
@@ -233,3 +257,22 @@ def test_no_more_batches_are_read_and_moved_than_are_looked_at(
     assert pruning.round == 1
     assert torch.equal(before.states[0], after.states[-1])
     assert counts[0] == (16 + 1, 16 * 20)  # and the training's own first batch
+
+
+def test_outputs_that_cannot_be_compared_are_refused_with_the_way_out(
+    make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    class Chosen(type(make_module())):  # type: ignore[misc]
+        """Says nothing of some samples."""
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            logits = self.net(batch[0])
+            return logits[logits[:, 0] > logits[:, 0].mean()]
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return self(batch).square().mean()
+
+    module, pruning = Chosen("none"), RelevancePruning(0.6, method="wanda", recalibrate=True)
+    with pytest.raises(ValueError, match=r"nothing that the dense model gives .* pass recalibrate=False"):
+        make_trainer(callbacks=[pruning], max_epochs=2).fit(module, make_loader(), make_loader(256, 64, seed=2))
+    assert module.zeros_after_step == [0] * 4

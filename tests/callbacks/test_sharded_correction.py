@@ -28,7 +28,7 @@ pytestmark = pytest.mark.processes
 
 SETS: list[dict[str, Any]] = [
     {},
-    {"guard": Guard(0.5, statistic="squared_token", scope="layer")},
+    {"guard": Guard(0.5, by="squared_token", scope="layer")},
     {"granularity": "neuron", "amount": 3, "guard": None},
     {"undesired": 0, "general": 1, "reverse": True, "normalize": "mean", "include": ["net.4"]},
 ]

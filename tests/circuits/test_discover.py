@@ -184,8 +184,8 @@ def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
     [
         ({"method": "magic"}, "method must be"),
         ({"granularity": "layer"}, "granularity must be"),
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
-        ({"density": 1.0}, "density must be in"),
+        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"density": 1.0}, "density must be a number in"),
         ({"order": "ascending"}, "order must be one of"),
         ({"method": LRP(target="next_token")}, "what is explained is the task's, leave out its target"),
         ({"method": Magnitude()}, "'magnitude' has no scores of a circuit's units"),

@@ -6,7 +6,7 @@ from small_models import batch_for, build
 from torch import Tensor, nn
 
 from lrp_prune import Member, Relevance, attribute
-from lrp_prune.correction import Contrast, Patch
+from lrp_prune.correction import Contrast, Guard, Patch
 from lrp_prune.relevance.unscored import UNREACHED
 
 
@@ -82,7 +82,7 @@ def test_the_guard_spares_what_matters_generally() -> None:
 def test_the_guard_by_another_measure_and_by_layer() -> None:
     general, undesired = pair()
     measure, _ = pair(seed=9, statistic="abs_token")
-    contrast = Contrast(general, undesired, guard=0.5, guard_by=measure, guard_scope="layer")
+    contrast = Contrast(general, undesired, guard=Guard(0.5, by=measure, scope="layer"))
     found = contrast.lowest(contrast.num_candidates)
     for name in general:
         magnitude = measure[name].abs().reshape(-1)
@@ -160,13 +160,22 @@ def test_what_does_not_belong_together_is_refused() -> None:
         Contrast(general, Relevance({name: torch.ones(2) for name in undesired}, statistic="signed"))
     for wrong, message in (
         ({"normalize": "median"}, "normalize must be"),
-        ({"guard": 0.0}, r"quantile in \(0, 1\]"),
-        ({"guard": 1.5}, r"quantile in \(0, 1\]"),
-        ({"guard": None, "guard_by": general}, "there is no guard"),
-        ({"guard_scope": "row"}, "guard_scope must be"),
+        ({"guard": 0.0}, r"guard must be None, a Guard, or in \(0, 1\].* got 0.0"),
+        ({"guard": 1.5}, r"guard must be None, a Guard, or in \(0, 1\].* got 1.5"),
+        ({"guard": "most"}, "guard must be .* got 'most'"),
+        ({"guard": Guard(by="abs_token")}, r"pass the relevance of the general set, Guard\(by="),
+        ({"reverse": 1}, "reverse must be True or False, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Contrast(general, undesired, **wrong)
+    for wrong, message in (
+        ({"share": None}, r"the guard's share must be in \(0, 1\], got None"),
+        ({"share": True}, "the guard's share must be"),
+        ({"scope": "row"}, "the guard's scope must be one of .* got 'row'"),
+        ({"by": "most"}, "the guard's statistic must be one of .* got 'most'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Guard(**wrong)
     with pytest.raises(ValueError, match="infinite or NaN"):
         bad = Relevance({**undesired, "b.bias": torch.full((13,), float("nan"))}, statistic="signed")
         Contrast(general, bad, normalize=None).lowest(5)

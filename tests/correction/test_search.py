@@ -104,11 +104,20 @@ def test_wrong_arguments() -> None:
     model = line(1, 2)
     for wrong, message in (
         ({"reduction": 0}, "reduction must be"),
+        ({"reduction": True}, "reduction must be .* got True"),
+        ({"reduction": "half"}, "reduction must be .* got 'half'"),
+        ({"allowed_loss": None}, "allowed_loss must be .* got None"),
+        ({"allowed_loss": float("nan")}, "allowed_loss must be .* got nan"),
+        ({"refine": 1.0}, "refine must be an integer of at least 0, got 1.0"),
+        ({"amounts": 0.1}, "amounts must be a list .* got 0.1"),
+        ({"amounts": "auto"}, "amounts must be a list .* got 'auto'"),
+        ({"amounts": [0.5, 1.0]}, r"a fraction in amounts must be a number in \(0, 1\), got 1.0"),
+        ({"amounts": ["1"]}, "a count in amounts must be .* got '1'"),
         ({"allowed_loss": -1}, "allowed_loss must be"),
         ({"general_mode": "low"}, "general_mode must be"),
         ({"refine": -1}, "refine must be"),
-        ({"amounts": []}, "positive fractions or counts"),
-        ({"amounts": [0]}, "positive fractions or counts"),
+        ({"amounts": []}, "amounts must be a list of fractions or counts"),
+        ({"amounts": [0]}, "a count in amounts must be an integer of at least 1, got 0"),
         ({"amounts": [0.1, 1]}, "all fractions or all counts"),
     ):
         with pytest.raises(ValueError, match=message):

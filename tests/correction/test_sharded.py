@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrp_prune import Relevance, attribute
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.correction import Contrast, Corrections, Patch
+from lrp_prune.correction import Contrast, Corrections, Guard, Patch
 from lrp_prune.correction.provenance import model_fingerprint
 
 pytestmark = pytest.mark.processes
@@ -54,7 +54,7 @@ def divided(relevance: Relevance, model: nn.Module) -> Relevance:
 CONTRASTS: list[dict[str, Any]] = [
     {},
     {"guard": None, "normalize": None},
-    {"guard": 0.3, "guard_scope": "layer", "normalize": "max", "include": ["*.mlp"]},
+    {"guard": Guard(0.3, scope="layer"), "normalize": "max", "include": ["*.mlp"]},
     {"reverse": True, "normalize": "mean", "exclude": [TIED]},
 ]
 
@@ -64,7 +64,7 @@ def test_the_patch_is_that_of_one_process_and_reverts_bit_by_bit(tmp_path: Path)
     general, undesired, guard_by = (made_up(model, seed) for seed in (1, 2, 3))
     contrasts = [(amount, CONTRASTS[number]) for number, amount in enumerate((0.01, 0.002, 1, 300))]
     expected = [Patch.from_contrast(model, general, undesired, amount, **each) for amount, each in contrasts]
-    guarded = Patch.from_contrast(model, general, undesired, 99, guard_by=guard_by, guard=0.2)
+    guarded = Patch.from_contrast(model, general, undesired, 99, guard=Guard(0.2, by=guard_by))
     expected[1].apply_(model)
     both = Patch.from_contrast(model, general, undesired, 40, extends=expected[1])
     fingerprint, free = model_fingerprint(model), Contrast(general, undesired).num_candidates
@@ -79,7 +79,7 @@ def test_the_patch_is_that_of_one_process_and_reverts_bit_by_bit(tmp_path: Path)
             assert patch == wanted
             assert patch.provenance == wanted.provenance
             assert all(patch[name].checksum == wanted[name].checksum for name in wanted)
-        assert Patch.from_contrast(made, *parts[:2], 99, guard_by=parts[2], guard=0.2) == guarded
+        assert Patch.from_contrast(made, *parts[:2], 99, guard=Guard(0.2, by=parts[2])) == guarded
         patch = found[1]
         for strength in (1.0, 0.25):
             assert patch.strength_in(made) == 0

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from small_models import batch_for, build
 from torch import Tensor, nn
@@ -199,26 +200,6 @@ def test_a_method_of_ones_own_in_a_training(method: Method, tmp_path: Path) -> N
     }
 
 
-def test_a_method_that_says_nothing_is_told_what_to_say() -> None:
-    class Empty(Method):
-        pass
-
-    with pytest.raises(NotImplementedError, match=r"Empty collects nothing: define score\(scorable\)"):
-        lrp_prune.prune(network(), batches(), 0.5, Empty())
-
-
-def test_scores_of_another_shape_are_refused() -> None:
-    class Rows(Method):
-        def score(self, scorable: Scorable) -> Tensor:
-            return scorable.weight.sum(-1)
-
-    model = network()
-    before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match=r"method 'rows' gives 0\.weight scores of shape \(12,\), where \(12, 6\)"):
-        lrp_prune.prune(model, batches(), 0.5, Rows())
-    assert torch.equal(before, model[0].weight)
-
-
 def test_what_is_planned_for_depends_on_the_method() -> None:
     model, batch = network(), batches()[0][0]
     plans = {name: lrp_prune.estimate(model, batch=batch, method=name) for name in METHODS}
@@ -236,3 +217,93 @@ def test_the_example_for_contributors_runs() -> None:
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
     assert names["masks"].sparsity == 0.5 and not (names["model"][0].weight[~names["masks"]["0.weight"]]).any()
     assert names["masks"] == lrp_prune.prune(network(), batches(), 0.5, Balanced())
+
+
+def _scoring(give: Any) -> Method:
+    class Own(Method):
+        def score(self, scorable: Scorable) -> Any:
+            return give(scorable.weight)
+
+    return Own()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            _scoring(lambda weight: None),
+            r"method 'own' gives \S*0\.weight a NoneType as scores: .* must return a tensor",
+        ),
+        (_scoring(lambda weight: {"0.weight": weight}), "gives .* a dict as scores"),
+        (_scoring(lambda weight: weight.sum(-1)), r"gives \S*0\.weight scores of shape \(12,\), where \(12, 6\)"),
+        (_scoring(lambda weight: weight.long()), r"gives \S*0\.weight scores of torch.int64: return floating-point"),
+        (_scoring(lambda weight: weight / 0 * 0), r"gives \S*0\.weight 72 scores of 72 that are no numbers \(nan\)"),
+    ],
+)
+def test_what_is_no_score_is_refused_by_name_and_before_the_first_step(
+    method: Method, message: str, tmp_path: Path
+) -> None:
+    model = network()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        lrp_prune.prune(model, batches(), 0.5, method)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    loader = DataLoader(TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True))), 8)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=2, callbacks=[RelevancePruning(method=method)], default_root_dir=tmp_path, **quiet)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(Module(), loader, loader)
+    assert trainer.global_step == 0
+
+
+class Empty(Method):
+    pass
+
+
+class Listing(Method):
+    def collects(self, kinds: tuple[str, ...]) -> Any:
+        return "abs_token"
+
+
+class UnitsOnly(Method):
+    def collects(self, kinds: tuple[str, ...]) -> Collects | None:
+        return None if kinds == ("weight",) else Collects("abs_token")
+
+
+class Rowwise(Method):
+    scope = "rows"
+
+    def score(self, scorable: Scorable) -> Tensor:
+        return scorable.weight
+
+
+class Floored(Rowwise):
+    scope, floor = "global", 2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Empty(), r"method 'empty' collects nothing for weights, and has no score\(scorable\): define one of the two"),
+        (Listing(), r"method 'listing': collects\(kinds\) must return a Collects or None, got 'abs_token'"),
+        (UnitsOnly(), "method 'unitsonly' collects nothing for weights"),
+        (Rowwise(), "method 'rowwise': scope must be .* got 'rows'"),
+        (Floored(), "method 'floored': floor must be .* got 2"),
+        (lrp_prune.circuits.RelP(), "method 'relp' ranks units of circuits"),
+    ],
+)
+def test_a_method_that_says_too_little_or_otherwise_is_told_so_at_once(method: Method, message: str) -> None:
+    reference: list[Any] = []
+    for take in (
+        lambda: lrp_prune.prune(network(), reference, 0.5, method),
+        lambda: lrp_prune.compare(network(), batches(), lambda model: 0.0, {"own": method}, [0.5]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take()
+    with pytest.raises(MisconfigurationException, match=message):
+        RelevancePruning(method=method)
+    if method.scope == "global" and method.floor is None:
+        with pytest.raises(MisconfigurationException, match=message):
+            RelevanceCollector(method)
+        with pytest.raises(ValueError, match=message):
+            lrp_prune.estimate(network(), method=method)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from lrp_prune.pruning import SCHEDULES, sparsity_schedule
+from lrp_prune.pruning.schedules import rounds_of
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -29,8 +30,16 @@ def test_forms():
 
 
 def test_lists_and_callables_are_total_sparsities():
-    assert sparsity_schedule([0.1, 0.1, 0.6], 0.7, 3) == [0.1, 0.1, 0.6]
-    assert sparsity_schedule(lambda number: number / 10, 0.7, 3) == [0.1, 0.2, 0.3]
+    assert sparsity_schedule([0.1, 0.1, 0.6], 0.6, 3) == [0.1, 0.1, 0.6]
+    assert sparsity_schedule(lambda number: number / 10, 0.3, 3) == [0.1, 0.2, 0.3]  # 3 / 10 is not quite 0.3
+    assert sparsity_schedule([0], 0.0, 1) == [0.0]
+
+
+def test_a_list_says_how_many_rounds_there_are():
+    assert rounds_of([0.3, 0.5], None) == 2 == rounds_of("linear", 2)
+    assert rounds_of("linear", None) is None
+    with pytest.raises(ValueError, match="pass rounds="):
+        rounds_of(lambda number: 0.5, None)
 
 
 def test_each_pattern_reaches_its_own_final_sparsity():
@@ -57,7 +66,15 @@ def test_each_pattern_reaches_its_own_final_sparsity():
         (("linear", 0.5, 2.0), "rounds must be a positive integer"),
         (("linear", 0.5, 3, 0.6), "initial sparsity 0.6 is above the final one"),
         (("linear", {"a": 0.5, "b": 0.2}, 3, 0.3), "initial sparsity 0.3 is above the final one, 0.2"),
-        (([0.1, 0.2], 0.5, 3), "2 entries for 3 rounds"),
+        (([0.1, 0.2], 0.5, 3), "2 entries for rounds=3"),
+        (([0.1, 0.2], 0.5, 1), "2 entries for rounds=1"),
+        (([0.1, 0.3], 0.5, 2), "ends at 0.3, and the sparsity to reach is 0.5"),
+        (([0.1, 0.7], 0.5, 2), "ends at 0.7, and the sparsity to reach is 0.5"),
+        ((lambda number: 0.1 * number, 0.5, 2), "ends at 0.2"),
+        (([0.1, 0.3], {"a": 0.3}, 2), "ends at 0.3, and the share of each sparsity to reach is 1"),
+        (([], 0.5, 1), "the schedule is empty"),
+        ((0.5, 0.5, 1), "schedule must be one of"),
+        (({"linear": 1}, 0.5, 1), "schedule must be one of"),
         (([0.1, 0.3, 0.2], 0.5, 3), "falls from 0.3 to 0.2 in round 3"),
         (([0.1, 0.3, 1.0], 0.5, 3), r"round 3 of the schedule must be in \[0, 1\), got 1.0"),
         (([0.5, 1.1], {"a": 0.5}, 2), r"must be in \[0, 1\], got 1.1"),

@@ -3,7 +3,7 @@
 A new one is one file with a subclass of :class:`Method`, and an entry in :data:`METHODS` if it is to have a name.
 """
 
-from lrp_prune.pruning.methods.base import Collects, Method, Scorable, kinds_without_data
+from lrp_prune.pruning.methods.base import Collects, Method, Scorable, check_scores, collected_by, kinds_without_data
 from lrp_prune.pruning.methods.data_free import Magnitude, Random
 from lrp_prune.pruning.methods.propagating import LRP, Gradient
 from lrp_prune.pruning.methods.wanda import Wanda
@@ -18,6 +18,8 @@ __all__ = [
     "Random",
     "Scorable",
     "Wanda",
+    "check_scores",
+    "collected_by",
     "kinds_without_data",
     "method_of",
 ]

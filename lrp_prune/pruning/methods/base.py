@@ -61,8 +61,7 @@ class Method(ABC):
     """A way to score weights or units: the base of :class:`LRP`, :class:`Wanda` and all others, and of your own.
 
     Say what is collected (:meth:`collects`), what a score is (:meth:`score`), or both, and pass an instance as ``method``. What
-    can
-    be chosen is an argument of the constructor: plain values, so that a configuration file can give them.
+    can be chosen is an argument of the constructor: plain values, so that a configuration file can give them.
 
     Attributes:
         name: in tables and logs, and as the ``statistic`` of its scores; by default the class's, in lower case.
@@ -110,8 +109,7 @@ class Method(ABC):
         Returns:
             A tensor of the shape of ``scorable.weight``.
         """
-        if scorable.collected is None:
-            raise NotImplementedError(f"{type(self).__name__} collects nothing: define score(scorable)")
+        assert scorable.collected is not None  # see collected_by
         return scorable.collected
 
     def scope_for(self, kinds: tuple[str, ...]) -> str:
@@ -120,11 +118,11 @@ class Method(ABC):
 
     def needs_data(self, kinds: tuple[str, ...]) -> bool:
         """Whether it has to see batches."""
-        return self.collects(kinds) is not None or not kinds_without_data(kinds)
+        return collected_by(self, kinds) is not None or not kinds_without_data(kinds)
 
     def explains(self, kinds: tuple[str, ...]) -> bool:
         """Whether it explains a value that the model computes."""
-        collected = self.collects(kinds)
+        collected = collected_by(self, kinds)
         return collected is not None and collected.explains
 
     def with_target(self: _Own, target: Any) -> _Own:
@@ -140,6 +138,41 @@ class Method(ABC):
             f"{key}={_in_words(value)}" for key, value in sorted(vars(self).items()) if value != _default(self, key)
         ]
         return f"{self.name} ({', '.join(chosen)})" if chosen else self.name
+
+
+def collected_by(method: Method, kinds: tuple[str, ...]) -> Collects | None:
+    """What a method collects for these kinds.
+
+    Raises:
+        ValueError: if it says neither what it collects nor what a score is, or says it in another way.
+    """
+    found = method.collects(kinds)
+    if found is not None and not isinstance(found, Collects):
+        raise ValueError(f"method {method.name!r}: collects(kinds) must return a Collects or None, got {found!r}")
+    if found is None and type(method).score is Method.score:
+        what = " and ".join(f"{kind}s" for kind in kinds)
+        raise ValueError(
+            f"method {method.name!r} collects nothing for {what}, and has no score(scorable): define one of the two"
+        )
+    return found
+
+
+def check_scores(method: Method, name: str, scores: Any, expected: tuple[int, ...]) -> None:
+    """Refuse what a method gave as the scores of one tensor and nothing can be selected by.
+
+    Raises:
+        ValueError: if it is no tensor of floating-point numbers of that shape, or some are no numbers.
+    """
+    given = f"method {method.name!r} gives {name}"
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"{given} a {type(scores).__name__} as scores: score(scorable) must return a tensor")
+    if tuple(scores.shape) != expected:
+        raise ValueError(f"{given} scores of shape {tuple(scores.shape)}, where {expected} is needed")
+    if not scores.is_floating_point():
+        raise ValueError(f"{given} scores of {scores.dtype}: return floating-point numbers")
+    wrong = int(scores.isnan().sum())
+    if wrong:
+        raise ValueError(f"{given} {wrong} scores of {scores.numel()} that are no numbers (nan)")
 
 
 def kinds_without_data(kinds: tuple[str, ...]) -> bool:
