@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+
+from lrp_prune.wrapper.internals import averages_of, swaps_of
 
 
 def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
@@ -13,12 +14,7 @@ def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
 
     They remember weights from before a pruning, and would bring them back in validation, in checkpoints and at the end.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel):
-            yield average.module
-        elif isinstance(average, nn.Module):
-            yield average
+    return averages_of(trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's callback connector
 
 
 @contextmanager
@@ -36,11 +32,7 @@ def trained_weights(trainer: Trainer, pl_module: LightningModule, callback: Call
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
     later = callbacks if callback is None else callbacks[callbacks.index(callback) + 1 :]
-    swapping = [
-        found._swap_models
-        for found in later
-        if hasattr(found, "_swap_models") and getattr(found, "_average_model", None) is not None
-    ]
+    swapping = swaps_of(later)
     for swap in reversed(swapping):
         swap(pl_module)
     try:

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer import call
+from lightning.pytorch import LightningDataModule, Trainer
 
 
 def batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iterable[Any]:
@@ -32,10 +31,3 @@ def validation_batches(trainer: Trainer, loader: int | None) -> Iterator[tuple[A
             limit = trainer.num_val_batches[index]
             for batch in islice(found, None if limit == float("inf") else int(limit)):
                 yield batch, index
-
-
-def to_device(batch: Any, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> Any:
-    """What Lightning's own loops do to a batch before a step."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=dataloader_idx)

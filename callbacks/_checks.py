@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 from lrp_prune.arguments import check_flag, check_integer, check_patterns
@@ -30,6 +29,7 @@ from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
 from lrp_prune.selection.scopes import Structure, layout_of, parse_scope
+from lrp_prune.wrapper.internals import starts_processes
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
@@ -253,7 +253,7 @@ def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: b
         sharded: whether the callback works on parameters that ``fully_shard`` has divided.
     """
     strategy = trainer.strategy
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if starts_processes(trainer):
         rank_zero_warn(
             f"this strategy starts processes that give back the model's weights only: what {name} finds stays in them. Take "
             "it from a checkpoint, write it in a hook of your own (on_fit_end), or use strategy='ddp'"

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lrp_prune.attribution.observers import check_included
-from lrp_prune.callbacks._batches import batches_of, number_of_batches, to_device, validation_batches
+from lrp_prune.callbacks._batches import batches_of, number_of_batches, validation_batches
 from lrp_prune.callbacks._checks import (
     check_count,
     check_reference,
@@ -29,6 +29,7 @@ from lrp_prune.pruning.methods import collected_by
 from lrp_prune.pruning.recalibration import enough
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import Inferred
+from lrp_prune.wrapper.internals import to_device
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance

@@ -8,6 +8,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
+from lrp_prune.wrapper.internals import has_validated
+
 _WORST = 3e38
 
 
@@ -65,7 +67,7 @@ def check_logged(trainer: Trainer, metric: str, names: Collection[str]) -> None:
         metric: the one to monitor.
         names: of the pruning callbacks, whose own metrics are none of the module's.
     """
-    if trainer.fit_loop.epoch_loop.val_loop._has_run and metric not in trainer.callback_metrics:
+    if has_validated(trainer) and metric not in trainer.callback_metrics:
         logged = [name for name in sorted(trainer.callback_metrics) if name.partition("/")[0] not in names]
         raise MisconfigurationException(
             f"monitor={metric!r} is not logged in validation, which logs {', '.join(logged) or 'nothing'}: log it by "

@@ -47,3 +47,40 @@ def test_nothing_below_them_uses_the_callbacks() -> None:
             imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not any(name.startswith("lrp_prune.callbacks") for name in imported), path
+
+
+PRIVATE = {
+    "lrp_prune/distributed/fsdp.py": {
+        "_get_fsdp_state", "_fsdp_param_group", "_fsdp_param_groups", "fsdp_params", "_unsharded_param", "_param_fqn",
+        "_is_root", "_partial_reduce_output", "reset_iter_state",
+    },
+    "lrp_prune/wrapper/internals.py": {
+        "_metric_attributes", "_average_model", "_swap_models", "_MultiProcessingLauncher", "_has_run",
+        "_on_before_batch_transfer", "_call_strategy_hook", "_DeviceDtypeModuleMixin",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", PRIVATE)
+def test_private_names_of_others_stand_in_one_file(owner: str) -> None:
+    """Where a new version of torch or Lightning is looked at."""
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        if names & PRIVATE[owner]:
+            found[str(path.relative_to(ROOT))] = names & PRIVATE[owner]
+    assert found == {owner: PRIVATE[owner]}
+
+
+def test_nothing_private_of_lightning_is_imported_elsewhere() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private or path.name == "internals.py", path
+                assert "._" not in (node.module or ""), path

@@ -1,13 +1,14 @@
 """Single entries that stay at their values through any training."""
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lrp_prune.correction.entries import locate
+from lrp_prune.training.hooks import Hooks, check_optimizers, owned_by
 
 
 class Frozen:
@@ -35,22 +36,16 @@ class Frozen:
 
     def __init__(self) -> None:
         self._entries: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        self._gradient_hooks: list[RemovableHandle] = []
-        self._step_hooks: list[RemovableHandle] = []
+        self._gradient_hooks, self._step_hooks = Hooks(), Hooks()
 
     def set(self, entries: Sequence[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
         """Hold these and no others: parameter, flat positions, values. Gradients that exist are zeroed there."""
-        _clear(self._gradient_hooks)
+        self._gradient_hooks.clear()
         self._entries = list(entries)
         for parameter, positions, _ in self._entries:
             hook = _GradientZero(positions)
             hook(parameter)
-            # A parameter that takes no gradient takes no hook, but may do so later.
-            requires_grad = parameter.requires_grad
-            parameter.requires_grad_(True)
-            registered = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's
-            self._gradient_hooks.append(registered)
-            parameter.requires_grad_(requires_grad)
+            self._gradient_hooks.on_gradient(parameter, hook)
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Watch the steps of these optimizers, and of no others.
@@ -59,15 +54,10 @@ class Frozen:
             TypeError: for an object that has no hooks for its steps.
         """
         optimizers = list(optimizers)
+        check_optimizers(optimizers, "corrected entries cannot be kept")
+        self._step_hooks.clear()
         for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_post_hook"):
-                raise TypeError(
-                    f"{type(optimizer).__name__} has no register_step_post_hook, so corrected entries cannot be kept "
-                    f"through its steps: derive it from torch.optim.Optimizer"
-                )
-        _clear(self._step_hooks)
-        for optimizer in optimizers:
-            self._step_hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._step_hooks.on_step(optimizer, self._after_step)
 
     def clear(self) -> None:
         """Let everything train again."""
@@ -75,14 +65,13 @@ class Frozen:
         self.attach(())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter, positions, values in self._entries:
-            if id(parameter) in owned:
-                locate(parameter, positions).write_(values)
+        owned = owned_by(optimizer, (parameter for parameter, _, _ in self._entries))
+        for parameter, positions, values in compress(self._entries, owned):
+            locate(parameter, positions).write_(values)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to tensors and optimizers of this process: a copy of the model gets its own by set and attach.
-        return {"_entries": [], "_gradient_hooks": [], "_step_hooks": []}
+        # A copy of the model gets its own by set and attach.
+        return {"_entries": [], "_gradient_hooks": Hooks(), "_step_hooks": Hooks()}
 
 
 class _GradientZero:
@@ -96,9 +85,3 @@ class _GradientZero:
         if gradient is not None and not gradient.is_sparse:
             self._positions = self._positions.to(gradient.device)
             locate(gradient, self._positions).fill_(0.0)
-
-
-def _clear(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
-    hooks.clear()

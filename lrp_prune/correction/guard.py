@@ -86,7 +86,7 @@ def candidates(values: Values, names: list[str], guard: Guard) -> dict[str, Tens
     Args:
         values: of the measure that tells what matters.
         names: the tensors that are compared.
-        guard: which quantile, and of all tensors together or of each.
+        guard: which quantile, and of what: of all tensors together, or of each.
 
     Raises:
         ValueError: a value is not finite.

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from lrp_prune.distributed.fsdp import forget_pass, gathered_parameters, gradients_unsynchronized
 from lrp_prune.distributed.sharding import at_rest, fsdp_modules, is_sharded
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.origins import origin_of_parameter
 from lrp_prune.names import named_parameters
-
-_FLAGS = ("reduce_grads", "all_reduce_grads")
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def unsharding(model: nn.Module, mode: PropagationMode) -> Iterator[None]:
         return
     refuse_inference_tensors(modules)
     with ExitStack() as stack:
-        stack.enter_context(_gradients_unsynchronized(modules))
+        stack.enter_context(gradients_unsynchronized(modules))
         for module, places in _places(model, modules):
             for handle in _hooks(module, places, mode):
                 stack.callback(handle.remove)
@@ -45,7 +44,7 @@ def unsharding(model: nn.Module, mode: PropagationMode) -> Iterator[None]:
             yield
         except BaseException:
             with suppress(Exception):  # the error at hand is the one to tell about
-                _forget_pass(modules)
+                forget_pass(modules)
             raise
         finally:
             at_rest(model)
@@ -124,14 +123,6 @@ def _adopt(mode: PropagationMode, name: str, parameter: Tensor) -> None:
     mode._origins[id(parameter)] = origin_of_parameter(name, parameter)
 
 
-def groups_of_parameters(module: nn.Module) -> list[Any]:
-    """FSDP's groups of parameters; torch has no public way to read their flags."""
-    state = module._get_fsdp_state()  # type: ignore[operator]  # of FSDPModule
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-
-
 def refuse_inference_tensors(modules: Iterable[nn.Module]) -> None:
     """Refuse modules of FSDP that keep tensors which nothing can be differentiated through.
 
@@ -139,41 +130,12 @@ def refuse_inference_tensors(modules: Iterable[nn.Module]) -> None:
         RuntimeError: if there is one, with what to do.
     """
     for module in modules:
-        for entry in (entry for group in groups_of_parameters(module) for entry in group.fsdp_params):
-            gathered = getattr(entry, "_unsharded_param", None)
-            if gathered is not None and gathered.is_inference():
+        for name, gathered in gathered_parameters(module):
+            if gathered.is_inference():
                 raise RuntimeError(
-                    f"{entry._param_fqn or 'a parameter'} was gathered in inference mode before, and FSDP keeps such tensors: "
-                    "run the model under torch.no_grad() instead (in Lightning: Trainer(inference_mode=False)), or collect "
-                    "before"
+                    f"{name} was gathered in inference mode before, and FSDP keeps such tensors: run the model under "
+                    "torch.no_grad() instead (in Lightning: Trainer(inference_mode=False)), or collect before"
                 )
-
-
-@contextmanager
-def _gradients_unsynchronized(modules: list[nn.Module]) -> Iterator[None]:
-    """No gradient is reduced in a backward; each flag comes out as it went in."""
-    groups = [group for module in modules for group in groups_of_parameters(module)]
-    before = [[getattr(group, flag) for flag in _FLAGS] for group in groups]
-    for module in modules:
-        module.set_requires_gradient_sync(False, recurse=False)  # type: ignore[operator]  # of FSDPModule
-    try:
-        yield
-    finally:
-        for group, values in zip(groups, before, strict=True):
-            for flag, value in zip(_FLAGS, values, strict=True):
-                setattr(group, flag, value)
-
-
-def _forget_pass(modules: list[nn.Module]) -> None:
-    """Bring FSDP out of the middle of a forward or backward; gradients that wait for their reduction stay."""
-    groups = [group for module in modules for group in groups_of_parameters(module)]
-    waiting = [getattr(group, "_partial_reduce_output", None) for group in groups]
-    for module in modules:
-        reset = getattr(module, "reset_iter_state", None)  # torch 2.12
-        if reset is not None and module._get_fsdp_state()._is_root:  # type: ignore[operator]
-            reset()
-    for group, output in zip(groups, waiting, strict=True):
-        group._partial_reduce_output = output
 
 
 def make_ordinary(model: nn.Module) -> None:

@@ -2,22 +2,25 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from lrp_prune.distributed.sharding import is_sharded, local_part, sharding_of
 from lrp_prune.names import resolve
+from lrp_prune.training.hooks import Hooks, check_optimizers, owned_by
 from lrp_prune.training.optimizers import COUNTERS, SECOND_MOMENTS, keeps_zeros
 from lrp_prune.training.zeroing import as_bits, flat, is_dense, some_pruned, without_pruned, zero_pruned_
 
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
 _EVERYTHING_EVERY = 100  # steps
+_KEPT = "pruned weights cannot be kept at zero"
 
 
 class MaskKeeper:
@@ -74,10 +77,9 @@ class MaskKeeper:
         self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
         self._steps: Counter[int] = Counter()  # of each optimizer, by its id
         self._optimizers: list[Optimizer] = []
-        self._parameter_hooks: list[RemovableHandle] = []
-        self._optimizer_hooks: list[RemovableHandle] = []
+        self._parameter_hooks, self._optimizer_hooks = Hooks(), Hooks()
         optimizers = list(optimizers)
-        _check_optimizers(optimizers)
+        check_optimizers(optimizers, _KEPT)
         self.update(masks)
         self.attach(optimizers)
 
@@ -115,20 +117,16 @@ class MaskKeeper:
             TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
         """
         optimizers = list(optimizers)
-        _check_optimizers(optimizers)
+        check_optimizers(optimizers, _KEPT)
         current = resolve(self._kept, self._model) if self._kept else {}
         replaced = any(current[name] is not parameter for name, parameter in self._parameters.items())
-        if replaced or not self._parameter_hooks:
+        if replaced or not len(self._parameter_hooks):
             self._parameters = current
             self._hook_parameters()
-        _clear(self._optimizer_hooks)
+        self._optimizer_hooks.clear()
         self._optimizers = optimizers
         for optimizer in optimizers:
-            self._optimizer_hooks += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-                optimizer.register_load_state_dict_post_hook(self._zero_moments),
-            ]
+            self._optimizer_hooks.on_step(optimizer, self._after_step, self._before_step, self._zero_moments)
         self.enforce()
 
     def enforce(self) -> None:
@@ -141,8 +139,8 @@ class MaskKeeper:
 
     def remove(self) -> None:
         """Take off every hook. The weights stay as they are; the next step may change pruned ones again."""
-        _clear(self._parameter_hooks)
-        _clear(self._optimizer_hooks)
+        self._parameter_hooks.clear()
+        self._optimizer_hooks.clear()
         self._optimizers = []
 
     def _bits(self, name: str, parameter: Tensor) -> Tensor:
@@ -152,21 +150,10 @@ class MaskKeeper:
         return kept
 
     def _hook_parameters(self) -> None:
-        _clear(self._parameter_hooks)
+        self._parameter_hooks.clear()
         self._zeroed = {}
         for name, parameter in self._parameters.items():
-
-            def zero_gradient(parameter: Tensor, name: str = name) -> None:
-                self._zero_gradient(name, parameter)
-
-            if not (parameter.is_floating_point() or parameter.is_complex()):
-                continue  # it can have no gradient
-            # A frozen parameter takes no hook, but may be unfrozen later.
-            requires_grad = parameter.requires_grad
-            parameter.requires_grad_(True)
-            hook = parameter.register_post_accumulate_grad_hook(zero_gradient)  # type: ignore[no-untyped-call]  # torch's
-            self._parameter_hooks.append(hook)
-            parameter.requires_grad_(requires_grad)
+            self._parameter_hooks.on_gradient(parameter, partial(self._zero_gradient, name))
 
     def _zero_gradient(self, name: str, parameter: Tensor) -> None:
         whole = parameter.grad
@@ -235,8 +222,7 @@ class MaskKeeper:
                     local_part(state[key]).masked_fill_(self._bits(name, parameter) == 0, _SECOND_MOMENT)
 
     def _of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return ((name, parameter) for name, parameter in self._parameters.items() if id(parameter) in owned)
+        return compress(self._parameters.items(), owned_by(optimizer, self._parameters.values()))
 
     def _zero_moments(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -282,18 +268,3 @@ def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
             "masks.gathered()"
         )
     return of_parameter.part(mask) if of_mask.mesh is None else local_part(mask)
-
-
-def _check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise TypeError(
-                f"{type(optimizer).__name__} has no register_step_post_hook, so pruned weights cannot be kept at "
-                f"zero through its steps: derive it from torch.optim.Optimizer"
-            )
-
-
-def _clear(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
-    hooks.clear()

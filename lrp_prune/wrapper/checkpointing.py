@@ -1,13 +1,15 @@
-"""How patches go into checkpoints and come out of them: a wrapper's hooks, and what its state is."""
+"""How patches go into checkpoints and come out of them: what their state is, and where it lies."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from lrp_prune.correction.patch import Patch
-from lrp_prune.distributed.sharding import at_rest
+from lrp_prune.models.profile import profile_of
+from lrp_prune.models.subject import forwarded
+from lrp_prune.names import unwrap
 
 PATCHES = "lrp_prune_patches"
 """The key of patches in a checkpoint."""
@@ -26,52 +28,36 @@ def unpacked(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def saving(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpoints have the patches outside of the state dict too: a strategy may load the weights alone, by itself."""
+def check_version(state: Mapping[str, Any] | None) -> None:
+    """Refuse a state of patches that another version wrote, before anything is changed.
 
-    def save_then(checkpoint: dict[str, Any]) -> None:
-        checkpoint[PATCHES] = wrapper.get_extra_state()
-        method(checkpoint)
-
-    return save_then
-
-
-def loading(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a strategy has loaded the weights already, the patches follow them."""
-
-    def load_then(checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:
-            wrapper.follow(checkpoint.get(PATCHES))
-        method(checkpoint)
-
-    return load_then
+    Raises:
+        ValueError: it did.
+    """
+    if state is not None and state.get("version") != 1:
+        raise ValueError(f"the patches' state has version {state.get('version')!r}, this lrp-prune reads 1")
 
 
-def without_corrections(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State dicts have uncorrected weights."""
-    at_rest(module)
+def keys_of(parameters: Iterable[tuple[str, nn.Parameter]], prefix: str) -> dict[int, list[str]]:
+    """Where each parameter is in a state dict, by its ``id``.
+
+    Args:
+        parameters: by all their names, those of tied weights too.
+        prefix: of the module in the state dict.
+    """
     keys: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters:
         # Activation checkpointing takes its own segment out of the keys, by a hook that has run by now.
         for key in {name, name.replace("_checkpoint_wrapped_module.", "")}:
             keys.setdefault(id(parameter), []).append(prefix + key)
-    module._corrections.without(state, keys)
+    return keys
 
 
-def before_load(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights are loaded into an uncorrected model."""
-    module.check_version(state.get(f"{prefix}_extra_state"))
-    # What is not loaded must be uncorrected too when everything is corrected again.
-    module._corrections.suspend()
-    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())
-
-
-def after_load(module: Any, incompatible_keys: Any = None) -> None:
-    """Loaded weights are corrected by the patches that came with them, else by those that there are."""
-    state, module._loaded = module._loaded, None
-    if state is None:
-        module._corrections.renew()
-        return
-    module._pending = {}
-    patches = {name: Patch.from_state_dict(patch) for name, patch in state["patches"].items()}
-    module._corrections.replace(patches, state["strengths"])
+def pretrained_in(module: nn.Module) -> nn.Module:
+    """What is saved of a module: the model that is run, or where that is a module around it, the Hugging Face model inside."""
+    try:
+        model = forwarded(module)
+    except ValueError:  # several models, of which it need not be said which is run
+        model = unwrap(module)
+    inner = profile_of(model).inner
+    return model if inner is None or hasattr(model, "save_pretrained") else inner

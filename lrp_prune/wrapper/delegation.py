@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -15,8 +14,7 @@ from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.profile import profile_of
 from lrp_prune.targets.alignment import classes_last
 from lrp_prune.targets.classes import are_shares
-
-Extension = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
+from lrp_prune.wrapper.internals import DEVICE_MIXIN, DEVICE_STATE
 
 
 class Forwarded:
@@ -39,17 +37,25 @@ class Forwarded:
 
 
 class Extended(Forwarded):
-    """A method of the module inside with something done before or after it; still overridden only if it is inside."""
+    """A hook of the module inside with something done before or after it; still overridden only if it is inside.
 
-    def __init__(self, name: str, extension: Extension) -> None:
-        super().__init__(name)
+    Decorates a method that takes the inner module's own method first, and calls it.
+    """
+
+    def __init__(self, extension: Callable[..., Any]) -> None:
+        super().__init__(extension.__name__)
         self.extension = extension
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         method = super().__get__(instance, owner)
         if instance is None:
             return method
-        return functools.wraps(method)(self.extension(instance, method))
+
+        @functools.wraps(method)
+        def extended(*args: Any, **kwargs: Any) -> Any:
+            return self.extension(instance, method, *args, **kwargs)
+
+        return extended
 
 
 def forward_all(cls: type[nn.Module]) -> type[nn.Module]:
@@ -59,11 +65,11 @@ def forward_all(cls: type[nn.Module]) -> type[nn.Module]:
     functions: they ask what they need through forwarded names (and some compare the trainer's module with ``self``).
     """
     own = set(vars(cls)) | set(vars(object))
-    state = set(vars(LightningModule())) - set(vars(nn.Module())) - {"_device", "_dtype"}
+    state = set(vars(LightningModule())) - set(vars(nn.Module())) - DEVICE_STATE
     defined = {
         name
         for base in LightningModule.__mro__
-        if base not in nn.Module.__mro__ and base.__name__ != "_DeviceDtypeModuleMixin"
+        if base not in nn.Module.__mro__ and base.__name__ != DEVICE_MIXIN
         for name in vars(base)
         if not name.startswith(("_", "CHECKPOINT_"))
     }
@@ -162,35 +168,3 @@ class PlainSteps(LightningModule):
         """The optimizer of the parameters that require gradients."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self._make_optimizer(parameters) if self._make_optimizer else torch.optim.AdamW(parameters, lr=1e-5)
-
-
-def settling(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Patches that wait for parameters are applied once a hook that makes them has run."""
-
-    def then_settle(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        last = method.__name__ == "configure_model" or not is_overridden("configure_model", wrapper.delegate)
-        wrapper.settle(late=not last)
-        return result
-
-    return then_settle
-
-
-def attaching(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Optimizers are watched from the start of training."""
-
-    def attach_then(*args: Any, **kwargs: Any) -> Any:
-        wrapper.attach(wrapper.trainer.optimizers)
-        return method(*args, **kwargs)
-
-    return attach_then
-
-
-def releasing(wrapper: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Optimizers are left alone at its end."""
-
-    def release_then(*args: Any, **kwargs: Any) -> Any:
-        wrapper.release()
-        return method(*args, **kwargs)
-
-    return release_then

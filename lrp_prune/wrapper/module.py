@@ -15,20 +15,11 @@ from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.verifying import awaited
-from lrp_prune.distributed.sharding import is_first, mesh_of
-from lrp_prune.models.profile import profile_of
-from lrp_prune.models.subject import forwarded
+from lrp_prune.distributed.sharding import at_rest, is_first, mesh_of
 from lrp_prune.names import unwrap
-from lrp_prune.wrapper.checkpointing import (
-    after_load,
-    before_load,
-    loading,
-    packed,
-    saving,
-    unpacked,
-    without_corrections,
-)
-from lrp_prune.wrapper.delegation import Extended, MetricNames, PlainSteps, attaching, forward_all, releasing, settling
+from lrp_prune.wrapper.checkpointing import PATCHES, check_version, keys_of, packed, pretrained_in, unpacked
+from lrp_prune.wrapper.delegation import Extended, MetricNames, PlainSteps, forward_all
+from lrp_prune.wrapper.internals import set_metric_names
 
 
 @forward_all
@@ -98,15 +89,16 @@ class CorrectedModule(LightningModule):
             )
         self.module = module
         delegate = inner if isinstance(inner, LightningModule) else PlainSteps(module, make_optimizer)
-        delegate._metric_attributes = MetricNames(self)
+        set_metric_names(delegate, MetricNames(self))
         # Not as a child: the module inside is one already, and parameters must have one name.
         self.__dict__["_delegate"] = delegate
         self._corrections = Corrections(module)
         self._pending: dict[str, tuple[Patch, float, bool]] = {}
         self._loaded: dict[str, Any] | None = None
-        self.register_state_dict_post_hook(without_corrections)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]  # torch's
-        self.register_load_state_dict_post_hook(after_load)  # type: ignore[no-untyped-call]  # torch's
+        # Functions, not bound methods: torch calls them with the module, so that a copy's are about the copy.
+        self.register_state_dict_post_hook(CorrectedModule._without_corrections)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(CorrectedModule._before_load)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_post_hook(CorrectedModule._have_loaded)  # type: ignore[no-untyped-call]  # torch's
         strengths = dict(strengths or {})
         unknown = next((name for name in strengths if name not in (patches or {})), None)
         if unknown is not None:
@@ -114,7 +106,7 @@ class CorrectedModule(LightningModule):
         for name, patch in (patches or {}).items():
             check_strength(strengths.get(name, 1.0))
             self._pending[name] = (patch, strengths.get(name, 1.0), strict)
-        self.settle(late=self._made_late())
+        self.settle(late=is_overridden("configure_model", delegate) or is_overridden("setup", delegate))
 
     @property
     def delegate(self) -> LightningModule:
@@ -227,7 +219,7 @@ class CorrectedModule(LightningModule):
         Raises:
             ValueError: there is no Hugging Face model inside.
         """
-        model: Any = self._pretrained()
+        model: Any = pretrained_in(self.module)
         if not hasattr(model, "save_pretrained"):
             raise ValueError(
                 f"{type(model).__name__} has no save_pretrained: save state_dict() or a checkpoint instead"
@@ -238,18 +230,8 @@ class CorrectedModule(LightningModule):
         with self.uncorrected():
             save_model(model, path, **options)
         current = {name: self._corrections.current(name) for name in self.patches}
-        mesh = mesh_of(model)
-        if mesh is None or is_first(mesh):
+        if is_first(mesh_of(model)):
             save_patches(path, current, self.strengths)
-
-    def _pretrained(self) -> nn.Module:
-        """What is saved: the model that is run, or where that is a module around it, the Hugging Face model inside."""
-        try:
-            model = forwarded(self.module)
-        except ValueError:  # several models, of which it need not be said which is run
-            model = unwrap(self.module)
-        inner = profile_of(model).inner
-        return model if inner is None or hasattr(model, "save_pretrained") else inner
 
     def get_extra_state(self) -> dict[str, Any]:
         """All patches and strengths, as tensors and plain values; packed into one value if the model is sharded."""
@@ -259,21 +241,8 @@ class CorrectedModule(LightningModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Have these patches once the weights are loaded."""
-        self.check_version(state)
+        check_version(state)
         self._loaded = unpacked(state)
-
-    @staticmethod
-    def check_version(state: Mapping[str, Any] | None) -> None:
-        """Refuse a state of :meth:`get_extra_state` that another version wrote, before anything is changed."""
-        if state is not None and state.get("version") != 1:
-            raise ValueError(f"the patches' state has version {state.get('version')!r}, this lrp-prune reads 1")
-
-    def follow(self, state: dict[str, Any] | None) -> None:
-        """Have the patches of :meth:`get_extra_state` on weights that a strategy has loaded, or keep those there are."""
-        self._corrections.suspend(untouched=True)
-        if state is not None:
-            self.set_extra_state(state)
-        after_load(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -291,9 +260,6 @@ class CorrectedModule(LightningModule):
             super().__setattr__(name, value)
         else:
             setattr(self.delegate, name, value)
-
-    def _made_late(self) -> bool:
-        return is_overridden("configure_model", self.delegate) or is_overridden("setup", self.delegate)
 
     def settle(self, late: bool = False) -> None:
         """Apply the patches that wait; ``late``: those whose parameters are missing or without values may wait on.
@@ -318,16 +284,67 @@ class CorrectedModule(LightningModule):
             for name in added:
                 self._corrections.remove(name)
             raise
-        for name in ready:
-            del self._pending[name]
+        self._pending = {name: entry for name, entry in self._pending.items() if name not in ready}
 
+    @Extended
+    def setup(self, method: Callable[..., Any], stage: str) -> None:
+        """Patches that wait for parameters are applied once those are made, here or in ``configure_model``."""
+        method(stage)
+        self.settle(late=is_overridden("configure_model", self.delegate))
 
-for _name, _extension in (
-    ("setup", settling),
-    ("configure_model", settling),
-    ("on_train_start", attaching),
-    ("on_train_end", releasing),
-    ("on_save_checkpoint", saving),
-    ("on_load_checkpoint", loading),
-):
-    setattr(CorrectedModule, _name, Extended(_name, _extension))
+    @Extended
+    def configure_model(self, method: Callable[..., Any]) -> None:
+        """Patches that wait for parameters are applied once those are made."""
+        method()
+        self.settle()
+
+    @Extended
+    def on_train_start(self, method: Callable[..., Any]) -> None:
+        """Optimizers are watched from the start of training."""
+        self.attach(self.trainer.optimizers)
+        method()
+
+    @Extended
+    def on_train_end(self, method: Callable[..., Any]) -> None:
+        """Optimizers are left alone at its end."""
+        self.release()
+        method()
+
+    @Extended
+    def on_save_checkpoint(self, method: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        """Checkpoints have the patches outside of the state dict too: a strategy may load the weights alone, by itself."""
+        checkpoint[PATCHES] = self.get_extra_state()
+        method(checkpoint)
+
+    @Extended
+    def on_load_checkpoint(self, method: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        """Where a strategy has loaded the weights already, the patches follow them, or those there are stay."""
+        if "state_dict" not in checkpoint:
+            self._corrections.suspend(untouched=True)
+            state = checkpoint.get(PATCHES)
+            if state is not None:
+                self.set_extra_state(state)
+            self._have_loaded()
+        method(checkpoint)
+
+    def _without_corrections(self, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """State dicts have uncorrected weights."""
+        at_rest(self)
+        self._corrections.without(state, keys_of(self.named_parameters(remove_duplicate=False), prefix))
+
+    def _before_load(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Weights are loaded into an uncorrected model."""
+        check_version(state.get(f"{prefix}_extra_state"))
+        # What is not loaded must be uncorrected too when everything is corrected again.
+        self._corrections.suspend()
+        state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+
+    def _have_loaded(self, incompatible_keys: Any = None) -> None:
+        """Loaded weights are corrected by the patches that came with them, else by those that there are."""
+        state, self._loaded = self._loaded, None
+        if state is None:
+            self._corrections.renew()
+            return
+        self._pending = {}
+        patches = {name: Patch.from_state_dict(patch) for name, patch in state["patches"].items()}
+        self._corrections.replace(patches, state["strengths"])

@@ -10,8 +10,8 @@ from small_models import build
 from torch import nn
 
 import lrp_prune
+from lrp_prune.distributed.fsdp import groups_of_parameters
 from lrp_prune.distributed.sharding import OtherProcessError
-from lrp_prune.engine.unsharding import groups_of_parameters
 
 pytestmark = pytest.mark.processes
 
