@@ -9,9 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import processes  # noqa: F401  # hides the GPUs from this process, so that it can be forked
 import pytest
 import torch
+
+from tests.support import processes  # noqa: F401  # hides the GPUs from this process, so that it can be forked
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from circuit_tasks import numbers
 from torch import nn
 
 import lrp_prune
 from lrp_prune.attribution import RULES
 from lrp_prune.relevance.statistics import STATISTICS
+from tests.support.circuit_tasks import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()

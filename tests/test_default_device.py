@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
 
 import lrp_prune
+from tests.support import small_models
 
 ROOT = Path(__file__).parents[1]
 MAKE = set("zeros ones empty full arange tensor rand randn randint linspace eye randperm empty_strided".split())

@@ -5,14 +5,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import labelled_models
 import pytest
-import small_models
 import torch
-from on_gpu import moved, needs_a_gpu, on_a_gpu
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support import labelled_models, small_models
+from tests.support.on_gpu import moved, needs_a_gpu, on_a_gpu
+from tests.support.small_models import llama
 
 pytestmark = [pytest.mark.processes, needs_a_gpu]
 
@@ -193,13 +193,20 @@ def test_a_compiled_model_gives_what_the_plain_one_gives(tmp_path: Path) -> None
 
 def test_collecting_needs_four_bytes_a_weight_and_one_layer_beside_the_model(tmp_path: Path) -> None:
     """The sums of all weights, and passing tensors of a layer; no second copy of weights, sums or gradients."""
-    import transformers
 
     def bytes_beside() -> tuple[int, int, int]:
-        config = transformers.LlamaConfig(
-            hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=512
+        model = (
+            llama(
+                hidden_size=512,
+                intermediate_size=2048,
+                num_hidden_layers=12,
+                num_attention_heads=8,
+                vocab_size=512,
+                num_key_value_heads=8,
+            )
+            .cuda()
+            .eval()
         )
-        model = transformers.LlamaForCausalLM(config).cuda().eval()
         ids = torch.randint(0, 512, (1, 64), device="cuda")
         batch = {"input_ids": ids, "labels": ids}
         lrp_prune.attribute(model, [batch])

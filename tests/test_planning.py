@@ -4,15 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from live_bytes import Live, allocated
-from sharding import device_type, sharded, together
-from small_models import build
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
 from lrp_prune.pruning import recalibrate, scorer
 from lrp_prune.training.keeping import MaskKeeper
+from tests.support.live_bytes import Live, allocated
+from tests.support.sharding import device_type, sharded, together
+from tests.support.small_models import build
 
 SIZES = [
     {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 500},

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as tf
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.pruning import METHODS, scorer
+from tests.support.small_models import batch_for, build
 
 
 class Holding(nn.Module):

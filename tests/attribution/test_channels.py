@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
-from units import channels_of, makers, randomized, silenced, without
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
+from tests.support.units import channels_of, makers, randomized, silenced, without
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 1, **options: int) -> nn.Sequential:

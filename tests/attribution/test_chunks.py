@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import nn
 
 import lrp_prune
 from lrp_prune.attribution.chunks import in_runs
+from tests.support.small_models import batch_for, build
 
 EXACT = {"matmul_dtype": None}
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrp_prune
+from tests.support.small_models import batch_for, build
 
 
 def test_bfloat16_products_are_close_and_the_sums_are_float32() -> None:

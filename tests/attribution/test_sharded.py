@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from sharding import sharded, together, whole
-from small_models import build
 from torch import nn
 
 import lrp_prune
 from lrp_prune.distributed.fsdp import groups_of_parameters
 from lrp_prune.distributed.sharding import OtherProcessError
+from tests.support.sharding import sharded, together, whole
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import nn
 
 import lrp_prune
 from lrp_prune.attribution.silent import in_blocks, silent_outputs
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from tests.support.small_models import batch_for, build
 
 
 def _told(name: str, composite: str, samples: int = 4, tokens: int = 9) -> list[str]:

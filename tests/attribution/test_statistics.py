@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tf
-from small_models import CAUSAL, batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from tests.support.small_models import CAUSAL, batch_for, build, llama
 
 
 def _tokens(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -180,15 +179,10 @@ def test_tied_weights_are_one_parameter_with_the_relevance_of_all_uses() -> None
 
 
 def test_a_tied_output_embedding_is_left_out_unless_included() -> None:
-    config = tf.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=50,
-        tie_word_embeddings=True,
+    model, batch = (
+        llama(num_hidden_layers=1, vocab_size=50, tie_word_embeddings=True, num_key_value_heads=2).eval(),
+        batch_for("llama"),
     )
-    model, batch = tf.LlamaForCausalLM(config).eval(), batch_for("llama")
     assert all("embed" not in name and "lm_head" not in name for name in lrp_prune.attribute(model, [batch]))
     included = lrp_prune.attribute(
         model, [batch], include=["model.embed_tokens"], composite="gradient", statistic="signed", matmul_dtype=None

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
+from tests.support.small_models import batch_for, build
 
 EXACT: dict[str, Any] = {"matmul_dtype": None, "composite": "attnlrp", "statistic": "squared_token"}
 

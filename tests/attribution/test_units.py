@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CAUSAL, batch_for, build, forward
 from torch import Tensor, nn
-from units import without
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
+from tests.support.small_models import CAUSAL, batch_for, build, forward
+from tests.support.units import without
 
 
 def _value(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -27,8 +27,10 @@ from lrp_prune.pruning import Masks, scorer
 from lrp_prune.pruning.methods import method_of
 
 path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+path.append(str(Path(__file__).resolve().parents[2]))
 import language_model
-import sparsegpt
+
+from tests.benchmarks import sparsegpt
 
 Batches = list[dict[str, Tensor]]
 

@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from processes import run
 from torch.utils.data import DataLoader
 
 from lrp_prune.callbacks import RelevanceCollector
+from tests.support.processes import run
 
 
 class LanguageModel(LightningModule):

@@ -6,10 +6,9 @@ python tests/benchmarks/kills.py --kills 20 --mode ddp
 import sys
 from pathlib import Path
 
-for folder in ("robustness", "support"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from killing import main  # noqa: E402  (found on that path)
+from tests.robustness.killing import main
 
 if __name__ == "__main__":
     sys.exit(min(main(), 1))

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from panel_models import Case, Data, cases, score_of, train
-from panel_report import figure, overview, table
 from torch import nn
 from tqdm import tqdm
 
 import lrp_prune
 from lrp_prune import Scope, pruning
 from lrp_prune.pruning import sparsity_schedule
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.panel_models import Case, Data, cases, score_of, train
+from tests.benchmarks.panel_report import figure, overview, table
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 TRAINED_SPARSITIES = (0.8, 0.9)

@@ -11,19 +11,22 @@ A score is the share of the dense model's advantage over chance that is kept on 
 import argparse
 import copy
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from panel import trained_model
-from panel_models import Case, Data, cases, score_of, train
 from torch import nn
 from tqdm import tqdm
 
 import lrp_prune
 from lrp_prune.pruning import sparsity_schedule
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.panel import trained_model
+from tests.benchmarks.panel_models import Case, Data, cases, score_of, train
 
 WAYS = {
     "1 round": ("one_shot", 1, True),

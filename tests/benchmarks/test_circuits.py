@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import circuits as benchmark
 import pytest
-from circuit_tasks import ioi_model
 from transformers import LlamaForCausalLM
 
 from lrp_prune import tasks
+from tests.benchmarks import circuits as benchmark
+from tests.support.circuit_tasks import ioi_model
 
 MODEL, TOKENIZER = ioi_model()
 

@@ -1,21 +1,15 @@
-import compression
 import language_model
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from tests.benchmarks import compression
+from tests.support.small_models import llama
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=26,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama().eval()
 
 
 def zeros(model: LlamaForCausalLM) -> float:

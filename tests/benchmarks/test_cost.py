@@ -1,5 +1,6 @@
-import cost
 import pytest
+
+from tests.benchmarks import cost
 
 
 @pytest.mark.parametrize("count, places", [(6, 0), (12, 2), (20, 5)])

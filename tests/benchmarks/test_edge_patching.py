@@ -1,14 +1,14 @@
 """The plain edge attribution patching is right, and gate training keeps less in memory than it."""
 
-import edge_patching
 import pytest
 import torch
-from circuit_tasks import small_task
-from small_models import build
 
 from lrp_prune import circuits
 from lrp_prune.tasks.metrics import batch_metric
 from lrp_prune.tasks.task import answer_logits
+from tests.benchmarks import edge_patching
+from tests.support.circuit_tasks import small_task
+from tests.support.small_models import build
 
 
 def unchanged(name: str, tensor: torch.Tensor) -> torch.Tensor:

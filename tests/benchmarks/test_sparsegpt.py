@@ -1,7 +1,8 @@
-import sparsegpt
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.benchmarks import sparsegpt
+from tests.support.small_models import llama
 
 
 def layer_problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,15 +59,9 @@ def test_lazy_blocks_change_nothing_but_the_order_of_the_work():
 
 
 def test_block_by_block_feeds_each_block_with_the_pruned_blocks_before_it():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = llama(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=50
+    ).eval()
     ids = torch.randint(0, 50, (3, 16))
     grams = {}
 

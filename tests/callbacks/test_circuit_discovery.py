@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import numbers, small_task
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from small_models import build
 from torch.utils.data import DataLoader
 
 from lrp_prune import LRP, Magnitude, circuits
 from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
 from lrp_prune.tasks import TableTask
+from tests.support.circuit_tasks import numbers, small_task
+from tests.support.small_models import build
 
 
 class Module(LightningModule):

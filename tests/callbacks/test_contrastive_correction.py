@@ -7,7 +7,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from lrp_prune.callbacks import Guard
 from lrp_prune.callbacks.contrastive_correction import ContrastiveCorrection
 from lrp_prune.correction import Automatic, Patch
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.support.small_models import batch_for, build
 
 OPTIONS: dict[str, Any] = {"amount": 20, "method": LRP(target="class")}
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_models import CASES, HandsOn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 import lrp_prune
 from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from tests.support.labelled_models import CASES, HandsOn
 
 
 class Trained(HandsOn):

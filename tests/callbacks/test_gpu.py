@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import needs_a_gpu, on_a_gpu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.support.on_gpu import needs_a_gpu, on_a_gpu
 
 pytestmark = [pytest.mark.processes, needs_a_gpu]
 

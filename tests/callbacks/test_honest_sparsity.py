@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from recurrent_layers import LastStep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +16,7 @@ import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from lrp_prune.pruning import METHODS
 from lrp_prune.relevance.unscored import UNUSED, UnscoredWeightsWarning
+from tests.support.recurrent_layers import LastStep
 
 
 class Module(LightningModule):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import lrp_prune.pruning.scorers as scorers
 from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from tests.support.small_models import llama
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
@@ -109,21 +110,13 @@ def test_recomputed_layers_inside_a_training(make_module, make_loader, make_trai
 
 def test_hugging_face_checkpointing_inside_a_training(make_trainer, same_weights) -> None:
     """Recomputed in the validation's collection, and trained as without the callback."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    pytest.importorskip("transformers")
 
     class LanguageModel(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.model = transformers.LlamaForCausalLM(config)
+            self.model = llama(vocab_size=50, intermediate_size=32, num_key_value_heads=2)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # renamed in newer versions
                 self.model.gradient_checkpointing_enable()

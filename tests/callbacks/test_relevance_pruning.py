@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 import lrp_prune.pruning.scorers as scorers
 from lrp_prune.callbacks import RelevancePruning, Rounds, _collection
 from lrp_prune.pruning import sparsity_schedule
+from tests.support.small_models import llama
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 METHODS = ["lrp", "wanda", "gradient", "magnitude", "random"]
@@ -180,24 +181,21 @@ def test_figures_reach_the_logger(make_module, make_loader, make_trainer, tmp_pa
 
 def test_tiny_llama_by_heads(make_trainer) -> None:
     """A Hugging Face model held by a module without a forward of its own; units of grouped-query attention."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from lightning.pytorch import LightningModule
     from torch.utils.data import DataLoader
-
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
 
     class LanguageModel(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = transformers.LlamaForCausalLM(config)
+            self.model = llama(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=32,
+            )
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.model(**batch).loss

@@ -13,9 +13,6 @@ import torch.distributed.fsdp
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from processes import run
-from resumable_training import Classifier, Loader
-from sharding import device_type, whole
 from torch import Tensor, nn
 
 from lrp_prune import LRP
@@ -23,6 +20,9 @@ from lrp_prune.callbacks import ContrastiveCorrection, Guard
 from lrp_prune.correction import Automatic, Patch
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.robustness.resumable_training import Classifier, Loader
+from tests.support.processes import run
+from tests.support.sharding import device_type, whole
 
 pytestmark = pytest.mark.processes
 

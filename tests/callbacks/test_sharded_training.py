@@ -9,12 +9,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from processes import run
-from resumable_training import Classifier
-from sharding import device_type, whole
 from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from tests.robustness.resumable_training import Classifier
+from tests.support.processes import run
+from tests.support.sharding import device_type, whole
 
 pytestmark = pytest.mark.processes
 

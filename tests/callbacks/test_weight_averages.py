@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import small_task
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from small_models import build
 
 import lrp_prune.pruning.scorers as scorers
 from lrp_prune import circuits
 from lrp_prune.callbacks import CircuitDiscovery, RelevanceCollector, RelevancePruning, Rounds
+from tests.support.circuit_tasks import small_task
+from tests.support.small_models import build
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 

@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import chosen, small_task
-from planted import PlantedNeurons, Redundant, planted_task
-from small_models import build
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, Ranking
@@ -18,6 +15,9 @@ from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.scores import UnitScores
 from lrp_prune.pruning import LRP, Magnitude, Method, Scorable, prune
 from lrp_prune.tasks import TableTask, Task
+from tests.support.circuit_tasks import chosen, small_task
+from tests.support.planted import PlantedNeurons, Redundant, planted_task
+from tests.support.small_models import build
 
 
 def neurons() -> PlantedNeurons:

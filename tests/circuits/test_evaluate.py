@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import chosen, ioi_model, small_task
-from planted import NO, WORDS, YES, PlantedHeads, PlantedNeurons, planted_task, word_tokenizer
-from small_models import build, forward
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, Node, Ranking
 from lrp_prune.tasks import IndirectObject, TableTask
+from tests.support.circuit_tasks import chosen, ioi_model, small_task
+from tests.support.planted import NO, WORDS, YES, PlantedHeads, PlantedNeurons, planted_task, word_tokenizer
+from tests.support.small_models import build, forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts")
 X, Y, C = [4.0, 2.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.5], [1.0, 2.0, -1.0, 5.0]

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_tasks import small_task
-from planted import Twice, planted_task
-from small_models import build
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune import Patch, circuits
 from lrp_prune.circuits import Circuit
 from lrp_prune.tasks.task import answer_logits
+from tests.support.circuit_tasks import small_task
+from tests.support.planted import Twice, planted_task
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts")
 

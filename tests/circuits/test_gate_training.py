@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import small_task
 from lightning.pytorch import Trainer
-from planted import NO, YES, PlantedHeads, PlantedNeurons, planted_task
-from small_models import build
 from torch import nn
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, GateTraining
 from lrp_prune.tasks.metrics import batch_metric
+from tests.support.circuit_tasks import small_task
+from tests.support.planted import NO, YES, PlantedHeads, PlantedNeurons, planted_task
+from tests.support.small_models import build
 
 
 def gates_of(name: str = "gpt2", **options: Any) -> GateTraining:

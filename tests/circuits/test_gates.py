@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import small_task
-from small_models import build
 from torch import Tensor, nn
 
 from lrp_prune import circuits
@@ -13,6 +11,8 @@ from lrp_prune.circuits import GateTraining
 from lrp_prune.circuits.ablation import effective
 from lrp_prune.circuits.hard_concrete import probability_open, sample
 from lrp_prune.tasks.task import answer_logits
+from tests.support.circuit_tasks import small_task
+from tests.support.small_models import build
 
 ATTENTIONS = ["eager", "sdpa"]
 

@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import chosen, small_task
 from lightning.pytorch import LightningModule
-from small_models import build
 from torch import Tensor, nn
 from transformers import (
     FalconConfig,
@@ -21,6 +19,8 @@ from lrp_prune import circuits
 from lrp_prune.circuits.ablation import ABLATIONS
 from lrp_prune.circuits.references import reference_for
 from lrp_prune.circuits.sites import find_sites
+from tests.support.circuit_tasks import chosen, small_task
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts")
 

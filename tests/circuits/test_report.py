@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from circuit_tasks import small_task
-from small_models import build
 
 from lrp_prune import circuits
 from lrp_prune.circuits.plots import kept_per_layer, overlaps, size_curves
+from tests.support.circuit_tasks import small_task
+from tests.support.small_models import build
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts")

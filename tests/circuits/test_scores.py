@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from circuit_tasks import chosen, small_task
-from planted import PlantedHeads, PlantedNeurons, Redundant, planted_task
-from small_models import build
 from torch import nn
 
 import lrp_prune
@@ -16,6 +13,9 @@ from lrp_prune.circuits.sites import passing
 from lrp_prune.tasks import Task
 from lrp_prune.tasks.metrics import batch_metric
 from lrp_prune.tasks.task import answer_logits
+from tests.support.circuit_tasks import chosen, small_task
+from tests.support.planted import PlantedHeads, PlantedNeurons, Redundant, planted_task
+from tests.support.small_models import build
 
 X, Y, C = [4.0, 2.0, 1.0, 0.0], [0.0, 1.0, 0.0, 3.0], [1.0, 2.0, -1.0, 5.0]
 

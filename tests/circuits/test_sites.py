@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from circuit_tasks import chosen, small_task
-from planted import PlantedNeurons, Twice, planted_task
-from small_models import CAUSAL, build
 from torch import Tensor, nn
 
 from lrp_prune import circuits
 from lrp_prune.circuits.ablation import counterfactual_reference, gating, mean_reference
 from lrp_prune.circuits.sites import passing
 from lrp_prune.tasks.task import answer_logits
+from tests.support.circuit_tasks import chosen, small_task
+from tests.support.planted import PlantedNeurons, Twice, planted_task
+from tests.support.small_models import CAUSAL, build
 
 
 @pytest.mark.parametrize("name", [*(name for name in CAUSAL if name != "mixtral"), "bloom"])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from patches import UP, some_patch, unchanged, weights
-from small_models import build
 from torch import nn
 
 from lrp_prune.correction import Patch
+from tests.support.patches import UP, some_patch, unchanged, weights
+from tests.support.small_models import build
 
 
 def test_names_of_two_depths_overlap_in_a_model_and_are_refused_where_they_are_united() -> None:

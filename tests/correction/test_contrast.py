@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 from lrp_prune import Member, Relevance, attribute
 from lrp_prune.correction import Contrast, Guard, Patch
 from lrp_prune.relevance.unscored import UNREACHED
+from tests.support.small_models import batch_for, build
 
 
 def pair(seed: int = 0, statistic: str = "signed") -> tuple[Relevance, Relevance]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from patches import DOWN, UP, some_patch, unchanged, weights
-from small_models import build
 from torch import Tensor, nn
 
 from lrp_prune.correction import Entries, Patch
+from tests.support.patches import DOWN, UP, some_patch, unchanged, weights
+from tests.support.small_models import build
 
 
 class Wrapped(LightningModule):
@@ -72,8 +72,8 @@ def test_a_round_trip_through_a_file_and_a_new_process(tmp_path: Path) -> None:
     assert path.stat().st_size < 4096
     code = f"""
 import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent.parent / "support")!r})
-from small_models import build
+sys.path.append({str(Path(__file__).parents[2])!r})
+from tests.support.small_models import build
 from lrp_prune.correction import Patch
 model = build("llama")
 before = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp  # once here, not in each forked process
-from sharding import sharded, together, whole
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 from lrp_prune import Relevance, attribute
 from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.correction import Contrast, Corrections, Guard, Patch
 from lrp_prune.correction.provenance import model_fingerprint
+from tests.support.sharding import sharded, together, whole
+from tests.support.small_models import batch_for, build
 
 pytestmark = pytest.mark.processes
 

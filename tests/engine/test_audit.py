@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from small_models import ARCHITECTURES, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import UnruledOperationError, UnruledOperationWarning
+from tests.support.small_models import ARCHITECTURES, batch_for, build, forward
 
 
 class Digamma(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import Live
-from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lrp_prune
 from lrp_prune.relevance import Relevance
+from tests.support.live_bytes import Live
+from tests.support.small_models import batch_for, build, llama
 
 EXACT: dict[str, Any] = {"matmul_dtype": None, "composite": "attnlrp", "statistic": "squared_token"}
 
@@ -127,20 +127,12 @@ def test_hugging_face_checkpointing_changes_nothing(name: str, training: bool, r
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_keeps_its_benefit_in_evaluation_mode(reentrant: bool) -> None:
     """Counted in bytes alive at the same time: a deeper model costs what a layer's input costs, not its activations."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     ids = torch.randint(50, (4, 64))
 
     def peak(layers: int, checkpointing: bool) -> int:
-        config = transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=128,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).eval()
+        model = llama(vocab_size=50, intermediate_size=128, num_hidden_layers=layers, num_key_value_heads=2).eval()
         if checkpointing:
             enable(model, reentrant)
         accumulator = lrp_prune.attribution.RelevanceAccumulator(model, **EXACT)

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
@@ -14,6 +13,7 @@ from lrp_prune.attribution import COMPOSITES, RULES
 from lrp_prune.engine import rules
 from lrp_prune.engine.operations import KINDS
 from lrp_prune.engine.rules import Call
+from tests.support.small_models import batch_for, build, forward
 
 
 class Everything(nn.Module):

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, NO_CHOICE, batch_for, build, forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrp_prune
+from tests.support.small_models import ARCHITECTURES, NO_CHOICE, batch_for, build, forward
 
 
 def _imbalance(model: nn.Module, batch: dict[str, Tensor], composite: str = "cp_lrp") -> float:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import batch_for, build
 
 
 class Middle(nn.Module):

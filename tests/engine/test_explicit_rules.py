@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import llama
 
 
 def engine(
@@ -175,16 +175,9 @@ def test_rms_norm_hands_relevance_on(own: bool) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_whole_llama_layer(attention: str) -> None:
     """One decoder layer and the head of a Hugging Face Llama, rule by rule from the logit to the embeddings."""
-    config = tf.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=30,
-        attn_implementation=attention,
+    model = (
+        llama(num_hidden_layers=1, num_key_value_heads=2, vocab_size=30, attn_implementation=attention).double().eval()
     )
-    model = tf.LlamaForCausalLM(config).double().eval()
     ids = torch.randint(30, (1, 6))
     with lrp_prune.attributing(model, unruled="error") as propagation:
         logits = model(input_ids=ids, use_cache=False).logits

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Single, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution import UnruledOperationError, UnruledOperationWarning
+from tests.support.small_models import Single, batch_for, build, forward
 
 PROTOTYPES = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
 

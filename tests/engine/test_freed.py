@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from circuit_tasks import small_task
-from small_models import batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune import circuits
+from tests.support.circuit_tasks import small_task
+from tests.support.small_models import batch_for, build, forward
 
 Batch = dict[str, Tensor]
 

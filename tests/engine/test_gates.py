@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import GATED, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import GATED, batch_for, build, forward
 
 
 class Gated(nn.Module):

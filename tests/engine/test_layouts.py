@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Single
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.engine import operations
+from tests.support.small_models import Single
 
 IMAGE = (4, 6, 6)
 TOKENS = (5, 6)

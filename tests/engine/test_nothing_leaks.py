@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_for, build, forward
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lrp_prune
 from lrp_prune.engine.operations import OPERATIONS
+from tests.support.small_models import batch_for, build, forward
 
 
 def _hooks(model: nn.Module) -> list[Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from recurrent_layers import Explicit, LastStep
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ import lrp_prune
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.relevance.unscored import GATES
+from tests.support.recurrent_layers import Explicit, LastStep
 
 KINDS: dict[str, Any] = {
     "lstm": nn.LSTM,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import POSITIONS, batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import POSITIONS, batch_for, build, forward
 
 TOKENS = 3
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from sharding import sharded, together, whole
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.pruning import METHODS
 from lrp_prune.relevance.unscored import DIVIDED, UNUSED, UnscoredWeightsWarning
+from tests.support.sharding import sharded, together, whole
 
 pytestmark = pytest.mark.processes
 

@@ -1,10 +1,10 @@
 import apply_patch
 import pytest
 import torch
-from small_models import build
 from transformers import AutoModelForCausalLM
 
 from lrp_prune import Patch
+from tests.support.small_models import build
 
 
 class Words:

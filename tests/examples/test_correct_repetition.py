@@ -3,9 +3,9 @@ import argparse
 import correct_repetition
 import pytest
 import torch
-from small_models import build
 
 from lrp_prune import Patch
+from tests.support.small_models import build
 
 
 def test_uniqueness_is_of_generated_tokens_only():

@@ -3,28 +3,17 @@ import correction_rounds
 import correction_study
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lrp_prune import Patch
 from lrp_prune.targets import RepetitionMargin
+from tests.support.small_models import llama
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=26,
-        eos_token_id=25,
-        bos_token_id=24,
-        pad_token_id=None,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(eos_token_id=25, bos_token_id=24, pad_token_id=None, initializer_range=0.3).eval()
 
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8], [9, 3], [2, 2, 2]]

@@ -4,9 +4,9 @@ from pathlib import Path
 import find_ioi_circuit
 import pytest
 import torch
-from circuit_tasks import ioi_model
 
 from lrp_prune import circuits
+from tests.support.circuit_tasks import ioi_model
 
 MODEL, TOKENIZER = ioi_model()
 

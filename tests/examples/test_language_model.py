@@ -3,7 +3,9 @@ import math
 import language_model
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tests.support.small_models import llama
 
 
 class Characters:
@@ -14,15 +16,7 @@ class Characters:
 
 
 def small_model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=26,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(num_hidden_layers=1).eval()
 
 
 def test_no_document_is_both_calibrated_on_and_held_out():

@@ -1,7 +1,8 @@
 import sys
 
 import plan_memory
-from small_models import build
+
+from tests.support.small_models import build
 
 
 def test_one_row_for_each_number_of_devices(monkeypatch, capsys, tmp_path):

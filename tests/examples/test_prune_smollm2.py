@@ -4,22 +4,15 @@ import language_model
 import prune_smollm2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lrp_prune
+from tests.support.small_models import llama
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=26,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama().eval()
 
 
 def options(**changes: object) -> argparse.Namespace:

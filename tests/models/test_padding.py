@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from labelled_models import CASES, VOCABULARY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrp_prune
 from lrp_prune.models import attended_labels, call_of, counted_tokens, logits_for
 from lrp_prune.targets import ClassLogit
+from tests.support.labelled_models import CASES, VOCABULARY
 
 EXACT: dict[str, Any] = {"composite": "gradient", "statistic": "abs_token", "matmul_dtype": None}
 GENERATOR = torch.Generator().manual_seed(2)

@@ -7,14 +7,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers as tf
-from labelled_models import CASES
-from small_models import build
 from torch import Tensor, nn
 from torchmetrics import Accuracy
 
 import lrp_prune
 from lrp_prune.models import profile_of, subject_of
 from lrp_prune.targets import check_suits, checked
+from tests.support.labelled_models import CASES
+from tests.support.small_models import build
 
 
 class Holding(pl.LightningModule):

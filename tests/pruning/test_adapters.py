@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
@@ -15,6 +14,7 @@ from lrp_prune.attribution.candidates import candidates
 from lrp_prune.names import named_modules, named_parameters, resolve
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.relevance.statistics import OF_RELEVANCE
+from tests.support.small_models import batch_for, build
 
 QUERIES = ["*.q_proj"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sharding import together
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune import Masks
 from lrp_prune.pruning import METHODS, recalibrate, scorer
+from tests.support.sharding import together
 
 
 def classifier() -> tuple[nn.Module, list[Any]]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharding import sharded, together, whole
-from small_models import build
 from torch import nn
 
 import lrp_prune
 from lrp_prune import LRP, Random, Scope, Wanda
 from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.pruning.comparison import Comparison
+from tests.support.sharding import sharded, together, whole
+from tests.support.small_models import build
 
 
 class Network(nn.Module):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +18,7 @@ from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from lrp_prune.pruning import METHODS, Collects, Scorable, scorer
 from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.scope import settled
+from tests.support.small_models import batch_for, build
 
 
 def network() -> nn.Sequential:

@@ -6,11 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_models import batch_for, build, forward
 from torch import nn
 
 import lrp_prune
 from lrp_prune.pruning import LRP, METHODS, Random, scorer
+from tests.support.small_models import batch_for, build, forward
 
 
 def _pruned(model: nn.Module, masks: lrp_prune.Masks) -> int:

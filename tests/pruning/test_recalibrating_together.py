@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sharding import sharded, together, whole
-from small_models import build
 from torch import Tensor, nn
 
 import lrp_prune
@@ -17,6 +15,8 @@ from lrp_prune.pruning import scorer
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.processes import Processes, Turns
 from lrp_prune.pruning.recalibration import recalibrate
+from tests.support.sharding import sharded, together, whole
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 

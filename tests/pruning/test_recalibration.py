@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from recurrent_layers import LastStep
-from small_models import batch_for, build
 from torch import Tensor, nn
 
 import lrp_prune
@@ -18,6 +16,8 @@ from lrp_prune import Masks
 from lrp_prune.pruning import scorer
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.recalibration import Recalibration, enough, recalibrate
+from tests.support.recurrent_layers import LastStep
+from tests.support.small_models import batch_for, build
 
 
 def masks_of(model: nn.Module, sparsity: float, seed: int = 0) -> Masks:

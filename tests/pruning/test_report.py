@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharding import together
 
 import lrp_prune
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
@@ -13,6 +12,7 @@ from lrp_prune.pruning.emptied import cut_off
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.unscored import UNREACHED
+from tests.support.sharding import together
 
 
 def transformer(dead=3):

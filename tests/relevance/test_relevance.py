@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from sharding import sharded, together
-from small_models import batch_for, build
 from torch import nn
 
 import lrp_prune
@@ -15,6 +13,8 @@ from lrp_prune.attribution import RelevanceAccumulator
 from lrp_prune.pruning import scorer
 from lrp_prune.relevance import NORMALIZATIONS
 from lrp_prune.relevance.unscored import UNREACHED, UNUSED
+from tests.support.sharding import sharded, together
+from tests.support.small_models import batch_for, build
 
 
 @pytest.mark.parametrize("by", NORMALIZATIONS)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import fork, free_port, wait
-from resumable_training import MODES, ROUNDS, train
 
 from lrp_prune.callbacks import Rounds
+from tests.robustness.resumable_training import MODES, ROUNDS, train
+from tests.support.processes import fork, free_port, wait
 
 EVENTS = ("any", "window", "collecting", "pruning", "checkpoint")
 LIMIT = 120.0  # seconds for one training

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from processes import run
-from resumable_training import Classifier, Loader, SavedMasks, StatefulLoader
 
 from lrp_prune.callbacks import RelevancePruning
+from tests.robustness.resumable_training import Classifier, Loader, SavedMasks, StatefulLoader
+from tests.support.processes import run
 
 pytestmark = pytest.mark.processes
 

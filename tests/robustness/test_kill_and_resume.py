@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from killing import EVENTS, Run, Trials, by_steps, differences, launch
 
 from lrp_prune.callbacks import Rounds
 from lrp_prune.pruning import Masks
+from tests.robustness.killing import EVENTS, Run, Trials, by_steps, differences, launch
 
 pytestmark = pytest.mark.processes
 

@@ -10,13 +10,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from processes import run
-from resumable_training import Classifier as Sharded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from tests.robustness.resumable_training import Classifier as Sharded
+from tests.support.processes import run
 
 pytestmark = pytest.mark.processes
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import allocated
-from sharding import device_type, sharded, together, whole
-from small_models import build
 from torch import nn
 
 import lrp_prune
 from lrp_prune import LRP, Masks, Relevance, Scope
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.training.keeping import MaskKeeper
+from tests.support.live_bytes import allocated
+from tests.support.sharding import device_type, sharded, together, whole
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 

@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import torch
-from planted import word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrp_prune.circuits import NODE_METHODS
 from lrp_prune.pruning import Method
 from lrp_prune.tasks import TableTask
 from lrp_prune.tasks.indirect_object import TEMPLATES
 from lrp_prune.tasks.names import FEMALE, MALE
+from tests.support.planted import word_tokenizer
+from tests.support.small_models import llama
 
 
 def numbers(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -35,15 +36,7 @@ def ioi_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     words = [word for text in TEMPLATES for word in text.split()] + [*FEMALE, *MALE]
     tokenizer = word_tokenizer([form for word in words for form in (word, f"{word},", f"{word}.")])
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=len(tokenizer),
-    )
-    return LlamaForCausalLM(config).eval(), tokenizer
+    return llama(vocab_size=len(tokenizer)).eval(), tokenizer
 
 
 def chosen(method: str, **options: object) -> Method:

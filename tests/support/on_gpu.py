@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import GPUS, run
 from torch import Tensor
+
+from tests.support.processes import GPUS, run
 
 needs_a_gpu = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 

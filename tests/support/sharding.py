@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import GPUS, run
 from torch import Tensor, nn
+
+from tests.support.processes import GPUS, run
 
 
 def device_type(processes: int) -> str:

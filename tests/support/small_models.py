@@ -24,6 +24,19 @@ _BERT: dict[str, Any] = {
 }
 
 
+def llama(**changes: Any) -> tf.LlamaForCausalLM:
+    """A still smaller Llama of any configuration, with random weights."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 26,
+    }
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**sizes, **changes}))
+
+
 def _causal(name: str, **config: Any) -> Callable[..., nn.Module]:
     def build(**attention: Any) -> nn.Module:
         configuration = getattr(tf, f"{name}Config", None) or getattr(tf, f"{name}TextConfig")

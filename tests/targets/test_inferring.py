@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from labelled_models import CASES, HandsOn, Logits
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrp_prune
 from lrp_prune.targets import Inferred, in_words
+from tests.support.labelled_models import CASES, HandsOn, Logits
 
 EXACT: dict[str, Any] = {"composite": "gradient", "statistic": "signed", "matmul_dtype": None}
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import build
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.targets import RepetitionMargin, TokenMargin
+from tests.support.small_models import build
 
 PROMPT = 2
 RESPONSES = [[5, 6, 5, 5, 7, 6], [1, 2, 3, 4, 8, 9]]

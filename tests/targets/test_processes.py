@@ -8,14 +8,14 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from processes import run
-from sharding import sharded, together
-from small_models import build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector
+from tests.support.processes import run
+from tests.support.sharding import sharded, together
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 

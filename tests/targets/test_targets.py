@@ -5,12 +5,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_models import batch_for, build, forward
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.models import profile_of, subject_of
 from lrp_prune.targets import ClassLogit, LastToken, LogitDifference, NextToken, checked, describe
+from tests.support.small_models import batch_for, build, forward
 
 
 def test_next_token_is_the_log_probability_of_the_text() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_models import CASES, HandsOn, Lightning, Logits
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.models import counted_tokens
+from tests.support.labelled_models import CASES, HandsOn, Lightning, Logits
 
 EXACT: dict[str, Any] = {"statistic": "abs_token", "matmul_dtype": None, "unruled": "ignore"}
 

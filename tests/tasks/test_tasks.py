@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import WORDS, word_tokenizer
 
 from lrp_prune import tasks
 from lrp_prune.tasks import gendered_pronoun, greater_than, indirect_object, names
 from lrp_prune.tasks.prompts import tokens
 from lrp_prune.tasks.task import Task
+from tests.support.planted import WORDS, word_tokenizer
 
 
 def all_words() -> list[str]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from masked_training import Drifting, loss_of, make_masks, make_model, pruned_values, train
 from torch import Tensor, nn
 
 from lrp_prune.training.keeping import MaskKeeper
+from tests.support.masked_training import Drifting, loss_of, make_masks, make_model, pruned_values, train
 
 
 def test_clipping_counts_kept_gradients_only() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from masked_training import Drifting, Weights, loss_of, make_masks, make_model, pruned_values, train
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lrp_prune.training.keeping import MaskKeeper
 from lrp_prune.training.optimizers import KEEPS_ZEROS, SECOND_MOMENTS, keeps_zeros
+from tests.support.masked_training import Drifting, Weights, loss_of, make_masks, make_model, pruned_values, train
 
 ALLOWED: dict[str, Callable[[Weights], Optimizer]] = {
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.1, t0=1, weight_decay=0.1),

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_models import CASES
 from peft import LoraConfig, get_peft_model
-from small_models import batch_for, build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrp_prune.wrapper.delegation import PlainSteps
+from tests.support.labelled_models import CASES
+from tests.support.small_models import batch_for, build
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from patches import LAST, POSITIONS, entries, patch_of, tensors, wrapped
-from small_models import batch_for, build
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
 
 from lrp_prune.correction import Patch, load_patches
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.support.patches import LAST, POSITIONS, entries, patch_of, tensors, wrapped
+from tests.support.small_models import batch_for, build
 
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])

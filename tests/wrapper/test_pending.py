@@ -3,11 +3,11 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from patches import POSITIONS, entries, patch_of, tensors
 from torch import nn
 
 from lrp_prune.correction import Patch
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.support.patches import POSITIONS, entries, patch_of, tensors
 
 
 def test_layers_made_in_configure_model_get_their_patches(everything, trainer) -> None:

@@ -11,16 +11,16 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from processes import run
-from resumable_training import Classifier
-from sharding import device_type, sharded, together, whole
-from small_models import build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.correction import Patch, load_patches
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.robustness.resumable_training import Classifier
+from tests.support.processes import run
+from tests.support.sharding import device_type, sharded, together, whole
+from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 
