@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lrp_prune
+from lrp_prune.attribution import Gamma
 from lrp_prune.distributed.fsdp import groups_of_parameters
 from lrp_prune.distributed.sharding import OtherProcessError
 from tests.support.sharding import sharded, together, whole
@@ -23,6 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"statistic": "abs_sample"},
     {"composite": "cp_lrp", "statistic": "signed"},
     {"composite": "epsilon", "statistic": "geometric", "chunks": 2},
+    {"composite": lrp_prune.Composite("terms", {"linear": Gamma(0.4)}, base="epsilon"), "statistic": "squared_token"},
+    {"composite": lrp_prune.Composite("terms", {"linear": Gamma(0.4)}, base="epsilon"), "statistic": "geometric"},
     {"granularity": "neuron"},
     {"granularity": "head"},
     {"granularity": "block"},

@@ -418,3 +418,24 @@ def test_a_function_that_is_registered_as_linear_has_its_bias() -> None:
     with lrp_prune.register_rule(visible, "linear"):
         found = lrp_prune.attribute(Own(layer), [x], target=_first, composite=composite)["weight"]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_in_mixed_precision_terms_are_those_of_float32_up_to_its_rounding(rule: str) -> None:
+    """Sums of squares of half-precision terms would overflow, and their differences vanish."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 4))
+    composite = Composite("declared", {"linear": RULES[rule][0]})
+    batches = [{"input": 8 * torch.randn(6, 24)}]
+
+    def found(**settings: Any) -> lrp_prune.Relevance:
+        with torch.autocast("cpu", **settings):
+            return lrp_prune.attribute(
+                model, batches, target=lambda model, batch: model(batch["input"]).float().amax(-1).sum(),
+                composite=composite, statistic="squared_token",
+            )  # fmt: skip
+
+    exact, rounded = found(enabled=False), found(dtype=torch.bfloat16)
+    for name in exact:
+        assert rounded[name].dtype == torch.float32
+        assert float((rounded[name] - exact[name]).norm() / exact[name].norm()) < 0.1
