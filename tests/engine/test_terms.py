@@ -439,3 +439,22 @@ def test_in_mixed_precision_terms_are_those_of_float32_up_to_its_rounding(rule: 
     for name in exact:
         assert rounded[name].dtype == torch.float32
         assert float((rounded[name] - exact[name]).norm() / exact[name].norm()) < 0.1
+
+
+@pytest.mark.parametrize("include", [None, ["1.down"]])
+def test_a_block_beside_a_projection_is_found_by_any_rule(include: list[str] | None) -> None:
+    """One layer beside several is the stream in another width, also where the layers have rules of terms."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.short = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(5, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.short(x) + self.down(self.up(x).relu())
+
+    model, composite = nn.Sequential(nn.Linear(5, 5), Block(), nn.Linear(7, 2)), Composite("g", {"linear": Gamma(0.4)})
+    found = lrp_prune.attribute(
+        model, [torch.randn(4, 5)], lambda m, b: m(b).sum(), composite, granularity="block", include=include
+    )
+    assert list(found) == ["1.down"]
