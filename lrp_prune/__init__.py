@@ -53,6 +53,7 @@ __all__ = [
     "estimate",
     "merge_adapters",
     "prune",
+    "pruning_curve",
     "register_rule",
     "select",
 ]
@@ -82,6 +83,10 @@ def __getattr__(name: str) -> object:
         from lrp_prune.pruning.comparing import compare
 
         return compare
+    if name == "pruning_curve":
+        from lrp_prune.pruning.curve import pruning_curve
+
+        return pruning_curve
     if name == "Comparison":
         from lrp_prune.pruning.comparison import Comparison
 

@@ -81,7 +81,7 @@ def compare(
         True
     """
     entries = _entries(methods, options)
-    rates = _rates(sparsities)
+    rates = rates_of(sparsities)
     check_batches(batches)
     scores: dict[str, dict[float, float]] = {label: {} for label in entries}
     reached: dict[str, dict[float, float]] = {label: {} for label in entries}
@@ -89,9 +89,9 @@ def compare(
         reference = list(batches)
         for label, entry in entries.items():
             _check(label, entry, rates, model, reference)
-        with _bar(1 + len(entries) * len(rates), progress) as step, restored(model, always=True) as restore:
+        with stepping(1 + len(entries) * len(rates), progress) as step, restored(model, always=True) as restore:
             step("dense")
-            dense = _evaluated(model, evaluate)
+            dense = evaluated(model, evaluate)
             restore()  # statistics of batch normalizations, which an evaluation may have moved
             for label, entry in entries.items():
                 step(f"{label}: scoring", 0)
@@ -100,7 +100,7 @@ def compare(
                     step(f"{label} at {100 * rate:g} %")
                     masks = prune(model, reference, rate, relevance=relevance, progress=False, **entry)
                     reached[label][rate] = masks.sparsity
-                    scores[label][rate] = _evaluated(model, evaluate)
+                    scores[label][rate] = evaluated(model, evaluate)
                     restore()
     return Comparison(scores, dense, reached, higher_is_better)
 
@@ -140,7 +140,8 @@ def _checked(label: str, own: Any) -> Mapping[str, Any]:
     return own
 
 
-def _rates(sparsities: Sequence[float]) -> list[float]:
+def rates_of(sparsities: Sequence[float]) -> list[float]:
+    """Different numbers in [0, 1), checked."""
     if isinstance(sparsities, int | float | Mapping):
         raise ValueError(f"sparsities must be several numbers in [0, 1), got {sparsities!r}")
     rates = [check_sparsity(rate, "each of sparsities") for rate in sparsities]
@@ -180,7 +181,8 @@ def _scored(model: nn.Module, reference: list[Any], entry: Mapping[str, Any]) ->
     return scores.compute()
 
 
-def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    """What a function says of a model, which is as it was afterwards."""
     with undisturbed(model), unchanged_buffers(model):
         value = evaluate(model)
     try:
@@ -192,7 +194,7 @@ def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> floa
 
 
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[..., None]]:
+def stepping(total: int, shown: bool) -> Iterator[Callable[..., None]]:
     """A progress bar of one process; yields what says what comes next, and how many steps that is."""
     with tqdm(total=total, disable=not (shown and is_first()), leave=False) as bar:
         pending = 0

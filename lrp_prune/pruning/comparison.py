@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lrp_prune.figures import new_figure, saved
+from lrp_prune.metrics.pruning import pruning_area, top_pruning_rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +60,26 @@ class Comparison:
             return []
         top = (max if self.higher_is_better else min)(values.values())
         return [method for method, value in values.items() if value == top]
+
+    def area(self, method: str) -> float:
+        """The mean of the value over the pruning rates, from the dense model on: see :func:`lrp_prune.metrics.pruning_area`.
+
+        Example:
+            >>> round(Comparison({"lrp": {0.5: 0.9, 0.9: 0.5}}, 1.0).area("lrp"), 4)  # (0.5 * 0.95 + 0.4 * 0.7) / 0.9
+            0.8389
+        """
+        row = {0.0: self.dense, **self.scores[method]}
+        return pruning_area(list(row), list(row.values()))
+
+    def top_rate(self, method: str, share: float = 0.95) -> float:
+        """The highest rate that keeps a share of the dense value: see :func:`lrp_prune.metrics.top_pruning_rate`.
+
+        Example:
+            >>> round(Comparison({"lrp": {0.5: 0.97, 0.9: 0.93}}, 1.0).top_rate("lrp"), 3)
+            0.7
+        """
+        row = self.scores[method]
+        return top_pruning_rate(list(row), list(row.values()), self.dense, share, self.higher_is_better)
 
     def __str__(self) -> str:
         from rich.box import SIMPLE_HEAD

@@ -1,0 +1,76 @@
+"""A metric by pruning rate, for relevance that is there."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from lrp_prune.metrics.pruning import RATES
+from lrp_prune.pruning.comparing import evaluated, rates_of, stepping
+from lrp_prune.pruning.comparison import Comparison
+from lrp_prune.pruning.restoring import restored
+from lrp_prune.pruning.scope import Scope
+from lrp_prune.pruning.select import select
+from lrp_prune.relevance import Relevance
+
+
+def pruning_curve(
+    model: nn.Module,
+    relevance: Relevance | Mapping[str, Relevance],
+    evaluate: Callable[[nn.Module], float],
+    rates: Sequence[float] = RATES,
+    scope: str | Scope = "global",
+    *,
+    higher_is_better: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    r"""Evaluate a model with its least relevant weights or units removed, rate by rate, and put it back as it was.
+
+    What Pruning by eXplaining judges relevance by (arXiv 2408.12568): the area under the curve is
+    ``curve.area("relevance")``, :math:`A_{PR}`, and ``curve.top_rate("relevance")`` the highest rate that keeps 95 %. Nothing is
+    scaled or trained. The same of whole methods, with what they scale: :func:`lrp_prune.compare`.
+
+    Args:
+        model: the one that the relevance is of; it comes out bit for bit as it went in.
+        relevance: of weights or units; or several by name, which are compared.
+        evaluate: from the model to a number, on held-out data.
+        rates: shares that are pruned, each from the dense model; 0 is the dense model itself.
+        scope: what is compared with each other, see :func:`~lrp_prune.select`.
+        higher_is_better: False for a loss or a perplexity.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for no relevance or wrong rates, if ``evaluate`` gives no number, and what :func:`~lrp_prune.select` raises.
+
+    Example:
+        >>> import torch, lrp_prune
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> inputs, labels = torch.randn(64, 4), torch.randint(2, (64,))
+        >>> found = lrp_prune.attribute(model, [(inputs, labels)], granularity="neuron", target="class")
+        >>> def accuracy(model):
+        ...     return float((model(inputs).argmax(1) == labels).float().mean())
+        >>> curve = lrp_prune.pruning_curve(model, found, accuracy, rates=(0.0, 0.25, 0.5), progress=False)
+        >>> curve.scores["relevance"][0.0] == curve.dense, 0 <= curve.area("relevance") <= 1
+        (True, True)
+    """
+    given = {"relevance": relevance} if isinstance(relevance, Relevance) else relevance
+    if not isinstance(given, Mapping) or not given or not all(isinstance(each, Relevance) for each in given.values()):
+        raise ValueError(f"relevance must be a Relevance, or several by name, got {relevance!r}")
+    rates = rates_of(rates)
+    scores: dict[str, dict[float, float]] = {label: {} for label in given}
+    reached: dict[str, dict[float, float]] = {label: {} for label in given}
+    pruned = [rate for rate in rates if rate > 0]
+    with stepping(1 + len(given) * len(pruned), progress) as step, restored(model, always=True) as restore:
+        step("dense")
+        dense = evaluated(model, evaluate)
+        restore()
+        for label, entry in given.items():
+            for rate in rates:
+                if rate == 0:
+                    scores[label][rate], reached[label][rate] = dense, 0.0
+                    continue
+                step(f"{label} at {100 * rate:g} %")
+                masks = select(entry, rate, scope)
+                masks.apply_(model)
+                scores[label][rate], reached[label][rate] = evaluated(model, evaluate), masks.sparsity
+                restore()
+    return Comparison(scores, dense, reached, higher_is_better)
