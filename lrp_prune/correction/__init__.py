@@ -1,5 +1,6 @@
 """Correction: two relevances in, a reversible patch out."""
 
+from lrp_prune.correction.beside import random_like, side_effects_of
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
@@ -16,6 +17,8 @@ __all__ = [
     "Search",
     "Trial",
     "load_patches",
+    "random_like",
     "save_patches",
     "search_amount",
+    "side_effects_of",
 ]
