@@ -6,7 +6,9 @@ from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
 from lrp_prune.correction.folder import load_patches, save_patches
 from lrp_prune.correction.patch import Patch
-from lrp_prune.correction.search import Automatic, Search, Trial, search_amount
+from lrp_prune.correction.search import Automatic, search_amount
+from lrp_prune.correction.several import together
+from lrp_prune.correction.trials import Search, Trial
 
 __all__ = [
     "Automatic",
@@ -21,4 +23,5 @@ __all__ = [
     "save_patches",
     "search_amount",
     "side_effects_of",
+    "together",
 ]

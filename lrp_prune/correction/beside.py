@@ -10,7 +10,7 @@ from torch import nn
 
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
-from lrp_prune.effects import ALLOWED, SideEffects, Suite, side_effects
+from lrp_prune.effects import SideEffects, Suite, side_effects
 
 RANDOM = "random weights"
 
@@ -21,7 +21,7 @@ def side_effects_of(
     suite: Suite | Mapping[str, Any],
     strength: float | None = None,
     *,
-    allowed: Mapping[str, float] | float = ALLOWED,
+    allowed: Mapping[str, float] | float | None = None,
     random: int = 3,
     seed: int = 0,
     progress: bool = True,
@@ -37,7 +37,7 @@ def side_effects_of(
         model: what it was made for.
         suite: see :class:`lrp_prune.metrics.Suite`.
         strength: at which it is applied; that of its description if not given, else 1.
-        allowed: limits by name or pattern, kept in the description with the verdict.
+        allowed: limits by name or pattern, kept in the description with the verdict; those of the suite if not given.
         random: how many random patches.
         seed: of these, and of the intervals.
         progress: show a progress bar.
@@ -65,7 +65,7 @@ def side_effects_of(
         seed=seed,
         progress=progress,
     )
-    describe(patch, found, at, allowed)
+    describe(patch, found, at, chosen.allowed if allowed is None else allowed)
     return found
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lrp_prune.correction import combining
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.entries import Entries, check_strength, checksum, locate, read, scaled, write_together
 from lrp_prune.correction.provenance import describe_model, describe_references
+from lrp_prune.correction.several import General, united
 from lrp_prune.correction.verifying import (
     applied_strength,
     flat_positions,
@@ -23,10 +24,8 @@ from lrp_prune.correction.verifying import (
     verify,
 )
 from lrp_prune.names import resolve
+from lrp_prune.relevance import Relevance
 from lrp_prune.storage import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from lrp_prune.relevance import Relevance
 
 
 class Patch(Mapping[str, Entries]):
@@ -111,13 +110,13 @@ class Patch(Mapping[str, Entries]):
     def from_contrast(
         cls,
         model: nn.Module,
-        general: "Relevance",
-        undesired: "Relevance",
+        general: General,
+        undesired: Relevance,
         amount: float | int = 0.0003,
         *,
         normalize: str | None = "total",
         guard: float | None = 0.7,
-        guard_by: "Relevance | None" = None,
+        guard_by: General | None = None,
         guard_scope: str = "global",
         reverse: bool = False,
         include: Sequence[str] | None = None,
@@ -132,7 +131,8 @@ class Patch(Mapping[str, Entries]):
 
         Args:
             model: the model that both were collected on.
-            general: relevance for what is to stay.
+            general: relevance for what is to stay; or several sets by name, which count alike, and any of which
+                spares what matters to it (:func:`lrp_prune.correction.together`).
             undesired: relevance for what is to go.
             amount: how much to remove: a fraction of all weights (or units) chosen from, or a count.
             normalize, guard, guard_by, guard_scope, reverse, include, exclude: of the contrast; the paper's own is
@@ -158,6 +158,8 @@ class Patch(Mapping[str, Entries]):
             >>> Patch.from_contrast(model, general, undesired, amount=1)["weight"].positions
             tensor([1])
         """
+        sets = {} if isinstance(general, Relevance) else dict(general)
+        general, guard_by = united(general, guard_by, guard is not None)
         extended = {} if extends is None else {name: extends[name].positions for name in extends}
         contrast = Contrast(
             general,
@@ -175,7 +177,7 @@ class Patch(Mapping[str, Entries]):
         positions = {name: marked_positions(~masks.local(name), masks.shardings.get(name)) for name in masks}
         provenance = {
             "behaviour": behaviour,
-            "references": describe_references(general, undesired, guard_by, references),
+            "references": describe_references(general, undesired, guard_by, references, sets),
             "options": {
                 "amount": amount,
                 "normalize": normalize,

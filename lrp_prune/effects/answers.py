@@ -68,7 +68,9 @@ class Answers(Entry):
     def samples(self) -> int:
         return self._samples
 
-    def measure(self, model: nn.Module, part: Any, before: Any = None) -> tuple[dict[str, Measured], Any]:
+    def measure(
+        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
+    ) -> tuple[dict[str, Measured], Any]:
         found = [
             _WORD.findall(self.decode(ids, skip_special_tokens=True).lower())
             for ids in greedy(model, part, self.tokens)
@@ -80,7 +82,7 @@ class Answers(Entry):
                 _column(len(set(words)) / max(len(words), 1) for words in found), (lengths > 0).double()
             ),
             "stop words": Measured(_column(sum(word in STOP_WORDS for word in words) for words in found), lengths),
-        }, True
+        }, None
 
 
 def _column(numbers: Iterable[float]) -> torch.Tensor:

@@ -46,16 +46,19 @@ class Entry(ABC):
         """What :meth:`measure` is called with, one after the other."""
 
     @abstractmethod
-    def measure(self, model: nn.Module, part: Any, before: Any = None) -> tuple[dict[str, Measured], Any]:
+    def measure(
+        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
+    ) -> tuple[dict[str, Measured], Any]:
         """What the model does on a part.
 
         Args:
             model: the model, in evaluation mode and without gradients.
             part: one of :attr:`parts`.
             before: what this returned beside the values for the model before, from which the divergence is taken.
+            keep: whether to return that.
 
         Returns:
-            Values by the name of a line (``""`` if there is one line only), and what others are compared with.
+            Values by the name of a line (``""`` if there is one line only), and with ``keep`` what others are compared with.
         """
 
     @property
@@ -98,7 +101,9 @@ class Likelihood(Entry):
     def samples(self) -> int:
         return sum(len(part["input_ids"]) for part in self._parts)
 
-    def measure(self, model: nn.Module, part: Any, before: Any = None) -> tuple[dict[str, Measured], Any]:
+    def measure(
+        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
+    ) -> tuple[dict[str, Measured], Any]:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         labels = part["labels"]
         inputs = {name: value.to(device) for name, value in part.items() if name != "labels"}
@@ -108,13 +113,13 @@ class Likelihood(Entry):
             places = (label[1:] != IGNORED).nonzero().view(-1)
             picked = logits[row, places.to(logits.device)].float()
             totals.append(F.cross_entropy(picked, label[1:][places].to(picked.device), reduction="sum").double().cpu())
-            if before is None:
-                kept.append(picked.clone())
-            else:
+            if keep:
+                kept.append(picked)
+            if before is not None:
                 divergences.append(kl_divergence(before[row], picked).sum(dtype=torch.float64).cpu())
         counts = (labels[:, 1:] != IGNORED).sum(1)
         divergence = torch.stack(divergences) if divergences else None
-        return {"": Measured(torch.stack(totals), counts, divergence)}, kept
+        return {"": Measured(torch.stack(totals), counts, divergence)}, kept if keep else None
 
 
 class Choice(Entry):
@@ -138,7 +143,9 @@ class Choice(Entry):
     def samples(self) -> int:
         return self._samples
 
-    def measure(self, model: nn.Module, part: Any, before: Any = None) -> tuple[dict[str, Measured], Any]:
+    def measure(
+        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
+    ) -> tuple[dict[str, Measured], Any]:
         log_p = answer_logits(model, part).float().log_softmax(-1)
         right, wrong = (
             log_p.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf).logsumexp(1)
@@ -146,7 +153,7 @@ class Choice(Entry):
         )
         losses = (torch.logaddexp(right, wrong) - right).double().cpu()
         divergence = None if before is None else kl_divergence(before, log_p).double().cpu()
-        return {"": Measured(losses, torch.ones_like(losses), divergence)}, log_p
+        return {"": Measured(losses, torch.ones_like(losses), divergence)}, log_p if keep else None
 
 
 class Losses(Entry):
@@ -170,14 +177,16 @@ class Losses(Entry):
     def parts(self) -> Sequence[Any]:
         return [None]
 
-    def measure(self, model: nn.Module, part: Any, before: Any = None) -> tuple[dict[str, Measured], Any]:
+    def measure(
+        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
+    ) -> tuple[dict[str, Measured], Any]:
         losses = torch.as_tensor(self.function(model)).detach().double().cpu()
         if losses.dim() != 1 or not len(losses):
             raise ValueError(
                 f"a function of a suite must return a loss for each sample, [samples], got shape {tuple(losses.shape)}: "
                 "do not average them, intervals are over samples"
             )
-        return {"": Measured(losses, torch.ones_like(losses))}, True
+        return {"": Measured(losses, torch.ones_like(losses))}, None
 
 
 def _labelled(batch: Any, number: int) -> dict[str, Tensor]:

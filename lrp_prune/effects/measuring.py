@@ -85,7 +85,8 @@ def _measured(entry: Entry, states: Sequence[State], step: Callable[[], Any]) ->
         kept = None
         for number, state in enumerate(states):
             with _entered(state) as model:
-                values, own = entry.measure(model, part, kept)
+                # What is compared with, beside the correction, has a change but no divergence, which is half of the time.
+                values, own = entry.measure(model, part, kept if number == 1 else None, keep=number == 0)
             kept = own if number == 0 else kept
             for line, measured in values.items():
                 collected.setdefault(line, [[] for _ in states])[number].append(measured)

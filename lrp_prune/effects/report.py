@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_SAID = 3
+"""How many of what is beyond its limit a verdict has the figures of; the others are named."""
+
+
 class SideEffectError(ValueError):
     """A correction makes something worse than is allowed."""
 
@@ -125,11 +129,12 @@ class SideEffects:
         said = [
             f"{effect.name!r} by {_percent(effect.change.value)} ({effect.unit} {effect.before.value:.4g} to "
             f"{effect.after.value:.4g}; allowed {_percent(limit_of(effect.name, limits, effect.directed) or 0.0)})"
-            for effect in over
+            for effect in over[:_SAID]
         ]
+        rest = f"; and {', '.join(repr(effect.name) for effect in over[_SAID:])}" if over[_SAID:] else ""
         return (
-            f"{what} changes {'; '.join(said)}: weaken it by a smaller strength or amount, collect general relevance on such "
-            f"text too, or allow it, as in allowed={{{over[0].name!r}: {abs(over[0].change.value):.2g}}}"
+            f"{what} changes {'; '.join(said)}{rest}: weaken it by a smaller strength or amount, collect general relevance on "
+            f"such text too, or allow it, as in allowed={{{over[0].name!r}: {abs(over[0].change.value):.2g}}}"
         )
 
     def table(self) -> str:

@@ -1,16 +1,21 @@
 """A suite: named entries, of one's own or built in, each measured by itself."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrp_prune.effects import generated, kinds
 from lrp_prune.effects.answers import Answers
 from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses
+from lrp_prune.effects.limits import ALLOWED, checked_limits
 from lrp_prune.effects.windows import up_to
+from lrp_prune.models.states import eager, unchanged_buffers, undisturbed
 from lrp_prune.tasks import IndirectObject
 from lrp_prune.tasks.prompts import continuation, tokens
 from lrp_prune.tasks.task import Task
@@ -40,6 +45,7 @@ class Suite(Mapping[str, Entry]):
         length: tokens in each.
         seed: of the places that windows are cut from.
         missing: what could not be had, and why; it is shown with the figures.
+        allowed: how much worse each may become, by name or pattern, as a share (:meth:`SideEffects.beyond`).
 
     Raises:
         ValueError: for entries that are none of these, or texts without a tokenizer or too short for two windows.
@@ -59,8 +65,9 @@ class Suite(Mapping[str, Entry]):
         length: int = 256,
         seed: int = 0,
         missing: Mapping[str, str] | None = None,
+        allowed: Mapping[str, float] | float = ALLOWED,
     ) -> None:
-        self.missing = dict(missing or {})
+        self.missing, self.allowed = dict(missing or {}), checked_limits(allowed, ())
         self._entries: dict[str, Entry] = {}
         for name, given in entries.items():
             try:
@@ -80,6 +87,7 @@ class Suite(Mapping[str, Entry]):
         samples: int = 32,
         answer_tokens: int = 40,
         seed: int = 0,
+        allowed: Mapping[str, float] | float = ALLOWED,
     ) -> tuple["Suite", "Suite"]:
         """What is built in, and one's own texts, in two suites that have no text in common: to select by, and to test on.
 
@@ -97,6 +105,7 @@ class Suite(Mapping[str, Entry]):
             samples: copied sequences (half as many), facts and prompts.
             answer_tokens: tokens generated for each prompt.
             seed: of all that is chosen.
+            allowed: the limits of both.
 
         Returns:
             The suite to select by and the one to test on. What is missing is in :attr:`missing`, with the way to get it.
@@ -116,7 +125,7 @@ class Suite(Mapping[str, Entry]):
             raise ValueError(
                 "the suite is empty: " + "; ".join(f"{name}: {why}" for name, why in build.missing.items())
             )
-        first, second = (cls(entries, missing=build.missing) for entries in build.found)
+        first, second = (cls(entries, missing=build.missing, allowed=allowed) for entries in build.found)
         return first, second
 
     def __getitem__(self, name: str) -> Entry:
@@ -135,7 +144,9 @@ class Suite(Mapping[str, Entry]):
         """Both; entries of the second where they have the same name."""
         if not isinstance(other, Suite):
             return NotImplemented
-        return Suite({**self, **other}, missing={**self.missing, **other.missing})
+        return Suite(
+            {**self, **other}, missing={**self.missing, **other.missing}, allowed={**self.allowed, **other.allowed}
+        )
 
     def only(self, names: Iterable[str]) -> "Suite":
         """The entries of these names.
@@ -147,7 +158,16 @@ class Suite(Mapping[str, Entry]):
         for name in chosen:
             if name not in self:
                 raise ValueError(f"the suite has no {name!r}, it has {', '.join(self)}")
-        return Suite({name: self[name] for name in chosen}, missing=self.missing)
+        allowed = {
+            pattern: limit
+            for pattern, limit in self.allowed.items()
+            if any(fnmatchcase(name, pattern) or pattern.startswith(f"{name}:") for name in chosen)
+        }
+        return Suite({name: self[name] for name in chosen}, missing=self.missing, allowed=allowed)
+
+    def measures(self) -> dict[str, Callable[[nn.Module], float]]:
+        """A function from the model to the value of each entry, lower is better; what is only described has none."""
+        return {name: partial(_value, entry) for name, entry in self.items() if entry.directed}
 
     @property
     def fingerprint(self) -> str:
@@ -160,6 +180,17 @@ class Suite(Mapping[str, Entry]):
                 for key, value in given.items():
                     digest.update(f"{key}{value.tolist() if isinstance(value, Tensor) else value}".encode())
         return digest.hexdigest()[:16]
+
+
+def _value(entry: Entry, model: nn.Module) -> float:
+    """One number: exp of the mean loss over all of an entry's samples."""
+    total, count = 0.0, 0.0
+    with torch.no_grad(), eager(model), undisturbed(model), unchanged_buffers(model):
+        for part in entry.parts:
+            for measured in entry.measure(model, part)[0].values():
+                total, count = total + float(measured.totals.sum()), count + float(measured.counts.sum())
+    mean = total / count if count else math.nan
+    return math.exp(min(mean, 700.0)) if entry.unit != "mean" else mean
 
 
 def _entry(given: Any, tokenizer: Any, windows: int, length: int, seed: int) -> Entry:

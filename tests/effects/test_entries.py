@@ -17,7 +17,8 @@ def ids(samples: int, tokens: int, seed: int = 0) -> Tensor:
 
 def measured(entry, model, before=None):
     found = [
-        entry.measure(model, part, None if before is None else before[index]) for index, part in enumerate(entry.parts)
+        entry.measure(model, part, None if before is None else before[index], keep=True)
+        for index, part in enumerate(entry.parts)
     ]
     return [values for values, _ in found], [kept for _, kept in found]
 

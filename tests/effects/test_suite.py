@@ -159,8 +159,19 @@ def test_entries_are_what_is_given() -> None:
     assert both.fingerprint == (suite.only(["ids"]) | suite.only(["texts"])).fingerprint
 
 
+def test_limits_go_with_the_entries_that_they_are_of() -> None:
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    first = Suite({"text": ids, "copying": ids}, allowed={"*": 0.02, "copying": 0.35, "text: line": 0.1})
+    assert first.only(["text"]).allowed == {"*": 0.02, "text: line": 0.1}
+    assert (first | Suite({"mine": ids}, allowed={"mine": 0.5})).allowed == {**first.allowed, "mine": 0.5}
+    assert Suite({"mine": ids}).allowed == {"*": 0.02}
+    halves = Suite.halves(Words(), kinds=["dialogue"], windows=2, length=20, allowed=0.1)
+    assert [half.allowed for half in halves] == [{"*": 0.1}] * 2
+
+
 def test_wrong_arguments_are_refused_by_name() -> None:
     for call, message in (
+        (lambda: Suite({"mine": torch.ones(3, 4, dtype=torch.int64)}, allowed=-1), "at least 0"),
         (lambda: Suite({"mine": ["some text"]}), "'mine': texts need the model's tokenizer"),
         (lambda: Suite({"mine": ["a b c"]}, Words(), length=5), "'mine': 1 texts have 0 windows of 5 tokens"),
         (lambda: Suite({"mine": "text"}), "'mine': an entry is a list of texts"),
