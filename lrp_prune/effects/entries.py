@@ -164,8 +164,8 @@ class Losses(Entry):
 
     Example:
         >>> entry = Losses(lambda model: model(torch.ones(3, 2)).square().sum(1))
-        >>> entry.measure(nn.Linear(2, 2), None)[0][""].counts
-        tensor([1., 1., 1.])
+        >>> entry.measure(nn.Linear(2, 2), None)[0][""].counts.tolist()
+        [1.0, 1.0, 1.0]
     """
 
     unit = "exp of the loss"
