@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import lrp_prune
 from lrp_prune import Patch, Relevance
-from lrp_prune.correction import Automatic, search_amount, side_effects_of
+from lrp_prune.correction import Automatic, search_amount, side_effects_of, together
 from lrp_prune.effects import Likelihood
 from lrp_prune.metrics import Suite
 from lrp_prune.targets import RepetitionMargin
@@ -67,13 +67,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def general_sets(model: PreTrainedModel, suite: Suite, statistic: str) -> dict[str, Relevance]:
-    """The relevance of each text for its labelled tokens, of copied sequences for their second pass only."""
-    return {
+def general_relevance(model: PreTrainedModel, suite: Suite, statistic: str, combination: str) -> Relevance:
+    """That of all texts for their labelled tokens together, of copied sequences for their second pass only."""
+    sets = {
         name: lrp_prune.attribute(model, entry.parts, "next_token", "epsilon", statistic, skip_first=1)
         for name, entry in suite.items()
         if isinstance(entry, Likelihood)
     }
+    return together(sets, combination)
 
 
 def main() -> None:
@@ -95,7 +96,9 @@ def main() -> None:
 
     stage("collecting relevance")
     chosen = collecting.only(options.sets) if options.sets else collecting
-    general, guard_by = (general_sets(model, chosen, statistic) for statistic in ("signed", "squared_token"))
+    # One after the other: each set has a number for each weight.
+    general = general_relevance(model, chosen, "signed", "mean")
+    guard_by = general_relevance(model, chosen, "squared_token", "largest")
     repeating = answer_batches(prompts, answers, answers, 8)
     undesired = lrp_prune.attribute(model, repeating, RepetitionMargin(), "epsilon", "signed", skip_first=1)
 
@@ -108,7 +111,9 @@ def main() -> None:
         ratios = uniqueness(generate(corrected, given, options.answer_tokens))
         return 1 - sum(ratios) / len(ratios)
 
-    stage(f"trying {len(options.amounts) * len(options.strengths)} corrections, general sets: {', '.join(general)}")
+    stage(
+        f"trying {len(options.amounts) * len(options.strengths)} corrections, general relevance is the {general.target}"
+    )
     automatic = Automatic(options.reduction, allowed, options.amounts, options.strengths)
     found = search_amount(
         model, make, lambda corrected: repeated(corrected, prompts), selection, automatic=automatic, strict=False

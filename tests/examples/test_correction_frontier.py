@@ -49,10 +49,10 @@ def test_the_smallest_within_all_limits_is_chosen_and_tested(monkeypatch, tmp_pa
         "1",
     )
     printed = capsys.readouterr().out
-    assert "general sets: speeches, copying" in printed
+    assert "general relevance is the mean of speeches, copying" in printed
     patch = Patch.load(tmp_path / "repetition.safetensors")
     assert patch.provenance["side_effects"]["allowed"] == {"*": 9.0}
-    assert set(patch.provenance["references"]["sets"]) == {"speeches", "copying"}
+    assert patch.provenance["references"]["guard_by"]["target"] == "largest of speeches, copying"
     assert patch.provenance["side_effects"]["verdict"] in printed
     assert "uniqueness on " in printed
     for name in ("frontier.png", "frontier.md", "side-effects.md"):
