@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     add("--windows", type=int, default=3, help="windows of each kind of text, in each part")
     add("--length", type=int, default=128, help="tokens in a window")
     add("--samples", type=int, default=16, help="facts in each part; half as many copied sequences")
+    add("--random", type=int, default=3, help="random patches that the chosen one is tested beside")
     add("--seed", type=int, default=0, help="of all that is chosen")
     add("--output", type=Path, default=Path("outputs/frontier"), help="folder for the patch, tables and figures")
     return parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
 
     stage("testing the choice on other documents and prompts")
     found.patch.provenance["strength"] = found.chosen.strength
-    effects = side_effects_of(found.patch, model, test)
+    effects = side_effects_of(found.patch, model, test, random=options.random)
     found.patch.save(options.output / "repetition.safetensors")
     (options.output / "side-effects.md").write_text(f"{effects}\n")
     found.patch.apply_(model, found.chosen.strength)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lrp_prune.correction.patch import Patch
-from lrp_prune.figures import new_figure, saved
+from lrp_prune.figures import new_figure, percent_axis, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,7 +178,7 @@ class Search(NamedTuple):
                 fontsize=7,
             )
         axes.axhline(100 * self.reduction, color="#9aa5b1", linewidth=1, linestyle="dashed", label="wanted")
-        axes.set_xscale("symlog", linthresh=10, linscale=2)
+        percent_axis(axes, (100 * trial.loss for trial in self.curve if math.isfinite(trial.loss)))
         axes.set(
             xlabel="loss of the worst measure (%)",
             ylabel="reduction of the behaviour (%)",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrp_prune.effects.intervals import Interval
 from lrp_prune.effects.limits import ALLOWED, checked_limits, limit_of
-from lrp_prune.figures import new_figure, saved
+from lrp_prune.figures import new_figure, percent_axis, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,7 +190,7 @@ class SideEffects:
                 100 * allowed, color="#b0306a", linewidth=0.9, linestyle="dashed", label=f"{allowed:.0%} allowed"
             )
             figure.legend(loc="outside lower right", fontsize="small", frameon=False)
-        axes.set_xscale("symlog", linthresh=10, linscale=2)
+        percent_axis(axes, (100 * each for effect in self.effects for each in effect.change if math.isfinite(each)))
         axes.set_yticks(range(len(self.effects)), [effect.name for effect in reversed(self.effects)])
         labels = list(dict.fromkeys(label for effect in self.effects for label in effect.beside))
         beside = f"; ticks: {', '.join(labels)}" if labels else ""

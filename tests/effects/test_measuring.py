@@ -181,6 +181,9 @@ def test_the_figure_has_every_line(tmp_path) -> None:
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["zeros", "mixed"]
     assert "random" in figure.axes[0].get_xlabel()
     assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert figure.axes[0].get_xscale() == "symlog"  # some 50 %
+    few = side_effects(Biased(0.0, 0.0), Biased(0.1, 0.0), SUITE, progress=False).plot()
+    assert few.axes[0].get_xscale() == "linear"
 
 
 def test_a_failing_entry_is_named() -> None:
