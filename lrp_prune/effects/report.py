@@ -230,7 +230,10 @@ def _cells(effect: Effect, labels: Sequence[str]) -> list[str]:
     beside = []
     for label in labels:
         values = effect.beside.get(label, [])
-        beside.append(f"{_percent(min(values), '')} to {_percent(max(values))}" if values else "")
+        ends = [_percent(value) for value in values[:1]]
+        if len(values) > 1:
+            ends = [_percent(min(values), ""), _percent(max(values))]
+        beside.append(" to ".join(ends))
     divergence = "" if effect.divergence is None else f"{effect.divergence:.4f}"
     return [effect.name, before, after, change, *beside, divergence, str(effect.samples)]
 

@@ -150,6 +150,10 @@ def test_one_model_in_two_states_equals_two_models() -> None:
             apart = side_effects(Biased(0.0, 0.0), Biased(amount, 0.0), SUITE, progress=False)
             assert change == pytest.approx(apart[effect.name].change.value, abs=1e-6)
     assert "others" in found.table().splitlines()[0]
+    low, high = (f"{100 * change:+.1f}" for change in sorted(found.worst.beside["others"]))
+    assert f"| {low} to {high} % |" in found.table()
+    one = side_effects(model, lambda: changed(2.0), SUITE, beside={"others": states[:1]}, progress=False)
+    assert f"| {100 * one.worst.beside['others'][0]:+.1f} % |" in one.table()
 
 
 def test_modes_random_numbers_and_gradients_are_as_before() -> None:
