@@ -64,6 +64,7 @@ _MODULES = (
     "callbacks",
     "circuits",
     "correction",
+    "effects",
     "engine",
     "metrics",
     "pruning",

@@ -1,5 +1,15 @@
-"""Metrics of what a correction does and costs: torchmetrics, with a function beside each."""
+"""Metrics of what a correction does and costs: torchmetrics with a function beside each, and side effects over a suite."""
 
+from lrp_prune.effects import (
+    ALLOWED,
+    Effect,
+    Interval,
+    SideEffectError,
+    SideEffects,
+    Suite,
+    side_effects,
+    windows,
+)
 from lrp_prune.metrics.agreement import GreedyAgreement, greedy_agreement
 from lrp_prune.metrics.divergence import KLToBase, kl_to_base
 from lrp_prune.metrics.perplexity import Perplexity, perplexity
@@ -7,14 +17,22 @@ from lrp_prune.metrics.toxicity import Toxicity, toxicity
 from lrp_prune.metrics.uniqueness import ResponseUniquenessRatio, response_uniqueness_ratio
 
 __all__ = [
+    "ALLOWED",
+    "Effect",
     "GreedyAgreement",
+    "Interval",
     "KLToBase",
     "Perplexity",
     "ResponseUniquenessRatio",
+    "SideEffectError",
+    "SideEffects",
+    "Suite",
     "Toxicity",
     "greedy_agreement",
     "kl_to_base",
     "perplexity",
     "response_uniqueness_ratio",
+    "side_effects",
     "toxicity",
+    "windows",
 ]
