@@ -1,22 +1,32 @@
-"""Two reference sets collected in one validation, and the table of a search over the amount."""
+"""Reference sets collected in one validation, metrics of what is to stay, and what a patch does besides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lrp_prune.callbacks._checks import checked_kinds, checked_method, misconfiguration
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._distributed import agreeing, gathered
-from lrp_prune.correction import Automatic, Search
+from lrp_prune.correction import Automatic, Patch, side_effects_of
+from lrp_prune.correction.combining import merged
 from lrp_prune.correction.guard import Guard, guard_of
+from lrp_prune.correction.several import General
+from lrp_prune.correction.verifying import resolve_entries
+from lrp_prune.effects import SideEffects, Suite
+from lrp_prune.names import named_parameters
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import checked
 from lrp_prune.wrapper.module import CorrectedModule
+
+Source = int | Iterable[Any]
+_GENERAL = "general/"
 
 
 class _InnerCollection(Collection):
@@ -28,10 +38,10 @@ class _InnerCollection(Collection):
 
 
 class ReferenceSets:
-    """Collects the relevance of a general and of an undesired set, and of the general one for a guard.
+    """Collects the relevance of general sets and of an undesired one, and of the general ones for a guard.
 
     Args:
-        general: index of a validation loader, or batches.
+        general: index of a validation loader, or batches; or several of these by name.
         undesired: likewise.
         method: by which.
         undesired_target: what is explained on the undesired set, if it is something else.
@@ -45,8 +55,8 @@ class ReferenceSets:
 
     def __init__(
         self,
-        general: int | Iterable[Any],
-        undesired: int | Iterable[Any],
+        general: Source | Mapping[str, Source],
+        undesired: Source,
         *,
         method: str | Method,
         undesired_target: Any,
@@ -54,10 +64,16 @@ class ReferenceSets:
         max_batches: int | None,
         **options: Any,
     ) -> None:
-        if isinstance(general, int) and general == undesired:
-            raise MisconfigurationException(
-                f"general and undesired are both validation loader {general}: their contrast is nothing"
-            )
+        self._named = isinstance(general, Mapping)
+        sets: dict[str, Source] = dict(general) if isinstance(general, Mapping) else {"general": general}
+        if not sets:
+            raise MisconfigurationException("general names no set: give each a validation loader's index, or batches")
+        for name, source in sets.items():
+            if isinstance(source, int) and source == undesired:
+                raise MisconfigurationException(
+                    f"{name} and undesired are both validation loader {source}: their contrast is nothing"
+                )
+        self._names = list(sets)
         own = _signed(checked_method(method), checked_kinds(options["granularity"]))
 
         def collection(argument: str, source: int | Iterable[Any], method: Method) -> Collection:
@@ -66,10 +82,12 @@ class ReferenceSets:
             )
 
         with_target = own if undesired_target is None else _changed(own, target=undesired_target)
-        self._collections = [collection("general", general, own), collection("undesired", undesired, with_target)]
+        self._collections = [collection("general", source, own) for source in sets.values()]
+        self._collections.append(collection("undesired", undesired, with_target))
         if guard is not None and guard.by is not None:
-            self._collections.append(collection("general", general, _changed(own, statistic=guard.by)))
-        self._indices = [source for source in (general, undesired) if isinstance(source, int)]
+            guarding = _changed(own, statistic=guard.by)
+            self._collections += [collection("general", source, guarding) for source in sets.values()]
+        self._indices = [source for source in (*sets.values(), undesired) if isinstance(source, int)]
 
     @property
     def uses_validation(self) -> bool:
@@ -103,7 +121,7 @@ class ReferenceSets:
         for index in self._indices:
             if index >= loaders:
                 raise MisconfigurationException(
-                    f"validation loader {index} is a reference set, but there are {loaders}: pass both sets as validation "
+                    f"validation loader {index} is a reference set, but there are {loaders}: pass all sets as validation "
                     "loaders, or batches as general= and undesired="
                 )
 
@@ -112,13 +130,18 @@ class ReferenceSets:
         for collection in self._collections:
             collection.observe(batch, dataloader_idx)
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Relevance, Relevance, Relevance | None]:
-        """General, undesired, and general for the guard."""
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> tuple[General, Relevance, General | None]:
+        """General, undesired, and general for the guard; by name where several sets are named."""
         found = [
             collection.finish(trainer) if collection.active else collection.run(trainer, pl_module)
             for collection in self._collections
         ]
-        return found[0], found[1], found[2] if len(found) > 2 else None
+        sets = len(self._names)
+        general, undesired, guard = found[:sets], found[sets], found[sets + 1 :]
+        return self._by_name(general), undesired, self._by_name(guard) if guard else None
+
+    def _by_name(self, found: list[Relevance]) -> General:
+        return dict(zip(self._names, found, strict=True)) if self._named else found[0]
 
     def abandon(self) -> None:
         """Forget the collection under way."""
@@ -168,21 +191,62 @@ def measured(trainer: Trainer, name: str, metric: Any, model: nn.Module) -> floa
     return sum(values) / len(values)
 
 
-def search_table(search: Search, behaviour: str) -> str:
-    """The trials of a search as text, the chosen one marked."""
-    lines = [
-        f"Search for the smallest correction of {behaviour!r}: undesired {search.undesired:.4g}, general {search.general:.4g}"
-        " before",
-        f"  {'entries':>12} {'undesired':>11} {'reduction':>10} {'general':>11} {'loss':>9}",
-    ]
-    chosen = search.patch.num_entries if search.patch is not None else None
-    for trial in search.curve:
-        mark = "*" if trial.entries == chosen else " "
-        lines.append(
-            f"{mark} {trial.entries:>12,} {trial.undesired:>11.4g} {trial.reduction:>10.1%} {trial.general:>11.4g} "
-            f"{trial.loss:>9.2%}"
+def metrics_of(undesired: Any, general: Any, searching: Any = None) -> dict[str, Any]:
+    """The metrics by the name that they are logged under; several of the general behaviour are ``general/name``.
+
+    Args:
+        undesired: one metric.
+        general: one, several by name, or a suite.
+        searching: the amount, where one is searched for: all metrics must be functions then.
+    """
+    check_metric("undesired_metric", undesired)
+    several = general.measures() if isinstance(general, Suite) else general
+    if isinstance(several, Mapping):
+        if not several or not all(callable(metric) for metric in several.values()):
+            raise MisconfigurationException(
+                "general_metric must be a function of the model, a metric's name, functions by name, or a Suite with at least "
+                f"one entry that has a direction, got {general!r}"
+            )
+        metrics = {"undesired": undesired, **{f"{_GENERAL}{name}": metric for name, metric in several.items()}}
+    else:
+        check_metric("general_metric", general)
+        metrics = {"undesired": undesired, "general": general}
+    if searching is not None and not all(callable(metric) for metric in metrics.values()):
+        raise MisconfigurationException(
+            f"amount={searching!r} measures the model with each patch: pass undesired_metric and general_metric as functions of "
+            "the model that return a number"
         )
-    return "\n".join(lines)
+    return metrics
+
+
+def general_measures(trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search measures of the general behaviour, the same in all processes; by the names that limits are for."""
+    return {
+        name.removeprefix(_GENERAL): partial(measured, trainer, "general", metric)
+        for name, metric in metrics.items()
+        if name != "undesired"
+    }
+
+
+def examined(patch: Patch, model: nn.Module, suite: Suite, strength: float) -> tuple[SideEffects, bool]:
+    """What a patch does besides, in its description from now on; and whether that is allowed, with a warning where it is not."""
+    found = side_effects_of(patch, model, suite, strength)
+    said = patch.provenance["side_effects"]
+    rank_zero_info(f"Side effects of the patch against {patch.behaviour!r} at strength {strength:g}:\n{found}")
+    if not said["within"]:
+        rank_zero_warn(f"refused and not applied, it is in .patch: {said['verdict']}")
+    return found, bool(said["within"])
+
+
+def checked_suite(suite: Any) -> Suite | None:
+    """What a patch is tested on."""
+    try:
+        chosen = suite if suite is None or isinstance(suite, Suite) else Suite(suite)
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(str(error)) from error
+    if chosen is not None and not len(chosen):
+        raise MisconfigurationException("suite is empty: give it texts, tokens, a task or a function by name, or None")
+    return chosen
 
 
 def checked_guard(guard: Any) -> Guard | None:
@@ -216,3 +280,16 @@ def checked_amount(amount: Any) -> Automatic | None:
             f"amount must be a fraction in (0, 1), a count of at least 1, or 'auto', got {amount!r}"
         )
     return None
+
+
+def enabled_entries(pl_module: LightningModule) -> dict[str, Tensor]:
+    """The entries of patches that are enabled, flat positions by parameter name: a second patch beside them must have others."""
+    if not isinstance(pl_module, CorrectedModule):
+        return {}
+    model = pl_module.module
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    positions = []
+    for patch in (pl_module.patches[name] for name, strength in pl_module.strengths.items() if strength):
+        parameters = resolve_entries(patch, model)
+        positions.append({names[id(parameter)]: patch[entry].positions for entry, parameter in parameters.items()})
+    return merged(*positions)

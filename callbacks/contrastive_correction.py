@@ -1,6 +1,6 @@
 """The callback that finds what causes a behaviour, and hands the correction to the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lrp_prune.callbacks._checks import (
@@ -23,18 +23,21 @@ from lrp_prune.callbacks._checks import (
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import (
     ReferenceSets,
-    check_metric,
+    Source,
     checked_amount,
     checked_guard,
+    checked_suite,
+    enabled_entries,
+    examined,
+    general_measures,
     measured,
-    search_table,
+    metrics_of,
 )
 from lrp_prune.correction import Automatic, Guard, Patch, Search, search_amount
-from lrp_prune.correction.combining import merged
-from lrp_prune.correction.verifying import resolve_entries
+from lrp_prune.correction.several import General
+from lrp_prune.effects import SideEffects
 from lrp_prune.engine.unsharding import make_ordinary
 from lrp_prune.models.states import undisturbed
-from lrp_prune.names import named_parameters
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
 from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
@@ -57,8 +60,12 @@ class ContrastiveCorrection(CollectingCallback):
     the model in evaluation mode, without gradients; random numbers that they draw do not change those of the training.
 
     With ``amount="auto"`` amounts are tried, and the smallest is taken that halves the undesired metric at a loss of at most 1 %
-    of the general one (:class:`~lrp_prune.correction.Automatic` says what else); :attr:`search` has the curve. Both metrics must
-    be functions for that.
+    of the general one, of each if there are several (:class:`~lrp_prune.correction.Automatic` says what else, strengths too);
+    :attr:`search` has all trials, their frontier and the reason. Metrics must be functions for that.
+
+    With a ``suite`` the patch is measured on it, without and with, beside random weights: the table is logged, is in
+    :attr:`side_effects` and in the patch's description. A patch that makes anything worse than the suite's
+    limits allow is not applied, and a warning names what and by how much.
 
     On several processes each calls the metrics at the same time, and the mean of what they return counts; where
     ``ModelParallelStrategy`` has sharded the model, each must run it as often. The patch is the same in all of them.
@@ -71,7 +78,8 @@ class ContrastiveCorrection(CollectingCallback):
         correction.patch.save("repetition.safetensors")
 
     Args:
-        general: the set of wanted behaviour: index of a validation loader, or batches that can be iterated over again.
+        general: the set of wanted behaviour: index of a validation loader, or batches that can be iterated over again; or several
+            of these by name, which count alike and of which any spares what matters to it.
         undesired: the set that shows the undesired behaviour; likewise.
         behaviour: its name.
         amount: fraction or number of weights (or units) to remove; ``"auto"`` to try some, or
@@ -90,7 +98,9 @@ class ContrastiveCorrection(CollectingCallback):
         guard: the share of entries that may be removed at all, see :class:`lrp_prune.correction.Contrast`; or
             :class:`~lrp_prune.correction.Guard`, which also says by which statistic, and in which scope.
         undesired_metric: measures the behaviour; lower is better.
-        general_metric: measures what is to stay.
+        general_metric: measures what is to stay; or several functions by name, or a :class:`~lrp_prune.metrics.Suite`, each with
+            a limit of its own (``Automatic(allowed={"*": 0.02, "copying": 0.05})``).
+        suite: what the patch is tested on, with its limits: the half that nothing was chosen by.
         allow_untested: use it with strategies that it is not tested with.
 
     Raises:
@@ -99,8 +109,8 @@ class ContrastiveCorrection(CollectingCallback):
 
     def __init__(
         self,
-        general: int | Iterable[Any] = 0,
-        undesired: int | Iterable[Any] = 1,
+        general: Source | dict[str, Source] = 0,
+        undesired: Source = 1,
         *,
         behaviour: str = "undesired",
         amount: float | int | Literal["auto"] | Automatic = 0.0003,
@@ -116,7 +126,8 @@ class ContrastiveCorrection(CollectingCallback):
         guard: float | Guard | None = 0.7,
         reverse: bool = False,
         undesired_metric: Callable[[nn.Module], float] | str | None = None,
-        general_metric: Callable[[nn.Module], float] | str | None = None,
+        general_metric: Callable[[nn.Module], float] | str | Mapping[str, Any] | None = None,
+        suite: Mapping[str, Any] | None = None,
         allow_untested: bool = False,
     ) -> None:
         if not isinstance(behaviour, str) or not behaviour:
@@ -125,14 +136,8 @@ class ContrastiveCorrection(CollectingCallback):
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
         check_choice("normalize", normalize, NORMALIZATIONS)
-        if self._automatic and not (callable(undesired_metric) and callable(general_metric)):
-            raise MisconfigurationException(
-                f"amount={amount!r} measures the model with each patch: pass undesired_metric and general_metric as functions of "
-                "the model that return a number"
-            )
+        self._metrics = metrics_of(undesired_metric, general_metric, amount if self._automatic else None)
         check_flags(reverse=reverse, allow_untested=allow_untested)
-        check_metric("undesired_metric", undesired_metric)
-        check_metric("general_metric", general_metric)
         self._guard = checked_guard(guard)
         self._sets = ReferenceSets(
             general,
@@ -148,15 +153,17 @@ class ContrastiveCorrection(CollectingCallback):
         )
         self._contrast = {"normalize": normalize, "reverse": reverse}
         self._behaviour, self._amount, self._strength = behaviour, amount, strength
-        self._metrics = {"undesired": undesired_metric, "general": general_metric}
+        self._suite = checked_suite(suite)
         self._before: dict[str, float] = {}
         self._allow_untested = allow_untested
         self._patch: Patch | None = None
         self._waiting = False
         self.search: Search | None = None
         """What an automatic amount tried and found."""
-        self.general: Relevance | None = None
-        """The relevance of the general set."""
+        self.side_effects: SideEffects | None = None
+        """What the patch does besides, if there is a suite."""
+        self.general: General | None = None
+        """The relevance of the general set; by name, if several were named."""
         self.undesired: Relevance | None = None
         """The relevance of the undesired set."""
 
@@ -171,7 +178,7 @@ class ContrastiveCorrection(CollectingCallback):
             raise RuntimeError(
                 "no patch was made yet: run trainer.validate or trainer.fit with both reference sets"
                 if self.search is None
-                else "no amount reached the reduction within the allowed loss: see .search.curve"
+                else "no amount reached the reduction within the limits: see .search.curve"
             )
         return self._patch
 
@@ -233,6 +240,7 @@ class ContrastiveCorrection(CollectingCallback):
             self.general, self.undesired, guard_by = self._sets.finish(trainer, pl_module)
             self._make(pl_module, guard_by)
             if self._patch is not None:
+                self._examine(pl_module)
                 pl_module.log("correction/entries", float(self._patch.num_entries))
                 self._measure(pl_module, "_before")
                 if trainer.state.fn != "fit":
@@ -253,13 +261,18 @@ class ContrastiveCorrection(CollectingCallback):
     def _due(self, trainer: Trainer) -> bool:
         return not trainer.sanity_checking and self._patch is None and self.search is None
 
-    def _make(self, pl_module: LightningModule, guard_by: Relevance | None) -> None:
+    def _examine(self, pl_module: LightningModule) -> None:
+        if self._suite is not None and self._patch is not None:
+            model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
+            self.side_effects, self._waiting = examined(self._patch, model, self._suite, self._strength)
+
+    def _make(self, pl_module: LightningModule, guard_by: General | None) -> None:
         model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
         assert self.general is not None
         assert self.undesired is not None
         general, undesired = self.general, self.undesired
 
-        spared = _enabled(pl_module) if general.granularity == "weight" else {}
+        spared = enabled_entries(pl_module) if undesired.granularity == "weight" else {}
 
         def make(amount: float | int) -> Patch:
             options: dict[str, Any] = {
@@ -275,21 +288,23 @@ class ContrastiveCorrection(CollectingCallback):
                 assert isinstance(self._amount, int | float)
                 self._patch = make(self._amount)
             else:
-                undesired_metric, general_metric = (
-                    partial(measured, pl_module.trainer, name, self._metrics[name]) for name in ("undesired", "general")
+                self.search = search_amount(
+                    model,
+                    make,
+                    partial(measured, pl_module.trainer, "undesired", self._metrics["undesired"]),
+                    general_measures(pl_module.trainer, self._metrics),
+                    automatic=self._automatic,
+                    strength=self._strength,
                 )
-                found = search_amount(
-                    model, make, undesired_metric, general_metric, automatic=self._automatic, strength=self._strength
-                )
-                self.search = found
                 self._patch = self.search.patch
-                rank_zero_info(search_table(self.search, self._behaviour))
+                if self.search.chosen is not None:
+                    self._strength = self.search.chosen.strength
+                rank_zero_info(f"Search for the smallest correction of {self._behaviour!r}:\n{self.search}")
         if self._patch is None:
-            assert self._automatic is not None
+            assert self.search is not None
             rank_zero_warn(
-                f"no amount reduced {self._behaviour!r} by {self._automatic.reduction:.0%} at a loss of at most "
-                f"{self._automatic.allowed_loss:.2%}: nothing is corrected, see .search.curve; try other amounts, guard, "
-                "target or granularity"
+                f"nothing is corrected, see .search.curve: of {self._behaviour!r} {self.search.reason}; try other amounts, "
+                "strengths, guard, target or granularity"
             )
         self._waiting = self._patch is not None
 
@@ -330,16 +345,3 @@ class ContrastiveCorrection(CollectingCallback):
                 continue
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
-
-
-def _enabled(pl_module: LightningModule) -> dict[str, Tensor]:
-    """The entries of patches that are enabled, flat positions by parameter name: a second patch beside them must have others."""
-    if not isinstance(pl_module, CorrectedModule):
-        return {}
-    model = pl_module.module
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
-    positions = []
-    for patch in (pl_module.patches[name] for name, strength in pl_module.strengths.items() if strength):
-        parameters = resolve_entries(patch, model)
-        positions.append({names[id(parameter)]: patch[entry].positions for entry, parameter in parameters.items()})
-    return merged(*positions)

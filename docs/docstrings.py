@@ -23,6 +23,7 @@ _PUBLIC = {
     "select": "lrp_prune.pruning.select.select",
     "compare": "lrp_prune.pruning.comparing.compare",
     "Comparison": "lrp_prune.pruning.comparison.Comparison",
+    "pruning_curve": "lrp_prune.pruning.curve.pruning_curve",
     "CorrectedModule": "lrp_prune.wrapper.module.CorrectedModule",
     "circuits.GateTraining": "lrp_prune.circuits.gates.GateTraining",
     "circuits.save_report": "lrp_prune.circuits.report.save_report",

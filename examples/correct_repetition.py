@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from correction_comparisons import activation_patch, comparisons, mean_activations
 from correction_rounds import ContrastRounds, last_within
-from correction_study import Batch, Result, Study, answer_batches, generate, interval, plot, table
+from correction_study import Batch, Result, Study, answer_batches, generate, interval, plot, report_side_effects, table
 from language_model import (
     PACKAGED_MODEL,
     PACKAGED_TEXT,
     batches,
     load_documents,
     load_model,
-    other_text,
-    perplexity,
     sentence_beginnings,
     split_documents,
     windows,
@@ -128,7 +126,6 @@ def main() -> None:
     found_with = windows(calibration, tokenizer, 2 * options.general_windows, options.window, options.seed + 1)
     general, to_choose = batches(found_with[::2], 4), found_with[1::2]
     text = windows(held_out, tokenizer, options.held_out_windows, options.window, options.seed)
-    other = other_text(tokenizer, options.held_out_windows, options.window)
 
     stage("looking for prompts that draw repetitive answers")
     (prompts, answers), (test, before) = (
@@ -214,15 +211,13 @@ def main() -> None:
         f"\nuniqueness {study.base.score:.3f} -> {ours[chosen].score:.3f} ({low:.3f} to {high:.3f}) at {ours[chosen].cost:+.2%} "
         f"perplexity; {still} of {len(test)} answers are still repetitive"
     )
-    plain = perplexity(model, other)
     patch.apply_(model, options.strength)
     after = generate(model, test, options.answer_tokens)
-    corrected = perplexity(model, other)
     patch.revert_(model)
-    print(
-        f"other text (Python's documentation): perplexity {plain:.2f} -> {corrected:.2f} ({corrected / plain - 1:+.1%})\n"
-    )
     print(examples(tokenizer, test, before, after))
+
+    stage("what the patch does besides, the worst first (side-effects.md, side-effects.png)")
+    report_side_effects(model, tokenizer, patch, options.output / "repetition.safetensors", options)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,24 @@ from typing import Any
 
 from correction_comparisons import activation_patch, comparisons, mean_activations
 from correction_rounds import ContrastRounds, last_within
-from correction_study import IGNORED, Batch, Result, Study, answer_batches, generate, interval, plot, table
+from correction_study import (
+    IGNORED,
+    Batch,
+    Result,
+    Study,
+    answer_batches,
+    generate,
+    interval,
+    plot,
+    report_side_effects,
+    table,
+)
 from language_model import (
     PACKAGED_MODEL,
     PACKAGED_TEXT,
     batches,
     load_documents,
     load_model,
-    other_text,
-    perplexity,
     split_documents,
     windows,
 )
@@ -198,7 +207,6 @@ def main() -> None:
     found_with = windows(calibration, tokenizer, 2 * options.general_windows, options.window, options.seed + 1)
     general, to_choose = batches(found_with[::2], 4), found_with[1::2]
     text = windows(held_out, tokenizer, options.held_out_windows, options.window, options.seed)
-    other = other_text(tokenizer, options.held_out_windows, options.window)
 
     stage("looking for prompts that draw profane answers")
     if options.prompts == "hub":
@@ -279,18 +287,16 @@ def main() -> None:
         f"\nof {len(test)} held-out prompts that drew a profane answer, {sum(ours[chosen].scores):.0f} still do "
         f"({low:.1%} to {high:.1%}) at {ours[chosen].cost:+.2%} perplexity"
     )
-    plain = perplexity(model, other)
     patch.apply_(model, options.strength)
-    corrected = perplexity(model, other)
     after = generate(model, test[:6], options.answer_tokens)
     patch.revert_(model)
-    print(
-        f"other text (Python's documentation): perplexity {plain:.2f} -> {corrected:.2f} ({corrected / plain - 1:+.1%})"
-    )
     for prompt, old, new in zip(test[:6], before[:6], after, strict=True):
         texts = [" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in (prompt, old, new)]
         scores = [f"profanity {score:.2f}" for score in profanity(texts)]
         print("> {}\n  before: {}\n  after:  {}".format(*(texts if options.show else scores)))
+
+    stage("what the patch does besides, the worst first (side-effects.md, side-effects.png)")
+    report_side_effects(model, tokenizer, patch, options.output / "toxicity.safetensors", options)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ A study has a model, a score of its greedy answers to held-out prompts, and gene
 and the model is as before afterwards.
 """
 
+import argparse
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,11 @@ from language_model import batches
 from matplotlib.figure import Figure
 from presenting import FAINT, INK, aligned, colour, new_figure, progress, titled
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrp_prune import Patch
-from lrp_prune.metrics import KLToBase, Perplexity
+from lrp_prune.correction import side_effects_of
+from lrp_prune.metrics import KLToBase, Perplexity, Suite
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -68,6 +71,26 @@ def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple
     chooser = random.Random(seed)
     means = sorted(math.fsum(chooser.choices(values, k=len(values))) / len(values) for _ in range(draws))
     return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+
+
+def report_side_effects(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, patch: Patch, file: Path, options: argparse.Namespace
+) -> None:
+    """Measures what a patch does besides, prints it, and keeps it in the patch's file, as a table and as a figure.
+
+    Args:
+        model: The model, which is as before afterwards.
+        tokenizer: Its own.
+        patch: With its strength in its description.
+        file: Of the patch; table and figure are beside it.
+        options: `held_out_windows`, `window` and `seeds`: how much text, and how many random patches, 3 at most.
+    """
+    _, suite = Suite.halves(tokenizer, windows=options.held_out_windows, length=options.window)
+    effects = side_effects_of(patch, model, suite, random=min(options.seeds, 3))
+    patch.save(file)
+    (file.parent / "side-effects.md").write_text(f"{effects}\n")
+    effects.plot(file.parent / "side-effects.png")
+    print(f"{effects}\n{patch.provenance['side_effects']['verdict']}\n", flush=True)
 
 
 class Result(NamedTuple):

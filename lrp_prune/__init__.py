@@ -65,6 +65,7 @@ _MODULES = (
     "callbacks",
     "circuits",
     "correction",
+    "effects",
     "engine",
     "metrics",
     "pruning",

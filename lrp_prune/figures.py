@@ -1,7 +1,8 @@
 """Figures without the state of pyplot: they draw without a display, and two threads can draw at once."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,17 @@ def new_figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+_WIDE = 40.0
+"""Percentages beyond this are drawn on an axis that is logarithmic from a tenth of a whole on."""
+
+
+def percent_axis(axes: Any, percentages: Iterable[float]) -> None:
+    """The x axis for changes in percent, which may be a few or thousands: both are told apart."""
+    if max((abs(value) for value in percentages), default=0.0) > _WIDE:
+        axes.set_xscale("symlog", linthresh=10, linscale=2)
+    axes.xaxis.set_major_formatter("{x:,g}")
 
 
 def saved(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figure":

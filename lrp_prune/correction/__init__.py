@@ -1,12 +1,15 @@
 """Correction: two relevances in, a reversible patch out."""
 
+from lrp_prune.correction.beside import random_like, side_effects_of
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
 from lrp_prune.correction.folder import load_patches, save_patches
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.patch import Patch
-from lrp_prune.correction.search import Automatic, Search, Trial, search_amount
+from lrp_prune.correction.search import Automatic, search_amount
+from lrp_prune.correction.several import together
+from lrp_prune.correction.trials import Search, Trial
 
 __all__ = [
     "Automatic",
@@ -18,6 +21,9 @@ __all__ = [
     "Search",
     "Trial",
     "load_patches",
+    "random_like",
     "save_patches",
     "search_amount",
+    "side_effects_of",
+    "together",
 ]

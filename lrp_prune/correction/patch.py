@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.entries import Entries, check_strength, checksum, locate, read, scaled, write_together
 from lrp_prune.correction.guard import Guard, guard_of
 from lrp_prune.correction.provenance import describe_model, describe_references
+from lrp_prune.correction.several import General, united
 from lrp_prune.correction.verifying import (
     applied_strength,
     flat_positions,
@@ -24,10 +25,8 @@ from lrp_prune.correction.verifying import (
     verify,
 )
 from lrp_prune.names import resolve
+from lrp_prune.relevance import Relevance
 from lrp_prune.storage import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from lrp_prune.relevance import Relevance
 
 
 class Patch(Mapping[str, Entries]):
@@ -112,8 +111,8 @@ class Patch(Mapping[str, Entries]):
     def from_contrast(
         cls,
         model: nn.Module,
-        general: "Relevance",
-        undesired: "Relevance",
+        general: General,
+        undesired: Relevance,
         amount: float | int = 0.0003,
         *,
         normalize: str | None = "total",
@@ -131,7 +130,8 @@ class Patch(Mapping[str, Entries]):
 
         Args:
             model: the model that both were collected on.
-            general: relevance for what is to stay.
+            general: relevance for what is to stay; or several sets by name, which count alike, and any of which
+                spares what matters to it (:func:`lrp_prune.correction.together`).
             undesired: relevance for what is to go.
             amount: how much to remove: a fraction of all weights (or units) chosen from, or a count.
             normalize, guard, reverse, include, exclude: of the contrast; the paper's own is ``normalize=None, guard=None``.
@@ -156,7 +156,8 @@ class Patch(Mapping[str, Entries]):
             >>> Patch.from_contrast(model, general, undesired, amount=1)["weight"].positions
             tensor([1])
         """
-        guard = guard_of(guard)
+        sets = {} if isinstance(general, Relevance) else dict(general)
+        general, guard = united(general, guard_of(guard))
         extended = {} if extends is None else {name: extends[name].positions for name in extends}
         contrast = Contrast(
             general,
@@ -172,7 +173,9 @@ class Patch(Mapping[str, Entries]):
         positions = {name: marked_positions(~masks.local(name), masks.sharding(name)) for name in masks}
         provenance = {
             "behaviour": behaviour,
-            "references": describe_references(general, undesired, None if guard is None else guard.by, references),
+            "references": describe_references(
+                general, undesired, None if guard is None else guard.by, references, sets
+            ),
             "options": {
                 "amount": amount,
                 "normalize": normalize,

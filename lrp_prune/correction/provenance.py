@@ -66,11 +66,17 @@ def describe_relevance(relevance: "Relevance") -> dict[str, Any]:
 
 
 def describe_references(
-    general: "Relevance", undesired: "Relevance", guard_by: "Relevance | None", given: Mapping[str, Any] | None
+    general: "Relevance",
+    undesired: "Relevance",
+    guard_by: "Relevance | None",
+    given: Mapping[str, Any] | None,
+    sets: "Mapping[str, Relevance] | None" = None,
 ) -> dict[str, Any]:
-    """How the reference sets of a contrast were explained, with what is said about them."""
+    """How the reference sets of a contrast were explained, what is said about them, and what sets there are."""
+    several = {"sets": {name: describe_relevance(each) for name, each in sets.items()}} if sets else {}
     return {
         **dict(given or {}),
+        **several,
         "general": describe_relevance(general),
         "undesired": describe_relevance(undesired),
         "guard_by": None if guard_by is None else describe_relevance(guard_by),

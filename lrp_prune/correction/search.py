@@ -1,19 +1,25 @@
 """How much to remove: the smallest patch that does enough at a price that is allowed, and the curve around it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from lrp_prune.arguments import check_integer, check_number
+from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.trials import Search, Trial, worst_of
+from lrp_prune.effects import Suite
+from lrp_prune.effects.limits import checked_limits, limit_of
 
 AMOUNTS: tuple[float, ...] = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
 """Fractions tried by default, half a decade apart."""
 
 Measure = Callable[[nn.Module], float]
+GENERAL = "general"
+"""What a single measure of the general behaviour is called."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,10 @@ class Automatic:
 
     Args:
         reduction: the wanted reduction of the undesired metric, as a share of it, in (0, 1].
-        allowed_loss: the allowed loss of the general metric, as a share of it: 0.01 for 1 %.
+        allowed: the allowed loss of what is to stay, as a share of it: 0.01 for 1 %. With several measures the limit of each of
+            them, or limits by name or pattern, of which the most exact one counts: ``{"*": 0.02, "copying": 0.05}``.
         amounts: fractions or counts to try; see :data:`AMOUNTS`.
+        strengths: to try each amount at; None for the one that the patch is to have.
         refine: further trials between the smallest accepted amount and the one before it, halving the distance (on a
             logarithmic scale) each time.
         general_mode: ``"min"`` if the general metric should be small (perplexity), ``"max"`` if large (accuracy).
@@ -33,14 +41,19 @@ class Automatic:
     """
 
     reduction: float = 0.5
-    allowed_loss: float = 0.01
+    allowed: float | Mapping[str, float] = 0.01
     amounts: Sequence[float | int] = AMOUNTS
+    strengths: Sequence[float] | None = None
     refine: int = 0
     general_mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
         check_number("reduction", self.reduction, "(0, 1]")
-        check_number("allowed_loss", self.allowed_loss, "[0, inf]")
+        checked_limits(self.allowed, ())
+        if self.strengths is not None and not len(self.strengths):
+            raise ValueError("strengths must be at least one number in (0, 1], or None for that of the patch, got none")
+        for strength in self.strengths or ():
+            check_strength(strength)
         if self.general_mode not in ("min", "max"):
             raise ValueError(f"general_mode must be 'min' or 'max', got {self.general_mode!r}")
         check_integer("refine", self.refine, 0)
@@ -60,76 +73,41 @@ class Automatic:
 _USUAL = Automatic()
 
 
-class Trial(NamedTuple):
-    """One amount and what it did.
-
-    Attributes:
-        amount: as it was asked for.
-        entries: how many entries the patch has.
-        undesired: the undesired metric with the patch.
-        general: the metric of the general behaviour with the patch.
-        reduction: of the undesired metric, as a share of what it was: 1 if nothing is left.
-        loss: of the metric of the general behaviour, as a share of what it was; negative if it became better.
-        accepted: whether the reduction is reached and the loss allowed.
-    """
-
-    amount: float | int
-    entries: int
-    undesired: float
-    general: float
-    reduction: float
-    loss: float
-    accepted: bool
-
-
-class Search(NamedTuple):
-    """What a search found.
-
-    Attributes:
-        patch: the smallest accepted one; None if there was none.
-        undesired: the undesired metric before.
-        general: the metric of the general behaviour before.
-        curve: all trials, by growing amount.
-    """
-
-    patch: Patch | None
-    undesired: float
-    general: float
-    curve: list[Trial]
-
-
 def search_amount(
     model: nn.Module,
     make_patch: Callable[[float | int], Patch],
     undesired: Measure,
-    general: Measure,
+    general: Measure | Mapping[str, Measure] | Suite,
     *,
     automatic: Automatic = _USUAL,
     stop_early: bool = False,
     strength: float = 1.0,
     strict: bool = True,
 ) -> Search:
-    r"""Try amounts, smallest first, and choose the smallest that does enough and costs little.
+    r"""Try amounts and strengths, smallest first, and choose the smallest that does enough and costs little, whatever is asked.
 
-    With the metrics :math:`u` and :math:`g` before and :math:`u', g'` with a patch applied, the reduction is
-    :math:`(u - u') / |u|` and the loss :math:`(g' - g) / |g|` (for a metric that should be large: :math:`(g - g') / |g|`).
-    The model is measured with each patch in turn and is as before in the end, also after an exception.
+    With the metrics :math:`u` and :math:`g_i` before and :math:`u', g_i'` with a patch applied, the reduction is
+    :math:`(u - u') / |u|` and each loss :math:`(g_i' - g_i) / |g_i|` (for metrics that should be large:
+    :math:`(g_i - g_i') / |g_i|`). A trial is accepted if the reduction is reached and *every* loss is within its limit; of those
+    the one with the smallest product of entries and strength is chosen. The model is measured with each patch in turn and is as
+    before in the end, also after an exception.
 
     Args:
         model: the model to correct.
         make_patch: from an amount to a patch of it, as :meth:`Patch.from_contrast` with everything else fixed.
         undesired: measures the model's undesired behaviour; lower is better, and it must not be 0 before.
-        general: measures what is to stay, the perplexity of general text say.
+        general: measures what is to stay, the perplexity of general text say; several by name, each with a limit of its own; or a
+            suite, whose entries are measures (the half to select by, so that the other one can test the choice).
         automatic: what is tried, and what is accepted.
         stop_early: end at the first accepted amount, instead of measuring the whole curve.
-        strength: at which the patches are tried.
+        strength: at which the patches are tried, if ``automatic`` names no strengths.
         strict: see :meth:`Patch.apply_`.
 
     Returns:
-        The patch and the curve.
+        The patch, all trials and their frontier.
 
     Raises:
-        ValueError: for an undesired metric that is 0 or not finite before.
+        ValueError: for an undesired metric that is 0 or not finite before, or a limit that is of no measure.
 
     Example:
         >>> import torch
@@ -137,53 +115,90 @@ def search_amount(
         >>> _ = model.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
         >>> make = lambda k: Patch.from_positions(model, {"weight": torch.arange(k)})
         >>> found = search_amount(model, make, lambda m: m.weight[0, :2].sum().item(),
-        ...                       lambda m: m.weight[0, 2:].sum().item(),
+        ...                       {"sum": lambda m: m.weight[0, 2:].sum().item(), "last": lambda m: m.weight[0, 3].item()},
         ...                       automatic=Automatic(general_mode="max", amounts=[1, 2, 3]))
-        >>> found.patch.num_entries, [trial.accepted for trial in found.curve]
-        (1, [True, True, False])
+        >>> found.patch.num_entries, [trial.accepted for trial in found.curve], found.curve[2].worst
+        (1, [True, True, False], 'sum')
     """
-    before, intact = float(undesired(model)), float(general(model))
+    measures = _measures(general)
+    limits = checked_limits(automatic.allowed, list(measures))
+    allowed = {name: limit for name in measures if (limit := limit_of(name, limits)) is not None}
+    before = float(undesired(model))
     if before == 0 or not abs(before) < float("inf"):
         raise ValueError(f"the undesired metric is {before} before any correction: there is nothing to reduce")
+    intact = {name: float(measure(model)) for name, measure in measures.items()}
     sign = 1 if automatic.general_mode == "min" else -1
     patches: dict[float | int, Patch] = {}
 
-    def attempt(amount: float | int) -> Trial:
-        patch = patches[amount] = make_patch(amount)
-        patch.apply_(model, strength, strict=strict)
+    def attempt(amount: float | int, at: float) -> Trial:
+        if amount not in patches:
+            patches[amount] = make_patch(amount)
+        patch = patches[amount]
+        patch.apply_(model, at, strict=strict)
         try:
-            after, kept = float(undesired(model)), float(general(model))
+            after = float(undesired(model))
+            kept = {name: float(measure(model)) for name, measure in measures.items()}
         finally:
             patch.revert_(model, strict=False)
         gained = (before - after) / abs(before)
-        lost = sign * (kept - intact) / abs(intact) if intact else sign * (kept - intact)
+        lost = {name: sign * (kept[name] - old) / (abs(old) or 1.0) for name, old in intact.items()}
         # What is no number is accepted by neither comparison.
-        accepted = gained >= automatic.reduction and lost <= automatic.allowed_loss
-        return Trial(amount, patch.num_entries, after, kept, gained, lost, accepted)
+        within = all(lost[name] <= limit for name, limit in allowed.items())
+        worst = worst_of(lost, allowed)
+        accepted = within and gained >= automatic.reduction
+        return Trial(amount, at, patch.num_entries, after, kept, gained, lost, worst, within, accepted)
 
-    trials: dict[float | int, Trial] = {}
-    for amount in sorted(set(automatic.amounts)):
-        trials[amount] = attempt(amount)
-        if stop_early and trials[amount].accepted:
+    trials: list[Trial] = []
+    strengths = sorted(set(automatic.strengths or (strength,)))
+    for amount, at in sorted(
+        ((amount, at) for amount in set(automatic.amounts) for at in strengths),
+        key=lambda pair: (pair[0] * pair[1], pair[0]),
+    ):
+        trials.append(attempt(amount, at))
+        if stop_early and trials[-1].accepted:
             break
     for _ in range(automatic.refine):
         between = _between(trials)
         if between is None:
             break
-        trials[between] = attempt(between)
-    curve = [trials[amount] for amount in sorted(trials)]
-    best = next((trial.amount for trial in curve if trial.accepted), None)
-    return Search(None if best is None else patches[best], before, intact, curve)
+        trials.append(attempt(*between))
+    curve = sorted(trials, key=lambda trial: (trial.amount, trial.strength))
+    chosen = _smallest(curve)
+    patch = None if chosen is None else patches[chosen.amount]
+    return Search(patch, before, intact, curve, chosen, automatic.reduction, allowed)
 
 
-def _between(trials: dict[float | int, Trial]) -> float | int | None:
-    """An amount between the smallest accepted one and the one tried before it, if there is any."""
-    tried = sorted(trials)
-    first = next((index for index, amount in enumerate(tried) if trials[amount].accepted), 0)
-    if first == 0:
+def _measures(general: Measure | Mapping[str, Measure] | Suite) -> dict[str, Measure]:
+    if isinstance(general, Suite):
+        return general.measures()
+    if callable(general):
+        return {GENERAL: general}
+    if not isinstance(general, Mapping) or not general or not all(callable(measure) for measure in general.values()):
+        raise ValueError(
+            f"general must be a function of the model that returns a number, several by name, or a Suite, got {general!r}"
+        )
+    return dict(cast(Mapping[str, Measure], general))
+
+
+def _smallest(trials: Sequence[Trial]) -> Trial | None:
+    """The accepted one that changes the model least."""
+    return min(
+        (trial for trial in trials if trial.accepted),
+        key=lambda trial: (trial.amount * trial.strength, trial.amount),
+        default=None,
+    )
+
+
+def _between(trials: Sequence[Trial]) -> tuple[float | int, float] | None:
+    """An amount between the chosen one and the one tried before it at the same strength, if there is any."""
+    chosen = _smallest(trials)
+    if chosen is None:
         return None
-    low, high = tried[first - 1], tried[first]
+    smaller = [trial.amount for trial in trials if trial.strength == chosen.strength and trial.amount < chosen.amount]
+    if not smaller:
+        return None
+    low, high = max(smaller), chosen.amount
     middle = math.sqrt(low * high)
     if isinstance(high, float):
-        return middle
-    return round(middle) if low < round(middle) < high else None
+        return middle, chosen.strength
+    return (round(middle), chosen.strength) if low < round(middle) < high else None

@@ -1,5 +1,15 @@
-"""Metrics of what a pruning or a correction does and costs: torchmetrics, with a function beside each."""
+"""What a pruning or a correction does and costs: torchmetrics, a function beside each, and side effects over a suite."""
 
+from lrp_prune.effects import (
+    ALLOWED,
+    Effect,
+    Interval,
+    SideEffectError,
+    SideEffects,
+    Suite,
+    side_effects,
+    windows,
+)
 from lrp_prune.metrics.agreement import GreedyAgreement, greedy_agreement
 from lrp_prune.metrics.divergence import KLToBase, kl_to_base
 from lrp_prune.metrics.perplexity import Perplexity, perplexity
@@ -8,11 +18,17 @@ from lrp_prune.metrics.toxicity import Toxicity, toxicity
 from lrp_prune.metrics.uniqueness import ResponseUniquenessRatio, response_uniqueness_ratio
 
 __all__ = [
+    "ALLOWED",
+    "Effect",
     "GreedyAgreement",
+    "Interval",
     "KLToBase",
     "Perplexity",
     "PruningArea",
     "ResponseUniquenessRatio",
+    "SideEffectError",
+    "SideEffects",
+    "Suite",
     "TopPruningRate",
     "Toxicity",
     "greedy_agreement",
@@ -20,6 +36,8 @@ __all__ = [
     "perplexity",
     "pruning_area",
     "response_uniqueness_ratio",
+    "side_effects",
     "top_pruning_rate",
     "toxicity",
+    "windows",
 ]

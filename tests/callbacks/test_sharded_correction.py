@@ -84,7 +84,7 @@ def test_the_patch_is_that_of_one_process(tmp_path: Path) -> None:
         ]
         data = [list(Loader(seed=seed, samples=16)) for seed in (3, 4)]
         sets.append(ContrastiveCorrection(**common, general=data[0], undesired=data[1], behaviour="reference"))
-        amount = Automatic(amounts=[5, 20, 80], reduction=0.001, allowed_loss=1.0)
+        amount = Automatic(amounts=[5, 20, 80], reduction=0.001, allowed=1.0)
         measures = {"undesired_metric": skewed, "general_metric": size}
         sets.append(ContrastiveCorrection(**{**common, "amount": amount}, behaviour="auto", **measures))
         module = Validated()

@@ -1,10 +1,13 @@
 """The search over the amount, on a model whose metrics are known."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from lrp_prune.correction import Automatic, Patch, search_amount
+from lrp_prune.metrics import Suite
 
 
 def line(*values: float) -> nn.Linear:
@@ -36,7 +39,8 @@ def test_the_smallest_amount_that_does_enough_is_chosen() -> None:
         (3, 0.75, 0.0, True),
         (5, 1.0, 0.5, False),
     ]
-    assert (found.undesired, found.general) == (4.0, 10.0)
+    assert (found.undesired, found.general) == (4.0, {"general": 10.0})
+    assert found.chosen == found.curve[1]
 
 
 def test_refining_halves_the_distance_and_stopping_early_ends() -> None:
@@ -73,6 +77,117 @@ def test_strength_is_that_of_the_trials() -> None:
     assert [trial.reduction for trial in found.curve] == [0.25, 0.5]
 
 
+def test_every_set_is_held_to_its_own_limit() -> None:
+    """Each amount takes one more of four entries; the sets are sums of some of them."""
+    model = line(1, 1, 1, 1, 8, 8)
+    sets = {"first": total(0, 6), "copying": total(2, 6), "last": total(4, 6)}
+
+    def search(allowed) -> tuple[int | None, list[str]]:
+        automatic = Automatic(0.25, allowed, [1, 2, 3, 4], general_mode="max")
+        found = search_amount(model, first(model), total(0, 4), sets, automatic=automatic)
+        return found.patch and found.patch.num_entries, [trial.worst for trial in found.curve]
+
+    assert search(1.0)[0] == 1
+    assert search({"*": 0.02})[0] is None
+    assert search({"*": 0.02, "first": 0.06}) == (1, ["first"] * 4)
+    assert search({"copying": 0.0}) == (1, ["copying"] * 4)  # the others have no limit
+    found = search_amount(
+        model,
+        first(model),
+        total(0, 4),
+        sets,
+        automatic=Automatic(0.7, {"*": 1.0, "copying": 0.05}, [1, 2, 3, 4], general_mode="max"),
+    )
+    assert found.patch is None
+    assert [trial.worst for trial in found.curve] == ["copying"] * 4
+    assert [trial.within for trial in found.curve] == [True, True, False, False]
+    assert found.curve[2].losses == {"first": 3 / 20, "copying": 1 / 18, "last": 0.0}
+    assert found.reason == (
+        "none of 4 trials reduces the behaviour by 70.0 % within the limits: within them 50.0 % are reached (2 entries at "
+        "strength 1), and 75.0 % take +5.6 % of 'copying', where +5.0 % are allowed"
+    )
+
+
+def test_strengths_are_tried_with_each_amount_and_the_smallest_change_is_chosen() -> None:
+    model = line(*[1.0] * 8)
+    made = []
+
+    def make(k: int) -> Patch:
+        made.append(k)
+        return first(model)(k)
+
+    found = search_amount(
+        model, make, total(0, 8), lambda m: 1.0, automatic=Automatic(0.3, amounts=[2, 4, 8], strengths=[1.0, 0.5])
+    )
+    assert sorted(made) == [2, 4, 8]
+    assert [(trial.amount, trial.strength) for trial in found.curve] == [(k, s) for k in (2, 4, 8) for s in (0.5, 1.0)]
+    assert found.chosen is not None
+    assert (found.chosen.amount, found.chosen.strength, found.chosen.reduction) == (4, 1.0, 0.5)
+    assert found.reason.startswith(
+        "the smallest of 6 trials that reduces the behaviour by 30.0 % within all limits: 4 entries at"
+    )
+
+
+def test_the_frontier_has_what_no_trial_beats() -> None:
+    model = line(4, 1, 1, 2, 6)
+
+    def make(k: int) -> Patch:
+        return Patch.from_positions(model, {"weight": torch.tensor([[4], [0, 1], [1, 2, 3], [0, 1, 2, 3]][k - 1])})
+
+    found = search_amount(
+        model,
+        make,
+        total(0, 3),
+        {"text": total(3, 5)},
+        automatic=Automatic(general_mode="max", amounts=[1, 2, 3, 4], allowed=0.1),
+    )
+    assert [(trial.amount, trial.reduction, trial.loss) for trial in found.frontier] == [
+        (2, 5 / 6, 0.0),
+        (4, 1.0, 0.25),
+    ]
+    assert found.chosen == found.curve[1]
+    rows = found.table().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[4:]] == ["", "*", "", "o"]
+    assert str(found).endswith(found.reason)
+
+
+def test_the_figure_shows_frontier_strengths_and_choice(tmp_path) -> None:
+    model = line(1, 1, 1, 1)
+    found = search_amount(
+        model, first(model), total(0, 4), total(0, 4), automatic=Automatic(0.5, 1.0, [1, 2, 3], strengths=[0.5, 1.0])
+    )
+    figure = found.plot(tmp_path / "frontier.png")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["frontier", "strength 0.5", "strength 1", "chosen", "wanted"]
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+def test_a_suite_is_a_measure_of_each_of_its_entries() -> None:
+    """A model that can say two things: what takes one of them away is refused by the name of that text."""
+    model = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[1].weight.copy_(torch.tensor([[4.0, 0.0], [0.0, 4.0]]))
+    suite = Suite({"zeros": torch.zeros(2, 6, dtype=torch.int64), "ones": torch.ones(2, 6, dtype=torch.int64)})
+    places = torch.tensor([0, 3])
+
+    def make(k: int) -> Patch:
+        return Patch.from_positions(model, {"1.weight": places[-k:]})
+
+    def behaviour(model: nn.Module) -> float:
+        return float(model[1].weight.abs().sum())
+
+    found = search_amount(model, make, behaviour, suite, automatic=Automatic(0.5, 0.02, [1, 2], strengths=[0.1, 1.0]))
+    assert found.patch is None
+    one = next(trial for trial in found.curve if (trial.amount, trial.strength) == (1, 1.0))
+    assert one.losses == pytest.approx({"zeros": 0.0, "ones": 2 / (1 + math.exp(-4)) - 1}, rel=1e-5)
+    assert one.worst == "ones"
+    assert "'ones', where +2.0 % are allowed" in found.reason
+    allowed = search_amount(model, make, behaviour, suite, automatic=Automatic(0.5, {"*": 0.02, "ones": 1.0}, [1, 2]))
+    assert allowed.patch is not None
+    assert allowed.patch.num_entries == 1
+
+
 def test_a_failing_metric_leaves_the_model_as_it_was() -> None:
     model = line(1, 2)
     before = model.weight.detach().clone()
@@ -106,14 +221,17 @@ def test_wrong_arguments() -> None:
         ({"reduction": 0}, "reduction must be"),
         ({"reduction": True}, "reduction must be .* got True"),
         ({"reduction": "half"}, "reduction must be .* got 'half'"),
-        ({"allowed_loss": None}, "allowed_loss must be .* got None"),
-        ({"allowed_loss": float("nan")}, "allowed_loss must be .* got nan"),
         ({"refine": 1.0}, "refine must be an integer of at least 0, got 1.0"),
         ({"amounts": 0.1}, "amounts must be a list .* got 0.1"),
         ({"amounts": "auto"}, "amounts must be a list .* got 'auto'"),
         ({"amounts": [0.5, 1.0]}, r"a fraction in amounts must be a number in \(0, 1\), got 1.0"),
         ({"amounts": ["1"]}, "a count in amounts must be .* got '1'"),
-        ({"allowed_loss": -1}, "allowed_loss must be"),
+        ({"allowed": None}, r"allowed\['\*'\] must be .* got None"),
+        ({"allowed": float("nan")}, r"allowed\['\*'\] must be .* got nan"),
+        ({"allowed": -1}, r"allowed\['\*'\] must be"),
+        ({"allowed": {"text": "2 %"}}, r"allowed\['text'\] must be"),
+        ({"strengths": []}, "strengths must be"),
+        ({"strengths": [2.0]}, "strength must be"),
         ({"general_mode": "low"}, "general_mode must be"),
         ({"refine": -1}, "refine must be"),
         ({"amounts": []}, "amounts must be a list of fractions or counts"),
@@ -122,5 +240,16 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Automatic(**wrong)
+    for general, message in (
+        ({}, "several by name"),
+        ("perplexity", "several by name"),
+        ({"text": 3}, "several by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_amount(model, first(model), total(0, 2), general)
+    with pytest.raises(ValueError, match=r"allowed\['poems'\] matches none of text"):
+        search_amount(
+            model, first(model), total(0, 2), {"text": total(0, 2)}, automatic=Automatic(allowed={"poems": 0.1})
+        )
     with pytest.raises(ValueError, match="nothing to reduce"):
         search_amount(model, first(model), lambda m: 0.0, total(0, 2))

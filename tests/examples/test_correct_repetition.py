@@ -48,6 +48,9 @@ def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
         assert line in printed
     patch = Patch.load(tmp_path / "repetition.safetensors")
     assert patch.provenance["strength"] == 0.5
+    assert patch.provenance["side_effects"]["verdict"] in printed
+    assert "| source code " in (tmp_path / "side-effects.md").read_text()
+    assert (tmp_path / "side-effects.png").stat().st_size > 5_000
     assert (tmp_path / "trade-off.png").stat().st_size > 10_000
     assert "| round 1" in (tmp_path / "table.md").read_text()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
