@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, WeightAveraging
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -301,7 +301,8 @@ def test_copies_and_pickles_stand_on_their_own(everything, trainer) -> None:
 def test_loggers_schedulers_and_averages_work_through_it(everything, trainer, tmp_path) -> None:
     module = everything()
     logger = CSVLogger(tmp_path)
-    callbacks = [LearningRateMonitor(), WeightAveraging()]
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6
+    callbacks = [LearningRateMonitor(), averaging.WeightAveraging()]
     run = trainer(logger=logger, callbacks=callbacks, max_epochs=2)
     run.fit(wrapped(module))
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
