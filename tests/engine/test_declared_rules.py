@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lrp_prune
 from lrp_prune import Composite
@@ -293,6 +294,33 @@ def test_zeros_in_data_have_their_relevance_however_they_are_moved(rule: Terms) 
         expected = propagation.relevance(model(nearly).sum())["x"]
     assert (zeros[x == 0].abs() > 1e-3).all()
     torch.testing.assert_close(zeros, expected, rtol=1e-9, atol=1e-9)
+
+
+class _Parallel(nn.Module):
+    """Two layers that read the same data."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.one, self.two = nn.Linear(4, 3, bias=False).double(), nn.Linear(4, 2, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._both, x, use_reentrant=False) if self.checkpointed else self._both(x)
+
+    def _both(self, x: Tensor) -> Tensor:
+        return self.one(x).sum(1) + self.two(x).sum(1)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_zeros_in_data_have_what_each_layer_gives_them_in_each_pass(checkpointed: bool) -> None:
+    """And so have entries so small that relevance over them is infinite."""
+    model, x = _Parallel(checkpointed), torch.randn(2, 4, dtype=torch.float64)
+    x[0, 1], x[1, 2] = 0.0, 5e-324
+    expected = model(x).detach()[:, None].expand(2, 4) / 4
+    with lrp_prune.attributing(model, _composite(Flat())) as propagation:
+        for _ in range(2):
+            torch.testing.assert_close(propagation.relevance(model(x).sum())["x"], expected, **EXACT)
 
 
 def test_inside_a_model_what_goes_to_zeros_ends_there() -> None:
