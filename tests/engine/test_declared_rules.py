@@ -139,13 +139,14 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 class Case:
     """A layer, inputs of either sign with a zero among them, and what the formula says."""
 
-    def __init__(self, layer: str, shares: Callable[[Written], Tensor]) -> None:
+    def __init__(self, layer: str, shares: Callable[[Written], Tensor], positive: bool = False) -> None:
         make, shape = LAYERS[layer]
         torch.manual_seed(0)
         self.layer = make().double()
         for parameter in self.layer.parameters():
             nn.init.normal_(parameter)
         self.x = torch.randn(3, *shape, dtype=torch.float64)
+        self.x = self.x.abs() if positive else self.x
         self.x.view(3, -1)[:, 1] = 0.0
         z = self.layer(self.x).detach()
         self.c = torch.randn_like(z)
@@ -223,6 +224,18 @@ def test_weights_get_the_relevance_of_the_formula(rule: str, layer: str, statist
         "squared_token": lambda: case.of_weights(case.messages.square()).sum(0),
     }[statistic]()
     torch.testing.assert_close(case.found(RULES[rule][0], statistic), expected, **EXACT)
+
+
+@pytest.mark.parametrize("layer", ["linear with bias", "conv2d, grouped and padded"])
+@pytest.mark.parametrize("rule", RULES)
+def test_of_inputs_without_negative_entries_the_half_that_is_computed_is_all(rule: str, layer: str) -> None:
+    """As they are after a ReLU."""
+    case = Case(layer, RULES[rule][1], positive=True)
+    with lrp_prune.attributing(case.layer, _composite(RULES[rule][0])) as propagation:
+        (found,) = propagation.relevance(case.target(case.layer, case.x)).values()
+    torch.testing.assert_close(found, case.of_inputs, **EXACT)
+    expected = case.of_weights(case.messages.abs()).sum(0)
+    torch.testing.assert_close(case.found(RULES[rule][0], "abs_token"), expected, **EXACT)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

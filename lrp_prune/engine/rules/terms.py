@@ -126,8 +126,10 @@ class _Products:
 
     def __init__(self, groups: Sequence[Group], form: Form, activation: Tensor, weight: Tensor) -> None:
         self._form, self._activation, self._weight = form, activation, weight
+        self.signs = SIGNS if bool((activation < 0).any()) else SIGNS[:1]
+        """Of the input: after a ReLU the half is computed."""
         wanted = {term[:2] for group in groups for term in group.terms if term.power == 1}
-        self._parted = {(s, u) for s in SIGNS for u in SIGNS} <= wanted
+        self._parted = {(s, u) for s in self.signs for u in SIGNS} <= wanted
         self._made: dict[tuple[Part | Constant, Part, int], Tensor] = {}
 
     def of(self, input: Part | Constant, part: Part, power: int = 1) -> Tensor:
@@ -138,9 +140,13 @@ class _Products:
 
     def _computed(self, input: Part | Constant, part: Part, power: int) -> Tensor:
         if self._parted and (input, part, power) == ("whole", "whole", 1):
-            first, *others = (self.of(s, u) for s in SIGNS for u in SIGNS)
+            first, *others = (self.of(s, u) for s in self.signs for u in SIGNS)
             return sum(others, first)
         return self._form.product(self._entries(input), power_of_part(self._weight, part, power))
+
+    def has(self, input: Part | Constant) -> bool:
+        """Whether the input has such entries."""
+        return input != "negative" or len(self.signs) > 1
 
     def _entries(self, input: Part | Constant) -> Tensor:
         if isinstance(input, str):
@@ -193,7 +199,7 @@ def messages(
         ratio = group.share * (z / total).nan_to_num(0.0, 0.0, 0.0)
         ratios.append(ratio if group.outputs == "whole" else ratio * (part_of(z, group.outputs) != 0))
     found: dict[tuple[_Share, ...], list[tuple[Part, Part]]] = {}
-    for s in SIGNS:
+    for s in products.signs:
         for u in SIGNS:
             found.setdefault(tuple(_share(group, s, u) for group in groups), []).append((s, u))
     made = []
@@ -202,20 +208,27 @@ def messages(
             slope, constants, power, ratio = _joint(shares, ratios)
             values = [factor * constant_like(activation, form, value, weight.dim()) for value, factor in constants]
             constant = sum(values[1:], values[0]) if values else None
-            made += [Message(s, u, d * ratio, slope, constant, power) for s, u in _merged(places)]
+            parts = _merged(places)
+            if len(products.signs) == 1:
+                parts = [("whole", u) for _, u in parts]
+            made += [Message(s, u, d * ratio, slope, constant, power) for s, u in parts]
     return made
 
 
 def _total(group: Group, products: _Products, bias: Tensor | None) -> Tensor:
     """The size of all terms of a group together."""
-    parts = [term.factor * products.of(term.input, term.weight, term.power) for term in group.terms]
+    parts = [
+        term.factor * products.of(term.input, term.weight, term.power)
+        for term in group.terms
+        if products.has(term.input)
+    ]
     if bias is not None and group.bias:
         parts += [
             term.factor * power_of_part(bias, term.weight, term.power)
             for term in group.terms
             if term.input != "negative"
         ]
-    return sum(parts[1:], parts[0])
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(products.of("whole", "whole"))
 
 
 def _share(group: Group, s: Part, u: Part) -> _Share:
@@ -263,9 +276,12 @@ def input_gradient(
     Args:
         dtype: in which the gradient is handed on; relevance that does not fit into it is handed back.
     """
-    by_sign = [_gradient(found, sign, form, activation, weight) for sign in SIGNS]
-    gradient = torch.where(activation < 0, by_sign[1], by_sign[0])
+    scaling = [message for message in found if message.constant is None]
     fixed = [message for message in found if message.constant is not None]
+    gradient = _gradient(scaling, "whole", form, activation, weight)
+    if any(message.input != "whole" for message in scaling):
+        positive, negative = (_gradient(scaling, sign, form, activation, weight) for sign in SIGNS)
+        gradient = gradient + torch.where(activation < 0, negative, positive)
     if not fixed:
         return gradient.to(dtype), None
     relevance = torch.zeros_like(activation)
@@ -278,12 +294,12 @@ def input_gradient(
     return gradient, relevance.masked_fill(carried, 0.0)
 
 
-def _gradient(found: Iterable[Message], sign: Part, form: Form, activation: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of entries of a sign, of messages without a constant."""
+def _gradient(found: Iterable[Message], input: Part, form: Form, activation: Tensor, weight: Tensor) -> Tensor:
+    """What the gradient of the input has from messages about a part of it."""
     parts = [
         form.input_gradient(message.d, activation, message.of_weight(weight))
         for message in found
-        if message.constant is None and message.input in (sign, "whole")
+        if message.input == input
     ]
     return sum(parts[1:], parts[0]) if parts else torch.zeros_like(activation)
 
