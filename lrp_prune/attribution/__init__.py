@@ -2,10 +2,23 @@
 
 from lrp_prune.attribution.collect import RelevanceAccumulator, attribute
 from lrp_prune.engine.audit import UnruledOperationError, UnruledOperationWarning
-from lrp_prune.engine.composites import COMPOSITES, Composite, Where
+from lrp_prune.engine.composites import COMPOSITES, Composite, Where, epsilon_gamma_box
 from lrp_prune.engine.propagation import Propagation, attributing
 from lrp_prune.engine.registry import register_rule
-from lrp_prune.engine.rules import RULES, AlphaBeta, Gamma, Group, Rule, Term, Terms
+from lrp_prune.engine.rules import (
+    RULES,
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Group,
+    Rule,
+    Term,
+    Terms,
+    WSquare,
+    ZBox,
+    ZPlus,
+)
 from lrp_prune.targets import (
     ClassLogit,
     LastToken,
@@ -22,6 +35,8 @@ __all__ = [
     "AlphaBeta",
     "ClassLogit",
     "Composite",
+    "Epsilon",
+    "Flat",
     "Gamma",
     "Group",
     "LastToken",
@@ -37,8 +52,12 @@ __all__ = [
     "TokenMargin",
     "UnruledOperationError",
     "UnruledOperationWarning",
+    "WSquare",
     "Where",
+    "ZBox",
+    "ZPlus",
     "attribute",
     "attributing",
+    "epsilon_gamma_box",
     "register_rule",
 ]

@@ -4,18 +4,18 @@ The factor ``W`` of the formulas (:mod:`lrp_prune.relevance.statistics`) is appl
 weight that is *used*: of ``weight * mask`` or ``weight / sigma`` these values, though the sums are in the parameter's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.operands import energy_of
-from lrp_prune.engine.rules.linear import Message, part_of
+from lrp_prune.engine.rules.terms import Message, power_of_part
 from lrp_prune.engine.seen import Seen
 from lrp_prune.engine.uses import Use
 from lrp_prune.relevance.statistics import Statistic, power_of
-from lrp_prune.relevance.unscored import SEVERAL
+from lrp_prune.relevance.unscored import RULES_DIFFER, SEVERAL
 
 
 class WeightStatistic:
@@ -53,6 +53,8 @@ class WeightStatistic:
         self._given, self._seen = used, Seen(parameter)
         self._room: Tensor | None = None
         self._passed = False
+        self._factored: bool | None = None
+        """Whether the weight is a factor of what is summed, and left out of the sums; known from the first use on."""
 
     def forward(self, use: Use, activation: Tensor) -> None:
         """Of statistics that look at the forward alone, add the squares of one use's activations."""
@@ -87,12 +89,13 @@ class WeightStatistic:
             d = self._batch.only_counted(d)
         if self.statistic.contributing:
             self._add_inputs(use, activation)
+        self._note_factor(use.messages)
         contracted = self._by_sample if self.statistic.by_sample else self._by_token
         self.add(contracted(use, activation, d, dtype), use)
 
     def _by_sample(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
         if use.messages is not None:
-            return self._by_sample_and_sign(use, use.messages, activation, dtype)
+            return self._by_sample_and_sign(use, self._arrived(use, use.messages, activation), dtype)
         samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
         contributions = [
             use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
@@ -102,17 +105,50 @@ class WeightStatistic:
     def _by_token(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
         power = self.statistic.power
         if use.messages is not None:
-            return _by_sign(use, use.messages, activation, power, dtype)
+            return self._by_sign(use, self._arrived(use, use.messages, activation), power, dtype)
         a = self._batch.shared((power, dtype), activation, lambda a: power_of(a, power, dtype))
         return use.form.contract(a, power_of(d, power, dtype), use.weight)
 
-    def _by_sample_and_sign(self, use: Use, found: list[Message], activation: Tensor, dtype: torch.dtype) -> Tensor:
-        activations = self._batch.by_sample(activation, self.name)
-        gradients = [self._batch.by_sample(message.d, self.name) for message in found]
+    def _note_factor(self, found: list[Message] | None) -> None:
+        """Take note of whether the weight is a factor of a use's relevance: not under a rule that gives zeros a share."""
+        factored = found is None or all(message.power for message in found)
+        if self._factored not in (None, factored):
+            self.unscored = RULES_DIFFER
+        self._factored = factored
+
+    def _arrived(self, use: Use, found: list[Message], activation: Tensor) -> Iterator[tuple[Message, Tensor]]:
+        """Messages, each with what the input contributes to it."""
+        for message in found:
+            a = message.of_input(activation)
+            # Of a constant something is contributed by what does not count as well.
+            yield message, a if use.all_tokens or message.constant is None else self._batch.only_counted(a)
+
+    def _by_sign(self, use: Use, arrived: Iterable[tuple[Message, Tensor]], power: int, dtype: torch.dtype) -> Tensor:
+        """What is contracted under a rule with terms: each message by itself, at the entries that it is about.
+
+        At a token, an entry of the weight is in one message only, so that powers of messages add. The weight is a factor that
+        is left out, as far as it is one.
+        """
         total = torch.zeros_like(use.weight, dtype=dtype)
-        for index, of_sample in enumerate(activations):
-            own = [message._replace(d=d[index][None]) for message, d in zip(found, gradients, strict=True)]
-            total += _by_sign(use, own, of_sample[None], 0, dtype).abs_()
+        for message, a in arrived:
+            contribution = use.form.contract(power_of(a, power, dtype), power_of(message.d, power, dtype), use.weight)
+            contribution = contribution.to(dtype)
+            left = message.power - 1 if self._factored else message.power
+            if message.weight != "whole" or left:
+                own = power_of_part(use.weight, message.weight, left)
+                contribution = contribution * power_of(own, power, dtype)
+            total += contribution
+        return total
+
+    def _by_sample_and_sign(self, use: Use, arrived: Iterable[tuple[Message, Tensor]], dtype: torch.dtype) -> Tensor:
+        by_sample = [
+            (message, self._batch.by_sample(a, self.name), self._batch.by_sample(message.d, self.name))
+            for message, a in arrived
+        ]
+        total = torch.zeros_like(use.weight, dtype=dtype)
+        for index in range(len(by_sample[0][1]) if by_sample else 0):
+            own = [(message._replace(d=d[index][None]), a[index][None]) for message, a, d in by_sample]
+            total += self._by_sign(use, own, 0, dtype).abs_()
         return total
 
     def add_rows(self, ids: Tensor, d: Tensor) -> None:
@@ -189,22 +225,7 @@ class WeightStatistic:
         sums, self.sums = self.sums, None
         if sums is None or self.unscored is not None:
             return None
-        return self.statistic.weighted(sums, self._weight().to(sums.device, sums.dtype))
-
-
-def _by_sign(use: Use, found: list[Message], activation: Tensor, power: int, dtype: torch.dtype) -> Tensor:
-    """What is contracted under a rule with terms: each message by itself, at the entries that it is about.
-
-    At a token, an entry of the weight is in one message only, so that powers of messages add.
-    """
-    total = torch.zeros_like(use.weight, dtype=dtype)
-    for message in found:
-        a = power_of(part_of(activation, message.input), power, dtype)
-        contribution = use.form.contract(a, power_of(message.d, power, dtype), use.weight).to(dtype)
-        total += (
-            contribution if message.weight == "whole" else contribution * (part_of(use.weight, message.weight) != 0)
-        )
-    return total
+        return self.statistic.weighted(sums, self._weight().to(sums.device, sums.dtype), self._factored is not False)
 
 
 def input_energy(use: Use, activation: Tensor) -> Tensor:

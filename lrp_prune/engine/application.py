@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.engine.composed import PARTS
-from lrp_prune.engine.composites import Composite
+from lrp_prune.engine.composites import LAYER, LAYERS, Composite
 from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
@@ -18,14 +18,14 @@ from lrp_prune.engine.uses import WeightUses
 
 
 class Depths:
-    """How many layers have run an operation of a kind before a layer first did."""
+    """How many layers have run an operation of a kind, or of some kinds, before a layer first did."""
 
     def __init__(self) -> None:
         self._first: dict[str, dict[Hashable, int]] = {}
 
-    def of(self, call: Call) -> int:
-        """The depth of the layer that makes a call: its weight, or the module that runs."""
-        known = self._first.setdefault(call.operation.kind, {})
+    def of(self, call: Call, among: str) -> int:
+        """The depth of the layer that makes a call, its weight or the module that runs, among those of a kind."""
+        known = self._first.setdefault(among, {})
         origins = (marked(value) for value in call._constants())
         layer = next((origin.name for origin in origins if origin is not None), call.name)
         return known.setdefault(layer, len(known))
@@ -79,14 +79,15 @@ class Application:
         kind = call.operation.kind if kind is None else kind
         if not self._placed:
             return call._replace(rule=self._rule(kind))
-        depth = self._depths.of(call)
-        return call._replace(depth=depth, rule=self._rule(kind, call.name, call.module, depth))
+        depth = self._depths.of(call, call.operation.kind)
+        layer_depth = self._depths.of(call, LAYER) if call.operation.kind in LAYERS else None
+        return call._replace(depth=depth, rule=self._rule(kind, call.name, call.module, depth, layer_depth))
 
-    def _rule(self, kind: str, name: str = "", module: nn.Module | None = None, depth: int | None = None) -> Rule:
-        key = (kind, name, type(module), depth) if self._placed else kind
+    def _rule(self, kind: str, name: str = "", module: nn.Module | None = None, *depths: int | None) -> Rule:
+        key = (kind, name, type(module), *depths) if self._placed else kind
         rule = self._rules.get(key)
         if rule is None:
-            rule = self._rules[key] = self._composite.rule(kind, name, module, depth)
+            rule = self._rules[key] = self._composite.rule(kind, name, module, *depths)
         return rule
 
     def _contracted(self, call: Call) -> Any:

@@ -1,5 +1,6 @@
 """Composites: which rule each operation gets."""
 
+import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -8,7 +9,14 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.engine.operations import KINDS
-from lrp_prune.engine.rules import PLAIN, RULES, Call, Own, Rule, gradient
+from lrp_prune.engine.rules import PLAIN, RULES, AlphaBeta, Call, Flat, Gamma, Own, Rule, ZBox, ZPlus, gradient
+from lrp_prune.engine.rules.terms import Constant
+
+LAYERS = ("linear", "convolution")
+"""Kinds of products of an activation with a weight."""
+
+LAYER = "layer"
+"""What an entry is for that is for both."""
 
 _RULELESS = ("embedding", "sum", "join")
 
@@ -18,11 +26,12 @@ class Where:
     """The operations that a rule is for: those that meet all that is asked.
 
     Args:
-        kind: of operation; None for all kinds that the rule can be for.
+        kind: of operation, or ``"layer"`` for products with a weight (``linear`` and ``convolution``); None for all kinds that
+            the rule can be for.
         layer: class of the module that runs.
         name: pattern of the canonical name of the module that runs.
         depth: place among the layers of the kind, counted from 0 in the order in which they first run: ``range(3)`` for the
-            first three. A layer is a weight; for kinds without one a module.
+            first three. A layer is a weight; for kinds without one a module. Of ``"layer"`` it is the place among all weights.
 
     Raises:
         ValueError: for an unknown kind, a name that is no text, or a depth that is no range.
@@ -40,10 +49,11 @@ class Where:
     depth: range | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
+        if self.kind not in (None, LAYER, *KINDS):
             why = ": it needs no rule, relevance of sums and lookups follows from the gradient"
             raise ValueError(
-                f"unknown kind of operation {self.kind!r}, expected one of {KINDS}{why if self.kind in _RULELESS else ''}"
+                f"unknown kind of operation {self.kind!r}, expected one of {(*KINDS, LAYER)}"
+                f"{why if self.kind in _RULELESS else ''}"
             )
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(
@@ -57,10 +67,17 @@ class Where:
         """Whether it asks for more than the kind."""
         return self.layer is not None or self.name is not None or self.depth is not None
 
-    def matches(self, kind: str, name: str, module: nn.Module | None, depth: int | None) -> bool:
+    def is_for(self, kind: str) -> bool:
+        """Whether operations of a kind may be among them."""
+        return self.kind in (None, kind) or (self.kind == LAYER and kind in LAYERS)
+
+    def matches(
+        self, kind: str, name: str, module: nn.Module | None, depth: int | None, layer_depth: int | None = None
+    ) -> bool:
         """Whether an operation of a kind, in a module of a name, is one of those."""
+        depth = layer_depth if self.kind == LAYER else depth
         return (
-            self.kind in (None, kind)
+            self.is_for(kind)
             and (self.layer is None or isinstance(module, self.layer))
             and (self.name is None or fnmatchcase(name, self.name))
             and (self.depth is None or depth in self.depth)
@@ -130,17 +147,24 @@ class Composite:
     entries: tuple[tuple[Where, Rule], ...] = field(init=False, repr=False, compare=False)
     """What rules are for, and the rules; first match wins."""
 
-    def rule(self, kind: str, name: str = "", module: nn.Module | None = None, depth: int | None = None) -> Rule:
+    def rule(
+        self,
+        kind: str,
+        name: str = "",
+        module: nn.Module | None = None,
+        depth: int | None = None,
+        layer_depth: int | None = None,
+    ) -> Rule:
         """The rule of a kind of operation, in a module of a name."""
         for where, rule in self.entries:
-            if where.matches(kind, name, module, depth) and _fits(rule, kind):
+            if where.matches(kind, name, module, depth, layer_depth) and _fits(rule, kind):
                 return PLAIN.get(kind, rule) if rule == gradient else rule
         return PLAIN.get(kind, gradient)
 
     def rules_of(self, kind: str) -> Iterator[Rule]:
         """All rules that an operation of a kind may get."""
         for where, rule in self.entries:
-            if where.kind in (None, kind) and _fits(rule, kind):
+            if where.is_for(kind) and _fits(rule, kind):
                 yield rule
                 if not where.is_placed:
                     return
@@ -171,10 +195,10 @@ class Composite:
         Raises:
             ValueError: if it has a rule for linear layers or convolutions that says nothing of it.
         """
-        for kind in ("linear", "convolution"):
+        for kind in LAYERS:
             for where, rule in self.entries:
                 # A rule for some modules, whatever they run, is looked at where it meets a weight.
-                wanted = where.kind == kind or (where.kind is None and not where.is_placed)
+                wanted = where.is_for(kind) and (where.kind is not None or not where.is_placed)
                 if wanted and _fits(rule, kind) and not rule.scores_weights:
                     called = getattr(rule.function, "__name__", rule) if isinstance(rule, Own) else _name_of(rule)
                     raise ValueError(
@@ -210,7 +234,7 @@ def _entry(given: str | type[nn.Module] | Where, rule: RuleLike) -> tuple[Where,
         rule = RULES[rule]
     elif not isinstance(rule, Rule):
         rule = Own(rule)
-    if where.kind is not None and not _fits(rule, where.kind):
+    if where.kind is not None and not all(_fits(rule, kind) for kind in KINDS if where.is_for(kind)):
         raise ValueError(f"{_name_of(rule)} is a rule for {rule.kinds}, not for {where.kind!r}")
     return where, rule
 
@@ -224,16 +248,27 @@ def _name_of(rule: Rule) -> str:
 
 
 def composite_of(composite: str | Composite) -> Composite:
-    """A preset by name, or the composite itself.
+    """A preset by name, with bounds in brackets if it needs any, or the composite itself.
 
     Raises:
-        ValueError: if there is no preset of that name.
+        ValueError: if there is no preset of that name, or its bounds are missing or make no sense.
     """
     if isinstance(composite, Composite):
         return composite
-    if composite not in COMPOSITES:
-        raise ValueError(f"composite must be one of {tuple(COMPOSITES)} or a Composite, got {composite!r}")
-    return COMPOSITES[composite]
+    if composite in COMPOSITES:
+        return COMPOSITES[composite]
+    name, bracket, bounds = composite.partition("(") if isinstance(composite, str) else ("", "", "")
+    if name != BOXED:
+        known = (*COMPOSITES, f"{BOXED}(low, high)")
+        raise ValueError(f"composite must be one of {known} or a Composite, got {composite!r}")
+    try:
+        low, high = ast.literal_eval(bracket + bounds)
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(
+            f"composite {composite!r} needs the smallest and the largest value that inputs can have, such as "
+            f"'{BOXED}(-2.1, 2.6)', or a tuple with one for each channel"
+        ) from None
+    return epsilon_gamma_box(low, high)
 
 
 def _presets() -> dict[str, Composite]:
@@ -270,3 +305,37 @@ COMPOSITES: dict[str, Composite] = {
 """The presets: ``attnlrp`` (arXiv 2402.05602), ``cp_lrp`` (arXiv 2202.07304), ``epsilon`` (LRP-epsilon with epsilon -> 0 for
 linear layers, activations hand relevance on, the rest by its Taylor expansion: no relevance is halved, so that its scale
 is comparable between layers), ``gradient`` (gradient x input)."""
+
+COMPOSITES |= {
+    composite.name: composite
+    for composite in (
+        Composite("epsilon_gamma", {"convolution": Gamma(0.25)}, base="epsilon"),
+        Composite("epsilon_plus", {"convolution": ZPlus()}, base="epsilon"),
+        Composite("epsilon_plus_flat", {Where(LAYER, depth=range(1)): Flat(), "convolution": ZPlus()}, base="epsilon"),
+        Composite("epsilon_alpha2_beta1", {"convolution": AlphaBeta(2.0, 1.0)}, base="epsilon"),
+    )
+}
+"""Presets for convolutional networks, by depth (Montavon et al. 2019; Kohlbrenner et al. 2020): ``epsilon`` for fully connected
+layers, which lie above, another rule for convolutions, and ``flat`` or, by :func:`epsilon_gamma_box`, z^B for the first layer."""
+
+BOXED = "epsilon_gamma_box"
+
+
+def epsilon_gamma_box(low: Constant, high: Constant) -> Composite:
+    """The preset ``epsilon_gamma`` with z^B for the first layer, whose inputs are bounded (Montavon et al. 2019).
+
+    Wherever a composite is given by name, ``"epsilon_gamma_box(-2.1, 2.6)"`` is the same, and results are labelled so.
+
+    Args:
+        low: the smallest value that inputs can have, or one for each channel.
+        high: the largest.
+
+    Raises:
+        ValueError: for bounds that make no sense, see :class:`~lrp_prune.attribution.ZBox`.
+
+    Example:
+        >>> epsilon_gamma_box(-1, 1) == composite_of("epsilon_gamma_box(-1, 1)")
+        True
+    """
+    box = ZBox(low, high)
+    return Composite(f"{BOXED}({box.low}, {box.high})", {Where(LAYER, depth=range(1)): box}, base="epsilon_gamma")

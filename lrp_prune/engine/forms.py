@@ -5,7 +5,7 @@ Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a,
 :math:`G(a^2, d^2)`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -119,18 +119,56 @@ class Convolution(Form):
 
     channel_dim = 1
     out_axis, in_axis = 0, 1
+    _transposed = False
+    _names: ClassVar[tuple[str, ...]] = ("stride", "padding", "dilation", "groups")
+    """The arguments after the bias."""
+
+    def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
+        found = self._backward(d, activation, weight.to(activation.dtype), 0)
+        return super().input_gradient(d, activation, weight) if found is None else found
+
+    def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        found = self._backward(d, activation, weight.to(activation.dtype), 1)
+        return super().contract(activation, d, weight) if found is None else found
+
+    def _backward(self, d: Tensor, activation: Tensor, weight: Tensor, wanted: int) -> Tensor | None:
+        """One gradient, without computing the convolution again; None where that takes another way, as without a batch."""
+        named = {name: self.call.argument(3 + index, name) for index, name in enumerate(self._names)}
+        dims = weight.dim() - 2
+        if activation.dim() != weight.dim() or isinstance(named["padding"], str):
+            return None
+        given = [
+            _each(named.get(name), default, dims)
+            for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
+        ]
+        mask = [index == wanted for index in range(3)]
+        stride, padding, dilation, output_padding = given
+        geometry = (stride, padding, dilation, self._transposed, output_padding, self.groups)
+        result: Tensor = torch.ops.aten.convolution_backward(
+            d.to(activation.dtype), activation, weight, None, *geometry, mask
+        )[wanted]
+        return result
 
     @property
     def groups(self) -> int:
         """In how many groups of channels that know nothing of each other it works."""
-        args, kwargs = self.call.args, self.call.kwargs
-        return int(args[6] if len(args) > 6 else kwargs.get("groups", 1))
+        groups = self.call.argument(3 + self._names.index("groups"), "groups")
+        return 1 if groups is None else int(groups)
 
 
 class TransposedConvolution(Convolution):
     """Transposed convolutions, weight ``[in, out / groups, ...]``; a token is a position."""
 
     out_axis, in_axis = 1, 0
+    _transposed = True
+    _names: ClassVar[tuple[str, ...]] = ("stride", "padding", "output_padding", "groups", "dilation")
+
+
+def _each(value: Any, default: int, dims: int) -> list[int]:
+    """A number for each dimension."""
+    value = default if value is None else value
+    entries = [value] if isinstance(value, int) else list(value)
+    return entries * dims if len(entries) == 1 else entries
 
 
 def form_of(call: Call, activation: int, weight: int) -> Form:

@@ -23,6 +23,13 @@ LINEAR_NODES = frozenset(
 )
 """Autograd nodes that are linear in their input, or pick from it: their plain gradient times input is the relevance."""
 
+MOVING_NODES = frozenset(
+    {_node(name) for name, row in PLAIN_ROWS.items() if row.channels in ("copied", "moved")}.union(
+        "UnsafeView ReshapeAlias Slice Select Index ToCopy".split()
+    )
+)
+"""Autograd nodes after which entries are what they were, if elsewhere."""
+
 NO_GRADIENT_NODES = frozenset({"WarnNotImplemented", "NotImplemented"})
 """Autograd nodes of operations without a gradient, such as quantized ones: nothing comes out of them."""
 

@@ -74,7 +74,7 @@ class Propagation:
         self.check_reached(target, gradients)
         result: dict[str, Tensor] = {}
         for root, gradient in zip(entries, gradients, strict=True):
-            relevance = torch.zeros_like(root.leaf) if gradient is None else root.leaf.detach() * gradient
+            relevance = root.relevance(gradient)
             if root.constant and not bool(relevance.any()):
                 continue
             if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine.beside import beside
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.origins import marked, note_source, source_of
@@ -40,6 +41,12 @@ class Root:
     parameter: str | None = None
     ids: Tensor | None = None
     constant: bool = False
+
+    def relevance(self, gradient: Tensor | None) -> Tensor:
+        """The leaf times its gradient, and what rules give to entries that are zero."""
+        relevance = torch.zeros_like(self.leaf) if gradient is None else self.leaf.detach() * gradient
+        of_zeros = beside(self.leaf)
+        return relevance if of_zeros is None else relevance + of_zeros
 
 
 class Roots:

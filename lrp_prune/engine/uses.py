@@ -20,7 +20,8 @@ from lrp_prune.engine.functional import own_memory
 from lrp_prune.engine.operands import Latest
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
-from lrp_prune.engine.rules.linear import Message, Terms, Watching, messages, ruled, widened
+from lrp_prune.engine.rules.linear import Terms, Watching, ruled
+from lrp_prune.engine.rules.terms import Message, messages, widened
 from lrp_prune.engine.tracing import Reading, UnitTracer
 
 

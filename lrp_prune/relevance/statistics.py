@@ -108,8 +108,14 @@ class Statistic:
         """Whether relevance has to be propagated."""
         return self.propagated and self.counted
 
-    def weighted(self, sums: Tensor, weight: Tensor) -> Tensor:
-        """Sums of powers of activations and gradients, in place times the same power of the weight."""
+    def weighted(self, sums: Tensor, weight: Tensor, factored: bool = True) -> Tensor:
+        """Sums of powers of activations and gradients, in place times the same power of the weight.
+
+        Args:
+            factored: whether the sums are without the weight; else they are of relevance already.
+        """
+        if not factored:
+            return sums.mul_(weight.abs()) if self.contributing else sums
         if self.signed:
             return sums.mul_(weight)
         if self.root % 2:

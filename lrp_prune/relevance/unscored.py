@@ -14,6 +14,7 @@ RESCALED = (
     "any left would be divided by zero: take the reparametrization off before pruning"
 )
 DIVIDED = "it is divided among processes, and computed with before it is used"
+RULES_DIFFER = "it is used under rules of which one leaves out of account how large it is, and another does not"
 SEVERAL = "it is used with several values, scaled differently"
 
 TOLERABLE = frozenset({UNUSED, NO_PRODUCT, CONSTANTS, DATA, GATES, UNREACHED})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lrp_prune
-from lrp_prune.attribution import Gamma
+from lrp_prune.attribution import Flat, Gamma
 from lrp_prune.distributed.fsdp import groups_of_parameters
 from lrp_prune.distributed.sharding import OtherProcessError
 from tests.support.sharding import sharded, together, whole
@@ -26,6 +26,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"composite": "epsilon", "statistic": "geometric", "chunks": 2},
     {"composite": lrp_prune.Composite("terms", {"linear": Gamma(0.4)}, base="epsilon"), "statistic": "squared_token"},
     {"composite": lrp_prune.Composite("terms", {"linear": Gamma(0.4)}, base="epsilon"), "statistic": "geometric"},
+    {"composite": lrp_prune.Composite("equal", {"linear": Flat()}, base="epsilon"), "statistic": "geometric"},
     {"granularity": "neuron"},
     {"granularity": "head"},
     {"granularity": "block"},

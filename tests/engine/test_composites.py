@@ -118,6 +118,7 @@ def test_a_rule_by_name_is_the_rule_itself(name: str) -> None:
         "attention_uniform": "attention",
         "attention_to_values": "attention",
         "attention_gradient": "attention",
+        **dict.fromkeys(("epsilon", "z_plus", "flat", "w_square"), "linear"),
         "gamma": "linear",
         "alpha_beta": "convolution",
     }

@@ -333,7 +333,7 @@ def test_a_product_of_two_activations_has_no_terms() -> None:
         def forward(self, x: Tensor, filters: Tensor) -> Tensor:
             return nn.functional.conv1d(x, filters)
 
-    model, message = Model(), r"Gamma\(gamma=0.5\) is for a product with a weight.*conv1d in <model>"
+    model, message = Model(), r"Gamma\(gamma=0.5, stabilizer=0.0\) is for a product with a weight.*conv1d in <model>"
     with (
         lrp_prune.register_rule(torch.conv1d, Gamma(0.5)),
         lrp_prune.attributing(model),
@@ -366,7 +366,8 @@ def test_rules_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"alpha - beta must be 1 and beta at least 0, got 2 and 2"):
         AlphaBeta(2, 2)
     with pytest.raises(
-        ValueError, match=r"composite 'mine': Gamma\(gamma=0.5\) is a rule for \(.*\), not for 'activation'"
+        ValueError,
+        match=r"composite 'mine': Gamma\(gamma=0.5, stabilizer=0.0\) is a rule for \(.*\), not for 'activation'",
     ):
         Composite("mine", {"activation": Gamma(0.5)})
 

@@ -8,10 +8,26 @@ from lrp_prune.engine.rules.attention import (
     attention_to_values,
     attention_uniform,
 )
+from lrp_prune.engine.rules.declared import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    WSquare,
+    ZBox,
+    ZPlus,
+    alpha_beta,
+    epsilon,
+    flat,
+    gamma,
+    w_square,
+    z_plus,
+)
 from lrp_prune.engine.rules.elementwise import Identity, Shares, identity, stop_gate, uniform
-from lrp_prune.engine.rules.linear import AlphaBeta, Gamma, Group, Term, Terms, alpha_beta, gamma
+from lrp_prune.engine.rules.linear import Terms
 from lrp_prune.engine.rules.normalization import ConstantStatistic, constant_statistic, plain_normalization
 from lrp_prune.engine.rules.scales import norm_pool, plain_scale, scale, stop_denominator
+from lrp_prune.engine.rules.terms import Group, Term
 
 RULES: dict[str, Rule] = {
     "gradient": gradient,
@@ -28,6 +44,10 @@ RULES: dict[str, Rule] = {
     "skip": skip,
     "gamma": gamma,
     "alpha_beta": alpha_beta,
+    "epsilon": epsilon,
+    "z_plus": z_plus,
+    "flat": flat,
+    "w_square": w_square,
 }
 """Rules by name, so that a composite can be written in a configuration file."""
 
@@ -46,6 +66,8 @@ __all__ = [
     "Attention",
     "Call",
     "ConstantStatistic",
+    "Epsilon",
+    "Flat",
     "Gamma",
     "Group",
     "Identity",
@@ -55,12 +77,17 @@ __all__ = [
     "Stop",
     "Term",
     "Terms",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
     "alpha_beta",
     "attention_gradient",
     "attention_to_values",
     "attention_uniform",
     "constant_statistic",
     "detached",
+    "epsilon",
+    "flat",
     "gamma",
     "gradient",
     "identity",
@@ -72,4 +99,6 @@ __all__ = [
     "stop_denominator",
     "stop_gate",
     "uniform",
+    "w_square",
+    "z_plus",
 ]
