@@ -1,6 +1,7 @@
 """What of FSDP2 has no public name: all of it that is used, in one place.
 
-Tested with torch 2.6 to 2.13. What a later version calls otherwise is refused by name, and only where a model is sharded.
+Tested with torch 2.13: the oldest that the rest is tested with, 2.6, does not run FSDP2 on CPUs. What another version calls
+otherwise is refused by name, and only where a model is sharded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TESTED = "2.6 to 2.13"
-"""The versions of torch whose private names these are."""
+TESTED = "2.13"
+"""The version of torch whose private names these are."""
 _FLAGS = ("reduce_grads", "all_reduce_grads")
 
 
@@ -26,8 +27,8 @@ def groups_of_parameters(module: nn.Module) -> list[Any]:
         return list(state._fsdp_param_groups)
     if not hasattr(state, "_fsdp_param_group"):
         raise RuntimeError(
-            f"torch {torch.__version__} keeps what fully_shard knows of a module elsewhere than {TESTED}, the versions that this "
-            "was tested with: use one of these, or a newer lrp-prune"
+            f"torch {torch.__version__} keeps what fully_shard knows of a module elsewhere than {TESTED}, which this was "
+            "tested with: use that, or a newer lrp-prune"
         )
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 

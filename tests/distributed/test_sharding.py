@@ -68,5 +68,5 @@ def test_entries_of_what_is_whole_are_all_here():
 
 
 def test_a_torch_that_keeps_its_flags_elsewhere_is_named():
-    with pytest.raises(RuntimeError, match=r"tested with: use one of these"):
+    with pytest.raises(RuntimeError, match=r"tested with: use that"):
         groups_of_parameters(nn.Linear(1, 1))
