@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.support.trainers import quiet_trainer
 
 
 class Classifier(LightningModule):
@@ -117,20 +120,7 @@ def make_loader() -> Callable[..., DataLoader]:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    def make(**arguments: Any) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-            "log_every_n_steps": 1,
-        }
-        return Trainer(**{**defaults, **arguments})
-
-    return make
+    return partial(quiet_trainer, tmp_path)
 
 
 @pytest.fixture(autouse=True)

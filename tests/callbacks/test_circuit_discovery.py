@@ -14,6 +14,7 @@ from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
 from lrp_prune.tasks import TableTask
 from tests.support.circuit_tasks import numbers, small_task
 from tests.support.small_models import build
+from tests.support.trainers import quiet_trainer as trainer
 
 
 class Module(LightningModule):
@@ -33,11 +34,6 @@ class Module(LightningModule):
 
 def loader() -> Any:
     return DataLoader(torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0)), batch_size=2)
-
-
-def trainer(path: Path, **options: Any) -> Trainer:
-    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                   enable_model_summary=False, default_root_dir=path, **options)  # fmt: skip
 
 
 def held_out() -> TableTask:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.support.on_gpu import needs_a_gpu, on_a_gpu
+from tests.support.trainers import QUIET
 
 pytestmark = [pytest.mark.processes, needs_a_gpu]
 
@@ -50,8 +51,7 @@ def training(**options: Any) -> Any:
 
     x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(x, (x.mean((1, 2, 3)) * 8).long().clamp(0, 3))
-    defaults = {"accelerator": "gpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": 4,
-                "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    defaults = {**QUIET, "accelerator": "gpu", "devices": 1, "max_epochs": 4}
     return Module(), DataLoader(data, 16), DataLoader(data, 16), Trainer(**{**defaults, **options})
 
 

@@ -1,7 +1,6 @@
 """``ContrastiveCorrection`` on sharded weights: the patch of one process, handed over, searched for and resumed."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lrp_prune import LRP
@@ -21,8 +19,8 @@ from lrp_prune.correction import Automatic, Patch
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
 from tests.robustness.resumable_training import Classifier, Loader
-from tests.support.processes import run
-from tests.support.sharding import device_type, whole
+from tests.support.sharding import results, whole
+from tests.support.trainers import sharded_trainer as trainer
 
 pytestmark = pytest.mark.processes
 
@@ -37,25 +35,6 @@ SETS: list[dict[str, Any]] = [
 class Validated(Classifier):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
-
-
-def trainer(processes: int, directory: Path, **arguments: Any) -> Trainer:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    if processes > 1:
-        sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
-        arguments["strategy"] = ModelParallelStrategy(**sizes)
-    accelerator = "gpu" if device_type(processes) == "cuda" else "cpu"
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(accelerator=accelerator, devices=processes, default_root_dir=directory, **quiet, **arguments)
-
-
-def results(function: Any, processes: int, directory: Path) -> list[Any]:
-    found = run(function, processes, directory, gpus=device_type(processes) == "cuda")
-    for result in found:
-        if isinstance(result, Exception):
-            raise result
-    return found
 
 
 def size(model: nn.Module) -> float:

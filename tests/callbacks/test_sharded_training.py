@@ -1,6 +1,5 @@
 """Trainings on sharded weights: the same relevance, masks, zeros and resumes as in one process."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from tests.robustness.resumable_training import Classifier
-from tests.support.processes import run
-from tests.support.sharding import device_type, whole
+from tests.support.sharding import results, whole
+from tests.support.trainers import sharded_trainer as trainer
 
 pytestmark = pytest.mark.processes
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Still(Classifier):
@@ -62,25 +54,6 @@ class Zeros(Callback):
 def loader(samples: int = 48, seed: int = 1) -> DataLoader:
     inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed))
     return DataLoader(TensorDataset(inputs, (inputs[:, :4] + 0.5 * inputs[:, 4:]).argmax(dim=1)), 4)
-
-
-def trainer(processes: int, directory: Path, **arguments: Any) -> Trainer:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    if processes > 1:
-        sharding = {"data_parallel_size": processes, "tensor_parallel_size": 1}
-        arguments.setdefault("strategy", ModelParallelStrategy(**sharding, **arguments.pop("saving", {})))
-    accelerator = "gpu" if device_type(processes) == "cuda" else "cpu"
-    defaults = {**QUIET, "accelerator": accelerator, "devices": processes, "default_root_dir": directory}
-    return Trainer(**{**defaults, **arguments})
-
-
-def results(function: Any, processes: int, directory: Path) -> list[Any]:
-    found = run(function, processes, directory, gpus=device_type(processes) == "cuda")
-    for result in found:
-        if isinstance(result, Exception):
-            raise result
-    return found
 
 
 def collected_and_pruned(processes: int, directory: Path, **pruning: Any) -> Any:

@@ -11,17 +11,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from lrp_prune.callbacks import RelevancePruning
 from tests.robustness.resumable_training import Classifier, Loader, SavedMasks, StatefulLoader
 from tests.support.processes import run
+from tests.support.trainers import QUIET
 
 pytestmark = pytest.mark.processes
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
+DEFAULTS: dict[str, Any] = {**QUIET, "accelerator": "cpu", "use_distributed_sampler": False}
 
 
 class Watch(Callback):
@@ -60,7 +54,7 @@ def test_pruned_gradients_are_zero_before_they_are_reduced_and_clipped(
             gradient_clip_val=1e-3,
             accumulate_grad_batches=accumulate,
             callbacks=[pruning, watch],
-            **QUIET,
+            **DEFAULTS,
         ).fit(module := Classifier(), StatefulLoader(1), Loader(2))
         assert pruning.masks is not None
         weights = [parameter.detach().clone() for parameter in module.parameters()]
@@ -84,7 +78,7 @@ def test_spawned_processes_prune_equally_and_give_the_zeros_back(tmp_path: Path,
     pruning = RelevancePruning(sparsity=0.5, rounds=2, scope="global", summary=False)
     module = Classifier()
     callbacks = [pruning, SavedMasks(tmp_path, pruning)]
-    trainer = Trainer(devices=2, strategy="ddp_spawn", max_epochs=3, callbacks=callbacks, **QUIET)
+    trainer = Trainer(devices=2, strategy="ddp_spawn", max_epochs=3, callbacks=callbacks, **DEFAULTS)
     trainer.fit(module, StatefulLoader(1), Loader(2))
     assert "give back the model's weights only" in capfd.readouterr().err
     first, second = (torch.load(tmp_path / f"masks.{rank}", weights_only=True) for rank in (0, 1))

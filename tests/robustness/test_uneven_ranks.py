@@ -17,6 +17,7 @@ from lrp_prune import LRP
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from tests.robustness.resumable_training import Classifier as Sharded
 from tests.support.processes import run
+from tests.support.trainers import QUIET
 
 pytestmark = pytest.mark.processes
 
@@ -55,12 +56,11 @@ def part(count: int, batch_size: int, begin: int) -> DataLoader:
 
 
 def trainer_of(callbacks: list[Any], **arguments: Any) -> Trainer:
-    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet = {"enable_model_summary": False, "use_distributed_sampler": False, "max_epochs": 2}
+    defaults = {**QUIET, "use_distributed_sampler": False, "max_epochs": 2}
     devices = {"accelerator": "cpu", "strategy": "auto", "devices": 1}
     if torch.distributed.is_torchelastic_launched():
         devices |= {"strategy": "ddp", "devices": int(os.environ["WORLD_SIZE"])}
-    return Trainer(callbacks=callbacks, **{**defaults, **quiet, **devices, **arguments})
+    return Trainer(callbacks=callbacks, **{**defaults, **devices, **arguments})
 
 
 def rank() -> int:

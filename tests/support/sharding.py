@@ -24,11 +24,16 @@ def together(function: Callable[[Any], Any], processes: int, directory: Path, li
         with mesh(processes) as made:
             return function(made)
 
-    results = run(call, processes, directory, limit, gpus=device_type(processes) == "cuda")
-    for result in results:
+    return results(call, processes, directory, limit)
+
+
+def results(function: Callable[[], Any], processes: int, directory: Path, limit: float = 300.0) -> list[Any]:
+    """Call ``function()`` in so many processes, and raise what one of them raises; see :func:`processes.run`."""
+    found = run(function, processes, directory, limit, gpus=device_type(processes) == "cuda")
+    for result in found:
         if isinstance(result, Exception):
             raise result
-    return results
+    return found
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+
+from tests.support.trainers import quiet_trainer
 
 
 class Everything(LightningModule):
@@ -126,21 +129,7 @@ def loader() -> Callable[..., DataLoader]:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    def make(**arguments: Any) -> Trainer:
-        defaults = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-            "max_epochs": 2,
-            "log_every_n_steps": 1,
-        }
-        return Trainer(**{**defaults, **arguments})
-
-    return make
+    return partial(quiet_trainer, tmp_path, max_epochs=2)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """``CorrectedModule`` under ``ModelParallelStrategy``: trains, saves, resumes and undoes on divided weights."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch._dynamo  # what checkpoints import: once here, not in each forked p
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,9 +16,9 @@ from lrp_prune.correction import Patch, load_patches
 from lrp_prune.distributed.sharding import OtherProcessError
 from lrp_prune.wrapper.module import CorrectedModule
 from tests.robustness.resumable_training import Classifier
-from tests.support.processes import run
-from tests.support.sharding import device_type, sharded, together, whole
+from tests.support.sharding import results, sharded, together, whole
 from tests.support.small_models import build
+from tests.support.trainers import sharded_trainer as trainer
 
 pytestmark = pytest.mark.processes
 
@@ -38,25 +36,6 @@ class Plain(Classifier):
 def loader() -> DataLoader:
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(dim=1)), 4)
-
-
-def trainer(processes: int, directory: Path, saving: dict[str, Any], **arguments: Any) -> Trainer:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    if processes > 1:
-        sizes = {"data_parallel_size": processes, "tensor_parallel_size": 1}
-        arguments["strategy"] = ModelParallelStrategy(**sizes, **saving)
-    accelerator = "gpu" if device_type(processes) == "cuda" else "cpu"
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(accelerator=accelerator, devices=processes, default_root_dir=directory, **quiet, **arguments)
-
-
-def results(function: Any, processes: int, directory: Path) -> list[Any]:
-    found = run(function, processes, directory, gpus=device_type(processes) == "cuda")
-    for result in found:
-        if isinstance(result, Exception):
-            raise result
-    return found
 
 
 def entries(module: Any, patch: Patch) -> dict[str, Tensor]:
