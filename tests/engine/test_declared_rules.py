@@ -367,6 +367,59 @@ def test_tokens_that_do_not_count_have_no_part_of_a_constant() -> None:
         torch.testing.assert_close(relevance.sums["layer.weight"], (expected / 5)[:, None].expand(4, 5), **EXACT)
 
 
+IN_STEPS = ["epsilon", "gamma", "alpha_beta", "z_plus, stabilised", "flat", "w_square", "z_box"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("rule", IN_STEPS)
+def test_in_recurrent_layers_weights_and_inputs_have_the_same_relevance(rule: str, kind: Any, bias: bool) -> None:
+    """Of all steps, the first one from a state of zeros among them; without biases it is all there is, of rules that conserve."""
+    torch.manual_seed(0)
+    layer = kind(3, 5, bias=bias, batch_first=True).double()
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    x[0, 2, 1] = 0.0
+    composite = Composite("declared", {"linear": RULES[rule][0]}, base="attnlrp")
+    with lrp_prune.attributing(layer, composite) as propagation:
+        value = layer(x)[0][:, -1].sum()
+        found = propagation.relevance(value)["input"].sum()
+    assert torch.equal(value, layer(x)[0][:, -1].sum())
+    of_weights = lrp_prune.attribute(
+        layer, [x], lambda m, b: m(b)[0][:, -1].sum(), composite, "signed", matmul_dtype=None
+    )
+    torch.testing.assert_close(of_weights.sums["weight_ih_l0"].sum(), found, **EXACT)
+    assert of_weights.sums["weight_hh_l0"].abs().sum() > 1e-3
+    if rule in CONSERVING and not bias:
+        torch.testing.assert_close(found, value.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0.3), Flat(), WSquare(), ZBox(-3, 3)], ids=str)
+def test_experts_that_are_multiplied_at_once_have_what_each_by_itself_has(rule: Terms) -> None:
+    """All of them in one function of stacked weights, which looks at how its operands lie in memory."""
+
+    class Experts(nn.Module):
+        def __init__(self, at_once: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.at_once, self.weights = at_once, nn.Parameter(torch.randn(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.at_once:
+                return torch._grouped_mm(x, self.weights, offs=torch.tensor([2, 2, 7], dtype=torch.int32))
+            return torch.cat([x[:2] @ self.weights[0], x[2:] @ self.weights[2]])
+
+    x, found = torch.randn(7, 8), []
+    for at_once in (True, False):
+        model = Experts(at_once)
+        with lrp_prune.attributing(model, _composite(rule)) as propagation:
+            of_inputs = propagation.relevance(model(x).sum())["x"]
+        of_weights = lrp_prune.attribute(
+            model, [x], lambda m, b: m(b).sum(), _composite(rule), "abs_token", matmul_dtype=None
+        )
+        found.append((of_inputs, of_weights.sums["weights"]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

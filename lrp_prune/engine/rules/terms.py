@@ -86,8 +86,8 @@ class Message(NamedTuple):
         """What the entries of the input contribute, with zeros for those that the message is not about."""
         if self.constant is None:
             return part_of(activation, self.input)
-        values = self.constant.to(activation.dtype) + (self.slope * activation if self.slope else 0)
-        values = values.expand(activation.shape)
+        scaled = self.slope * activation if self.slope else torch.zeros_like(activation)
+        values = scaled + self.constant.to(activation.dtype)
         return values if self.input == "whole" else values * ((activation < 0) == (self.input == "negative"))
 
     def of_weight(self, weight: Tensor) -> Tensor:
@@ -151,7 +151,10 @@ class _Products:
     def _entries(self, input: Part | Constant) -> Tensor:
         if isinstance(input, str):
             return part_of(self._activation, input)
-        return constant_like(self._activation, self._form, input, self._weight.dim()).expand(self._activation.shape)
+        # Not a view of one number: products of several experts at once look at how their operands lie in memory.
+        return torch.zeros_like(self._activation) + constant_like(
+            self._activation, self._form, input, self._weight.dim()
+        )
 
 
 def constant_like(activation: Tensor, form: Form, constant: Constant, weight_dims: int) -> Tensor:
