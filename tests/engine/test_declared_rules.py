@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -439,9 +440,16 @@ def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Epsilon(-1), "epsilon must be at least 0, got -1"),
-        (lambda: ZPlus(stabilizer=-0.5), "stabilizer must be at least 0, got -0.5"),
-        (lambda: ZBox(1, 2), "low must be at most 0 and high at least 0, got 1.0 and 2.0"),
+        (lambda: Epsilon(-1), r"epsilon must be a number in \[0, inf\), got -1"),
+        *[
+            (partial(rule, stabilizer=stabilizer), rf"stabilizer must be a number in \[0, inf\), got {stabilizer}")
+            for rule in (Gamma, AlphaBeta, ZPlus, Flat, WSquare, partial(ZBox, -1, 1))
+            for stabilizer in (-0.5, float("inf"), None)
+        ],
+        (lambda: AlphaBeta(float("nan"), 1), r"alpha must be a number in \(-inf, inf\), got nan"),
+        (lambda: AlphaBeta(float("inf"), float("inf")), r"alpha must be a number in \(-inf, inf\), got inf"),
+        (lambda: ZBox(1, 2), "low must be at most 0 and high at least 0, both finite, got 1.0 and 2.0"),
+        (lambda: ZBox(-1, float("inf")), "both finite, got -1.0 and inf"),
         (lambda: ZBox(0, 0), "low and high must leave room"),
         (lambda: ZBox((-1, -1), (1, -1)), "low must be at most 0"),
     ],
@@ -449,6 +457,36 @@ def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None
 def test_rules_that_make_no_sense_are_refused(make: Callable[[], Terms], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Term("postive"), r"input must be one of \('positive', 'negative', 'whole'\), got 'postive'"),
+        (lambda: Term((0.0, float("nan"))), r"input must be a number in \(-inf, inf\), got nan"),
+        (lambda: Term(weight="all"), r"weight must be one of \(.*\), got 'all'"),
+        (lambda: Term(factor=None), r"factor must be a number in \(-inf, inf\), got None"),
+        (lambda: Term(power=0.5), "power must be an integer of at least 0, got 0.5"),
+        (lambda: Group(()), r"terms must be one Term or several, in a tuple, got \(\)"),
+        (lambda: Group(("whole",)), "terms must be one Term or several"),
+        (lambda: Group((Term(),), outputs="plus"), r"outputs must be one of \(.*\), got 'plus'"),
+        (lambda: Group((Term(),), share="half"), r"share must be a number in \(-inf, inf\), got 'half'"),
+        (lambda: Group((Term(),), stabilizer=-1), r"stabilizer must be a number in \[0, inf\), got -1"),
+    ],
+)
+def test_parts_that_there_are_not_are_refused_where_they_are_written(make: Any, message: str) -> None:
+    """What is neither of two signs would be read as the second of them."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_rule_without_groups_is_refused_in_the_forward() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    message = "declares no group of terms, so that no relevance would go on"
+    with lrp_prune.attributing(layer, _composite(_Own())), pytest.raises(ValueError, match=message):
+        layer(x)
+    with pytest.raises(ValueError, match=message):
+        lrp_prune.attribute(layer, [x], lambda m, b: m(b).sum(), _composite(_Own()))
 
 
 def test_bounds_of_other_channels_than_the_input_has_are_refused() -> None:
