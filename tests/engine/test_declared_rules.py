@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Group, Term, Terms, WSquare, ZBox, ZPlus
+from lrp_prune.engine.forms import Form
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LOW, HIGH = (-2.0, -3.0, -2.5, -4.0), (3.0, 2.5, 4.0, 2.0)
@@ -237,6 +238,17 @@ def test_of_inputs_without_negative_entries_the_half_that_is_computed_is_all(rul
     torch.testing.assert_close(found, case.of_inputs, **EXACT)
     expected = case.of_weights(case.messages.abs()).sum(0)
     torch.testing.assert_close(case.found(RULES[rule][0], "abs_token"), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("positive", "products"), [(True, 2), (False, 4)])
+def test_of_inputs_without_negative_entries_half_of_the_products_is_computed(
+    positive: bool, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, made = Case("linear", _gamma, positive), []
+    product = Form.product
+    monkeypatch.setattr(Form, "product", lambda form, *parts: made.append(parts) or product(form, *parts))
+    case.found(Gamma(0.4), "abs_token")
+    assert len(made) == products
 
 
 @pytest.mark.parametrize("layer", LAYERS)
