@@ -34,7 +34,7 @@ class Where:
             first three. A layer is a weight; for kinds without one a module. Of ``"layer"`` it is the place among all weights.
 
     Raises:
-        ValueError: for an unknown kind, a name that is no text, or a depth that is no range.
+        ValueError: for an unknown kind, a layer that is no class, a name that is no text, or a depth that is no range of places.
 
     Example:
         >>> Where("convolution", depth=range(3)).matches("convolution", "features.0", nn.Conv2d(3, 8, 3), 2)
@@ -55,12 +55,16 @@ class Where:
                 f"unknown kind of operation {self.kind!r}, expected one of {(*KINDS, LAYER)}"
                 f"{why if self.kind in _RULELESS else ''}"
             )
+        if self.layer is not None and not isinstance(self.layer, type):
+            raise ValueError(f"layer must be a class of modules, such as nn.Linear, got {self.layer!r}")
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(
                 f"name must be a pattern such as 'features.*', got {self.name!r}: use an entry for each of several"
             )
-        if self.depth is not None and not isinstance(self.depth, range):
-            raise ValueError(f"depth must be a range, such as range(3) for the first three layers, got {self.depth!r}")
+        if self.depth is not None and not (isinstance(self.depth, range) and self.depth and min(self.depth) >= 0):
+            raise ValueError(
+                f"depth must be a range of places counted from 0, such as range(3) for the first three layers, got {self.depth!r}"
+            )
 
     @property
     def is_placed(self) -> bool:
@@ -232,6 +236,8 @@ def _entry(given: str | type[nn.Module] | Where, rule: RuleLike) -> tuple[Where,
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}, expected one of {tuple(RULES)}")
         rule = RULES[rule]
+    elif isinstance(rule, type) or not callable(rule):
+        raise ValueError(f"a rule is an object, such as Gamma(0.25), the name of one, or a function, got {rule!r}")
     elif not isinstance(rule, Rule):
         rule = Own(rule)
     if where.kind is not None and not all(_fits(rule, kind) for kind in KINDS if where.is_for(kind)):

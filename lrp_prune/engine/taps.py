@@ -58,7 +58,8 @@ class RecurrentProduct:
         def product(state: Tensor) -> Tensor:
             self._states[token] = state.detach()
             result = self._multiplied(state)
-            return result if self._taps is None else result + self._taps[token]
+            # Of a constant state, as the first one is, the product is a constant to all rules that it meets later.
+            return result if self._taps is None or not is_activation(state) else result + self._taps[token]
 
         return product
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Group, Term, Terms, WSquare, ZBox, ZPlus
+from lrp_prune.engine.forms import Form
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 LOW, HIGH = (-2.0, -3.0, -2.5, -4.0), (3.0, 2.5, 4.0, 2.0)
@@ -238,6 +240,17 @@ def test_of_inputs_without_negative_entries_the_half_that_is_computed_is_all(rul
     torch.testing.assert_close(case.found(RULES[rule][0], "abs_token"), expected, **EXACT)
 
 
+@pytest.mark.parametrize(("positive", "products"), [(True, 2), (False, 4)])
+def test_of_inputs_without_negative_entries_half_of_the_products_is_computed(
+    positive: bool, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, made = Case("linear", _gamma, positive), []
+    product = Form.product
+    monkeypatch.setattr(Form, "product", lambda form, *parts: made.append(parts) or product(form, *parts))
+    case.found(Gamma(0.4), "abs_token")
+    assert len(made) == products
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rule", CONSERVING)
 def test_a_layer_conserves_relevance_where_its_rule_does(rule: str, layer: str) -> None:
@@ -367,6 +380,59 @@ def test_tokens_that_do_not_count_have_no_part_of_a_constant() -> None:
         torch.testing.assert_close(relevance.sums["layer.weight"], (expected / 5)[:, None].expand(4, 5), **EXACT)
 
 
+IN_STEPS = ["epsilon", "gamma", "alpha_beta", "z_plus, stabilised", "flat", "w_square", "z_box"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("rule", IN_STEPS)
+def test_in_recurrent_layers_weights_and_inputs_have_the_same_relevance(rule: str, kind: Any, bias: bool) -> None:
+    """Of all steps, the first one from a state of zeros among them; without biases it is all there is, of rules that conserve."""
+    torch.manual_seed(0)
+    layer = kind(3, 5, bias=bias, batch_first=True).double()
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    x[0, 2, 1] = 0.0
+    composite = Composite("declared", {"linear": RULES[rule][0]}, base="attnlrp")
+    with lrp_prune.attributing(layer, composite) as propagation:
+        value = layer(x)[0][:, -1].sum()
+        found = propagation.relevance(value)["input"].sum()
+    assert torch.equal(value, layer(x)[0][:, -1].sum())
+    of_weights = lrp_prune.attribute(
+        layer, [x], lambda m, b: m(b)[0][:, -1].sum(), composite, "signed", matmul_dtype=None
+    )
+    torch.testing.assert_close(of_weights.sums["weight_ih_l0"].sum(), found, **EXACT)
+    assert of_weights.sums["weight_hh_l0"].abs().sum() > 1e-3
+    if rule in CONSERVING and not bias:
+        torch.testing.assert_close(found, value.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("rule", [Epsilon(0.3), Flat(), WSquare(), ZBox(-3, 3)], ids=str)
+def test_experts_that_are_multiplied_at_once_have_what_each_by_itself_has(rule: Terms) -> None:
+    """All of them in one function of stacked weights, which looks at how its operands lie in memory."""
+
+    class Experts(nn.Module):
+        def __init__(self, at_once: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.at_once, self.weights = at_once, nn.Parameter(torch.randn(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.at_once:
+                return torch._grouped_mm(x, self.weights, offs=torch.tensor([2, 2, 7], dtype=torch.int32))
+            return torch.cat([x[:2] @ self.weights[0], x[2:] @ self.weights[2]])
+
+    x, found = torch.randn(7, 8), []
+    for at_once in (True, False):
+        model = Experts(at_once)
+        with lrp_prune.attributing(model, _composite(rule)) as propagation:
+            of_inputs = propagation.relevance(model(x).sum())["x"]
+        of_weights = lrp_prune.attribute(
+            model, [x], lambda m, b: m(b).sum(), _composite(rule), "abs_token", matmul_dtype=None
+        )
+        found.append((of_inputs, of_weights.sums["weights"]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -386,9 +452,16 @@ def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Epsilon(-1), "epsilon must be at least 0, got -1"),
-        (lambda: ZPlus(stabilizer=-0.5), "stabilizer must be at least 0, got -0.5"),
-        (lambda: ZBox(1, 2), "low must be at most 0 and high at least 0, got 1.0 and 2.0"),
+        (lambda: Epsilon(-1), r"epsilon must be a number in \[0, inf\), got -1"),
+        *[
+            (partial(rule, stabilizer=stabilizer), rf"stabilizer must be a number in \[0, inf\), got {stabilizer}")
+            for rule in (Gamma, AlphaBeta, ZPlus, Flat, WSquare, partial(ZBox, -1, 1))
+            for stabilizer in (-0.5, float("inf"), None)
+        ],
+        (lambda: AlphaBeta(float("nan"), 1), r"alpha must be a number in \(-inf, inf\), got nan"),
+        (lambda: AlphaBeta(float("inf"), float("inf")), r"alpha must be a number in \(-inf, inf\), got inf"),
+        (lambda: ZBox(1, 2), "low must be at most 0 and high at least 0, both finite, got 1.0 and 2.0"),
+        (lambda: ZBox(-1, float("inf")), "both finite, got -1.0 and inf"),
         (lambda: ZBox(0, 0), "low and high must leave room"),
         (lambda: ZBox((-1, -1), (1, -1)), "low must be at most 0"),
     ],
@@ -396,6 +469,36 @@ def test_a_weight_that_is_used_under_rules_of_both_kinds_is_not_scored() -> None
 def test_rules_that_make_no_sense_are_refused(make: Callable[[], Terms], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Term("postive"), r"input must be one of \('positive', 'negative', 'whole'\), got 'postive'"),
+        (lambda: Term((0.0, float("nan"))), r"input must be a number in \(-inf, inf\), got nan"),
+        (lambda: Term(weight="all"), r"weight must be one of \(.*\), got 'all'"),
+        (lambda: Term(factor=None), r"factor must be a number in \(-inf, inf\), got None"),
+        (lambda: Term(power=0.5), "power must be an integer of at least 0, got 0.5"),
+        (lambda: Group(()), r"terms must be one Term or several, in a tuple, got \(\)"),
+        (lambda: Group(("whole",)), "terms must be one Term or several"),
+        (lambda: Group((Term(),), outputs="plus"), r"outputs must be one of \(.*\), got 'plus'"),
+        (lambda: Group((Term(),), share="half"), r"share must be a number in \(-inf, inf\), got 'half'"),
+        (lambda: Group((Term(),), stabilizer=-1), r"stabilizer must be a number in \[0, inf\), got -1"),
+    ],
+)
+def test_parts_that_there_are_not_are_refused_where_they_are_written(make: Any, message: str) -> None:
+    """What is neither of two signs would be read as the second of them."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_rule_without_groups_is_refused_in_the_forward() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    message = "declares no group of terms, so that no relevance would go on"
+    with lrp_prune.attributing(layer, _composite(_Own())), pytest.raises(ValueError, match=message):
+        layer(x)
+    with pytest.raises(ValueError, match=message):
+        lrp_prune.attribute(layer, [x], lambda m, b: m(b).sum(), _composite(_Own()))
 
 
 def test_bounds_of_other_channels_than_the_input_has_are_refused() -> None:

@@ -361,7 +361,7 @@ def test_a_rule_of_ones_own_is_its_terms() -> None:
 
 
 def test_rules_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"gamma must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"gamma must be a number in \[0, inf\), got -1"):
         Gamma(-1)
     with pytest.raises(ValueError, match=r"alpha - beta must be 1 and beta at least 0, got 2 and 2"):
         AlphaBeta(2, 2)

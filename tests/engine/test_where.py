@@ -241,7 +241,17 @@ def test_composites_are_copied_pickled_and_told_apart() -> None:
 
 
 def test_what_asks_for_no_place_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"depth must be a range, such as range\(3\) .* got 2"):
+    with pytest.raises(
+        ValueError, match=r"depth must be a range of places counted from 0, such as range\(3\) .* got 2"
+    ):
         Where("linear", depth=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name must be a pattern"):
         Where(name=["a", "b"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", [None, Gamma, 0.5])
+def test_what_is_no_rule_is_refused(rule: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"composite 'mine': a rule is an object, such as Gamma\(0.25\), the name .* got"
+    ):
+        Composite("mine", {"linear": rule})

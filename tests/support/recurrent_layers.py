@@ -21,7 +21,7 @@ def _gated(x: Tensor, signal: Tensor, composite: str) -> Tensor:
     gate = _identity(torch.tanh, x / 2, composite) / 2
     if composite == "cp_lrp":
         return signal / 2 + gate.detach() * signal
-    if composite == "attnlrp":
+    if composite == "attnlrp" and signal.requires_grad:  # by a constant it is only scaled
         product = gate * signal
         return signal / 2 + product / 2 + product.detach() / 2
     return signal / 2 + gate * signal
@@ -58,7 +58,9 @@ class Explicit:
 
     def _meet(self, name: str, a: Tensor, present: Tensor) -> Tensor:
         weight = getattr(self.layer, name).detach()
-        result = a @ weight.T + torch.zeros(len(a), len(weight), dtype=a.dtype, requires_grad=True)
+        result = a @ weight.T
+        if a.requires_grad:
+            result = result + torch.zeros_like(result, requires_grad=True)
         self.met.setdefault(name, []).append((a.detach(), result, present))
         bias = getattr(self.layer, name.replace("weight", "bias"), None) if self.layer.bias else None
         return result if bias is None else result + bias.detach()
@@ -98,9 +100,12 @@ class Explicit:
         found = {}
         for name, steps in self.met.items():
             weight = getattr(self.layer, name).detach()
-            gradients = torch.autograd.grad(
-                value, [result for _, result, _ in steps], retain_graph=True, allow_unused=True
-            )
+            gradients = [
+                torch.autograd.grad(value, result, retain_graph=True, allow_unused=True)[0]
+                if result.requires_grad
+                else None
+                for _, result, _ in steps
+            ]
             parts = [
                 weight * torch.einsum("so,si->soi", torch.zeros_like(result) if d is None else d, a)
                 * present[:, None, None]

@@ -5,8 +5,10 @@ hand on. What it takes is lost, and with 0 nothing is; zennit and others add 1e-
 *Layer-Wise Relevance Propagation: An Overview*.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+from lrp_prune.arguments import check_number
 from lrp_prune.engine.rules.linear import Terms
 from lrp_prune.engine.rules.terms import SIGNS, Constant, Group, Term
 
@@ -14,9 +16,7 @@ _POSITIVE = (Term("positive", "positive"), Term("negative", "negative"))
 _NEGATIVE = (Term("positive", "negative"), Term("negative", "positive"))
 
 
-def _at_least_zero(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+_SIZE = "[0, inf)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Epsilon(Terms):
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _at_least_zero("epsilon", self.epsilon)
+        check_number("epsilon", self.epsilon, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -65,13 +65,13 @@ class Gamma(Terms):
     stabilizer: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least_zero("gamma", self.gamma)
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("gamma", self.gamma, _SIZE)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
         of_sign = {"positive": _POSITIVE, "negative": _NEGATIVE}
-        more = {sign: [term._replace(factor=self.gamma) for term in terms] for sign, terms in of_sign.items()}
+        more = {sign: [replace(term, factor=self.gamma) for term in terms] for sign, terms in of_sign.items()}
         return tuple(Group((Term(), *more[sign]), outputs=sign, stabilizer=self.stabilizer) for sign in SIGNS)
 
 
@@ -87,9 +87,11 @@ class AlphaBeta(Terms):
     stabilizer: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            check_number(name, value, "(-inf, inf)")
         if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
             raise ValueError(f"alpha - beta must be 1 and beta at least 0, got {self.alpha} and {self.beta}")
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -119,7 +121,7 @@ class ZPlus(Terms):
     stabilizer: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -138,7 +140,7 @@ class Flat(Terms):
     stabilizer: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -156,7 +158,7 @@ class WSquare(Terms):
     stabilizer: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -207,11 +209,11 @@ class ZBox(Terms):
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
         lows, highs = (bound if isinstance(bound, tuple) else (bound,) for bound in (low, high))
-        if not all(value <= 0 for value in lows) or not all(value >= 0 for value in highs):
-            raise ValueError(f"low must be at most 0 and high at least 0, got {self.low} and {self.high}")
+        if not all(-math.inf < value <= 0 for value in lows) or not all(0 <= value < math.inf for value in highs):
+            raise ValueError(f"low must be at most 0 and high at least 0, both finite, got {self.low} and {self.high}")
         if max(map(abs, (*lows, *highs)), default=0) == 0:
             raise ValueError(f"low and high must leave room between them, got {self.low} and {self.high}")
-        _at_least_zero("stabilizer", self.stabilizer)
+        check_number("stabilizer", self.stabilizer, _SIZE)
 
     @property
     def groups(self) -> tuple[Group, ...]:

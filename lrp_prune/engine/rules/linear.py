@@ -109,7 +109,12 @@ def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching:
         form: how they meet; it must not hold the activation.
         rule: declares the terms.
         watching: is shown what comes back.
+
+    Raises:
+        ValueError: if the rule declares nothing.
     """
+    if not rule.groups:
+        raise ValueError(f"{rule} declares no group of terms, so that no relevance would go on: give it one at least")
     return _ruled(activation, weight, form, rule, watching)
 
 

@@ -16,11 +16,13 @@ of the output, one for each sign of the input and of the weight (:class:`Message
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lrp_prune.arguments import check_integer, check_number
 from lrp_prune.engine.forms import Form
 
 Part = Literal["positive", "negative", "whole"]
@@ -29,7 +31,13 @@ Constant = float | tuple[float, ...]
 SIGNS: tuple[Part, Part] = ("positive", "negative")
 
 
-class Term(NamedTuple):
+def _check_part(name: str, value: Any) -> None:
+    if value not in get_args(Part):
+        raise ValueError(f"{name} must be one of {get_args(Part)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Term:
     """A part of the input times a power of a part of the weight, by a factor.
 
     Args:
@@ -37,6 +45,9 @@ class Term(NamedTuple):
         weight: entries of the weight.
         factor: by what the product is multiplied.
         power: of the weight's entries; with 0 each of them is one, zeros as well.
+
+    Raises:
+        ValueError: for a part that there is not, or what is no number.
     """
 
     input: Part | Constant = "whole"
@@ -44,8 +55,19 @@ class Term(NamedTuple):
     factor: float = 1.0
     power: int = 1
 
+    def __post_init__(self) -> None:
+        if isinstance(self.input, str):
+            _check_part("input", self.input)
+        else:
+            for value in self.input if isinstance(self.input, tuple) else (self.input,):
+                check_number("input", value, "(-inf, inf)")
+        _check_part("weight", self.weight)
+        check_number("factor", self.factor, "(-inf, inf)")
+        check_integer("power", self.power, 0)
 
-class Group(NamedTuple):
+
+@dataclass(frozen=True)
+class Group:
     """Terms that share relevance in proportion to their size.
 
     Args:
@@ -54,6 +76,9 @@ class Group(NamedTuple):
         outputs: which outputs, by their sign.
         stabilizer: what is added to the size of all terms together, with their sign.
         bias: whether a bias contributes, and keeps its share.
+
+    Raises:
+        ValueError: if there is no term, or for a part that there is not, or what is no number.
     """
 
     terms: tuple[Term, ...]
@@ -61,6 +86,13 @@ class Group(NamedTuple):
     outputs: Part = "whole"
     stabilizer: float = 0.0
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.terms or not all(isinstance(term, Term) for term in self.terms):
+            raise ValueError(f"terms must be one Term or several, in a tuple, got {self.terms!r}")
+        _check_part("outputs", self.outputs)
+        check_number("share", self.share, "(-inf, inf)")
+        check_number("stabilizer", self.stabilizer, "[0, inf)")
 
 
 class Message(NamedTuple):
@@ -86,8 +118,8 @@ class Message(NamedTuple):
         """What the entries of the input contribute, with zeros for those that the message is not about."""
         if self.constant is None:
             return part_of(activation, self.input)
-        values = self.constant.to(activation.dtype) + (self.slope * activation if self.slope else 0)
-        values = values.expand(activation.shape)
+        scaled = self.slope * activation if self.slope else torch.zeros_like(activation)
+        values = scaled + self.constant.to(activation.dtype)
         return values if self.input == "whole" else values * ((activation < 0) == (self.input == "negative"))
 
     def of_weight(self, weight: Tensor) -> Tensor:
@@ -128,7 +160,7 @@ class _Products:
         self._form, self._activation, self._weight = form, activation, weight
         self.signs = SIGNS if bool((activation < 0).any()) else SIGNS[:1]
         """Of the input: after a ReLU the half is computed."""
-        wanted = {term[:2] for group in groups for term in group.terms if term.power == 1}
+        wanted = {(term.input, term.weight) for group in groups for term in group.terms if term.power == 1}
         self._parted = {(s, u) for s in self.signs for u in SIGNS} <= wanted
         self._made: dict[tuple[Part | Constant, Part, int], Tensor] = {}
 
@@ -151,7 +183,10 @@ class _Products:
     def _entries(self, input: Part | Constant) -> Tensor:
         if isinstance(input, str):
             return part_of(self._activation, input)
-        return constant_like(self._activation, self._form, input, self._weight.dim()).expand(self._activation.shape)
+        # Not a view of one number: products of several experts at once look at how their operands lie in memory.
+        return torch.zeros_like(self._activation) + constant_like(
+            self._activation, self._form, input, self._weight.dim()
+        )
 
 
 def constant_like(activation: Tensor, form: Form, constant: Constant, weight_dims: int) -> Tensor:
