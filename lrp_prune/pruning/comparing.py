@@ -89,7 +89,7 @@ def compare(
         reference = list(batches)
         for label, entry in entries.items():
             _check(label, entry, rates, model, reference)
-        with stepping(1 + len(entries) * len(rates), progress) as step, restored(model, always=True) as restore:
+        with stepping(1 + len(entries) * len(rates), progress) as step, restored(model) as restore:
             step("dense")
             dense = evaluated(model, evaluate)
             restore()  # statistics of batch normalizations, which an evaluation may have moved

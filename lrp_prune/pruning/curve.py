@@ -59,7 +59,7 @@ def pruning_curve(
     scores: dict[str, dict[float, float]] = {label: {} for label in given}
     reached: dict[str, dict[float, float]] = {label: {} for label in given}
     pruned = [rate for rate in rates if rate > 0]
-    with stepping(1 + len(given) * len(pruned), progress) as step, restored(model, always=True) as restore:
+    with stepping(1 + len(given) * len(pruned), progress) as step, restored(model) as restore:
         step("dense")
         dense = evaluated(model, evaluate)
         restore()
