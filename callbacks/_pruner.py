@@ -24,10 +24,11 @@ from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.restoring import remembered, undone_on_error
+from lrp_prune.pruning.select import check_selection
 from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
-from lrp_prune.selection.scopes import check_selectable, layout_of, parse_scope
+from lrp_prune.selection.scopes import check_selectable, parse_scope
 from lrp_prune.training.keeping import MaskKeeper
 from lrp_prune.wrapper.module import CorrectedModule
 
@@ -84,11 +85,9 @@ class Pruner:
 
     def check_scored(self, relevance: Relevance) -> None:
         """:meth:`check` of what is known from one batch, whose scores do not count."""
-        whole = relevance.granularity == "weight"
-        names = dict.fromkeys((*relevance, *relevance.unscored)) if whole else dict.fromkeys(relevance)
-        shapes = {name: tuple(relevance.parameter_shapes[name]) for name in names} if whole else {}
-        layouts = {name: relevance.layouts.get(name) or layout_of(shapes[name]) for name in names} if whole else names
-        self.check({**layouts, **dict.fromkeys(relevance.unscored)}, shapes, relevance.granularity)
+        with misconfiguration():
+            for target in self.targets[self.state.round :]:
+                check_selection(relevance, target, self._compared)
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the masks so far take effect on the weights, optimizers and averages as they are now."""

@@ -16,7 +16,7 @@ from lrp_prune.distributed.sharding import mesh_of
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
-from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.checking import check_prunable, tell_replicas
 from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
@@ -69,7 +69,8 @@ def prune(
     they would be after merging; :func:`merge_adapters` merges them under the masks.
 
     A model that ``fully_shard`` has divided is pruned by all its processes together: each gives its own batches, as many
-    as the others.
+    as the others. Of copies of a model (``DistributedDataParallel``) each is pruned by itself, with a warning: they stay the same
+    if all are given the same batches.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
@@ -122,17 +123,18 @@ def prune(
     method, kinds = method_of(method), granularities_of(granularity)
     scope = settled(scope, method, kinds)
     check_batches(batches)
+    tell_replicas(model)
     batches = _peeked(batches)
-    recalibrates = _recalibrates(recalibrate, batches)
+    recalibrating = recalibrates(recalibrate, batches)
     rounds = rounds_of(schedule, rounds)
     if rounds is None:
-        again = recalibrates and existing is None and gains_by_a_second_round(kinds, scope, sparsity)
+        again = recalibrating and existing is None and gains_by_a_second_round(kinds, scope, sparsity)
         rounds = 2 if again else 1
     targets: Sequence[float | Mapping[str, float]] = sparsity_schedule(schedule, sparsity, rounds)
     _check_granularity(relevance, kinds)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, ",".join(kinds))
-    if recalibrates and isinstance(reference, Iterator):  # gone through once
+    if recalibrating and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
     if method.target is None:
         method = method.with_target(Inferred())  # once for all rounds
@@ -141,7 +143,7 @@ def prune(
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
     with undone_on_error() as undo:
-        begin_again = remembered(model) if recalibrates and rounds > 1 else None
+        begin_again = remembered(model) if recalibrating and rounds > 1 else None
         if begin_again is not None:
             undo.append(begin_again)
         for index, target in enumerate(targets):
@@ -158,12 +160,12 @@ def prune(
                 groups_of(scored, targets[-1], parse_scope(scope.compared or "global"), masks)  # before the first zero
                 masks = select(scored, target, scope, existing=masks)
             found = None
-            if recalibrates and begin_again is not None:
+            if recalibrating and begin_again is not None:
                 begin_again()
-            if recalibrates:
+            if recalibrating:
                 compared = asked_of(method.target, scored.target)
                 found = _measured(model, masks, reference, compared, recalibrate is True, progress)
-                recalibrates = found is not None
+                recalibrating = found is not None
             _apply(model, masks, found, undo if begin_again is None else None)
             if found is not None:
                 _logger.info("round %d: %s", index + 1, found)
@@ -177,7 +179,7 @@ def gains_by_a_second_round(kinds: tuple[str, ...], scope: Scope, sparsity: floa
     return kinds == ("weight",) and not structured and _highest(sparsity) > _ONE_ROUND
 
 
-def _recalibrates(asked: bool | None, reference: Any) -> bool:
+def recalibrates(asked: bool | None, reference: Any) -> bool:
     """Whether to recalibrate, which takes batches.
 
     Raises:
