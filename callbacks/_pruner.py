@@ -23,9 +23,12 @@ from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
+from lrp_prune.pruning.restoring import remembered, undone_on_error
+from lrp_prune.pruning.select import check_selection
+from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
-from lrp_prune.selection.scopes import check_selectable, layout_of, parse_scope
+from lrp_prune.selection.scopes import check_selectable, parse_scope
 from lrp_prune.training.keeping import MaskKeeper
 from lrp_prune.wrapper.module import CorrectedModule
 
@@ -82,11 +85,9 @@ class Pruner:
 
     def check_scored(self, relevance: Relevance) -> None:
         """:meth:`check` of what is known from one batch, whose scores do not count."""
-        whole = relevance.granularity == "weight"
-        names = dict.fromkeys((*relevance, *relevance.unscored)) if whole else dict.fromkeys(relevance)
-        shapes = {name: tuple(relevance.parameter_shapes[name]) for name in names} if whole else {}
-        layouts = {name: relevance.layouts.get(name) or layout_of(shapes[name]) for name in names} if whole else names
-        self.check({**layouts, **dict.fromkeys(relevance.unscored)}, shapes, relevance.granularity)
+        with misconfiguration():
+            for target in self.targets[self.state.round :]:
+                check_selection(relevance, target, self._compared)
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the masks so far take effect on the weights, optimizers and averages as they are now."""
@@ -96,7 +97,7 @@ class Pruner:
         with _uncorrected(pl_module):
             if self._keeper is None:
                 self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
-                self._mask_averages(trainer)
+                _mask_averages(trainer, self.state.masks)
             else:
                 self._keeper.attach(trainer.optimizers)
 
@@ -126,19 +127,28 @@ class Pruner:
     ) -> None:
         """Prune by these masks, scale what is kept, and count the round.
 
+        If an error is raised where something is scaled, the weights, and averages of them, are as they were: a checkpoint that is
+        written then has the round yet to come. Masks alone can be applied once more.
+
         Raises:
             RuntimeError: the processes of the run have different masks; no weight has changed.
         """
         check_equal(trainer, masks)
-        with _uncorrected(pl_module):
+        with _uncorrected(pl_module), undone_on_error() as undo:
+            if recalibration is not None:
+                undo += [values_under(model, masks) for model in (pl_module, *averaged_models(trainer))]
             if self._keeper is None:
                 self._keeper = MaskKeeper(pl_module, masks, trainer.optimizers)
             else:
                 self._keeper.update(masks)
+            _mask_averages(trainer, masks)
             if recalibration is not None:
-                recalibration.apply_(subject_of(_inner(pl_module)).module)
-        self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
-        self._mask_averages(trainer, recalibration)
+                # An average of scaled weights is the average, scaled.
+                for model in (pl_module, *averaged_models(trainer)):
+                    module = subject_of(_inner(model)).module
+                    undo.append(remembered(module, recalibration.changed(module)))
+                    recalibration.apply_(module)
+            self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""
@@ -163,13 +173,10 @@ class Pruner:
             figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = each.sparsity
         _log(pl_module, figures)
 
-    def _mask_averages(self, trainer: Trainer, recalibration: Recalibration | None = None) -> None:
-        """Prune averages as well, and scale them: an average of scaled weights is the average, scaled."""
-        if self.state.masks is not None:
-            for average in averaged_models(trainer):
-                self.state.masks.apply_(average)
-                if recalibration is not None:
-                    recalibration.apply_(subject_of(_inner(average)).module)
+
+def _mask_averages(trainer: Trainer, masks: Masks) -> None:
+    for average in averaged_models(trainer):
+        masks.apply_(average)
 
 
 def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:

@@ -16,7 +16,9 @@ from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Method, collected_by, method_of
+from lrp_prune.pruning.prune import gains_by_a_second_round
 from lrp_prune.pruning.recalibration import LOOKED_AT, STRENGTHS, parts_of_reference
+from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
 from lrp_prune.relevance.statistics import statistic_of
 from lrp_prune.selection.scopes import check_sparsity
@@ -49,7 +51,8 @@ class Estimate:
     """The largest temporary of a collection: one module's whole weights and sums where they are sharded, the operands
     and the result of the largest contraction, or the gradient of the logits."""
     host: int
-    """On the host: packed masks, and relevance that is accumulated there."""
+    """On the host: packed masks, relevance that is accumulated there, and what :func:`~lrp_prune.prune` keeps of a model that it
+    recalibrates until it returns, to put it back: all of it where there are two rounds by default, else what is scaled."""
     recalibration: int
     """What recalibration keeps: the values that the masks zero, outputs of the dense model, and what a forward holds over as
     many batches as are run as one; where weights are sharded, one module's whole ones. Without a batch, the rest."""
@@ -129,7 +132,8 @@ def estimate(
         (1061900, 1077248, 265216)
     """
     states = _checked(world_size, strategy, optimizer, dtype, accumulate_on, batches)
-    collected = collected_by(method_of(method), granularities_of(granularity))
+    method, kinds = method_of(method), granularities_of(granularity)
+    collected = collected_by(method, kinds)
     check_sparsity(sparsity)
     check_patterns("include", include)
     check_patterns("exclude", exclude)
@@ -152,6 +156,9 @@ def estimate(
 
     weights = sum(part(entry) * size(entry) for entry in parameters.values())
     weights += sum(buffer.numel() * size(buffer) for buffer in module.buffers())
+    # Biases, and statistics of normalizations, are scaled beside the weights.
+    vectors = [entry for entry in (*parameters.values(), *module.buffers()) if entry.dim() == 1]
+    scaled = sum(part(entry) * size(entry) for entry in {*scored.values(), *vectors})
     trainable = sum(part(entry) * size(entry) for entry in parameters.values() if entry.requires_grad)
     inputs = 2 if collected is not None and statistic_of(collected.statistic).contributing else 0
     sums = sum(_SUM * (part(entry) + inputs * _inputs(entry)) for entry in scored.values()) if whole else 0
@@ -168,6 +175,7 @@ def estimate(
     if parts > 1:
         compared += _one_module(module, {}, size)
         temporary += _one_module(module, scored if whole else {}, size)
+    again = gains_by_a_second_round(kinds, settled(None, method, kinds), sparsity)
     on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
     return Estimate(
         weights=weights,
@@ -177,7 +185,7 @@ def estimate(
         masks=masks,
         activations=activations,
         temporary=temporary,
-        host=-(-masks // 8) + (sums if on_host else 0),
+        host=-(-masks // 8) + (sums if on_host else 0) + (weights if again else scaled),
         recalibration=zeroed + compared,
         recalibration_passes=passes,
     )

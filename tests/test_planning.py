@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
 from lrp_prune.pruning import recalibrate, scorer
+from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.training.keeping import MaskKeeper
 from tests.support.live_bytes import Live, allocated
 from tests.support.sharding import device_type, sharded, together
@@ -62,6 +63,31 @@ def test_recalibrating_takes_what_is_planned(sizes, batches, monkeypatch):
     dense = lrp_prune.estimate(model, batch=(2, 128), batches=batches, sparsity=0.0)
     values = sum(model.get_parameter(name).nbytes for name in masks)
     assert plan.recalibration - dense.recalibration == pytest.approx(values / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_what_is_kept_to_undo_a_pruning_is_planned(sparsity, monkeypatch):
+    """Of one round the values that are zeroed, and on the host what is scaled; of two the whole model there, and no more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(200, 400), nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 100)
+    ).eval()
+    model.register_buffer("unused", torch.zeros(50, 1000))
+    batches = [(torch.randn(64, 200), torch.randint(100, (64,))) for _ in range(4)]
+    plan, rounds = lrp_prune.estimate(model, sparsity=sparsity), 2 if sparsity > 0.6 else 1
+    held, real = [], Recalibration.apply_
+
+    def apply_(self, module):
+        held.append(live.now - _bytes([*self.scales.values(), *self.shifts.values()]))
+        assert self.strength
+        real(self, module)
+
+    monkeypatch.setattr(Recalibration, "apply_", apply_)
+    with Live() as live:
+        lrp_prune.prune(model, batches, sparsity, recalibrate=True, progress=False)
+    zeroed = 4 * sparsity * plan.masks if rounds == 1 else 0  # a mask has a byte for each weight
+    assert len(held) == rounds
+    assert held[-1] == pytest.approx(plan.relevance + plan.host + zeroed, rel=0.03)
 
 
 def test_a_training_with_kept_zeros_takes_what_is_planned():

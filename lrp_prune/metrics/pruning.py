@@ -151,7 +151,8 @@ class TopPruningRate(PruningArea):
         top_pruning_rate([0.0], [1.0], 1.0, share)
 
     def compute(self) -> Tensor:
-        """The rate; NaN without samples of the dense model."""
+        """The rate; NaN if a rate has no samples, or the dense model's mean is not positive."""
         means = self.means()
-        rate = top_pruning_rate(self.rates, means, means[0], self.share) if means[0] > 0 else math.nan
+        known = bool(self.counts.all()) and means[0] > 0
+        rate = top_pruning_rate(self.rates, means, means[0], self.share) if known else math.nan
         return torch.tensor(rate, dtype=torch.float64)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lrp_prune.attribution.adapted import adapted_weights
 from lrp_prune.attribution.candidates import candidates
@@ -95,3 +96,19 @@ def explaining_nothing(model: nn.Module, target: Any) -> Callable[[nn.Module, An
 
     explain_nothing.__qualname__ = "nothing"
     return explain_nothing
+
+
+def tell_replicas(model: nn.Module) -> None:
+    """Warn where processes have a whole model each that is to stay the same in all, and each prunes by what it is given.
+
+    Nothing is asked of the others: it may be that they do something else meanwhile.
+    """
+    wrapper = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
+    number = 1 if wrapper is None else torch.distributed.get_world_size(wrapper.process_group)
+    if number > 1:
+        warnings.warn(
+            f"each of the {number} processes of DistributedDataParallel prunes its own copy of the model, by the batches that it "
+            "is given: unless these are the same everywhere, the copies differ afterwards. In a training "
+            "lrp_prune.callbacks.RelevancePruning prunes by the batches of all of them together",
+            stacklevel=3,
+        )

@@ -14,7 +14,7 @@ from lrp_prune.models.states import unchanged_buffers, undisturbed
 from lrp_prune.progress import is_first
 from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.methods import METHODS, Method, method_of
-from lrp_prune.pruning.prune import prune
+from lrp_prune.pruning.prune import prune, recalibrates
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import settled
@@ -48,6 +48,10 @@ def compare(
     of a method are collected once for all sparsities. The model comes out bit for bit as it went in, also if something fails:
     one copy of its weights is kept meanwhile, in the memory of the CPU. ``evaluate`` is called with the model in evaluation mode
     and with the same state of the random generators each time; modes, generators and buffers are as before afterwards.
+
+    A model that ``fully_shard`` has divided is compared by all its processes together: each gives its own batches, and calls
+    ``evaluate``; what that returns in a process is what this one's result has. Of copies of a model (``DistributedDataParallel``)
+    each is compared by itself, by its own batches.
 
     Args:
         model: see :func:`~lrp_prune.prune`.
@@ -89,7 +93,7 @@ def compare(
         reference = list(batches)
         for label, entry in entries.items():
             _check(label, entry, rates, model, reference)
-        with stepping(1 + len(entries) * len(rates), progress) as step, restored(model, always=True) as restore:
+        with stepping(1 + len(entries) * len(rates), progress) as step, restored(model) as restore:
             step("dense")
             dense = evaluated(model, evaluate)
             restore()  # statistics of batch normalizations, which an evaluation may have moved
@@ -140,13 +144,13 @@ def _checked(label: str, own: Any) -> Mapping[str, Any]:
     return own
 
 
-def rates_of(sparsities: Sequence[float]) -> list[float]:
-    """Different numbers in [0, 1), checked."""
+def rates_of(sparsities: Sequence[float], name: str = "sparsities") -> list[float]:
+    """Different numbers in [0, 1), checked; ``name`` is the argument's."""
     if isinstance(sparsities, int | float | Mapping):
-        raise ValueError(f"sparsities must be several numbers in [0, 1), got {sparsities!r}")
-    rates = [check_sparsity(rate, "each of sparsities") for rate in sparsities]
+        raise ValueError(f"{name} must be several numbers in [0, 1), got {sparsities!r}")
+    rates = [check_sparsity(rate, f"each of {name}") for rate in sparsities]
     if not rates or len(set(rates)) < len(rates):
-        raise ValueError(f"sparsities must be different numbers in [0, 1), at least one, got {list(sparsities)!r}")
+        raise ValueError(f"{name} must be different numbers in [0, 1), at least one, got {list(sparsities)!r}")
     return rates
 
 
@@ -163,6 +167,7 @@ def _check(
             schedule = entry.get("schedule", "cubic")
             rounds = rounds_of(schedule, entry.get("rounds"))
             sparsity_schedule(schedule, rate, 1 if rounds is None else rounds)
+        recalibrates(entry.get("recalibrate"), reference)
         check_chunks(entry.get("chunks", 1), reference, ",".join(kinds))
         needs_data = _scorer(model, entry).needs_data
     except (ValueError, TypeError) as error:

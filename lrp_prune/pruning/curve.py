@@ -7,10 +7,13 @@ from torch import nn
 from lrp_prune.metrics.pruning import RATES
 from lrp_prune.pruning.comparing import evaluated, rates_of, stepping
 from lrp_prune.pruning.comparison import Comparison
+from lrp_prune.pruning.coverage import groups_of
+from lrp_prune.pruning.masking import masked_parameters
 from lrp_prune.pruning.restoring import restored
-from lrp_prune.pruning.scope import Scope
-from lrp_prune.pruning.select import select
+from lrp_prune.pruning.scope import Scope, scope_of
+from lrp_prune.pruning.select import check_selection, select
 from lrp_prune.relevance import Relevance
+from lrp_prune.selection.scopes import parse_scope
 
 
 def pruning_curve(
@@ -27,7 +30,8 @@ def pruning_curve(
 
     What Pruning by eXplaining judges relevance by (arXiv 2408.12568): the area under the curve is
     ``curve.area("relevance")``, :math:`A_{PR}`, and ``curve.top_rate("relevance")`` the highest rate that keeps 95 %. Nothing is
-    scaled or trained. The same of whole methods, with what they scale: :func:`lrp_prune.compare`.
+    scaled or trained. The same of whole methods, with what they scale: :func:`lrp_prune.compare`, which also says what happens in
+    several processes.
 
     Args:
         model: the one that the relevance is of; it comes out bit for bit as it went in.
@@ -38,8 +42,13 @@ def pruning_curve(
         higher_is_better: False for a loss or a perplexity.
         progress: show a progress bar.
 
+    Returns:
+        The values by rate, under the names of the relevances (``"relevance"`` if it has none).
+
     Raises:
-        ValueError: for no relevance or wrong rates, if ``evaluate`` gives no number, and what :func:`~lrp_prune.select` raises.
+        ValueError: for no relevance or wrong rates, and what :func:`~lrp_prune.select` refuses, before anything is evaluated; if
+            ``evaluate`` gives no number.
+        KeyError: if the relevance is of another model.
 
     Example:
         >>> import torch, lrp_prune
@@ -55,11 +64,13 @@ def pruning_curve(
     given = {"relevance": relevance} if isinstance(relevance, Relevance) else relevance
     if not isinstance(given, Mapping) or not given or not all(isinstance(each, Relevance) for each in given.values()):
         raise ValueError(f"relevance must be a Relevance, or several by name, got {relevance!r}")
-    rates = rates_of(rates)
+    rates = rates_of(rates, "rates")
+    pruned = [rate for rate in rates if rate > 0]
+    for entry in given.values():
+        _check(model, entry, pruned, scope)
     scores: dict[str, dict[float, float]] = {label: {} for label in given}
     reached: dict[str, dict[float, float]] = {label: {} for label in given}
-    pruned = [rate for rate in rates if rate > 0]
-    with stepping(1 + len(given) * len(pruned), progress) as step, restored(model, always=True) as restore:
+    with stepping(1 + len(given) * len(pruned), progress) as step, restored(model) as restore:
         step("dense")
         dense = evaluated(model, evaluate)
         restore()
@@ -74,3 +85,11 @@ def pruning_curve(
                 scores[label][rate], reached[label][rate] = evaluated(model, evaluate), masks.sparsity
                 restore()
     return Comparison(scores, dense, reached, higher_is_better)
+
+
+def _check(model: nn.Module, relevance: Relevance, rates: Sequence[float], scope: str | Scope) -> None:
+    """Raise now what would be raised after other rates had been evaluated."""
+    masked_parameters(model, relevance.parameter_shapes)
+    for rate in rates:
+        check_selection(relevance, rate, scope)
+        groups_of(relevance, rate, parse_scope(scope_of(scope).compared or "global"))

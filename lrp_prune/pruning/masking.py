@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrp_prune.distributed.sharding import Sharding
+from lrp_prune.names import resolve
 from lrp_prune.selection import bits
 
 if TYPE_CHECKING:
@@ -58,8 +59,20 @@ def parts(masks: "Masks", shardings: Mapping[str, Sharding]) -> tuple[dict[str, 
     return packed, new
 
 
-def check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a parameter that a mask of this shape cannot be applied to."""
+def masked_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
+    """The parameters of a model that masks of these shapes can be applied to.
+
+    Raises:
+        KeyError: if the model has not all of them.
+        ValueError: if a shape differs or a parameter is not floating-point.
+    """
+    parameters = resolve(shapes, model)
+    for name, parameter in parameters.items():
+        _check_parameter(name, parameter, tuple(shapes[name]))
+    return parameters
+
+
+def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(parameter.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}, its mask {shape}: was it made for another model?")
     if not parameter.is_floating_point():

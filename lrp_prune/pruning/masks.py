@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.distributed.sharding import Sharding, all_reduced, counted, local_part, sharding_of
-from lrp_prune.names import resolve
 from lrp_prune.pruning import mask_files, masking
 from lrp_prune.selection import bits as packing
 
@@ -170,9 +169,8 @@ class Masks(Mapping[str, Tensor]):
             KeyError: if the model has not all parameters; nothing has changed then.
             ValueError: if a shape differs or a parameter is not floating-point; nothing has changed then.
         """
-        parameters = resolve(self, model)
+        parameters = masking.masked_parameters(model, self.shapes)
         for name, parameter in parameters.items():
-            masking.check_parameter(name, parameter, self.shapes[name])
             self._check_division(name, parameter)
         for name, parameter in parameters.items():
             weights = local_part(parameter)

@@ -16,14 +16,14 @@ from lrp_prune.distributed.sharding import mesh_of
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
-from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.checking import check_prunable, tell_replicas
 from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.methods import Method, method_of
 from lrp_prune.pruning.recalibration import IncomparableError, Recalibration, enough
 from lrp_prune.pruning.recalibration import recalibrate as measure
-from lrp_prune.pruning.restoring import remembered, restored
+from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.schedules import Schedule, rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import Scope, settled
 from lrp_prune.pruning.scorers import scorer
@@ -69,7 +69,8 @@ def prune(
     they would be after merging; :func:`merge_adapters` merges them under the masks.
 
     A model that ``fully_shard`` has divided is pruned by all its processes together: each gives its own batches, as many
-    as the others.
+    as the others. Of copies of a model (``DistributedDataParallel``) each is pruned by itself, with a warning: they stay the same
+    if all are given the same batches.
 
     Args:
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
@@ -122,17 +123,18 @@ def prune(
     method, kinds = method_of(method), granularities_of(granularity)
     scope = settled(scope, method, kinds)
     check_batches(batches)
+    tell_replicas(model)
     batches = _peeked(batches)
-    recalibrates = _recalibrates(recalibrate, batches)
+    recalibrating = recalibrates(recalibrate, batches)
     rounds = rounds_of(schedule, rounds)
     if rounds is None:
-        again = recalibrates and existing is None and _gains_by_a_second_round(kinds, scope, sparsity)
+        again = recalibrating and existing is None and gains_by_a_second_round(kinds, scope, sparsity)
         rounds = 2 if again else 1
     targets: Sequence[float | Mapping[str, float]] = sparsity_schedule(schedule, sparsity, rounds)
     _check_granularity(relevance, kinds)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, ",".join(kinds))
-    if recalibrates and isinstance(reference, Iterator):  # gone through once
+    if recalibrating and isinstance(reference, Iterator):  # gone through once
         reference = _Remembering(reference)
     if method.target is None:
         method = method.with_target(Inferred())  # once for all rounds
@@ -140,7 +142,10 @@ def prune(
     running: dict[str, Any] = {"accumulate_on": accumulate_on, "matmul_dtype": matmul_dtype, "unruled": unruled}
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
-    with _beginning_again(model, recalibrates and rounds > 1) as restore, _undone_on_error() as undo:
+    with undone_on_error() as undo:
+        begin_again = remembered(model) if recalibrating and rounds > 1 else None
+        if begin_again is not None:
+            undo.append(begin_again)
         for index, target in enumerate(targets):
             scores = score()
             if index == 0 and kinds == ("weight",):
@@ -155,25 +160,26 @@ def prune(
                 groups_of(scored, targets[-1], parse_scope(scope.compared or "global"), masks)  # before the first zero
                 masks = select(scored, target, scope, existing=masks)
             found = None
-            if recalibrates:
-                restore()
+            if recalibrating and begin_again is not None:
+                begin_again()
+            if recalibrating:
                 compared = asked_of(method.target, scored.target)
                 found = _measured(model, masks, reference, compared, recalibrate is True, progress)
-                recalibrates = found is not None
-            _apply(model, masks, found, undo)
+                recalibrating = found is not None
+            _apply(model, masks, found, undo if begin_again is None else None)
             if found is not None:
                 _logger.info("round %d: %s", index + 1, found)
     assert masks is not None
     return masks
 
 
-def _gains_by_a_second_round(kinds: tuple[str, ...], scope: Scope, sparsity: float | Mapping[str, float]) -> bool:
+def gains_by_a_second_round(kinds: tuple[str, ...], scope: Scope, sparsity: float | Mapping[str, float]) -> bool:
     """Whether scoring a second time was seen to gain: many single weights are pruned, and the scope lets a round prune fewer."""
     structured = isinstance(parse_scope(scope.compared or "global"), Structure)
     return kinds == ("weight",) and not structured and _highest(sparsity) > _ONE_ROUND
 
 
-def _recalibrates(asked: bool | None, reference: Any) -> bool:
+def recalibrates(asked: bool | None, reference: Any) -> bool:
     """Whether to recalibrate, which takes batches.
 
     Raises:
@@ -204,13 +210,22 @@ def _measured(
         return None
 
 
-def _apply(model: nn.Module, masks: Masks, found: Recalibration | None, undo: list[Callable[[], None]]) -> None:
-    """Zero what is pruned and scale what is kept; before anything changes it is noted what puts it back."""
-    undo.append(values_under(model, masks))
+def _apply(model: nn.Module, masks: Masks, found: Recalibration | None, undo: list[Callable[[], None]] | None) -> None:
+    """Zero what is pruned and scale what is kept; before anything changes it is noted what puts it back.
+
+    Args:
+        model: the model.
+        masks: what is pruned.
+        found: how what is kept is scaled, if it is.
+        undo: where that is noted; None if all of the model is kept already.
+    """
+    if undo is not None:
+        undo.append(values_under(model, masks))
     masks.apply_(model)
     if found is not None:
         module = subject_of(model).module
-        undo.append(remembered(module, found.changed(module)))
+        if undo is not None:
+            undo.append(remembered(module, found.changed(module)))
         found.apply_(module)
 
 
@@ -248,16 +263,6 @@ class _Remembering:
             yield from self.kept
 
 
-@contextmanager
-def _beginning_again(model: nn.Module, needed: bool) -> Iterator[Callable[[], None]]:
-    """Yields what puts all weights back as they are now, which is done as well if something fails."""
-    if not needed:
-        yield lambda: None
-        return
-    with restored(model, always=False) as restore:
-        yield restore
-
-
 def _check_granularity(relevance: Relevance | None, kinds: tuple[str, ...]) -> None:
     """Refuse relevance of other things than those that are to be pruned."""
     if relevance is not None and relevance.granularity != ",".join(kinds):
@@ -271,15 +276,3 @@ def _once(told: bool) -> Iterator[None]:
         if told:
             warnings.simplefilter("ignore", UnscoredWeightsWarning)
         yield
-
-
-@contextmanager
-def _undone_on_error() -> Iterator[list[Callable[[], None]]]:
-    """Yields a list of what puts values back, which is done in reverse if something fails."""
-    undo: list[Callable[[], None]] = []
-    try:
-        yield undo
-    except BaseException:
-        for entry in reversed(undo):
-            entry()
-        raise

@@ -69,8 +69,9 @@ class Recalibration:
     def __str__(self) -> str:
         tried = ", ".join(f"{strength:g}: {value:.4g}" for strength, value in sorted(self.divergences.items()))
         done = f"at strength {self.strength:g}" if self.strength else "not recalibrated"
-        names = patterns_of(self.left_out) if self.strength else []
-        left = f"; as they are: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        names, reasons = patterns_of(self.left_out), set(self.left_out.values())
+        what, why = "as they are" if self.strength else "not fitted", f" ({reasons.pop()})" if len(reasons) == 1 else ""
+        left = f"; {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}{why}" if names else ""
         return f"{done} (divergence from the dense model by strength: {tried}){left}"
 
     @property

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from lrp_prune.distributed.sharding import at_rest, local_part
 
 
-def remembered(model: nn.Module, tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """What puts some tensors of a model back, bit for bit, as they are now; they are kept in the memory of the CPU.
+def remembered(model: nn.Module, tensors: Iterable[Tensor] | None = None) -> Callable[[], None]:
+    """What puts tensors of a model back, bit for bit, as they are now; they are kept in the memory of the CPU.
+
+    Args:
+        model: the model.
+        tensors: which; None for all parameters and buffers.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -21,7 +25,7 @@ def remembered(model: nn.Module, tensors: Iterable[Tensor]) -> Callable[[], None
         True
     """
     at_rest(model)
-    here = [local_part(tensor) for tensor in tensors]
+    here = [local_part(tensor) for tensor in ((*model.parameters(), *model.buffers()) if tensors is None else tensors)]
     values = [tensor.detach().to("cpu", copy=True) for tensor in here]
 
     def restore() -> None:
@@ -34,18 +38,22 @@ def remembered(model: nn.Module, tensors: Iterable[Tensor]) -> Callable[[], None
 
 
 @contextmanager
-def restored(model: nn.Module, always: bool) -> Iterator[Callable[[], None]]:
-    """Yields what puts all parameters and buffers back as they are now, see :func:`remembered`.
-
-    Args:
-        model: the model.
-        always: whether that is done at the end, too; else only if something fails.
-    """
-    restore = remembered(model, (*model.parameters(), *model.buffers()))
+def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Yields what puts all parameters and buffers back as they are now, see :func:`remembered`; done at the end in any case."""
+    restore = remembered(model)
     try:
         yield restore
+    finally:
+        restore()
+
+
+@contextmanager
+def undone_on_error() -> Iterator[list[Callable[[], None]]]:
+    """Yields a list of what puts values back, which is done in reverse if something fails."""
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
     except BaseException:
-        restore()
+        for entry in reversed(undo):
+            entry()
         raise
-    if always:
-        restore()

@@ -22,6 +22,7 @@ from lrp_prune.selection.scopes import (
     Structure,
     as_rows,
     check_reachable,
+    check_selectable,
     check_units_scope,
     layout_of,
     number_to_prune,
@@ -155,6 +156,30 @@ def select(
     tell_unscored(groups, relevance, masks)
     tell_emptied(groups, masks, existing, compared)
     return masks
+
+
+def check_selection(
+    relevance: "Relevance", sparsity: float | Mapping[str, float], scope: str | Scope = "global"
+) -> None:
+    """Refuse what :func:`select` would refuse whatever the values are, and whatever of them is scored.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the scope does not fit the granularity, the sparsity or a weight's shape.
+
+    Example:
+        >>> from lrp_prune.relevance import Relevance
+        >>> check_selection(Relevance({"weight": torch.ones(2, 4)}, statistic="signed"), 0.75, "2:4")
+        Traceback (most recent call last):
+        ...
+        ValueError: sparsity 0.75 is unreachable with scope '2:4', which prunes exactly 0.5: use sparsity=0.5 or another scope
+    """
+    compared = scope_of(scope).compared or "global"
+    if relevance.granularity != "weight":
+        check_selectable(dict.fromkeys(relevance), {}, sparsity, compared, relevance.granularity)
+        return
+    shapes = {name: tuple(relevance.parameter_shapes[name]) for name in (*relevance, *relevance.unscored)}
+    layouts = {name: relevance.layouts.get(name) or layout_of(shape) for name, shape in shapes.items()}
+    check_selectable({**layouts, **dict.fromkeys(relevance.unscored)}, shapes, sparsity, compared)
 
 
 def _all_kept(relevance: "Relevance", name: str) -> Tensor:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lrp_prune
 from lrp_prune.callbacks import RelevancePruning, _progress
 from lrp_prune.pruning import METHODS
+from lrp_prune.pruning.recalibration import Recalibration
 
 
 class States(Callback):
@@ -93,11 +94,43 @@ def test_off_by_default_and_the_table_says_what_was_done(
 
 
 def test_averages_keep_the_zeros(make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]) -> None:
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").WeightAveraging
     pruning = RelevancePruning(sparsity=0.6, rounds=2, recalibrate=True)
     module = make_module()
-    make_trainer(callbacks=[pruning, WeightAveraging()], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
+    make_trainer(callbacks=[pruning, averaging()], max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
     assert pruning.masks is not None
     assert all(not module.state_dict()[name][~mask].any() for name, mask in pruning.masks.items())
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_error_while_it_is_scaled_leaves_weights_and_averages_as_they_were(
+    failing: int,
+    make_module: Any,
+    make_loader: Any,
+    make_trainer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what is written then has the round yet to come."""
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").EMAWeightAveraging
+    calls, real = [0], Recalibration.apply_
+
+    def broken(self: Recalibration, model: torch.nn.Module) -> None:
+        real(self, model)
+        calls[0] += 1
+        if calls[0] == failing:
+            raise KeyError("not today")
+
+    monkeypatch.setattr(Recalibration, "apply_", broken)
+    pruning, before, averages = RelevancePruning(sparsity=0.6, recalibrate=True), States(), averaging(decay=0.5)
+    module = make_module()
+    trainer = make_trainer(callbacks=[before, pruning, averages], max_epochs=2)
+    with pytest.raises(KeyError, match="not today"):
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert calls[0] == failing and (pruning.round, pruning.masks) == (0, None)
+    (average,), made = before.averages, averages._average_model.module
+    for found, expected in ((module, before.module.state_dict()), (made, average)):
+        assert found.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar, None])

@@ -36,7 +36,8 @@ def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, 
     assert module.zeros_after_step[:16] == [0] * 8 + [ENTRIES // 2] * 8  # SWA adds an epoch for batch normalization
     trainer.save_checkpoint(tmp_path / "file.ckpt")
     twin = make_module()
-    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    # With torch 2.6 the scheduler of SWA keeps a function in its own state.
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=average != "swa")
     twin.load_state_dict({name: value for name, value in saved["state_dict"].items() if name in twin.state_dict()})
     assert count_zeros(twin) == ENTRIES // 2
 

@@ -59,6 +59,14 @@ def test_the_top_rate_is_of_what_the_dense_model_reached():
     assert float(top.compute()) == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("missing", [0.0, 0.2, 0.6])
+def test_there_is_no_top_rate_where_a_rate_has_no_samples(missing):
+    top = TopPruningRate([0.0, 0.2, 0.6])
+    for rate in {0.0, 0.2, 0.6} - {missing}:
+        top.update(torch.ones(3), rate)
+    assert math.isnan(top.compute())
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -165,6 +165,11 @@ def test_a_failing_evaluation_leaves_the_model_as_it_was(failing):
         ),
         ({"methods": {"mine": {"method": "lrp", "composit": "epsilon"}}}, "method 'mine': .*composit"),
         ({"methods": {"mine": {"method": "lrp", "rounds": 0}}}, "method 'mine': .*rounds"),
+        ({"recalibrate": "no"}, "method 'lrp': recalibrate must be True, False, or None"),
+        (
+            {"batches": [], "methods": ("random",), "recalibrate": True},
+            "method 'random': recalibrate=True needs batches",
+        ),
         ({"scope": "2:4"}, "method 'lrp': sparsity 0.7 is unreachable with scope '2:4'"),
         ({"granularity": "neuron", "scope": "row"}, "method 'lrp': scope 'row' compares single weights"),
         ({"sparsities": 0.5}, "sparsities must be several numbers"),
@@ -253,5 +258,32 @@ def test_processes_that_share_a_model_compare_together(tmp_path: Path) -> None:
         for method, row in found.scores.items():
             assert row == pytest.approx(expected.scores[method], rel=1e-5), method
         assert all(torch.equal(whole(p), value) for p, value in zip(model.parameters(), before, strict=True))
+        relevance = lrp_prune.attribute(model, batches[mesh.get_local_rank() :: 2], matmul_dtype=None)
+        curve = lrp_prune.pruning_curve(
+            model, relevance, evaluate, (0.5, 0.8), lrp_prune.Scope(floor=0.5), progress=False
+        )
+        assert curve.scores["relevance"] == pytest.approx(expected.scores["lrp"], rel=1e-5)
+        assert all(torch.equal(whole(p), value) for p, value in zip(model.parameters(), before, strict=True))
+
+    together(check, 2, tmp_path)
+
+
+@pytest.mark.processes
+def test_of_copies_in_several_processes_each_is_pruned_by_itself_which_is_told(tmp_path: Path) -> None:
+    def check(mesh):
+        rank = mesh.get_local_rank()
+        copied = nn.parallel.DistributedDataParallel(Network())
+        with pytest.warns(UserWarning, match="each of the 2 processes of DistributedDataParallel prunes its own copy"):
+            masks = lrp_prune.prune(copied, BATCHES[rank:], 0.5, progress=False)
+        assert masks == lrp_prune.prune(Network(), BATCHES[rank:], 0.5, progress=False)
+        if rank == 0:  # the others need not take part
+            with pytest.warns(UserWarning, match="DistributedDataParallel"):
+                lrp_prune.prune(copied, BATCHES, 0.7, progress=False)
+        with pytest.warns(UserWarning, match="DistributedDataParallel"):
+            found = lrp_prune.compare(
+                nn.parallel.DistributedDataParallel(Network()), BATCHES[rank:], loss, ("lrp",), (0.7,), progress=False
+            )
+        alone = lrp_prune.compare(Network(), BATCHES[rank:], loss, ("lrp",), (0.7,), progress=False)
+        assert found.scores == alone.scores
 
     together(check, 2, tmp_path)

@@ -76,3 +76,53 @@ def test_what_is_no_relevance_is_refused(trained, wrong):
     model, _, accuracy = trained
     with pytest.raises(ValueError, match="relevance must be a Relevance, or several by name"):
         lrp_prune.pruning_curve(model, wrong, accuracy)
+
+
+@pytest.mark.parametrize(
+    "scope, rates, message",
+    [
+        ("2:4", (0.5, 0.3), "sparsity 0.3 is unreachable"),
+        ("nearby", (0.5,), "scope must be"),
+        ("global", (0.2, 1.0), "each of rates must be a number"),
+        ("global", (), "rates must be different numbers"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused_before_anything_is_evaluated(trained, scope, rates, message):
+    model, batches, _ = trained
+    weights, neurons = (
+        lrp_prune.attribute(
+            model, batches, target="class", granularity=kind, exclude=["0"] if kind == "weight" else None
+        )
+        for kind in ("weight", "neuron")
+    )
+
+    def never(model: nn.Module) -> float:
+        raise AssertionError("was evaluated")
+
+    with pytest.raises(ValueError, match=message):
+        lrp_prune.pruning_curve(model, {"a": weights, "b": weights}, never, rates, scope, progress=False)
+    with pytest.raises(ValueError, match="compares single weights"):
+        lrp_prune.pruning_curve(model, {"a": weights, "b": neurons}, never, (0.5,), "row", progress=False)
+    for relevance in (weights, neurons):
+        with pytest.raises(KeyError, match="was it made for another model"):
+            lrp_prune.pruning_curve(nn.Sequential(nn.Linear(6, 3)), relevance, never, (0.5,), progress=False)
+    other = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.BatchNorm1d(20), nn.Linear(20, 3))
+    with pytest.raises(ValueError, match="was it made for another model"):
+        lrp_prune.pruning_curve(other, weights, never, (0.5,), progress=False)
+
+
+def test_a_rate_that_only_scored_weights_cannot_make_up_for_is_refused_before_anything_is_evaluated(trained):
+    model, batches, _ = trained
+    relevance = lrp_prune.attribute(
+        nn.Sequential(*model, nn.Linear(3, 40)), batches, target=lambda m, b: m[:4](b[0]).sum()
+    )
+    calls = []
+    with pytest.raises(ValueError, match=r"sparsity 0.9 of .* only .* of them are scored"):
+        lrp_prune.pruning_curve(
+            nn.Sequential(*model, nn.Linear(3, 40)),
+            relevance,
+            lambda m: calls.append(1) or 1.0,
+            (0.1, 0.9),
+            progress=False,
+        )
+    assert not calls

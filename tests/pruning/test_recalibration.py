@@ -480,3 +480,13 @@ def test_batches_that_can_be_gone_through_once_are_enough() -> None:
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
     assert len(enough(iter(batches))) == 16
     assert len(enough(iter([(x[:2], y[:2]) for x, y in batches]))) == 20
+
+
+def test_what_nothing_could_be_fitted_to_is_told_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    masks = masks_of(model, 0.5)
+    few = recalibrate(model, masks, [(torch.randn(4, 8), torch.randint(4, (4,)))])
+    assert not few.strength and str(few).startswith("not recalibrated (divergence ")
+    assert str(few).endswith("; not fitted: 0.weight, 2.weight (is reached by fewer than 16 samples or tokens)")
+    enough_of_them = recalibrate(model, masks, [(torch.randn(32, 8), torch.randint(4, (32,)))])
+    assert not enough_of_them.left_out and str(enough_of_them).endswith(")")
