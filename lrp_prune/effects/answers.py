@@ -41,7 +41,9 @@ class Answers(Entry):
     """
 
     unit = "mean"
+    losses = False
     directed = False
+    lines = ("words", "different words", "stop words")
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], tokenizer: Any, tokens: int = 40, batch_size: int = 32
@@ -97,6 +99,8 @@ def greedy(model: nn.Module, prompts: torch.Tensor, tokens: int) -> list[list[in
     inner: Any = subject_of(model).module
     device = next((parameter.device for parameter in inner.parameters()), None)
     ids, width = prompts.to(device), prompts.shape[1]
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        width = 1  # what is generated begins with the decoder's start token, not with the prompt
     configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     ends = {configured} if isinstance(configured, int) else set(configured or ())
     if callable(getattr(inner, "generate", None)):

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.effects import ALLOWED, Answers, SideEffectError, SideEffects, Suite, side_effects
+from lrp_prune.effects import ALLOWED, Answers, Entry, Measured, SideEffectError, SideEffects, Suite, side_effects
 from lrp_prune.effects.intervals import intervals
 from lrp_prune.effects.limits import checked_limits, limit_of
 from tests.support.small_models import build
@@ -71,6 +72,63 @@ def test_intervals_cover_as_often_as_they_say() -> None:
         found = intervals([(sample, torch.ones(30))], lambda mean: mean, seed=number, draws=400)
         covered += found.low <= 0 <= found.high
     assert 0.88 <= covered / 300 <= 0.98
+
+
+def test_many_samples_are_drawn_in_parts_that_are_the_same_draws(monkeypatch) -> None:
+    pairs = [(torch.rand(50, generator=torch.Generator().manual_seed(1)), torch.ones(50))]
+    whole = intervals(pairs, lambda mean: mean, seed=3, draws=100)
+    monkeypatch.setattr("lrp_prune.effects.intervals._AT_ONCE", 50 * 7)
+    assert intervals(pairs, lambda mean: mean, seed=3, draws=100) == whole
+
+
+def test_what_is_no_loss_is_shown_as_its_mean() -> None:
+    class Errors(Entry):
+        unit, losses, lines = "error rate", False, ("wrong", "unsure")
+        parts = (0, 1)
+
+        def measure(self, model, part, before=None, keep=False):
+            wrong = torch.full((3,), float(model.logits[0]) > 1)
+            return {line: Measured(wrong.double() * (line == "wrong"), torch.ones(3)) for line in self.lines}, None
+
+    suite = Suite({"errors": Errors()})
+    found = side_effects(Biased(2.0), Biased(0.0), suite, progress=False)
+    wrong, unsure = found["errors: wrong"], found["errors: unsure"]
+    assert (wrong.before.value, wrong.after.value, wrong.change.value, wrong.samples) == (1.0, 0.0, -1.0, 6)
+    assert (unsure.before.value, unsure.after.value, tuple(unsure.change)) == (0.0, 0.0, (0.0, 0.0, 0.0))
+    assert suite.measures()["errors"](Biased(2.0)) == 0.5
+
+
+def test_what_an_entry_raises_has_its_name_and_class() -> None:
+    class OwnError(Exception):
+        def __init__(self, one: str, other: str) -> None:
+            super().__init__(f"{one} {other}")
+
+    def failing(error):
+        def function(_: nn.Module) -> Tensor:
+            raise error
+
+        return function
+
+    for error in (OwnError("no", "luck"), KeyError("no luck"), torch.OutOfMemoryError("no luck")):
+        with pytest.raises(type(error), match=r"the suite's 'mine': .*no luck"):
+            side_effects(Biased(0.0), Biased(0.0), {"mine": failing(error)}, progress=False)
+
+
+def test_other_samples_after_than_before_are_refused() -> None:
+    for numbers in ([4, 3], [3, 4]):
+        sizes = iter(numbers)
+        with pytest.raises(ValueError, match=r"'mine': the samples must be the same each time, got \[., .\]"):
+            side_effects(Biased(0.0), Biased(0.0), {"mine": lambda _: torch.ones(next(sizes))}, progress=False)  # noqa: B023
+
+
+def test_the_limit_that_a_verdict_proposes_is_one_that_allows_it() -> None:
+    found = measured()
+    proposed = re.search(r"allowed=\{'mixed': ([^}]*)\}", found.verdict())
+    limit = float(proposed.group(1))
+    assert not found.beyond({"*": 1e9, "mixed": limit})
+    assert limit == pytest.approx(found["mixed"].change.value, abs=0.001)
+    unknown = side_effects(Biased(0.0, 0.0), Biased(math.nan, 0.0), SUITE, progress=False)
+    assert unknown.verdict().endswith("or allow it")
 
 
 def test_a_change_that_all_samples_share_is_certain_however_different_they_are() -> None:
@@ -194,7 +252,7 @@ def test_a_failing_entry_is_named() -> None:
     def failing(model):
         raise ValueError("no data")
 
-    with pytest.raises(ValueError, match="the suite's 'mine': no data"):
+    with pytest.raises(ValueError, match=r"the suite's 'mine': no data"):
         side_effects(Biased(0.0), Biased(0.0), {"mine": failing}, progress=False)
     with pytest.raises(ValueError, match="the suite is empty"):
         side_effects(Biased(0.0), Biased(0.0), {}, progress=False)
