@@ -126,7 +126,6 @@ def main() -> None:
         return
 
     stage("testing the choice on other documents and prompts")
-    found.patch.provenance["strength"] = found.chosen.strength
     effects = side_effects_of(found.patch, model, test, random=options.random)
     found.patch.save(options.output / "repetition.safetensors")
     (options.output / "side-effects.md").write_text(f"{effects}\n")

@@ -86,7 +86,7 @@ class Contrast:
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
         self._shardings = {name: (first if name in first else second).sharding(name) for name in self.names}
         for role, relevance in (("general", general), ("undesired", undesired)):
-            if not _any(relevance, self._shardings):
+            if not has_any(relevance, self._shardings):
                 raise ValueError(
                     f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
                 )
@@ -220,8 +220,8 @@ def _read(relevance: Relevance, shardings: Mapping[str, Sharding], name: str, in
     return torch.zeros(len(range(*index.indices(shardings[name].local_numel))), device="cpu")
 
 
-def _any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
-    """Whether there is anything but zeros, in any process."""
+def has_any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
+    """Whether there is anything but zeros in the tensors that are named, in any process."""
     here = {name: int(relevance.local(name).any()) for name in shardings if name in relevance}
     return any(counted(shardings, here).values())
 
