@@ -2,8 +2,10 @@
 
 General relevance is collected on several named sets (kinds of text, copied sequences, facts that are asked for), which count
 alike, and of which any spares what matters to it. Amounts and strengths are tried, each is measured on every set with a limit of
-its own, and the smallest that does enough within all limits is chosen. Relevance and choice are of one half of all texts, with
-windows that are drawn for each, and the choice is tested on the other half, of which no text is in the first.
+its own, and the smallest that does enough within all limits is chosen. General relevance and choice are of one half of all
+texts, with windows that are drawn for each, and the choice is tested on the other half, of which no text is in the first. The
+prompts are beginnings of sentences of documents that are split by themselves: those held out are of other documents than those
+that the patch is found with, but both may be of either half of the speeches.
 """
 
 import argparse

@@ -52,23 +52,15 @@ class Answers(Entry):
             raise ValueError("answers need prompts of at least one token each")
         if not callable(getattr(tokenizer, "decode", None)):
             raise ValueError(f"the words of answers need a tokenizer with decode, {type(tokenizer).__name__} has none")
-        self.decode, self.tokens, self._samples = tokenizer.decode, tokens, len(prompts)
+        self.decode, self.tokens, self.samples = tokenizer.decode, tokens, len(prompts)
         by_length: dict[int, list[list[int]]] = {}
         for prompt in prompts:
             by_length.setdefault(len(prompt), []).append(list(prompt))
-        self._parts = [
+        self.parts = [
             torch.tensor(group[start : start + batch_size], device="cpu")
             for group in by_length.values()
             for start in range(0, len(group), batch_size)
         ]
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return self._samples
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False

@@ -40,21 +40,20 @@ class Entry(ABC):
     """Something that a model does, in parts that fit into memory.
 
     Attributes:
+        parts: what :meth:`measure` is called with, one after the other.
+        samples: how many there are in all parts; None if that is not known before.
         unit: of the value, in a word.
         losses: whether what is summed are losses in nats, whose value is the exp of their mean; else it is the mean.
         directed: whether more is worse. What is only described has no limit unless it is named.
         lines: the names of the values that are measured; one without a name has the entry's.
     """
 
+    parts: Sequence[Any]
+    samples: int | None = None
     unit: str = "perplexity"
     losses: bool = True
     directed: bool = True
     lines: tuple[str, ...] = ("",)
-
-    @property
-    @abstractmethod
-    def parts(self) -> Sequence[Any]:
-        """What :meth:`measure` is called with, one after the other."""
 
     @abstractmethod
     def measure(
@@ -75,11 +74,6 @@ class Entry(ABC):
     def value(self, mean: Tensor) -> Tensor:
         """What a mean is shown as."""
         return mean.exp() if self.losses else mean
-
-    @property
-    def samples(self) -> int | None:
-        """How many samples there are, if that is known before."""
-        return None
 
 
 def line_name(entry: str, line: str) -> str:
@@ -116,17 +110,10 @@ class Likelihood(Entry):
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Any] | Tensor]) -> None:
-        self._parts = [_labelled(batch, number) for number, batch in enumerate(batches, 1)]
-        if not self._parts:
+        self.parts = [_labelled(batch, number) for number, batch in enumerate(batches, 1)]
+        if not self.parts:
             raise ValueError("a text needs at least one batch of tokens, there is none")
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return sum(len(part["input_ids"]) for part in self._parts)
+        self.samples = sum(len(part["input_ids"]) for part in self.parts)
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
@@ -165,15 +152,7 @@ class Choice(Entry):
     """
 
     def __init__(self, task: Task, batch_size: int = 16) -> None:
-        self._parts, self._samples = task.batches(batch_size), len(task)
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return self._samples
+        self.parts, self.samples = task.batches(batch_size), len(task)
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
@@ -201,13 +180,10 @@ class Losses(Entry):
     """
 
     unit = "exp of the loss"
+    parts = (None,)
 
     def __init__(self, function: Callable[[nn.Module], Any]) -> None:
         self.function = function
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return [None]
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False

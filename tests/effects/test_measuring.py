@@ -98,6 +98,24 @@ def test_what_is_no_loss_is_shown_as_its_mean() -> None:
     assert suite.measures()["errors"](Biased(2.0)) == 0.5
 
 
+def test_only_the_corrected_model_is_compared_with_the_distributions_before() -> None:
+    class Watched(Entry):
+        parts = (0, 1)
+
+        def __init__(self) -> None:
+            self.asked: list[tuple[object, bool]] = []
+
+        def measure(self, model, part, before=None, keep=False):
+            self.asked.append((before, keep))
+            return {"": Measured(torch.ones(2), torch.ones(2))}, f"kept of part {part}" if keep else None
+
+    model, entry = Biased(0.0), Watched()
+    side_effects(model, model, {"mine": entry}, beside={"other": [model, model]}, progress=False)
+    for part in (0, 1):
+        others = [(None, False), (None, False)]
+        assert entry.asked[4 * part : 4 * part + 4] == [(None, True), (f"kept of part {part}", False), *others]
+
+
 def test_what_an_entry_raises_has_its_name_and_class() -> None:
     class OwnError(Exception):
         def __init__(self, one: str, other: str) -> None:
