@@ -21,6 +21,10 @@ REMOVALS: tuple[str, ...] = ("contribution", "all")
 _LAST = torch.finfo(torch.float32).max
 
 
+class NoEntryError(ValueError):
+    """An amount is less than one entry."""
+
+
 class Contrast:
     r"""The difference of two relevances of one model, computed where it is read, and the choice of what to remove.
 
@@ -147,7 +151,7 @@ class Contrast:
             raise ValueError(f"amount must be a fraction in (0, 1), or an integer for a count, got {amount!r}")
         count = round(amount * total) if isinstance(amount, float) else amount
         if count < 1:
-            raise ValueError(f"amount {amount!r} of {total:,} entries is none: ask for more")
+            raise NoEntryError(f"amount {amount!r} of {total:,} entries is none: ask for more")
         if count > allowed:
             raise ValueError(
                 f"amount {amount!r} is {count:,} entries, but only {allowed:,} of {total:,} may be removed: ask for less, "

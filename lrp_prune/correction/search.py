@@ -1,5 +1,6 @@
 """How much to remove: the smallest patch that does enough at a price that is allowed, and the curve around it."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from lrp_prune.arguments import check_integer, check_number
+from lrp_prune.correction.contrast import NoEntryError
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.trials import Search, Trial, worst_of
 from lrp_prune.effects import Suite
 from lrp_prune.effects.limits import checked_limits, limit_of
 
+_logger = logging.getLogger("lrp_prune")
 AMOUNTS: tuple[float, ...] = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
 """Fractions tried by default, half a decade apart."""
 
@@ -32,7 +35,7 @@ class Automatic:
         allowed: the allowed loss of what is to stay, as a share of it: 0.01 for 1 %. With several measures the limit of each of
             them, or limits by name or pattern, of which the most exact one counts: ``{"*": 0.02, "copying": 0.05}``. None: a
             suite's own limits, and 0.01 for other measures.
-        amounts: fractions or counts to try; see :data:`AMOUNTS`.
+        amounts: fractions or counts to try; see :data:`AMOUNTS`. Fractions that are less than one entry are left out.
         strengths: to try each amount at; None for the one that the patch is to have.
         refine: further trials between the smallest accepted amount and the one before it, halving the distance (on a
             logarithmic scale) each time.
@@ -116,7 +119,8 @@ def search_amount(
         The patch, with its strength in its description, all trials and their frontier.
 
     Raises:
-        ValueError: for an undesired metric that is 0 before, one that is not finite before, or a limit that is of no measure.
+        ValueError: for an undesired metric that is 0 before, one that is not finite before, a limit that is of no measure, or if
+            no amount is an entry.
 
     Example:
         >>> import torch
@@ -143,9 +147,7 @@ def search_amount(
     patches: dict[float | int, Patch] = {}
 
     def attempt(amount: float | int, at: float) -> Trial:
-        if amount not in patches:
-            patches[amount] = make_patch(amount)
-        patch = patches[amount]
+        patch = patches[amount] if amount in patches else patches.setdefault(amount, make_patch(amount))
         patch.apply_(model, at, strict=strict)
         try:
             after = float(undesired(model))
@@ -161,14 +163,22 @@ def search_amount(
         return Trial(amount, at, patch.num_entries, after, kept, gained, lost, worst, within, accepted)
 
     trials: list[Trial] = []
+    none: NoEntryError | None = None
     strengths = sorted(set(automatic.strengths or (strength,)))
     for amount, at in sorted(
         ((amount, at) for amount in set(automatic.amounts) for at in strengths),
         key=lambda pair: (pair[0] * pair[1], pair[0]),
     ):
-        trials.append(attempt(amount, at))
+        try:
+            trials.append(attempt(amount, at))
+        except NoEntryError as error:  # a small model has no 0.003 %
+            none = error
+            _logger.info("not tried: %s", error)
+            continue
         if stop_early and trials[-1].accepted:
             break
+    if none is not None and not trials:
+        raise none
     for _ in range(automatic.refine):
         between = _between(trials)
         if between is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrp_prune import Relevance
 from lrp_prune.correction import Automatic, Patch, search_amount
 from lrp_prune.effects import Answers, Suite
 
@@ -293,3 +294,20 @@ def test_what_cannot_be_held_to_anything_is_refused_before_the_first_trial() -> 
     ):
         with pytest.raises(ValueError, match=message):
             search_amount(model, lambda _: pytest.fail("tried"), total(0, 2), general)
+
+
+def test_amounts_that_are_less_than_one_entry_are_left_out(caplog) -> None:
+    model = line(*[1.0] * 100)
+    general, undesired = (Relevance({"weight": torch.rand(1, 100)}, statistic="signed") for _ in range(2))
+
+    def make(amount: float | int) -> Patch:
+        return Patch.from_contrast(model, general, undesired, amount)
+
+    with caplog.at_level("INFO", "lrp_prune"):
+        found = search_amount(model, make, total(0, 100), lambda _: 1.0)
+    assert [trial.entries for trial in found.curve] == [1]  # of all that are tried by default only 1 % is one
+    assert caplog.text.count("of 100 entries is none") == 5
+    with pytest.raises(ValueError, match=r"amount 0\.001 of 100 entries is none"):
+        search_amount(model, make, total(0, 100), lambda _: 1.0, automatic=Automatic(amounts=[0.001]))
+    with pytest.raises(ValueError, match="may be removed"):
+        search_amount(model, make, total(0, 100), lambda _: 1.0, automatic=Automatic(amounts=[0.9]))

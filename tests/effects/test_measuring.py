@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.effects import ALLOWED, Answers, Entry, Measured, SideEffectError, SideEffects, Suite, side_effects
+from lrp_prune.effects import (
+    ALLOWED,
+    Answers,
+    Effect,
+    Entry,
+    Interval,
+    Measured,
+    SideEffectError,
+    SideEffects,
+    Suite,
+    side_effects,
+)
 from lrp_prune.effects.intervals import intervals
 from lrp_prune.effects.limits import checked_limits, limit_of
 from tests.support.small_models import build
@@ -182,6 +193,20 @@ def test_what_is_worse_than_allowed_is_refused_by_name() -> None:
     assert "within its limits: the worst is 'mixed'" in found.verdict({"mixed": 5.0})
     assert [effect.name for effect in found.beyond(0.0)] == ["mixed"]
     assert ALLOWED["*"] == 0.02
+
+
+def test_what_is_the_furthest_beyond_its_limit_is_told_first_and_nothing_is_left_out() -> None:
+    def effect(name: str, change: float) -> Effect:
+        same = [Interval(value, value, value) for value in (10.0, 10 * (1 + change), change)]
+        return Effect(name, "perplexity", True, 4, *same)
+
+    changes = {"a": 0.5, "b": 0.1, "c": 0.2, "d": 0.3, "e": 0.01}
+    found = SideEffects([effect(name, change) for name, change in changes.items()])
+    assert [each.name for each in found.effects] == ["a", "d", "c", "b", "e"]
+    assert [each.name for each in found.beyond({"*": 0.02, "a": 0.45})] == ["d", "c", "b", "a"]
+    verdict = found.verdict({"*": 0.02, "a": 0.45})
+    assert "changes 'd' by +30.0 % (perplexity 10 to 13; allowed +2.0 %); 'c' by" in verdict
+    assert "; and 'a': weaken it" in verdict
 
 
 def test_what_is_no_number_is_the_worst_and_never_allowed() -> None:
