@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
@@ -30,7 +29,7 @@ from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.selection.scopes import check_selectable, parse_scope
 from lrp_prune.training.keeping import MaskKeeper
-from lrp_prune.wrapper.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule, inner
 
 
 class Pruner:
@@ -120,7 +119,7 @@ class Pruner:
             torch.inference_mode(False),
             trainer.precision_plugin.val_step_context(),
         ):
-            return recalibrate(_inner(pl_module), masks, batches(), target, together=together, progress=shown)
+            return recalibrate(inner(pl_module), masks, batches(), target, together=together, progress=shown)
 
     def apply(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, recalibration: Recalibration | None = None
@@ -145,7 +144,7 @@ class Pruner:
             if recalibration is not None:
                 # An average of scaled weights is the average, scaled.
                 for model in (pl_module, *averaged_models(trainer)):
-                    module = subject_of(_inner(model)).module
+                    module = subject_of(inner(model)).module
                     undo.append(remembered(module, recalibration.changed(module)))
                     recalibration.apply_(module)
             self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
@@ -183,11 +182,6 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
-
-
-def _inner(pl_module: nn.Module) -> nn.Module:
-    """The module that is trained, without a wrapper for corrections."""
-    return pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
 
 
 def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:

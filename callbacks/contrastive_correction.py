@@ -22,17 +22,18 @@ from lrp_prune.callbacks._checks import (
 )
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import (
-    ReferenceSets,
-    Source,
     checked_amount,
     checked_guard,
     checked_suite,
     enabled_entries,
     examined,
     general_measures,
+    logged,
     measured,
     metrics_of,
+    with_limits,
 )
+from lrp_prune.callbacks._reference_sets import ReferenceSets, Source
 from lrp_prune.correction import Automatic, Guard, Patch, Search, search_amount
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects
@@ -41,7 +42,7 @@ from lrp_prune.models.states import undisturbed
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
 from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
-from lrp_prune.wrapper.module import CorrectedModule
+from lrp_prune.wrapper.module import CorrectedModule, inner
 
 
 class ContrastiveCorrection(CollectingCallback):
@@ -67,8 +68,9 @@ class ContrastiveCorrection(CollectingCallback):
     :attr:`side_effects` and in the patch's description. A patch that makes anything worse than the suite's
     limits allow is not applied, and a warning names what and by how much.
 
-    On several processes each calls the metrics at the same time, and the mean of what they return counts; where
-    ``ModelParallelStrategy`` has sharded the model, each must run it as often. The patch is the same in all of them.
+    On several processes each calls the metrics at the same time, and the mean of what they return counts; each measures the
+    suite, and what the first finds counts. Where ``ModelParallelStrategy`` has sharded the model, each must run it as often. The
+    patch is the same in all of them.
 
     Example::
 
@@ -137,6 +139,7 @@ class ContrastiveCorrection(CollectingCallback):
             raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
         check_choice("normalize", normalize, NORMALIZATIONS)
         self._metrics = metrics_of(undesired_metric, general_metric, amount if self._automatic else None)
+        self._automatic = with_limits(self._automatic, general_metric, self._metrics)
         check_flags(reverse=reverse, allow_untested=allow_untested)
         self._guard = checked_guard(guard)
         self._sets = ReferenceSets(
@@ -145,6 +148,7 @@ class ContrastiveCorrection(CollectingCallback):
             method=method,
             undesired_target=undesired_target,
             guard=self._guard,
+            reverse=reverse,
             max_batches=max_batches,
             granularity=granularity,
             include=include,
@@ -193,7 +197,8 @@ class ContrastiveCorrection(CollectingCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         patch = None if self._patch is None else self._patch.state_dict()
-        return {"version": 1, "patch": patch, "waiting": self._waiting, "before": self._before}
+        plain = {"waiting": self._waiting, "strength": self._strength, "before": self._before}
+        return {"version": 1, "patch": patch, **plain}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,6 +207,9 @@ class ContrastiveCorrection(CollectingCallback):
         patch = state_dict["patch"]
         self._patch = None if patch is None else Patch.from_state_dict(patch)
         self._waiting, self._before = state_dict["waiting"], dict(state_dict["before"])
+        self._strength = state_dict.get("strength", self._strength)  # a search may have chosen another
+        found = None if self._patch is None else self._patch.provenance.get("side_effects")
+        self.side_effects = None if found is None else SideEffects.from_dict(found)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -240,7 +248,7 @@ class ContrastiveCorrection(CollectingCallback):
             self.general, self.undesired, guard_by = self._sets.finish(trainer, pl_module)
             self._make(pl_module, guard_by)
             if self._patch is not None:
-                self._examine(pl_module)
+                self._waiting = self._examine(pl_module, self._patch)
                 pl_module.log("correction/entries", float(self._patch.num_entries))
                 self._measure(pl_module, "_before")
                 if trainer.state.fn != "fit":
@@ -261,13 +269,16 @@ class ContrastiveCorrection(CollectingCallback):
     def _due(self, trainer: Trainer) -> bool:
         return not trainer.sanity_checking and self._patch is None and self.search is None
 
-    def _examine(self, pl_module: LightningModule) -> None:
-        if self._suite is not None and self._patch is not None:
-            model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
-            self.side_effects, self._waiting = examined(self._patch, model, self._suite, self._strength)
+    def _examine(self, pl_module: LightningModule, patch: Patch) -> bool:
+        """Whether a patch is to be applied; one whose examination fails is not."""
+        patch.provenance["strength"] = self._strength
+        if self._suite is None:
+            return True
+        self.side_effects, within = examined(pl_module.trainer, patch, inner(pl_module), self._suite, self._strength)
+        return within
 
     def _make(self, pl_module: LightningModule, guard_by: General | None) -> None:
-        model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
+        model = inner(pl_module)
         assert self.general is not None
         assert self.undesired is not None
         general, undesired = self.general, self.undesired
@@ -306,7 +317,6 @@ class ContrastiveCorrection(CollectingCallback):
                 f"nothing is corrected, see .search.curve: of {self._behaviour!r} {self.search.reason}; try other amounts, "
                 "strengths, guard, target or granularity"
             )
-        self._waiting = self._patch is not None
 
     def _hand_over(self, pl_module: LightningModule, log: bool = True) -> None:
         if not self._waiting or self._patch is None:
@@ -327,20 +337,14 @@ class ContrastiveCorrection(CollectingCallback):
             self._measure(pl_module, "")
 
     def _measure(self, pl_module: LightningModule, suffix: str) -> None:
-        model = pl_module.module if isinstance(pl_module, CorrectedModule) else pl_module
+        model = inner(pl_module)
         for name, metric in self._metrics.items():
             if callable(metric):
                 # A training that has begun is in another mode than the validation that the first value is from.
                 with torch.no_grad(), undisturbed(model):
                     value = measured(pl_module.trainer, name, metric, model)
             elif metric is not None and suffix:
-                found = pl_module.trainer.callback_metrics.get(metric)
-                if found is None:
-                    raise MisconfigurationException(
-                        f"{name}_metric {metric!r} was not logged in the validation; there is "
-                        f"{', '.join(pl_module.trainer.callback_metrics) or 'none'}"
-                    )
-                value = float(found)
+                value = logged(pl_module.trainer, name, metric)
             else:
                 continue
             self._before.setdefault(name, value)

@@ -2,8 +2,10 @@
 
 General relevance is collected on several named sets (kinds of text, copied sequences, facts that are asked for), which count
 alike, and of which any spares what matters to it. Amounts and strengths are tried, each is measured on every set with a limit of
-its own, and the smallest that does enough within all limits is chosen. Relevance and choice are of one half of all texts, with
-windows that are drawn for each, and the choice is tested on the other half, of which no text is in the first.
+its own, and the smallest that does enough within all limits is chosen. General relevance and choice are of one half of all
+texts, with windows that are drawn for each, and the choice is tested on the other half, of which no text is in the first. The
+prompts are beginnings of sentences of documents that are split by themselves: those held out are of other documents than those
+that the patch is found with, but both may be of either half of the speeches.
 """
 
 import argparse
@@ -126,7 +128,6 @@ def main() -> None:
         return
 
     stage("testing the choice on other documents and prompts")
-    found.patch.provenance["strength"] = found.chosen.strength
     effects = side_effects_of(found.patch, model, test, random=options.random)
     found.patch.save(options.output / "repetition.safetensors")
     (options.output / "side-effects.md").write_text(f"{effects}\n")

@@ -1,8 +1,8 @@
 """Measures what a patch does besides what it is for: kinds of text, copying, facts, indirect objects, and words of answers.
 
-Everything is measured before and after on the same samples, with intervals, beside random weights of the same number and size.
-The worst line comes first; what is worse than `--allowed` says is named, and the script ends with an error then. Patches are
-what `correct_repetition.py` and `correct_toxicity.py` write.
+Everything is measured before and after on the same samples, with intervals, beside as many random weights of each
+parameter. The worst line comes first; what is worse than `--allowed` says is named, and the script ends with an error then.
+Patches are what `correct_repetition.py` and `correct_toxicity.py` write.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     add("--windows", type=int, default=8, help="windows of each kind of text")
     add("--length", type=int, default=256, help="tokens in a window")
     add("--samples", type=int, default=32, help="facts and prompts; half as many copied sequences")
-    add("--random", type=int, default=3, help="random patches of the same number and size")
+    add("--random", type=int, default=3, help="random patches, of as many weights of each parameter")
     add("--allowed", nargs="*", default=["*=0.02"], help="the largest change, as in '*=0.02 copying=0.05'")
     add("--seed", type=int, default=0, help="of windows, prompts and random weights")
     add("--output", type=Path, default=Path("outputs/side_effects"), help="folder for table and figure")

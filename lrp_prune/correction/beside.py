@@ -1,4 +1,4 @@
-"""What a patch does besides what it is for: a suite before and after, beside random entries of the same number and size."""
+"""What a patch does besides what it is for: a suite before and after, beside as many random entries."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrp_prune.arguments import check_integer
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
 from lrp_prune.effects import SideEffects, Suite, side_effects
@@ -43,7 +44,8 @@ def side_effects_of(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the patch is applied already or of another model, or for an argument that is out of range.
+        ValueError: if the patch is applied already or of another model, for an argument that is out of range, or a limit of what
+            is not measured.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -55,6 +57,8 @@ def side_effects_of(
     chosen = suite if isinstance(suite, Suite) else Suite(suite)
     at = float(patch.provenance.get("strength", 1.0)) if strength is None else strength
     check_strength(at)
+    limits = chosen.limits(chosen.allowed if allowed is None else allowed)
+    check_integer("random", random, 0)
     patch.verify(model)
     states = [partial(applied, random_like(patch, model, seed + number), model, at) for number in range(random)]
     found = side_effects(
@@ -65,18 +69,17 @@ def side_effects_of(
         seed=seed,
         progress=progress,
     )
-    describe(patch, found, at, chosen.allowed if allowed is None else allowed)
+    describe(patch, found, at, limits)
     return found
 
 
-def describe(patch: Patch, effects: SideEffects, strength: float, allowed: Mapping[str, float] | float) -> None:
+def describe(patch: Patch, effects: SideEffects, strength: float, limits: Mapping[str, float]) -> None:
     """Write side effects, the limits that they were held to and the verdict into a patch's description."""
-    limits = dict(allowed) if isinstance(allowed, Mapping) else {"*": allowed}
     verdict = effects.verdict(limits, named(patch))
     patch.provenance["side_effects"] = {
         **effects.to_dict(),
         "strength": strength,
-        "allowed": limits,
+        "allowed": dict(limits),
         "within": not effects.beyond(limits),
         "verdict": verdict,
     }

@@ -21,6 +21,10 @@ REMOVALS: tuple[str, ...] = ("contribution", "all")
 _LAST = torch.finfo(torch.float32).max
 
 
+class NoEntryError(ValueError):
+    """An amount is less than one entry."""
+
+
 class Contrast:
     r"""The difference of two relevances of one model, computed where it is read, and the choice of what to remove.
 
@@ -86,7 +90,7 @@ class Contrast:
         self.names = _chosen_names([*first, *(name for name in second if name not in first)], include, exclude)
         self._shardings = {name: (first if name in first else second).sharding(name) for name in self.names}
         for role, relevance in (("general", general), ("undesired", undesired)):
-            if not _any(relevance, self._shardings):
+            if not has_any(relevance, self._shardings):
                 raise ValueError(
                     f"the {role} relevance is zero everywhere: was the reference set empty, or the target constant?"
                 )
@@ -147,7 +151,7 @@ class Contrast:
             raise ValueError(f"amount must be a fraction in (0, 1), or an integer for a count, got {amount!r}")
         count = round(amount * total) if isinstance(amount, float) else amount
         if count < 1:
-            raise ValueError(f"amount {amount!r} of {total:,} entries is none: ask for more")
+            raise NoEntryError(f"amount {amount!r} of {total:,} entries is none: ask for more")
         if count > allowed:
             raise ValueError(
                 f"amount {amount!r} is {count:,} entries, but only {allowed:,} of {total:,} may be removed: ask for less, "
@@ -220,8 +224,8 @@ def _read(relevance: Relevance, shardings: Mapping[str, Sharding], name: str, in
     return torch.zeros(len(range(*index.indices(shardings[name].local_numel))), device="cpu")
 
 
-def _any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
-    """Whether there is anything but zeros, in any process."""
+def has_any(relevance: Relevance, shardings: Mapping[str, Sharding]) -> bool:
+    """Whether there is anything but zeros in the tensors that are named, in any process."""
     here = {name: int(relevance.local(name).any()) for name in shardings if name in relevance}
     return any(counted(shardings, here).values())
 

@@ -24,8 +24,8 @@ class Guard:
     Args:
         share: of the entries that may be removed at all: those whose absolute relevance for the general set is below this
             quantile.
-        by: another relevance for the general set that the quantile is taken of; of a callback, the statistic in which it collects
-            one, ``"squared_token"`` say. None: the one that the contrast is made of.
+        by: another relevance for the general set (in reverse, the undesired one) that the quantile is taken of; of a callback,
+            the statistic in which it collects one, ``"squared_token"`` say. None: the one that the contrast is made of.
         scope: one quantile of all tensors (``"global"``) or one of each (``"layer"``).
 
     Raises:

@@ -157,7 +157,7 @@ class Patch(Mapping[str, Entries]):
             tensor([1])
         """
         sets = {} if isinstance(general, Relevance) else dict(general)
-        general, guard = united(general, guard_of(guard))
+        general, guard = united(general, guard_of(guard), reverse)
         extended = {} if extends is None else {name: extends[name].positions for name in extends}
         contrast = Contrast(
             general,

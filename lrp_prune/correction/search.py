@@ -1,5 +1,6 @@
 """How much to remove: the smallest patch that does enough at a price that is allowed, and the curve around it."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,16 +9,19 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from lrp_prune.arguments import check_integer, check_number
+from lrp_prune.correction.contrast import NoEntryError
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.trials import Search, Trial, worst_of
 from lrp_prune.effects import Suite
 from lrp_prune.effects.limits import checked_limits, limit_of
 
+_logger = logging.getLogger("lrp_prune")
 AMOUNTS: tuple[float, ...] = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
 """Fractions tried by default, half a decade apart."""
 
 Measure = Callable[[nn.Module], float]
+_LOSS = 0.01
 GENERAL = "general"
 """What a single measure of the general behaviour is called."""
 
@@ -29,8 +33,9 @@ class Automatic:
     Args:
         reduction: the wanted reduction of the undesired metric, as a share of it, in (0, 1].
         allowed: the allowed loss of what is to stay, as a share of it: 0.01 for 1 %. With several measures the limit of each of
-            them, or limits by name or pattern, of which the most exact one counts: ``{"*": 0.02, "copying": 0.05}``.
-        amounts: fractions or counts to try; see :data:`AMOUNTS`.
+            them, or limits by name or pattern, of which the most exact one counts: ``{"*": 0.02, "copying": 0.05}``. None: a
+            suite's own limits, and 0.01 for other measures.
+        amounts: fractions or counts to try; see :data:`AMOUNTS`. Fractions that are less than one entry are left out.
         strengths: to try each amount at; None for the one that the patch is to have.
         refine: further trials between the smallest accepted amount and the one before it, halving the distance (on a
             logarithmic scale) each time.
@@ -41,7 +46,7 @@ class Automatic:
     """
 
     reduction: float = 0.5
-    allowed: float | Mapping[str, float] = 0.01
+    allowed: float | Mapping[str, float] | None = None
     amounts: Sequence[float | int] = AMOUNTS
     strengths: Sequence[float] | None = None
     refine: int = 0
@@ -49,7 +54,8 @@ class Automatic:
 
     def __post_init__(self) -> None:
         check_number("reduction", self.reduction, "(0, 1]")
-        checked_limits(self.allowed, ())
+        if self.allowed is not None:
+            checked_limits(self.allowed, ())
         if self.strengths is not None and not len(self.strengths):
             raise ValueError("strengths must be at least one number in (0, 1], or None for that of the patch, got none")
         for strength in self.strengths or ():
@@ -68,6 +74,12 @@ class Automatic:
                 check_number("a fraction in amounts", amount, "(0, 1)")
             else:
                 check_integer("a count in amounts", amount, 1)
+
+    def limits(self, general: Any) -> Mapping[str, float] | float:
+        """What is allowed of measures: what is said here, else by a suite."""
+        if self.allowed is not None:
+            return self.allowed
+        return general.only(general.measures()).allowed if isinstance(general, Suite) else _LOSS
 
 
 _USUAL = Automatic()
@@ -104,10 +116,11 @@ def search_amount(
         strict: see :meth:`Patch.apply_`.
 
     Returns:
-        The patch, all trials and their frontier.
+        The patch, with its strength in its description, all trials and their frontier.
 
     Raises:
-        ValueError: for an undesired metric that is 0 or not finite before, or a limit that is of no measure.
+        ValueError: for an undesired metric that is 0 before, one that is not finite before, a limit that is of no measure, or if
+            no amount is an entry.
 
     Example:
         >>> import torch
@@ -121,19 +134,20 @@ def search_amount(
         (1, [True, True, False], 'sum')
     """
     measures = _measures(general)
-    limits = checked_limits(automatic.allowed, list(measures))
+    limits = checked_limits(automatic.limits(general), list(measures))
     allowed = {name: limit for name in measures if (limit := limit_of(name, limits)) is not None}
     before = float(undesired(model))
     if before == 0 or not abs(before) < float("inf"):
         raise ValueError(f"the undesired metric is {before} before any correction: there is nothing to reduce")
     intact = {name: float(measure(model)) for name, measure in measures.items()}
+    for name, value in intact.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the measure {name!r} is {value} before any correction: nothing can be held to it")
     sign = 1 if automatic.general_mode == "min" else -1
     patches: dict[float | int, Patch] = {}
 
     def attempt(amount: float | int, at: float) -> Trial:
-        if amount not in patches:
-            patches[amount] = make_patch(amount)
-        patch = patches[amount]
+        patch = patches[amount] if amount in patches else patches.setdefault(amount, make_patch(amount))
         patch.apply_(model, at, strict=strict)
         try:
             after = float(undesired(model))
@@ -149,14 +163,22 @@ def search_amount(
         return Trial(amount, at, patch.num_entries, after, kept, gained, lost, worst, within, accepted)
 
     trials: list[Trial] = []
+    none: NoEntryError | None = None
     strengths = sorted(set(automatic.strengths or (strength,)))
     for amount, at in sorted(
         ((amount, at) for amount in set(automatic.amounts) for at in strengths),
         key=lambda pair: (pair[0] * pair[1], pair[0]),
     ):
-        trials.append(attempt(amount, at))
+        try:
+            trials.append(attempt(amount, at))
+        except NoEntryError as error:  # a small model has no 0.003 %
+            none = error
+            _logger.info("not tried: %s", error)
+            continue
         if stop_early and trials[-1].accepted:
             break
+    if none is not None and not trials:
+        raise none
     for _ in range(automatic.refine):
         between = _between(trials)
         if between is None:
@@ -164,18 +186,22 @@ def search_amount(
         trials.append(attempt(*between))
     curve = sorted(trials, key=lambda trial: (trial.amount, trial.strength))
     chosen = _smallest(curve)
-    patch = None if chosen is None else patches[chosen.amount]
+    patch = None
+    if chosen is not None:
+        patch = patches[chosen.amount]
+        patch.provenance["strength"] = chosen.strength
     return Search(patch, before, intact, curve, chosen, automatic.reduction, allowed)
 
 
 def _measures(general: Measure | Mapping[str, Measure] | Suite) -> dict[str, Measure]:
     if isinstance(general, Suite):
-        return general.measures()
+        general = general.measures()
     if callable(general):
         return {GENERAL: general}
     if not isinstance(general, Mapping) or not general or not all(callable(measure) for measure in general.values()):
         raise ValueError(
-            f"general must be a function of the model that returns a number, several by name, or a Suite, got {general!r}"
+            "general must be a function of the model that returns a number, several by name, or a Suite with an entry that has a "
+            f"direction, got {general!r}"
         )
     return dict(cast(Mapping[str, Measure], general))
 

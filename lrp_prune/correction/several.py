@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lrp_prune.correction.contrast import has_any
 from lrp_prune.correction.guard import Guard
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.merging import check_shapes
@@ -72,16 +73,16 @@ def together(
 General = Relevance | Mapping[str, Relevance]
 
 
-def united(general: General, guard: Guard | None) -> tuple[Relevance, Guard | None]:
+def united(general: General, guard: Guard | None, reverse: bool = False) -> tuple[Relevance, Guard | None]:
     """What a contrast is made of and its guard, where what either is measured by may be several named sets.
 
-    Several sets are guarded by the largest over them if nothing else is said.
+    Several sets are guarded by the largest over them if nothing else is said; in reverse it is the undesired one that is guarded.
     """
     if guard is not None and isinstance(guard.by, Mapping) and not isinstance(guard.by, Relevance):
         guard = replace(guard, by=together(guard.by, "largest"))
     if isinstance(general, Relevance):
         return general, guard
-    if guard is not None and guard.by is None:
+    if guard is not None and guard.by is None and not reverse:
         guard = replace(guard, by=together(general, "largest"))
     return together(general), guard
 
@@ -118,3 +119,5 @@ def _differences(sets: Mapping[str, Relevance]) -> Iterator[str]:
     for name, relevance in sets.items():
         if not len(relevance):
             yield f"set {name!r} holds no tensor: was it empty?"
+        elif not has_any(relevance, {tensor: relevance.sharding(tensor) for tensor in relevance}):
+            yield f"set {name!r} is zero everywhere: was it empty, or the target constant?"

@@ -41,7 +41,9 @@ class Answers(Entry):
     """
 
     unit = "mean"
+    losses = False
     directed = False
+    lines = ("words", "different words", "stop words")
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], tokenizer: Any, tokens: int = 40, batch_size: int = 32
@@ -50,23 +52,15 @@ class Answers(Entry):
             raise ValueError("answers need prompts of at least one token each")
         if not callable(getattr(tokenizer, "decode", None)):
             raise ValueError(f"the words of answers need a tokenizer with decode, {type(tokenizer).__name__} has none")
-        self.decode, self.tokens, self._samples = tokenizer.decode, tokens, len(prompts)
+        self.decode, self.tokens, self.samples = tokenizer.decode, tokens, len(prompts)
         by_length: dict[int, list[list[int]]] = {}
         for prompt in prompts:
             by_length.setdefault(len(prompt), []).append(list(prompt))
-        self._parts = [
+        self.parts = [
             torch.tensor(group[start : start + batch_size], device="cpu")
             for group in by_length.values()
             for start in range(0, len(group), batch_size)
         ]
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return self._samples
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
@@ -97,6 +91,8 @@ def greedy(model: nn.Module, prompts: torch.Tensor, tokens: int) -> list[list[in
     inner: Any = subject_of(model).module
     device = next((parameter.device for parameter in inner.parameters()), None)
     ids, width = prompts.to(device), prompts.shape[1]
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        width = 1  # what is generated begins with the decoder's start token, not with the prompt
     configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     ends = {configured} if isinstance(configured, int) else set(configured or ())
     if callable(getattr(inner, "generate", None)):

@@ -1,7 +1,8 @@
 """Entries of a suite: what is measured on a model, sample by sample, and how far its distributions are from those before."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrp_prune.models.outputs import answer_of
+from lrp_prune.models.states import eager, unchanged_buffers, undisturbed
 from lrp_prune.tasks.metrics import kl_divergence
 from lrp_prune.tasks.task import Task, answer_logits
 
@@ -28,22 +30,30 @@ class Measured(NamedTuple):
     counts: Tensor
     divergence: Tensor | None = None
 
+    @property
+    def mean(self) -> Tensor:
+        """Over all samples together; NaN where nothing was counted."""
+        return self.totals.double().sum() / self.counts.double().sum()
+
 
 class Entry(ABC):
     """Something that a model does, in parts that fit into memory.
 
     Attributes:
-        unit: of the value, in a word; ``"perplexity"`` is exp of the mean, all others are the mean.
+        parts: what :meth:`measure` is called with, one after the other.
+        samples: how many there are in all parts; None if that is not known before.
+        unit: of the value, in a word.
+        losses: whether what is summed are losses in nats, whose value is the exp of their mean; else it is the mean.
         directed: whether more is worse. What is only described has no limit unless it is named.
+        lines: the names of the values that are measured; one without a name has the entry's.
     """
 
+    parts: Sequence[Any]
+    samples: int | None = None
     unit: str = "perplexity"
+    losses: bool = True
     directed: bool = True
-
-    @property
-    @abstractmethod
-    def parts(self) -> Sequence[Any]:
-        """What :meth:`measure` is called with, one after the other."""
+    lines: tuple[str, ...] = ("",)
 
     @abstractmethod
     def measure(
@@ -58,13 +68,24 @@ class Entry(ABC):
             keep: whether to return that.
 
         Returns:
-            Values by the name of a line (``""`` if there is one line only), and with ``keep`` what others are compared with.
+            Values by the names of :attr:`lines`, and with ``keep`` what others are compared with.
         """
 
-    @property
-    def samples(self) -> int | None:
-        """How many samples there are, if that is known before."""
-        return None
+    def value(self, mean: Tensor) -> Tensor:
+        """What a mean is shown as."""
+        return mean.exp() if self.losses else mean
+
+
+def line_name(entry: str, line: str) -> str:
+    """What a line of an entry is called in tables and limits."""
+    return f"{entry}: {line}" if line else entry
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode and without gradients, which comes out as it went in."""
+    with torch.no_grad(), eager(model), undisturbed(model), unchanged_buffers(model):
+        yield
 
 
 class Likelihood(Entry):
@@ -89,17 +110,10 @@ class Likelihood(Entry):
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Any] | Tensor]) -> None:
-        self._parts = [_labelled(batch, number) for number, batch in enumerate(batches, 1)]
-        if not self._parts:
+        self.parts = [_labelled(batch, number) for number, batch in enumerate(batches, 1)]
+        if not self.parts:
             raise ValueError("a text needs at least one batch of tokens, there is none")
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return sum(len(part["input_ids"]) for part in self._parts)
+        self.samples = sum(len(part["input_ids"]) for part in self.parts)
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
@@ -108,6 +122,11 @@ class Likelihood(Entry):
         labels = part["labels"]
         inputs = {name: value.to(device) for name, value in part.items() if name != "labels"}
         logits = answer_of(model, inputs).logits
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"a text is for a model with logits [samples, tokens, vocabulary], got {list(logits.shape)} for tokens "
+                f"{list(labels.shape)}: give a function from the model to losses instead"
+            )
         totals, divergences, kept = [], [], []
         for row, label in enumerate(labels):
             places = (label[1:] != IGNORED).nonzero().view(-1)
@@ -133,15 +152,7 @@ class Choice(Entry):
     """
 
     def __init__(self, task: Task, batch_size: int = 16) -> None:
-        self._parts, self._samples = task.batches(batch_size), len(task)
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return self._parts
-
-    @property
-    def samples(self) -> int:
-        return self._samples
+        self.parts, self.samples = task.batches(batch_size), len(task)
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
@@ -169,13 +180,10 @@ class Losses(Entry):
     """
 
     unit = "exp of the loss"
+    parts = (None,)
 
     def __init__(self, function: Callable[[nn.Module], Any]) -> None:
         self.function = function
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return [None]
 
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 DRAWS = 2000
+_AT_ONCE = 2**20
+"""Samples drawn at once: a set of test images has ten thousand, and 2,000 draws of them are 160 MB for each column."""
 
 
 class Interval(NamedTuple):
@@ -38,11 +40,16 @@ def intervals(
         >>> intervals([(torch.tensor([2.0, 2.0, 2.0, 2.0]), ones), (ones, ones)], lambda a, b: a / b)
         Interval(value=2.0, low=2.0, high=2.0)
     """
-    samples = len(pairs[0][0])
-    picked = torch.randint(samples, (draws, samples), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    whole = [totals.double().sum() / counts.double().sum() for totals, counts in pairs]
-    drawn = [totals.double()[picked].sum(1) / counts.double()[picked].sum(1) for totals, counts in pairs]
-    value, found = float(function(*whole)), function(*drawn)
+    samples, generator = len(pairs[0][0]), torch.Generator("cpu").manual_seed(seed)
+    columns = [(totals.double(), counts.double()) for totals, counts in pairs]
+    rows = max(_AT_ONCE // samples, 1)
+    several = []
+    for start in range(0, draws, rows):
+        size = (min(rows, draws - start), samples)
+        picked = torch.randint(samples, size, generator=generator, device="cpu")
+        several.append(function(*(totals[picked].sum(1) / counts[picked].sum(1) for totals, counts in columns)))
+    value = float(function(*(totals.sum() / counts.sum() for totals, counts in columns)))
+    found = torch.cat(several)
     found = found[~found.isnan()]
     if math.isnan(value) or not len(found):
         return Interval(value, math.nan, math.nan)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrp_prune.effects.entries import Entry, Measured
+from lrp_prune.effects.entries import Entry, Measured, line_name, measuring
 from lrp_prune.effects.intervals import Interval, intervals
 from lrp_prune.effects.report import Effect, SideEffects
 from lrp_prune.effects.suite import Suite
-from lrp_prune.models.states import eager, unchanged_buffers, undisturbed
 from lrp_prune.progress import is_first
 
 State = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
@@ -72,8 +71,9 @@ def side_effects(
         for name, entry in chosen.items():
             try:
                 lines = _measured(entry, states, lambda: bar.update())
-            except (ValueError, RuntimeError) as error:
-                raise type(error)(f"the suite's {name!r}: {error}") from error
+            except Exception as error:
+                error.args = (f"the suite's {name!r}: {error}",)
+                raise
             found += [_effect(name, line, entry, several, beside or {}, seed) for line, several in lines.items()]
     return SideEffects(found, chosen.missing, chosen.fingerprint)
 
@@ -91,7 +91,12 @@ def _measured(entry: Entry, states: Sequence[State], step: Callable[[], Any]) ->
             for line, measured in values.items():
                 collected.setdefault(line, [[] for _ in states])[number].append(measured)
             step()
-    return {line: [_joined(parts) for parts in several] for line, several in collected.items()}
+    joined = {line: [_joined(parts) for parts in several] for line, several in collected.items()}
+    for several in joined.values():
+        counts = [len(measured.totals) for measured in several]
+        if len(set(counts)) > 1:
+            raise ValueError(f"the samples must be the same each time, got {counts} of them, one number for each model")
+    return joined
 
 
 @contextmanager
@@ -99,8 +104,7 @@ def _entered(state: State) -> Iterator[nn.Module]:
     """A model in a state, in evaluation mode and without gradients."""
     with ExitStack() as stack:
         model = state if isinstance(state, nn.Module) else stack.enter_context(state())
-        for context in (torch.no_grad(), eager(model), undisturbed(model), unchanged_buffers(model)):
-            stack.enter_context(context)
+        stack.enter_context(measuring(model))
         yield model
 
 
@@ -117,25 +121,21 @@ def _effect(
     name: str, line: str, entry: Entry, several: Sequence[Measured], beside: Mapping[str, Sequence[State]], seed: int
 ) -> Effect:
     before, after, *others = several
-    losses = entry.unit != "mean"
-
-    def value(mean: Tensor) -> Tensor:
-        return mean.exp() if losses else mean
 
     def change(old: Tensor, new: Tensor) -> Tensor:
-        return (new - old).exp() - 1 if losses else new / old - 1
+        return (new - old).exp() - 1 if entry.losses else torch.where(new == old, 0.0, new / old - 1)
 
     def interval(function: Callable[..., Tensor], *measured: Measured) -> Interval:
         return intervals([(each.totals, each.counts) for each in measured], function, seed)
 
-    changes = iter([interval(change, before, other).value for other in others])
+    changes = iter([float(change(before.mean, other.mean)) for other in others])
     return Effect(
-        name=f"{name}: {line}" if line else name,
+        name=line_name(name, line),
         unit=entry.unit,
         directed=entry.directed,
         samples=len(before.totals),
-        before=interval(value, before),
-        after=interval(value, after),
+        before=interval(entry.value, before),
+        after=interval(entry.value, after),
         change=interval(change, before, after),
         divergence=_mean(after.divergence, after.counts),
         beside={label: [next(changes) for _ in states] for label, states in beside.items()},

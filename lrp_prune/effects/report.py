@@ -134,7 +134,7 @@ class SideEffects:
         rest = f"; and {', '.join(repr(effect.name) for effect in over[_SAID:])}" if over[_SAID:] else ""
         return (
             f"{what} changes {'; '.join(said)}{rest}: weaken it by a smaller strength or amount, collect general relevance on "
-            f"such text too, or allow it, as in allowed={{{over[0].name!r}: {abs(over[0].change.value):.2g}}}"
+            f"such text too, or allow it{_as_in(over[0])}"
         )
 
     def table(self) -> str:
@@ -218,6 +218,12 @@ def excess(effect: Effect, limit: float) -> float:
     if math.isnan(change):
         return math.inf
     return (change if effect.directed else abs(change)) - limit
+
+
+def _as_in(effect: Effect) -> str:
+    """A limit that a line is just within; none for what is no number, which no limit allows."""
+    size = abs(effect.change.value)
+    return f", as in allowed={{{effect.name!r}: {math.ceil(1000 * size) / 1000:.10g}}}" if math.isfinite(size) else ""
 
 
 def _cells(effect: Effect, labels: Sequence[str]) -> list[str]:

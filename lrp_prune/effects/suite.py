@@ -1,7 +1,6 @@
 """A suite: named entries, of one's own or built in, each measured by itself."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.arguments import check_integer
 from lrp_prune.effects import generated, kinds
 from lrp_prune.effects.answers import Answers
-from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses
+from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses, Measured, line_name, measuring
 from lrp_prune.effects.limits import ALLOWED, checked_limits
 from lrp_prune.effects.windows import up_to
-from lrp_prune.models.states import eager, unchanged_buffers, undisturbed
 from lrp_prune.tasks import IndirectObject
 from lrp_prune.tasks.prompts import continuation, tokens
 from lrp_prune.tasks.task import Task
@@ -30,7 +29,6 @@ KINDS: tuple[str, ...] = (
 )
 """What is built in."""
 _ROWS = 4
-_HALVES = ("selection", "test")
 
 
 class Suite(Mapping[str, Entry]):
@@ -67,13 +65,14 @@ class Suite(Mapping[str, Entry]):
         missing: Mapping[str, str] | None = None,
         allowed: Mapping[str, float] | float = ALLOWED,
     ) -> None:
-        self.missing, self.allowed = dict(missing or {}), checked_limits(allowed, ())
+        self.missing = dict(missing or {})
         self._entries: dict[str, Entry] = {}
         for name, given in entries.items():
             try:
                 self._entries[name] = _entry(given, tokenizer, windows, length, seed)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
+        self.allowed = self.limits(allowed)
 
     @classmethod
     def halves(
@@ -98,11 +97,11 @@ class Suite(Mapping[str, Entry]):
 
         Args:
             tokenizer: the model's.
-            own: texts by name, each text a document; parted like the others.
+            own: texts by name, each text a document; parted like the others. One that has the name of a kind is in its place.
             kinds: which of :data:`KINDS`.
-            windows: windows of each kind of text, at most.
+            windows: windows of each kind of text, at most; at least 2, for an interval.
             length: tokens in a window.
-            samples: copied sequences (half as many), facts and prompts.
+            samples: facts, copied sequences (half as many) and prompts (24 at most).
             answer_tokens: tokens generated for each prompt.
             seed: of all that is chosen.
             allowed: the limits of both.
@@ -111,14 +110,23 @@ class Suite(Mapping[str, Entry]):
             The suite to select by and the one to test on. What is missing is in :attr:`missing`, with the way to get it.
 
         Raises:
-            ValueError: for an unknown kind, own texts of fewer than two documents, or if nothing is left.
+            ValueError: for an unknown kind, own texts of fewer than two documents, a number that is too small, a limit of what is
+                not measured, or if nothing is left.
         """
         unknown = [name for name in kinds if name not in KINDS]
         if unknown or isinstance(kinds, str):
             raise ValueError(f"kinds must be some of {KINDS}, got {unknown or kinds!r}")
+        for argument, number, least in (
+            ("windows", windows, 2),
+            ("length", length, 4),
+            ("samples", samples, 2),
+            ("answer_tokens", answer_tokens, 1),
+        ):
+            check_integer(argument, number, least)
         build = _Builder(tokenizer, windows, length, samples, answer_tokens, seed)
         for name in kinds:
-            build.add(name)
+            if name not in (own or {}):
+                build.add(name)
         for name, texts in (own or {}).items():
             build.add_own(name, texts)
         if not build.found[1]:
@@ -141,7 +149,7 @@ class Suite(Mapping[str, Entry]):
         return f"Suite({', '.join(self)})"
 
     def __or__(self, other: "Suite") -> "Suite":
-        """Both; entries of the second where they have the same name."""
+        """Both; entries and limits of the second where they have the same name."""
         if not isinstance(other, Suite):
             return NotImplemented
         return Suite(
@@ -161,9 +169,24 @@ class Suite(Mapping[str, Entry]):
         allowed = {
             pattern: limit
             for pattern, limit in self.allowed.items()
-            if any(fnmatchcase(name, pattern) or pattern.startswith(f"{name}:") for name in chosen)
+            if any(fnmatchcase(line, pattern) for line in self._lines(chosen))
         }
         return Suite({name: self[name] for name in chosen}, missing=self.missing, allowed=allowed)
+
+    def limits(self, allowed: Mapping[str, float] | float) -> dict[str, float]:
+        """Limits by name or pattern, each of which is of something that is measured.
+
+        Raises:
+            ValueError: for one that is not, with what is missing and why; or one that is no share.
+        """
+        try:
+            return checked_limits(allowed, self._lines(self))
+        except ValueError as error:
+            missing = "".join(f"; {name!r} is missing: {why}" for name, why in self.missing.items())
+            raise ValueError(f"{error}{missing}") from error
+
+    def _lines(self, names: Iterable[str]) -> list[str]:
+        return [line_name(name, line) for name in names for line in self[name].lines]
 
     def measures(self) -> dict[str, Callable[[nn.Module], float]]:
         """A function from the model to the value of each entry, lower is better; what is only described has none."""
@@ -183,14 +206,11 @@ class Suite(Mapping[str, Entry]):
 
 
 def _value(entry: Entry, model: nn.Module) -> float:
-    """One number: exp of the mean loss over all of an entry's samples."""
-    total, count = 0.0, 0.0
-    with torch.no_grad(), eager(model), undisturbed(model), unchanged_buffers(model):
-        for part in entry.parts:
-            for measured in entry.measure(model, part)[0].values():
-                total, count = total + float(measured.totals.sum()), count + float(measured.counts.sum())
-    mean = total / count if count else math.nan
-    return math.exp(min(mean, 700.0)) if entry.unit != "mean" else mean
+    """One number, over all of an entry's samples and lines."""
+    with measuring(model):
+        found = [values for part in entry.parts for values in entry.measure(model, part)[0].values()]
+    totals, counts = (torch.cat(column) for column in zip(*((each.totals, each.counts) for each in found), strict=True))
+    return float(entry.value(Measured(totals, counts).mean))
 
 
 def _entry(given: Any, tokenizer: Any, windows: int, length: int, seed: int) -> Entry:

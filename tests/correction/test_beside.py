@@ -101,6 +101,11 @@ def test_a_patch_that_is_applied_or_of_another_model_is_refused() -> None:
     patch.revert_(model)
     with pytest.raises(ValueError, match="strength must be"):
         side_effects_of(patch, model, SUITE, 2.0, progress=False)
+    never = {"mine": lambda _: pytest.fail("measured for nothing")}
+    with pytest.raises(ValueError, match=r"'copying'.* matches none of mine"):
+        side_effects_of(patch, model, never, allowed={"copying": 0.1}, progress=False)
+    with pytest.raises(ValueError, match="random must be an integer of at least 0, got -1"):
+        side_effects_of(patch, model, never, random=-1, progress=False)
     before = weights(model)
 
     def failing(_: nn.Module) -> torch.Tensor:

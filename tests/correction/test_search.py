@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lrp_prune import Relevance
 from lrp_prune.correction import Automatic, Patch, search_amount
-from lrp_prune.metrics import Suite
+from lrp_prune.effects import Answers, Suite
 
 
 def line(*values: float) -> nn.Linear:
@@ -65,7 +66,8 @@ def test_no_acceptable_amount_gives_no_patch_but_the_curve() -> None:
     )
     assert found.patch is None
     assert len(found.curve) == 2
-    nan = search_amount(model, first(model), total(0, 3), lambda m: float("nan"), automatic=Automatic(amounts=[3]))
+    values = iter([1.0, float("nan")])
+    nan = search_amount(model, first(model), total(0, 3), lambda m: next(values), automatic=Automatic(amounts=[3]))
     assert nan.patch is None
 
 
@@ -226,7 +228,6 @@ def test_wrong_arguments() -> None:
         ({"amounts": "auto"}, "amounts must be a list .* got 'auto'"),
         ({"amounts": [0.5, 1.0]}, r"a fraction in amounts must be a number in \(0, 1\), got 1.0"),
         ({"amounts": ["1"]}, "a count in amounts must be .* got '1'"),
-        ({"allowed": None}, r"allowed\['\*'\] must be .* got None"),
         ({"allowed": float("nan")}, r"allowed\['\*'\] must be .* got nan"),
         ({"allowed": -1}, r"allowed\['\*'\] must be"),
         ({"allowed": {"text": "2 %"}}, r"allowed\['text'\] must be"),
@@ -253,3 +254,60 @@ def test_wrong_arguments() -> None:
         )
     with pytest.raises(ValueError, match="nothing to reduce"):
         search_amount(model, first(model), lambda m: 0.0, total(0, 2))
+
+
+def test_a_suite_s_own_limits_are_those_of_the_search_unless_it_has_others() -> None:
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return ""
+
+    model = line(1, 1, 8)
+    losses = {"weak": lambda m: m.weight[0, 2:].detach().log(), "half": lambda m: m.weight[0, 1:2].detach() / 8}
+    suite = Suite(
+        {**losses, "said": Answers([[1]], Tokenizer())}, allowed={"*": 0.02, "half": 0.3, "said: words": 0.01}
+    )
+
+    def found(**options):
+        automatic = Automatic(amounts=[1], general_mode="min", **options)
+        return search_amount(model, first(model), total(0, 2), suite, automatic=automatic)
+
+    assert found().allowed == {"weak": 0.02, "half": 0.3}
+    assert found(allowed=0.5).allowed == {"weak": 0.5, "half": 0.5}
+    alone = search_amount(model, first(model), total(0, 2), lambda _: 1.0, automatic=Automatic(amounts=[1]))
+    assert alone.allowed == {"general": 0.01}
+
+
+def test_the_chosen_strength_is_in_the_description() -> None:
+    model = line(1, 1, 1, 1)
+    automatic = Automatic(0.1, amounts=[1, 2], strengths=[0.5, 1.0])
+    found = search_amount(model, first(model), total(0, 4), lambda _: 1.0, automatic=automatic)
+    assert found.patch is not None
+    assert found.patch.provenance["strength"] == found.chosen.strength == 0.5
+
+
+def test_what_cannot_be_held_to_anything_is_refused_before_the_first_trial() -> None:
+    model = line(1, 1)
+    words = Suite({"said": Answers([[1]], type("Tokenizer", (), {"decode": str})())})
+    for general, message in (
+        (words, "general must be .* a Suite with an entry that has a direction"),
+        ({"fine": lambda _: 1.0, "broken": lambda _: math.nan}, "the measure 'broken' is nan before any correction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_amount(model, lambda _: pytest.fail("tried"), total(0, 2), general)
+
+
+def test_amounts_that_are_less_than_one_entry_are_left_out(caplog) -> None:
+    model = line(*[1.0] * 100)
+    general, undesired = (Relevance({"weight": torch.rand(1, 100)}, statistic="signed") for _ in range(2))
+
+    def make(amount: float | int) -> Patch:
+        return Patch.from_contrast(model, general, undesired, amount)
+
+    with caplog.at_level("INFO", "lrp_prune"):
+        found = search_amount(model, make, total(0, 100), lambda _: 1.0)
+    assert [trial.entries for trial in found.curve] == [1]  # of all that are tried by default only 1 % is one
+    assert caplog.text.count("of 100 entries is none") == 5
+    with pytest.raises(ValueError, match=r"amount 0\.001 of 100 entries is none"):
+        search_amount(model, make, total(0, 100), lambda _: 1.0, automatic=Automatic(amounts=[0.001]))
+    with pytest.raises(ValueError, match="may be removed"):
+        search_amount(model, make, total(0, 100), lambda _: 1.0, automatic=Automatic(amounts=[0.9]))

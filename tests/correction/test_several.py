@@ -55,6 +55,17 @@ def test_what_matters_to_one_set_only_is_spared() -> None:
     assert chosen(sets["text"], by=sets) == [2]
 
 
+def test_in_reverse_what_matters_to_the_undesired_behaviour_is_spared() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    general, undesired = relevance(9.0, 4.0, 0.1), relevance(5.0, 0.0, 0.1)
+
+    def chosen(sets) -> list[int]:
+        patch = Patch.from_contrast(model, sets, undesired, 1, guard=Guard(0.67), reverse=True)
+        return patch["weight"].positions.tolist()
+
+    assert chosen({"text": general}) == chosen(general) == [1]
+
+
 def test_the_description_names_the_sets() -> None:
     model = nn.Linear(2, 1, bias=False)
     sets = {"text": relevance(1.0, 2.0, num_samples=3), "copying": relevance(2.0, 1.0, target="next_token")}
@@ -80,6 +91,7 @@ def test_sets_that_do_not_belong_together_are_refused_by_name() -> None:
         ),
         (lambda: together({"a": good, "b": tensor(torch.ones(3))}), "'a' and 'b' together: 'weight': shapes"),
         (lambda: together({"a": good, "b": Relevance({}, statistic="signed")}), "'b' holds no tensor"),
+        (lambda: together({"a": good, "b": relevance(0.0, 0.0)}), "'b' is zero everywhere"),
         (lambda: together({"a": good}, "sum"), "combination must be"),
         (lambda: together({"a": good}, weights={"b": 1}), "weights has 'b'"),
         (lambda: together({"a": good}, weights={"a": 0}), "positive number, got 0"),

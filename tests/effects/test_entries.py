@@ -133,6 +133,34 @@ def test_greedy_answers_are_the_same_with_and_without_the_models_own_generate() 
         assert greedy(model, ids(1, 5), 6)[0] == answer[: answer.index(answer[2])]
 
 
+def test_answers_of_an_encoder_decoder_are_all_that_it_generates() -> None:
+    model, prompts = build("bart"), ids(2, 6)
+    with torch.no_grad():
+        model.generation_config.eos_token_id = None
+        found = greedy(model, prompts, 5)
+        decoded = torch.zeros(2, 1, dtype=torch.int64)  # its start token
+        for _ in range(5):
+            logits = model(input_ids=prompts, decoder_input_ids=decoded).logits
+            decoded = torch.cat([decoded, logits[:, -1:].argmax(-1)], 1)
+    assert found == decoded[:, 1:].tolist()
+
+
+def test_a_text_is_refused_for_a_model_without_logits_for_each_token() -> None:
+    class Classifier(nn.Module):
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.tokens, self.embedding = tokens, nn.Embedding(50, 5)
+
+        def forward(self, input_ids):
+            logits = self.embedding(input_ids)
+            return logits.mean(1) if not self.tokens else torch.cat([logits[:, : self.tokens], logits], 1)
+
+    entry = Likelihood([ids(3, 9)])
+    for tokens in (0, 2):  # a class for each text; tokens before the text, as prompt tuning has them
+        with pytest.raises(ValueError, match=r"logits \[samples, tokens, vocabulary\], got .* for tokens \[3, 9\]"):
+            entry.measure(Classifier(tokens), entry.parts[0])
+
+
 def test_what_is_no_entry_is_refused() -> None:
     linear = nn.Linear(2, 2)
     for call, message in (

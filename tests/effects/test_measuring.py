@@ -2,13 +2,25 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.effects import ALLOWED, Answers, SideEffectError, SideEffects, Suite, side_effects
+from lrp_prune.effects import (
+    ALLOWED,
+    Answers,
+    Effect,
+    Entry,
+    Interval,
+    Measured,
+    SideEffectError,
+    SideEffects,
+    Suite,
+    side_effects,
+)
 from lrp_prune.effects.intervals import intervals
 from lrp_prune.effects.limits import checked_limits, limit_of
 from tests.support.small_models import build
@@ -73,6 +85,81 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert 0.88 <= covered / 300 <= 0.98
 
 
+def test_many_samples_are_drawn_in_parts_that_are_the_same_draws(monkeypatch) -> None:
+    pairs = [(torch.rand(50, generator=torch.Generator().manual_seed(1)), torch.ones(50))]
+    whole = intervals(pairs, lambda mean: mean, seed=3, draws=100)
+    monkeypatch.setattr("lrp_prune.effects.intervals._AT_ONCE", 50 * 7)
+    assert intervals(pairs, lambda mean: mean, seed=3, draws=100) == whole
+
+
+def test_what_is_no_loss_is_shown_as_its_mean() -> None:
+    class Errors(Entry):
+        unit, losses, lines = "error rate", False, ("wrong", "unsure")
+        parts = (0, 1)
+
+        def measure(self, model, part, before=None, keep=False):
+            wrong = torch.full((3,), float(model.logits[0]) > 1)
+            return {line: Measured(wrong.double() * (line == "wrong"), torch.ones(3)) for line in self.lines}, None
+
+    suite = Suite({"errors": Errors()})
+    found = side_effects(Biased(2.0), Biased(0.0), suite, progress=False)
+    wrong, unsure = found["errors: wrong"], found["errors: unsure"]
+    assert (wrong.before.value, wrong.after.value, wrong.change.value, wrong.samples) == (1.0, 0.0, -1.0, 6)
+    assert (unsure.before.value, unsure.after.value, tuple(unsure.change)) == (0.0, 0.0, (0.0, 0.0, 0.0))
+    assert suite.measures()["errors"](Biased(2.0)) == 0.5
+
+
+def test_only_the_corrected_model_is_compared_with_the_distributions_before() -> None:
+    class Watched(Entry):
+        parts = (0, 1)
+
+        def __init__(self) -> None:
+            self.asked: list[tuple[object, bool]] = []
+
+        def measure(self, model, part, before=None, keep=False):
+            self.asked.append((before, keep))
+            return {"": Measured(torch.ones(2), torch.ones(2))}, f"kept of part {part}" if keep else None
+
+    model, entry = Biased(0.0), Watched()
+    side_effects(model, model, {"mine": entry}, beside={"other": [model, model]}, progress=False)
+    for part in (0, 1):
+        others = [(None, False), (None, False)]
+        assert entry.asked[4 * part : 4 * part + 4] == [(None, True), (f"kept of part {part}", False), *others]
+
+
+def test_what_an_entry_raises_has_its_name_and_class() -> None:
+    class OwnError(Exception):
+        def __init__(self, one: str, other: str) -> None:
+            super().__init__(f"{one} {other}")
+
+    def failing(error):
+        def function(_: nn.Module) -> Tensor:
+            raise error
+
+        return function
+
+    for error in (OwnError("no", "luck"), KeyError("no luck"), torch.OutOfMemoryError("no luck")):
+        with pytest.raises(type(error), match=r"the suite's 'mine': .*no luck"):
+            side_effects(Biased(0.0), Biased(0.0), {"mine": failing(error)}, progress=False)
+
+
+def test_other_samples_after_than_before_are_refused() -> None:
+    for numbers in ([4, 3], [3, 4]):
+        sizes = iter(numbers)
+        with pytest.raises(ValueError, match=r"'mine': the samples must be the same each time, got \[., .\]"):
+            side_effects(Biased(0.0), Biased(0.0), {"mine": lambda _: torch.ones(next(sizes))}, progress=False)  # noqa: B023
+
+
+def test_the_limit_that_a_verdict_proposes_is_one_that_allows_it() -> None:
+    found = measured()
+    proposed = re.search(r"allowed=\{'mixed': ([^}]*)\}", found.verdict())
+    limit = float(proposed.group(1))
+    assert not found.beyond({"*": 1e9, "mixed": limit})
+    assert limit == pytest.approx(found["mixed"].change.value, abs=0.001)
+    unknown = side_effects(Biased(0.0, 0.0), Biased(math.nan, 0.0), SUITE, progress=False)
+    assert unknown.verdict().endswith("or allow it")
+
+
 def test_a_change_that_all_samples_share_is_certain_however_different_they_are() -> None:
     """Paired: the spread of the samples themselves is no doubt about what changed."""
     before = torch.linspace(0, 10, 20, dtype=torch.float64)
@@ -106,6 +193,20 @@ def test_what_is_worse_than_allowed_is_refused_by_name() -> None:
     assert "within its limits: the worst is 'mixed'" in found.verdict({"mixed": 5.0})
     assert [effect.name for effect in found.beyond(0.0)] == ["mixed"]
     assert ALLOWED["*"] == 0.02
+
+
+def test_what_is_the_furthest_beyond_its_limit_is_told_first_and_nothing_is_left_out() -> None:
+    def effect(name: str, change: float) -> Effect:
+        same = [Interval(value, value, value) for value in (10.0, 10 * (1 + change), change)]
+        return Effect(name, "perplexity", True, 4, *same)
+
+    changes = {"a": 0.5, "b": 0.1, "c": 0.2, "d": 0.3, "e": 0.01}
+    found = SideEffects([effect(name, change) for name, change in changes.items()])
+    assert [each.name for each in found.effects] == ["a", "d", "c", "b", "e"]
+    assert [each.name for each in found.beyond({"*": 0.02, "a": 0.45})] == ["d", "c", "b", "a"]
+    verdict = found.verdict({"*": 0.02, "a": 0.45})
+    assert "changes 'd' by +30.0 % (perplexity 10 to 13; allowed +2.0 %); 'c' by" in verdict
+    assert "; and 'a': weaken it" in verdict
 
 
 def test_what_is_no_number_is_the_worst_and_never_allowed() -> None:
@@ -194,7 +295,7 @@ def test_a_failing_entry_is_named() -> None:
     def failing(model):
         raise ValueError("no data")
 
-    with pytest.raises(ValueError, match="the suite's 'mine': no data"):
+    with pytest.raises(ValueError, match=r"the suite's 'mine': no data"):
         side_effects(Biased(0.0), Biased(0.0), {"mine": failing}, progress=False)
     with pytest.raises(ValueError, match="the suite is empty"):
         side_effects(Biased(0.0), Biased(0.0), {}, progress=False)

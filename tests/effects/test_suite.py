@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lrp_prune.effects import KINDS, Choice, Likelihood, Losses, Suite, generated, kinds, windows
+from lrp_prune.effects import KINDS, Answers, Choice, Likelihood, Losses, Suite, generated, kinds, windows
 from lrp_prune.effects.windows import up_to
 from lrp_prune.tasks import TableTask
 
@@ -161,12 +161,36 @@ def test_entries_are_what_is_given() -> None:
 
 def test_limits_go_with_the_entries_that_they_are_of() -> None:
     ids = torch.ones(3, 4, dtype=torch.int64)
-    first = Suite({"text": ids, "copying": ids}, allowed={"*": 0.02, "copying": 0.35, "text: line": 0.1})
-    assert first.only(["text"]).allowed == {"*": 0.02, "text: line": 0.1}
+    words = Answers([[1, 2]], Words())
+    first = Suite(
+        {"text": ids, "copying": ids, "said": words}, allowed={"*": 0.02, "copying": 0.35, "said: stop words": 0.1}
+    )
+    assert first.only(["said"]).allowed == {"*": 0.02, "said: stop words": 0.1}
+    assert first.only(["text"]).allowed == {"*": 0.02}
     assert (first | Suite({"mine": ids}, allowed={"mine": 0.5})).allowed == {**first.allowed, "mine": 0.5}
     assert Suite({"mine": ids}).allowed == {"*": 0.02}
     halves = Suite.halves(Words(), kinds=["dialogue"], windows=2, length=20, allowed=0.1)
     assert [half.allowed for half in halves] == [{"*": 0.1}] * 2
+
+
+def test_a_limit_of_what_is_not_measured_is_refused_with_the_reason() -> None:
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'said: wrds'.* matches none of text, said: words, said: different words"):
+        Suite({"text": ids, "said": Answers([[1]], Words())}, allowed={"said: wrds": 0.1})
+    with pytest.raises(
+        ValueError, match=r"'copying'.*matches none of dialogue; 'copying' is missing: .*len\(tokenizer\)"
+    ):
+        Suite.halves(
+            lambda text: {"input_ids": list(text.encode())}, kinds=["dialogue", "copying"], allowed={"copying": 0.1}
+        )
+
+
+def test_one_s_own_texts_take_the_place_of_a_kind(monkeypatch) -> None:
+    monkeypatch.setitem(kinds.TEXTS, "speeches", (lambda: pytest.fail("read for nothing"), ""))
+    own = [f"my speech {number} speaks of the number {number} for some time" for number in range(20)]
+    _, test = Suite.halves(Words(), {"speeches": own}, kinds=["speeches", "dialogue"], windows=2, length=10)
+    assert set(test) == {"speeches", "dialogue"}
+    assert test.missing == {}
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -181,6 +205,10 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         (lambda: Suite.halves(Words(), {"mine": "text"}, kinds=["dialogue"]), "must be a list of texts"),
         (lambda: Suite.halves(Words(), {"mine": ["one"]}, kinds=["dialogue"]), r"own\['mine'\]"),
         (lambda: Suite.halves(lambda text: {}, kinds=["copying"]), "the suite is empty: copying"),
+        (lambda: Suite.halves(Words(), windows=1), "windows must be an integer of at least 2, got 1"),
+        (lambda: Suite.halves(Words(), length=3), "length must be"),
+        (lambda: Suite.halves(Words(), samples=1), "samples must be"),
+        (lambda: Suite.halves(Words(), answer_tokens=0), "answer_tokens must be"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
