@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
+from lrp_prune.callbacks._corrected import inner, uncorrected
 from lrp_prune.callbacks._distributed import agreeing, check_equal
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
@@ -29,7 +29,6 @@ from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.selection.scopes import check_selectable, parse_scope
 from lrp_prune.training.keeping import MaskKeeper
-from lrp_prune.wrapper.module import CorrectedModule, inner
 
 
 class Pruner:
@@ -93,7 +92,7 @@ class Pruner:
         self._divide(pl_module)
         if self.state.masks is None:
             return
-        with _uncorrected(pl_module):
+        with uncorrected(pl_module):
             if self._keeper is None:
                 self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
                 _mask_averages(trainer, self.state.masks)
@@ -115,7 +114,7 @@ class Pruner:
         together, shown = trainer.world_size > 1, partial(beside, trainer)
         with (
             agreeing(trainer),
-            _uncorrected(pl_module),
+            uncorrected(pl_module),
             torch.inference_mode(False),
             trainer.precision_plugin.val_step_context(),
         ):
@@ -133,7 +132,7 @@ class Pruner:
             RuntimeError: the processes of the run have different masks; no weight has changed.
         """
         check_equal(trainer, masks)
-        with _uncorrected(pl_module), undone_on_error() as undo:
+        with uncorrected(pl_module), undone_on_error() as undo:
             if recalibration is not None:
                 undo += [values_under(model, masks) for model in (pl_module, *averaged_models(trainer))]
             if self._keeper is None:
@@ -182,8 +181,3 @@ def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
     pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
-
-
-def _uncorrected(pl_module: LightningModule) -> AbstractContextManager[None]:
-    """Patches are taken off while weights are pruned, so that what disabling them puts back is pruned as well."""
-    return pl_module.uncorrected() if isinstance(pl_module, CorrectedModule) else nullcontext()

@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._checks import checked_kinds, checked_method
 from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._corrected import inner
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.several import General
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import checked
-from lrp_prune.wrapper.module import inner
 
 Source = int | Iterable[Any]
 

@@ -33,6 +33,7 @@ from lrp_prune.callbacks._contrast import (
     metrics_of,
     with_limits,
 )
+from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._reference_sets import ReferenceSets, Source
 from lrp_prune.correction import Automatic, Guard, Patch, Search, search_amount
 from lrp_prune.correction.several import General
@@ -42,7 +43,7 @@ from lrp_prune.models.states import undisturbed
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
 from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
-from lrp_prune.wrapper.module import CorrectedModule, inner
+from lrp_prune.wrapper.module import CorrectedModule
 
 
 class ContrastiveCorrection(CollectingCallback):
@@ -279,10 +280,8 @@ class ContrastiveCorrection(CollectingCallback):
 
     def _make(self, pl_module: LightningModule, guard_by: General | None) -> None:
         model = inner(pl_module)
-        assert self.general is not None
-        assert self.undesired is not None
+        assert self.general is not None and self.undesired is not None
         general, undesired = self.general, self.undesired
-
         spared = enabled_entries(pl_module) if undesired.granularity == "weight" else {}
 
         def make(amount: float | int) -> Patch:

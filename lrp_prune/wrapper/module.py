@@ -348,8 +348,3 @@ class CorrectedModule(LightningModule):
         self._pending = {}
         patches = {name: Patch.from_state_dict(patch) for name, patch in state["patches"].items()}
         self._corrections.replace(patches, state["strengths"])
-
-
-def inner(module: nn.Module) -> nn.Module:
-    """The module that is trained, without a wrapper for corrections."""
-    return module.module if isinstance(module, CorrectedModule) else module
