@@ -19,6 +19,7 @@ def _files() -> list[Path]:
             *(ROOT / "callbacks").rglob("*.py")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_new_tensor_has_a_device() -> None:
     assert len(_files()) > 150
     without = [
@@ -54,6 +55,7 @@ def test_relevance_and_masks_are_the_same_with_another_default(options: dict[str
     assert masks == expected[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bert", "vit", "resnet", "t5"])
 @pytest.mark.parametrize("options", [{}, {"scope": "row"}, {"scope": "2:4"}, {"method": "random"}], ids=str)
 def test_pruning_is_the_same_with_another_default(name: str, options: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lrp_prune
 
 
@@ -13,11 +15,13 @@ def _python(code: str, where: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_engine_needs_neither_lightning_nor_transformers(tmp_path: Path) -> None:
     code = "import sys, lrp_prune; print([name for name in ('lightning', 'transformers', 'datasets') if name in sys.modules])"
     assert _python(code, tmp_path) == "[]"
 
 
+@pytest.mark.slow
 def test_the_callbacks_are_imported_from_the_package_only(tmp_path: Path) -> None:
     code = "import lrp_prune.callbacks as c; import importlib.util as u; print(c.__name__, u.find_spec('callbacks'))"
     assert _python(code, tmp_path) == "lrp_prune.callbacks None"
@@ -33,6 +37,7 @@ def test_the_package_is_typed() -> None:
     assert (Path(lrp_prune.__file__).parent / "py.typed").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_the_package_are_there_without_being_imported(tmp_path: Path) -> None:
     names = ("attribution", "callbacks", "circuits", "correction", "metrics", "pruning", "tasks")
     for name in names:

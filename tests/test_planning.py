@@ -30,6 +30,7 @@ def _bytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [32, 256])
 @pytest.mark.parametrize("sizes", SIZES, ids=["small vocabulary", "large vocabulary"])
 def test_collecting_takes_what_is_planned(sizes, tokens):
@@ -43,6 +44,7 @@ def test_collecting_takes_what_is_planned(sizes, tokens):
     assert plan.collecting == pytest.approx(counted, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 5])
 @pytest.mark.parametrize("sizes", SIZES, ids=["small vocabulary", "large vocabulary"])
 def test_recalibrating_takes_what_is_planned(sizes, batches, monkeypatch):
@@ -65,6 +67,7 @@ def test_recalibrating_takes_what_is_planned(sizes, batches, monkeypatch):
     assert plan.recalibration - dense.recalibration == pytest.approx(values / 2, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
 def test_what_is_kept_to_undo_a_pruning_is_planned(sparsity, monkeypatch):
     """Of one round the values that are zeroed, and on the host what is scaled; of two the whole model there, and no more."""
@@ -90,6 +93,7 @@ def test_what_is_kept_to_undo_a_pruning_is_planned(sparsity, monkeypatch):
     assert held[-1] == pytest.approx(plan.relevance + plan.host + zeroed, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_training_with_kept_zeros_takes_what_is_planned():
     model, tokens = _llama(SIZES[0]).train(), 64
     batch = {"input_ids": torch.randint(0, 500, (2, tokens))}
@@ -133,6 +137,7 @@ def test_each_process_of_a_sharded_model_takes_what_is_planned(tmp_path, process
         assert plan.collecting == pytest.approx(counted, rel=0.15)
 
 
+@pytest.mark.slow
 def test_what_is_divided_and_what_is_not():
     model = _llama(SIZES[0])
     alone, replicated, divided = (
@@ -167,6 +172,7 @@ def test_options_count():
     assert lrp_prune.estimate(model).gradients == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_or_changed():
     config = LlamaConfig(hidden_size=2**17, intermediate_size=2**19, num_hidden_layers=4, num_attention_heads=64)
     with torch.device("meta"):
@@ -178,6 +184,7 @@ def test_nothing_is_loaded_or_changed():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_any_module_and_batch():
     model = nn.Sequential(nn.Linear(10, 400), nn.ReLU(), nn.Linear(400, 3))
     plan = lrp_prune.estimate(model, batch=(torch.randn(50, 10), torch.zeros(50)))

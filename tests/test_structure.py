@@ -18,6 +18,7 @@ def test_no_file_is_longer_than_can_be_read_at_once() -> None:
     assert not {name: lines for name, lines in long.items() if lines > LINES}
 
 
+@pytest.mark.slow
 def test_no_function_is_longer_than_a_screen() -> None:
     """Without its signature and its docstring."""
     long = {}
@@ -40,6 +41,7 @@ def test_imports_point_one_way() -> None:
     assert "2 kept, 0 broken" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_below_them_uses_the_callbacks() -> None:
     """They are a folder of their own, which the contracts cannot see; the package alone imports them, when asked for them."""
     for path in (ROOT / "lrp_prune").rglob("*.py"):
@@ -61,6 +63,7 @@ PRIVATE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", PRIVATE)
 def test_private_names_of_others_stand_in_one_file(owner: str) -> None:
     """Where a new version of torch or Lightning is looked at."""
@@ -77,6 +80,7 @@ def test_private_names_of_others_stand_in_one_file(owner: str) -> None:
     assert found == {owner: PRIVATE[owner]}
 
 
+@pytest.mark.slow
 def test_nothing_private_of_lightning_is_imported_elsewhere() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -23,6 +23,7 @@ class Holding(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.ones(shape)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit", "t5", "resnet"])
 def test_all_methods_have_the_same_candidates(name: str) -> None:
     model, batch = build(name), batch_for(name)

@@ -383,6 +383,7 @@ FOUND = {
 """Groups of neurons, heads and blocks; no block where the stream changes its width everywhere (efficientnet here)."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no units that could be removed")
 @pytest.mark.parametrize("name", VISION)
 def test_units_of_vision_models_are_what_their_members_say(name: str) -> None:

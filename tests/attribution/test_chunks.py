@@ -17,6 +17,7 @@ def _equal(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [2, 3, 1000])
 @pytest.mark.parametrize(
     "options", [{}, {"statistic": "geometric", "composite": "epsilon"}, {"composite": "cp_lrp"}], ids=str
@@ -55,6 +56,7 @@ def test_an_included_embedding_is_in_one_pass():
     _equal(lrp_prune.attribute(model, batches, **options), lrp_prune.attribute(model, batches, chunks=3, **options))
 
 
+@pytest.mark.slow
 def test_pruned_alike():
     first, second = build("llama"), build("llama")
     second.load_state_dict(first.state_dict())

@@ -73,6 +73,7 @@ class _Multiplied(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_relevance_passes_weights_in_the_precision_of_the_products_only_where_nothing_cancels() -> None:
     model, batch = build("llama"), batch_for("llama")
     counts = {}

@@ -53,6 +53,7 @@ def test_dead_units_are_irrelevant_and_no_part_of_a_weight() -> None:
     assert int((~relevance["0.weight"].any(dim=1)).sum()) > 16  # with one sample many units are off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lrp", "wanda"])
 def test_experts_of_a_stack_that_no_token_goes_to_are_told_of(method: str) -> None:
     model, batch = build("mixtral"), batch_for("mixtral", 1, 2)

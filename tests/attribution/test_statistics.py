@@ -127,6 +127,7 @@ def test_collecting_twice_gives_the_same_bits() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side"), list(itertools.product(["llama", "gpt2", "opt", "qwen2"], ["left", "right"]))
 )

@@ -60,6 +60,7 @@ def test_hugging_face_checkpointing_changes_nothing() -> None:
     assert _same(lrp_prune.attribute(model.train(), [batch], **EXACT), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_run_eagerly() -> None:
     model, batch = build("llama"), batch_for("llama")
     expected = lrp_prune.attribute(model, [batch], **EXACT)

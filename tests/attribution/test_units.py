@@ -200,6 +200,7 @@ def test_units_are_chosen_by_patterns_of_their_layers() -> None:
         )
 
 
+@pytest.mark.slow
 def test_abs_sample_separates_samples() -> None:
     model, ids = build("llama"), torch.randint(3, 50, (4, 6))
     together = lrp_prune.attribute(model, [{"input_ids": ids}], granularity="neuron", statistic="abs_sample")
@@ -212,6 +213,7 @@ def test_abs_sample_separates_samples() -> None:
         assert (together[group] >= signed[group].abs() - 1e-7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("composite", ["gradient", "epsilon", "cp_lrp"])
 @pytest.mark.parametrize("name", DENSE)
 def test_units_are_found_under_every_composite(name: str, composite: str) -> None:
@@ -322,6 +324,7 @@ def test_blocks_are_what_layers_write_onto_a_stream(form: str) -> None:
 KINDS = ("neuron", "head", "block", "embedding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lrp", "gradient", "wanda", "magnitude", "random"])
 @pytest.mark.parametrize("granularity", KINDS)
 def test_every_method_prunes_the_same_units(granularity: str, method: str) -> None:

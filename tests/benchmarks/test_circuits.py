@@ -23,6 +23,7 @@ def options(path: Path, *arguments: str) -> benchmark.argparse.Namespace:
     return benchmark.parse([*small, *arguments])
 
 
+@pytest.mark.slow
 def test_every_row_is_measured_and_a_run_is_continued(model: LlamaForCausalLM, tmp_path: Path) -> None:
     names = ["attnlrp", "attribution_patching_ig", "relp, 3 rounds", "gates from attribution_patching", "random"]
     given = options(
@@ -53,6 +54,7 @@ def test_weights_have_rows_of_their_own(model: LlamaForCausalLM, tmp_path: Path)
     assert [key[1:4] for key in results.rows] == [("weight", "zero", "attnlrp")]
 
 
+@pytest.mark.slow
 def test_methods_that_do_not_know_the_ablation_find_once(
     model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +67,7 @@ def test_methods_that_do_not_know_the_ablation_find_once(
     assert calls == ["counterfactual", "counterfactual", "zero", "mean"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["signed ranking", "abs_token", "rounds"])
 def test_settings_name_options_that_exist(name: str, model: LlamaForCausalLM) -> None:
     task = tasks.IndirectObject(TOKENIZER, samples=2)

@@ -18,6 +18,7 @@ def zeros(model: LlamaForCausalLM) -> float:
 
 
 # Under CP-LRP queries, keys and gates have no relevance and are not pruned, so that fewer weights are zero in all.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in compression.settings() if "cp_lrp" not in name])
 def test_each_setting_prunes_to_the_sparsity(name: str, model: LlamaForCausalLM) -> None:
     reference = language_model.batches(torch.randint(0, 26, (3, 12)), 1)

@@ -196,6 +196,7 @@ def test_without_a_sanity_check_no_batch_is_taken_from_the_loaders(make_trainer:
     assert seen == [0, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_trying_leaves_the_training_as_it_was(sanity: int, make_trainer: Callable[..., Any]) -> None:
     """Random numbers included: the training draws some for dropout, and the reference loader for its order."""

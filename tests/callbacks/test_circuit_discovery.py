@@ -41,6 +41,7 @@ def held_out() -> TableTask:
     return TableTask(numbers, [row])
 
 
+@pytest.mark.slow
 def test_a_validation_finds_what_discovery_finds(tmp_path: Path) -> None:
     module = Module()
     callback = CircuitDiscovery(small_task(), "head", method="attribution_patching", size=2, held_out=held_out())
@@ -55,6 +56,7 @@ def test_a_validation_finds_what_discovery_finds(tmp_path: Path) -> None:
     assert float(run.callback_metrics["circuit/cpr"]) == pytest.approx(callback.result.cpr)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
     states = []
     for callbacks in ([], [CircuitDiscovery(small_task(), "head", held_out=held_out(), every_n_epochs=2)]):
@@ -67,6 +69,7 @@ def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_weights_and_a_single_size(tmp_path: Path) -> None:
     callback = CircuitDiscovery(
         small_task(), "weight", size=0.5, sizes=(), ablation="zero", held_out=held_out(), batch_size=1

@@ -57,6 +57,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 def test_configuration_round_trip(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
     from lightning.pytorch.cli import LightningCLI
 
@@ -84,6 +85,7 @@ def test_configuration_round_trip(make_module, make_loader, make_trainer, tmp_pa
         assert (collector.relevance.composite, collector.relevance.num_samples) == ("cp_lrp", 48)
 
 
+@pytest.mark.slow
 def test_values_that_belong_together_are_written_and_read_as_mappings(make_module) -> None:
     from lightning.pytorch.cli import LightningCLI
 

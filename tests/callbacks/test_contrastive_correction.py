@@ -70,6 +70,7 @@ def test_a_corrected_module_gets_it_and_other_options_reach_the_contrast(
     assert wanted.strength_in(module) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fitting", [False, True])
 def test_a_second_patch_has_other_weights(make_module, make_loader, make_trainer, fitting) -> None:
     corrected, loaders = CorrectedModule(make_module()), [make_loader(seed=1), make_loader(seed=2)]
@@ -94,6 +95,7 @@ def test_reference_data_stand_in_for_loaders(make_module, make_loader, make_trai
     assert mixed.patch == wanted
 
 
+@pytest.mark.slow
 def test_in_fit_it_is_handed_over_at_the_next_epoch_after_the_checkpoint(
     make_module, make_loader, make_trainer, tmp_path
 ) -> None:
@@ -175,6 +177,7 @@ def test_a_patch_made_within_an_epoch_is_handed_over_with_the_values_that_traini
     assert all(torch.equal(patch[name].originals, entries[0][name]) for name in patch)
 
 
+@pytest.mark.slow
 def test_effects_are_logged_before_and_after(make_module, make_loader, make_trainer) -> None:
     def size(model: nn.Module) -> float:
         return float(sum(parameter.detach().abs().sum() for parameter in model.parameters()))
@@ -198,6 +201,7 @@ def test_effects_are_logged_before_and_after(make_module, make_loader, make_trai
         make_trainer(callbacks=[missing]).validate(make_module(), loaders, verbose=False)
 
 
+@pytest.mark.slow
 def test_before_and_after_are_measured_in_one_mode_and_training_goes_on_undisturbed(
     make_module, make_loader, make_trainer
 ) -> None:
@@ -224,6 +228,7 @@ def test_before_and_after_are_measured_in_one_mode_and_training_goes_on_undistur
     assert same(tensors(measured), tensors(plain))
 
 
+@pytest.mark.slow
 def test_auto_takes_the_smallest_amount_and_reports_the_curve(make_module, make_loader, make_trainer, capsys) -> None:
     module, loaders = make_module(), [make_loader(seed=1), make_loader(seed=2)]
     before = tensors(module)

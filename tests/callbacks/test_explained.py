@@ -30,6 +30,7 @@ class Trained(HandsOn):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "bert token classification", "bert masked", "gpt2"])
 def test_the_masks_of_a_training_are_those_of_the_bare_model(
     name: str, make_trainer: Callable[..., Any], caplog: pytest.LogCaptureFixture

@@ -68,6 +68,7 @@ def _fit(make_trainer: Any, module: Module, *callbacks: Any, **arguments: Any) -
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reports_the_sparsity_that_a_recurrent_model_has(method: str, make_trainer: Any) -> None:
     torch.manual_seed(0)
@@ -99,6 +100,7 @@ def test_what_is_not_scored_is_in_the_metric_the_table_and_one_warning(make_trai
     assert "not scored and kept: 64 of 176 weights (36.4 %): model.other.weight" in shown
 
 
+@pytest.mark.slow
 def test_all_methods_of_a_comparison_prune_as_many(make_trainer: Any) -> None:
     found = {}
     for method in METHODS:

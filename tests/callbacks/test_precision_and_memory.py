@@ -56,6 +56,7 @@ def test_relevance_in_half_precision_is_that_of_the_forward_under_it(
         assert torch.cosine_similarity(tensor.flatten(), full[name].flatten(), dim=0) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_half_precision_training_is_bit_for_bit_the_same(
     make_module, make_loader, make_trainer, same_weights, precision
@@ -69,6 +70,7 @@ def test_a_half_precision_training_is_bit_for_bit_the_same(
     assert same_weights(*modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["the module", "a part"])
 def test_compiled_modules_are_pruned_under_their_own_names(make_module, make_loader, make_trainer, whole) -> None:
     plain, module = make_module(), make_module()
@@ -108,6 +110,7 @@ def test_recomputed_layers_inside_a_training(make_module, make_loader, make_trai
     assert module.zeros_after_step == [0] * 4 + [ENTRIES // 2] * 4
 
 
+@pytest.mark.slow
 def test_hugging_face_checkpointing_inside_a_training(make_trainer, same_weights) -> None:
     """Recomputed in the validation's collection, and trained as without the callback."""
     pytest.importorskip("transformers")

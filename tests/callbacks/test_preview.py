@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lrp_prune.callbacks import RelevancePruning, Rounds, _round
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = 192 + 384 + 64
 
 

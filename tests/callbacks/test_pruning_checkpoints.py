@@ -22,6 +22,7 @@ def test_callback_is_pickled_after_a_fit(make_module, make_loader, make_trainer)
     assert pickle.loads(pickle.dumps(pruning)).masks == pruning.masks
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_no_pruned_weights_under_an_earlier_metric(
     make_module, make_loader, make_trainer, count_zeros, tmp_path
 ) -> None:
@@ -40,6 +41,7 @@ def test_checkpoints_hold_no_pruned_weights_under_an_earlier_metric(
         assert measured == pytest.approx(float(metric), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_resume_in_the_middle_equals_the_uninterrupted_run(
@@ -68,6 +70,7 @@ def test_resume_in_the_middle_equals_the_uninterrupted_run(
         assert resumed["callbacks"][0].masks == uninterrupted["callbacks"][0].masks
 
 
+@pytest.mark.slow
 def test_resume_within_an_epoch_keeps_zeros_and_prunes_on_time(
     make_module, make_loader, make_trainer, tmp_path
 ) -> None:
@@ -86,6 +89,7 @@ def test_resume_within_an_epoch_keeps_zeros_and_prunes_on_time(
         assert module.zeros_after_step[-len(expected) :] == expected, step
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_with_weights_only_and_packs_masks(make_module, make_loader, make_trainer, tmp_path) -> None:
     trainer = make_trainer(callbacks=[RelevancePruning(sparsity=0.5, rounds=2, schedule="linear")], max_epochs=3)
     trainer.fit(make_module(), make_loader(), make_loader(seed=2))
@@ -109,6 +113,7 @@ def test_resuming_with_other_arguments_warns() -> None:
         RelevancePruning(sparsity=0.7).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_guarded_metric_keeps_the_best_at_the_final_sparsity(
     make_module, make_loader, make_trainer, count_zeros, tmp_path
 ) -> None:

@@ -14,6 +14,7 @@ from lrp_prune.callbacks import RelevancePruning
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "arguments"),
     [

@@ -50,6 +50,7 @@ def test_a_round_scales_what_it_keeps_as_prune_does(
     assert any((~masks[name]).any() for name in masks)
 
 
+@pytest.mark.slow
 def test_an_average_is_scaled_as_what_it_is_an_average_of(
     make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
 ) -> None:
@@ -74,6 +75,7 @@ def test_an_average_is_scaled_as_what_it_is_an_average_of(
             assert any(not torch.equal(average[name], dense[name]) for name in masks)
 
 
+@pytest.mark.slow
 def test_off_by_default_and_the_table_says_what_was_done(
     make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +95,7 @@ def test_off_by_default_and_the_table_says_what_was_done(
     assert ["recalibrated: at strength" in text for text in shown] == [False, True]
 
 
+@pytest.mark.slow
 def test_averages_keep_the_zeros(make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]) -> None:
     averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging").WeightAveraging
     pruning = RelevancePruning(sparsity=0.6, rounds=2, recalibrate=True)
@@ -172,6 +175,7 @@ class Reseed(Callback):
         torch.manual_seed(trainer.global_step)
 
 
+@pytest.mark.slow
 def test_resumed_with_masks_that_wait_it_is_the_uninterrupted_training(
     make_module: Any,
     make_loader: Any,
@@ -206,6 +210,7 @@ def test_resumed_with_masks_that_wait_it_is_the_uninterrupted_training(
     resumed.load_state_dict(state)  # of an earlier version
 
 
+@pytest.mark.slow
 def test_all_methods_recalibrate_one_mask_alike(
     make_module: Any, make_loader: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +226,7 @@ def test_all_methods_recalibrate_one_mask_alike(
     assert len(shown) == len(METHODS) and len(told) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_without_batches_to_recalibrate_on_no_step_is_made(
     method: str, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
@@ -248,6 +254,7 @@ def test_without_batches_to_recalibrate_on_no_step_is_made(
     assert fit(make_loader(seed=2), pruning()) == fit(None, pruning(recalibrate=False)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [False, True])
 def test_no_more_batches_are_read_and_moved_than_are_looked_at(
     reference: bool, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]

@@ -47,6 +47,7 @@ def test_fit_collects_the_last_validation(make_module, make_loader, make_trainer
     assert_same_relevance(collector.relevance, collected_directly(seen[-1], make_loader(seed=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"accumulate_grad_batches": 3, "val_check_interval": 2}, {"gradient_clip_val": 0.1}],

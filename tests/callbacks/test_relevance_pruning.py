@@ -56,6 +56,7 @@ def test_rounds_by_steps(make_module, make_loader, make_trainer, steps) -> None:
     assert module.zeros_after_step == expected
 
 
+@pytest.mark.slow
 def test_rounds_by_steps_wait_for_the_next_validation(make_module, make_loader, make_trainer) -> None:
     module = make_module()
     pruning = RelevancePruning(sparsity=0.5, rounds=Rounds(2, every_n_steps=3), schedule="linear", scope="global")
@@ -78,6 +79,7 @@ def test_reference_data_need_no_validation(make_module, make_loader, make_traine
     assert select(scorer.compute(), sparsity=0.5) == pruning.masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3, "val_check_interval": 2}])
 @pytest.mark.parametrize("data", ["validation", "reference"])
 def test_sparsity_zero_leaves_the_training_bit_for_bit(
@@ -93,6 +95,7 @@ def test_sparsity_zero_leaves_the_training_bit_for_bit(
     assert same_weights(*modules)
 
 
+@pytest.mark.slow
 def test_a_several_times_validated_epoch_is_collected_once(make_module, make_loader, make_trainer, monkeypatch) -> None:
     calls = []
     real = _collection.scorer
@@ -119,6 +122,7 @@ def test_masks_pending_at_the_end_are_applied_with_a_warning(
     assert count_zeros(module) == ENTRIES // 2
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_and_another_model_starts_anew(
     make_module, make_loader, make_trainer, count_zeros
 ) -> None:
@@ -132,6 +136,7 @@ def test_a_second_fit_goes_on_and_another_model_starts_anew(
     assert all(not parameter._post_accumulate_grad_hooks for parameter in [*module.parameters(), *other.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "trainer_arguments", "zeros"),
     [
@@ -179,6 +184,7 @@ def test_figures_reach_the_logger(make_module, make_loader, make_trainer, tmp_pa
     assert "pruning/val_loss" not in columns
 
 
+@pytest.mark.slow
 def test_tiny_llama_by_heads(make_trainer) -> None:
     """A Hugging Face model held by a module without a forward of its own; units of grouped-query attention."""
     pytest.importorskip("transformers")

@@ -20,6 +20,7 @@ def told(function: Any) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_within_a_window_is_warned_about_once(make_module, make_loader, make_trainer, tmp_path) -> None:
     def fit(path: Path | None = None, **arguments: Any) -> list[str]:
         checkpoint = ModelCheckpoint(tmp_path / "files", "{epoch}-{step}", save_top_k=-1, every_n_epochs=1)
@@ -43,6 +44,7 @@ def _batches(path: Path) -> int:
     return int(progress["current"]["ready"])
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_nothing_is_lost(make_module, make_loader, make_trainer, tmp_path) -> None:
     def module() -> Any:
         made = make_module()
@@ -62,6 +64,7 @@ def test_nothing_is_said_where_nothing_is_lost(make_module, make_loader, make_tr
         assert not any(part in text for part in ("Lightning does not store", "lacks what", "was written without")), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message", "rounds_at"),
     [

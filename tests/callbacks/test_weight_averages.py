@@ -15,6 +15,8 @@ from lrp_prune.callbacks import CircuitDiscovery, RelevanceCollector, RelevanceP
 from tests.support.circuit_tasks import small_task
 from tests.support.small_models import build
 
+pytestmark = pytest.mark.slow
+
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
 

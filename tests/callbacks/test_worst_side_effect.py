@@ -42,6 +42,7 @@ def corrected_by(make_trainer, **options: Any) -> tuple[ContrastiveCorrection, C
     return correction, corrected, results[0]
 
 
+@pytest.mark.slow
 def test_several_general_sets_make_the_patch_that_their_relevances_make(make_trainer) -> None:
     model = build("llama")
     sets = {"text": collected(model, 0), "copying": collected(model, 1)}
@@ -53,6 +54,7 @@ def test_several_general_sets_make_the_patch_that_their_relevances_make(make_tra
     assert wanted != Patch.from_contrast(model, sets["text"], collected(model, 2), 50)
 
 
+@pytest.mark.slow
 def test_a_guard_in_another_statistic_is_by_the_largest_over_the_sets(make_trainer) -> None:
     model = build("llama")
     sets = {"text": collected(model, 0), "copying": collected(model, 1)}
@@ -63,6 +65,7 @@ def test_a_guard_in_another_statistic_is_by_the_largest_over_the_sets(make_train
     assert correction.patch == wanted
 
 
+@pytest.mark.slow
 def test_the_search_holds_every_measure_and_hands_over_the_chosen_strength(make_trainer) -> None:
     metrics = {"text": lambda model: 1.0, "copying": lambda model: -size(model)}
     automatic = Automatic(1e-6, {"*": 0.0, "copying": 1.0}, amounts=[20, 50], strengths=[0.25, 0.5])
@@ -133,6 +136,7 @@ def test_a_patch_whose_examination_fails_is_kept_but_never_applied(make_trainer)
     assert corrected.strengths == {}
 
 
+@pytest.mark.slow
 def test_what_a_search_chose_and_what_was_measured_outlive_a_checkpoint(make_trainer) -> None:
     automatic = Automatic(1e-6, amounts=[20], strengths=[0.25, 0.5])
     options = {"amount": automatic, "undesired_metric": size, "general_metric": lambda _: 1.0}
@@ -150,6 +154,7 @@ def test_what_a_search_chose_and_what_was_measured_outlive_a_checkpoint(make_tra
     assert fixed.patch.provenance["strength"] == 0.5
 
 
+@pytest.mark.slow
 def test_in_reverse_the_guard_is_measured_on_the_undesired_set(make_trainer) -> None:
     model = build("llama")
     sets = {"text": collected(model, 0), "copying": collected(model, 1)}

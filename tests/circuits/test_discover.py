@@ -56,6 +56,7 @@ def test_rounds_score_what_is_left_on_the_ablated_model() -> None:
     assert sizes == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("method", ["attnlrp", "attribution_patching", "relp", "attribution_patching_ig", "gate_ig"])
 def test_a_round_is_one_shot_on_the_ablated_model(method: str, ablation: str) -> None:
@@ -119,6 +120,7 @@ def test_weights_are_ranked_and_zeroed() -> None:
         circuits.discover(model, planted_task(), "weight", "attribution_patching")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "method"), [("weight", "attnlrp"), ("weight", "wanda"), ("neuron", "wanda"), ("neuron", "attnlrp")]
 )
@@ -133,6 +135,7 @@ def test_first_tokens_do_not_count(granularity: str, method: str) -> None:
     assert totals[0] > totals[1] > totals[2] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", circuits.NODE_METHODS)
 def test_discovery_changes_nothing(method: str) -> None:
     model = build("llama").train()
@@ -166,6 +169,7 @@ class BrokenTask(TableTask):
         return [*good, {**good[0], "input_ids": good[0]["input_ids"] + 1000}]
 
 
+@pytest.mark.slow
 def test_rankings_and_circuits_are_saved(tmp_path: Path) -> None:
     ranking = circuits.discover(build("gpt2"), small_task(), ["head", "neuron"], rounds=2, density=0.2)
     ranking.save(tmp_path / "ranking.safetensors")

@@ -82,6 +82,7 @@ def test_every_metric_is_measured_at_once() -> None:
     assert float(result.full["probability_difference"]) == pytest.approx(float(p[YES] - p[NO]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
 def test_rankings_compared_at_once_score_as_one_by_one(ablation: str) -> None:
     model, task = build("llama"), small_task()
@@ -158,6 +159,7 @@ def test_masks_are_the_model_of_zero_ablation(name: str, granularity: str) -> No
     torch.testing.assert_close(pruned.mean("logit_difference")[:1], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
 def test_everything_kept_is_the_model_and_everything_interchanged_but_embeddings_is_the_rest(name: str) -> None:
     model, task = build(name), small_task()
@@ -229,6 +231,7 @@ def test_overlap_and_complement() -> None:
         first.overlap(Circuit({"w": torch.ones(2, dtype=torch.bool)}, [], "weight"))
 
 
+@pytest.mark.slow
 def test_mib_graphs_have_all_nodes_and_edges_of_the_format(tmp_path: Path) -> None:
     model, task = build("llama"), small_task()
     ranking = circuits.discover(model, task, ["head", "mlp_block"], "attribution_patching")
@@ -256,6 +259,7 @@ def test_mib_graphs_have_all_nodes_and_edges_of_the_format(tmp_path: Path) -> No
         circuits.save_mib_graph(neurons, tmp_path / "neurons.json")
 
 
+@pytest.mark.slow
 def test_weights_are_zeroed_under_autocast_too() -> None:
     """Autocast keeps copies of weights in its precision, by default as long as it lasts."""
     model, tokenizer = ioi_model()

@@ -26,6 +26,7 @@ def found(model: nn.Module, granularity: str | list[str], size: float = 0.5) -> 
     return circuits.discover(model, small_task(), granularity, "random", unruled="ignore").at(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "granularity", "add_biases"),
     [
@@ -73,6 +74,7 @@ def test_what_cannot_be_a_model_is_refused() -> None:
         circuits.keep_only_(twice, circuit, planted_task(length=2), "mean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_patch_keeps_only_the_circuit_and_is_undone(name: str, tmp_path: Path) -> None:
     model, other = build(name), build(name)

@@ -43,6 +43,7 @@ def planted(**options: Any) -> GateTraining:
     return GateTraining(model, planted_task(8), "neuron", learning_rate=0.3, batch_size=4, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["counterfactual", "mean", "zero"])
 def test_penalties_find_the_planted_circuit(ablation: str, tmp_path: Path) -> None:
     gates = planted(penalties=0.3, ablation=ablation)
@@ -52,6 +53,7 @@ def test_penalties_find_the_planted_circuit(ablation: str, tmp_path: Path) -> No
     assert float(result.faithfulness) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_what_tells_answers_from_distractors_is_less_than_what_the_model_does(tmp_path: Path) -> None:
     """The second neuron raises answer and distractor alike."""
     kept = {}
@@ -67,6 +69,7 @@ def test_what_tells_answers_from_distractors_is_less_than_what_the_model_does(tm
     assert kept == {"kl": [True, True, *[False] * 6], "answers": [True, *[False] * 7]}
 
 
+@pytest.mark.slow
 def test_a_target_density_is_reached_and_kept(tmp_path: Path) -> None:
     gates = planted(density=0.5)
     trained(gates, epochs=150, path=tmp_path)
@@ -110,6 +113,7 @@ def test_remembering_saves_passes_and_changes_nothing(
     assert passes == [10, 1]  # the two batches of an epoch have the same prompts
 
 
+@pytest.mark.slow
 def test_gates_rank_all_units(tmp_path: Path) -> None:
     gates = planted(penalties=0.3)
     trained(gates, path=tmp_path)
@@ -118,6 +122,7 @@ def test_gates_rank_all_units(tmp_path: Path) -> None:
     assert ranking.description["ablation"] == "counterfactual" and len(ranking) == 8
 
 
+@pytest.mark.slow
 def test_all_granularities_are_trained_at_once(tmp_path: Path) -> None:
     model = PlantedHeads([4.0, 2.0, 0.0], [0.0, 0.0, 3.0], [1.0, 2.0, 0.0])
     gates = GateTraining(
@@ -129,6 +134,7 @@ def test_all_granularities_are_trained_at_once(tmp_path: Path) -> None:
     assert kept["attention_neuron"] == [True, False, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_the_model_is_neither_trained_nor_stored(tmp_path: Path) -> None:
     model = build("llama").train()
     model.requires_grad_(True)
@@ -161,6 +167,7 @@ def test_a_validation_that_moves_the_model_leaves_it_trainable(tmp_path: Path, m
     assert all(parameter.grad is not None for parameter in gates.base.parameters())
 
 
+@pytest.mark.slow
 def test_validation_measures_the_binary_circuit(tmp_path: Path) -> None:
     gates = planted(penalties=0.3, held_out=planted_task(3))
     trainer = trained(gates, path=tmp_path)
@@ -173,6 +180,7 @@ def test_validation_measures_the_binary_circuit(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["circuit/logit_difference"]) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_warm_start_orders_the_gates() -> None:
     model, task = build("gpt2"), small_task()
     rankings = [circuits.discover(model, task, kind, "attribution_patching") for kind in ("head", "neuron")]
@@ -195,6 +203,7 @@ def test_a_warm_start_orders_the_gates() -> None:
         GateTraining(model, task, "head", warm_start=rankings[1])
 
 
+@pytest.mark.slow
 def test_circuits_of_gates_are_circuits(tmp_path: Path) -> None:
     gates = gates_of("llama")
     circuit = gates.circuit(sizes={"head": 3, "mlp_neuron": 0.5})

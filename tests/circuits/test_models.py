@@ -39,6 +39,7 @@ def falcon(in_place: bool) -> FalconForCausalLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("method", ["gradient", "attribution_patching", "gate_ig", "activation"])
 def test_outputs_that_are_added_to_in_place_are_what_they_were(method: str, ablation: str) -> None:
@@ -54,6 +55,7 @@ def test_outputs_that_are_added_to_in_place_are_what_they_were(method: str, abla
     assert found[0][1][[0, 3]].tolist() == pytest.approx([0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["activation", "wanda", "attnlrp", "gate_ig"])
 def test_compiled_models_are_ablated(method: str) -> None:
     task, plain, compiled = small_task(), build("llama"), build("llama")
@@ -154,6 +156,7 @@ class Explains(LightningModule):
         raise AssertionError("a task has a target of its own")
 
 
+@pytest.mark.slow
 def test_the_model_of_a_lightning_module_runs() -> None:
     task, module = small_task(), Explains()
     ranking = circuits.discover(module, task, "head")
@@ -175,6 +178,7 @@ def test_models_that_continue_no_prompt_are_refused() -> None:
         circuits.discover(LlamaForSequenceClassification(config), small_task(), "head")
 
 
+@pytest.mark.slow
 def test_circuits_of_other_models_are_refused() -> None:
     task, model, other = small_task(), build("llama"), build("gpt2")
     for granularity in ("neuron", "weight"):

@@ -33,6 +33,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_with_all_in_it(tmp_path: Path) -> None:
     evaluations, found = results()
     circuits.save_report(tmp_path / "report.html", evaluations, found, title="IOI & more")
@@ -50,6 +51,7 @@ def test_the_report_is_one_file_with_all_in_it(tmp_path: Path) -> None:
         assert f"{result.cpr:.3f}" in html and f"{result.cmd:.3f}" in html
 
 
+@pytest.mark.slow
 def test_figures_show_the_values() -> None:
     evaluations, found = results()
     (axes,) = size_curves(evaluations).axes

@@ -88,6 +88,7 @@ def test_heads_channels_and_blocks_by_hand() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", ["signed", "abs_token", "abs_sample"])
 @pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp", "gradient"])
 @pytest.mark.parametrize("granularity", ["head", "neuron"])
@@ -121,6 +122,7 @@ def test_attribution_patching_is_the_derivative_of_the_ablation(name: str) -> No
         torch.testing.assert_close(ranking.scores[site].double(), slope, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3", "qwen3"])
 def test_gradients_over_gates_are_the_derivative_half_way(name: str, ablation: str) -> None:
@@ -147,6 +149,7 @@ def slopes(model: nn.Module, task: Task, ranking: Ranking, ablation: str, gate: 
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the circuit is evaluated on the prompts it was found on")
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

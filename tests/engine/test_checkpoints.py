@@ -124,6 +124,7 @@ def test_hugging_face_checkpointing_changes_nothing(name: str, training: bool, r
     assert state == [(module.training, vars(module).get("_gradient_checkpointing_func")) for module in model.modules()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_keeps_its_benefit_in_evaluation_mode(reentrant: bool) -> None:
     """Counted in bytes alive at the same time: a deeper model costs what a layer's input costs, not its activations."""

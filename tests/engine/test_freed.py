@@ -13,6 +13,8 @@ from lrp_prune import circuits
 from tests.support.circuit_tasks import small_task
 from tests.support.small_models import batch_for, build, forward
 
+pytestmark = pytest.mark.slow
+
 Batch = dict[str, Tensor]
 
 

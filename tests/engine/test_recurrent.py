@@ -118,6 +118,7 @@ def test_relevance_is_conserved_without_biases(kind: str, shape: str, composite:
     torch.testing.assert_close(sum(entry.sum() for entry in relevance.values()), value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_relevance_stays_bounded_over_many_steps(kind: str) -> None:
     layer = _layer(kind, "batch first", bias=False)
@@ -128,6 +129,7 @@ def test_relevance_stays_bounded_over_many_steps(kind: str) -> None:
         assert relevance.abs().sum() < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", OF_RELEVANCE)
 @pytest.mark.parametrize(("kind", "shape"), LAYERS)
 def test_weights_are_scored_as_the_steps_written_out(kind: str, shape: str, statistic: str) -> None:
@@ -182,6 +184,7 @@ class Packed(nn.Module):
         return _value(padded, final if isinstance(self.r, nn.LSTM) else (final,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[5, 3, 1], [2, 5, 4]])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", ["batch first", "both directions", "dropout"])

@@ -21,6 +21,7 @@ class Words:
         self.saved = path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [[], ["--strength", "1"]])
 def test_a_patch_from_elsewhere_is_applied_saved_and_reverted(tmp_path, monkeypatch, capsys, strength):
     maker, fresh = build("llama"), build("llama")

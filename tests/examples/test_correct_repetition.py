@@ -32,6 +32,7 @@ class Letters:
         return " ".join(str(token) for token in ids)
 
 
+@pytest.mark.slow
 def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     model = build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

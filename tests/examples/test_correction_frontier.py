@@ -29,6 +29,7 @@ def run(monkeypatch, tmp_path, model, *options):
     correction_frontier.main()
 
 
+@pytest.mark.slow
 def test_the_smallest_within_all_limits_is_chosen_and_tested(monkeypatch, tmp_path, capsys):
     model = build("llama")
     before = weights(model)
@@ -60,6 +61,7 @@ def test_the_smallest_within_all_limits_is_chosen_and_tested(monkeypatch, tmp_pa
     assert unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_nothing_within_the_limits_gives_the_frontier_only(monkeypatch, tmp_path, capsys):
     model = build("llama")
     run(monkeypatch, tmp_path, model, "--reduction", "1", "--allowed", "*=0", "--amounts", "0.01")

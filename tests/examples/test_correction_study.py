@@ -123,6 +123,7 @@ def test_mean_activations_are_of_labelled_tokens_without_the_first(model):
     torch.testing.assert_close(found.float(), seen[0][0, 2:].mean(0))
 
 
+@pytest.mark.slow
 def test_rounds_end_in_one_patch_of_the_model_as_it_was(model):
     before = state(model)
     text = torch.randint(0, 25, (4, 12), generator=torch.Generator().manual_seed(1))

@@ -17,6 +17,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     find_ioi_circuit.main()
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_the_model_unchanged(monkeypatch, tmp_path: Path, capsys) -> None:
     before = {name: value.clone() for name, value in MODEL.state_dict().items()}
     run(monkeypatch, "--gates", "--output", str(tmp_path))
@@ -34,6 +35,7 @@ def test_everything_is_written_and_the_model_unchanged(monkeypatch, tmp_path: Pa
     assert saved.total == 48
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_comes_from_a_file(monkeypatch, tmp_path: Path) -> None:
     rows = [
         {"clean": f"Then, Mary and {name} went to the", "counterfactual": f"Then, Anna and {name} went to the",
@@ -53,6 +55,7 @@ def test_a_task_of_ones_own_comes_from_a_file(monkeypatch, tmp_path: Path) -> No
         assert (tmp_path / "out" / f"{ablation}.md").read_text() == (tmp_path / "csv" / f"{ablation}.md").read_text()
 
 
+@pytest.mark.slow
 def test_only_what_depends_on_the_ablation_is_ranked_again(capsys) -> None:
     options = find_ioi_circuit.parse(["--samples", "8", "--held-out", "8", "--rounds", "0"])
     options.methods = ["random", "gate IG"]

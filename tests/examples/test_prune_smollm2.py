@@ -24,6 +24,7 @@ def text(count: int) -> list[dict[str, torch.Tensor]]:
     return language_model.batches(torch.randint(0, 26, (count, 12)), 2)
 
 
+@pytest.mark.slow
 def test_fine_tuning_in_rounds_ends_at_the_sparsity_and_survives_saving(model, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     masks = prune_smollm2.fine_tune(model, text(4), text(6), options())
@@ -66,6 +67,7 @@ def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_table_and_plot_hold_every_result(model, tmp_path):
     results = {(method, s): 10 + s for method in ("lrp", "wanda") for s in (0.3, 0.5)}
     table = prune_smollm2.Table(options())
@@ -99,6 +101,7 @@ def test_full_and_quick_change_what_is_not_chosen():
     assert all(text.startswith(f"The {name} run") for text, name in zip(told, ("short", "full", "quick"), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--full"], []])
 def test_what_is_printed_are_results_and_which_run_they_are_of(arguments, model, tmp_path, monkeypatch, capsys, caplog):
     """The whole job on a tiny model: rows appear as they are measured, and nothing of what libraries say of themselves."""

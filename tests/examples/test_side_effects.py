@@ -17,6 +17,7 @@ def arguments(monkeypatch, *given):
     monkeypatch.setattr("sys.argv", ["side_effects.py", *map(str, given)])
 
 
+@pytest.mark.slow
 def test_the_table_the_figure_and_the_description_are_written(monkeypatch, tmp_path, capsys):
     model = build("llama")
     before = weights(model)

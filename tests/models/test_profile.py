@@ -84,6 +84,7 @@ def test_a_head_beside_a_model_may_be_about_something_else() -> None:
     assert (two.inner, two.kind, two.causal, two.encoder_decoder) == (None, None, False, False)
 
 
+@pytest.mark.slow
 def test_plain_models_are_known_without_importing_transformers() -> None:
     code = (
         "import sys, torch, lrp_prune\n"

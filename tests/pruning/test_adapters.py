@@ -90,6 +90,7 @@ def test_a_name_of_the_users_own_is_left_alone() -> None:
     assert list(candidates(model)) == ["base_layer.weight", "base_model.0.weight"]
 
 
+@pytest.mark.slow
 def test_masks_go_from_the_bare_model_to_the_adapted_one_and_back() -> None:
     bare, model = build("llama"), _adapted()
     masks = _prune(build("llama"), batch_for("llama"), sparsity=0.5)
@@ -147,6 +148,7 @@ def test_adapters_that_are_off_or_merged_already_are_not_added_again(state: str)
         torch.testing.assert_close(found[weight], expected[weight], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_zeros_outlive_merging_by_the_documented_call(name: str, method: str) -> None:
@@ -195,6 +197,7 @@ def test_what_cannot_be_merged_under_masks_is_said_before_anything_is() -> None:
     assert any("lora" in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -217,6 +220,7 @@ def test_other_adapters_are_refused_by_name(config: Any, message: str, method: s
     assert _prune(model, batch, method=method, exclude=QUERIES).sparsity == 0.5
 
 
+@pytest.mark.slow
 def test_scaling_adapters_need_nothing() -> None:
     """IA3 scales what a layer takes or gives: relevance at its weight is that of the merged one, and a zero stays one."""
     config = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])

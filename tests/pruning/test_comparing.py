@@ -87,6 +87,7 @@ CHOSEN = (
 )
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_pruning_by_hand_and_the_model_comes_out_as_it_went_in():
     model = Network().train()
     model.net[4].eval()
@@ -120,6 +121,7 @@ def test_the_numbers_are_those_of_pruning_by_hand_and_the_model_comes_out_as_it_
     assert len({found.scores[label][0.8] for label in named}) >= 5
 
 
+@pytest.mark.slow
 def test_relevance_is_collected_once_for_all_sparsities(monkeypatch):
     collected = []
     real = RelevanceAccumulator.compute
@@ -130,6 +132,7 @@ def test_relevance_is_collected_once_for_all_sparsities(monkeypatch):
     assert len(collected) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1, 4])
 def test_a_failing_evaluation_leaves_the_model_as_it_was(failing):
     model, calls = Network().train(), []
@@ -222,6 +225,7 @@ def test_the_table_marks_the_best_and_says_what_was_not_reached():
     assert found.to_dict()["sparsities"] == [0.5, 0.7]
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_each_method(tmp_path):
     pytest.importorskip("matplotlib")
     figure = Comparison(SCORES, 0.95).plot(tmp_path / "comparison.pdf")

@@ -65,6 +65,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+@pytest.mark.slow
 def test_a_name_stands_for_an_object_with_defaults() -> None:
     for name, kind in METHODS.items():
         assert isinstance(method_of(name), kind) and str(method_of(name)) == name

@@ -115,6 +115,7 @@ def test_lrp_finds_the_weights_that_matter() -> None:
     assert relevance[:, :2].mean() > 5 * relevance[:, 2:].mean()
 
 
+@pytest.mark.slow
 def test_rounds_score_the_pruned_model_and_never_compound() -> None:
     batches = [batch_for("llama", 4, 9)]
     one, three = build("llama"), build("llama")

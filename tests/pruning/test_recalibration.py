@@ -225,6 +225,7 @@ def test_weights_that_are_in_no_product_are_pruned_in_the_forecast() -> None:
             assert off == pytest.approx(found.divergences[strength], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
 def test_language_models(name: str) -> None:
     """Views of fused and transposed weights, biases or none, shared embeddings; experts."""
@@ -432,6 +433,7 @@ def test_without_batches_nothing_is_recalibrated() -> None:
         lrp_prune.prune(model, method="magnitude", recalibrate=True)
 
 
+@pytest.mark.slow
 def test_a_saturated_classifier_does_not_collapse() -> None:
     """A small BERT that is sure of itself: half of it, and 80 % of it, can go in one shot."""
     torch.manual_seed(0)
@@ -469,6 +471,7 @@ def test_a_saturated_classifier_does_not_collapse() -> None:
         assert accuracy(sparse) > 0.97
 
 
+@pytest.mark.slow
 def test_batches_that_can_be_gone_through_once_are_enough() -> None:
     torch.manual_seed(0)
     model, _ = MODELS["mlp"]()

@@ -109,6 +109,7 @@ def test_masks_keep_the_layouts_of_the_relevance(tmp_path):
     assert all(each.layouts == {"conv1d": "transposed"} for each in (masks, *read))
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_bar_for_each_tensor_in_order(tmp_path):
     pytest.importorskip("matplotlib")
     masks = transformer()

@@ -94,6 +94,7 @@ def test_a_sample_that_misleads_costs_no_exactness(monkeypatch):
         assert_same(chosen([values], k), reference([values], k, "absolute"))
 
 
+@pytest.mark.slow
 def test_random_lists_and_counts():
     generator = torch.Generator().manual_seed(3)
     for round_number in range(60):
@@ -266,6 +267,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 def test_extra_memory_is_a_small_share_of_the_values():
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)

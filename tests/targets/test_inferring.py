@@ -104,6 +104,7 @@ def test_labels_that_are_shifted_already_are_not_shifted_again(wrap: Any, told: 
     torch.testing.assert_close(value, -F.cross_entropy(logits[counted], labels[counted], reduction="sum"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_a_problem_type_that_transformers_only_guesses_does_not_decide(num_labels: int) -> None:
     config = CASES["bert classes"].build().config
@@ -310,6 +311,7 @@ def test_nothing_is_left_of_looking_at_a_model(name: str, fails: bool) -> None:
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
 
 
+@pytest.mark.slow
 def test_one_look_at_two_samples_decides_for_all_batches_and_rounds(told: Told) -> None:
     model, batch = CASES["bert token classification"].made()
     batch = {name: value.repeat(3, 1) for name, value in batch.items()}

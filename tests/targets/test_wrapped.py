@@ -82,6 +82,7 @@ TEXTS = [name for name, case in CASES.items() if {"labels", "input_ids"} <= set(
 IMPOSSIBLE = [(name, wrap) for name in ("t5", "bart") for wrap in (Around, Logits)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [pair for pair in itertools.product(TEXTS, WRAPPERS) if pair not in IMPOSSIBLE],

@@ -35,6 +35,7 @@ def make(name: str, **options: object) -> Task:
 GENERATED = ["IndirectObject", "GreaterThan", "GenderedPronoun"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATED)
 def test_prompts_are_equally_long_and_have_single_token_answers(name: str) -> None:
     task = make(name, samples=40)
@@ -50,6 +51,7 @@ def test_prompts_are_equally_long_and_have_single_token_answers(name: str) -> No
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_seed_decides_all_and_another_changes_it(name: str) -> None:
     assert make(name, samples=16, seed=3).fingerprint == make(name, samples=16, seed=3).fingerprint
@@ -58,6 +60,7 @@ def test_a_seed_decides_all_and_another_changes_it(name: str) -> None:
     assert make(name, samples=16, seed=3).resampled(4, 5).fingerprint == make(name, samples=5, seed=4).fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_split_shares_neither_templates_nor_words(name: str) -> None:
     task = make(name, samples=30)
@@ -119,6 +122,7 @@ def some_whole(text: str, add_special_tokens: bool = True) -> dict[str, list[int
     return {"input_ids": pieces}
 
 
+@pytest.mark.slow
 def test_years_that_are_whole_tokens_are_neither_asked_for_nor_prompts() -> None:
     task = tasks.GreaterThan(some_whole, samples=200, centuries=(14, 15, 18))
     assert task.form == "digits" and len({len(sample.clean) for sample in task.samples}) <= 4
