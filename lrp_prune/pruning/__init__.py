@@ -1,6 +1,7 @@
 """Relevance to masks to models: scorers, scopes, exact selection, masks, schedules, keeping zeros."""
 
 from lrp_prune.pruning.checking import check_uses
+from lrp_prune.pruning.compensation import Compensated, Compensation, LeastSquares, OptimalBrainSurgeon
 from lrp_prune.pruning.emptied import EmptiedWeightsWarning
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.merging import merge_adapters
@@ -17,11 +18,15 @@ __all__ = [
     "METHODS",
     "SCHEDULES",
     "Collects",
+    "Compensated",
+    "Compensation",
     "EmptiedWeightsWarning",
     "Gradient",
+    "LeastSquares",
     "Magnitude",
     "Masks",
     "Method",
+    "OptimalBrainSurgeon",
     "Random",
     "Recalibration",
     "Schedule",

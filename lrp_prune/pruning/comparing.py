@@ -12,9 +12,10 @@ from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.models.batches import check_batches
 from lrp_prune.models.states import unchanged_buffers, undisturbed
 from lrp_prune.progress import is_first
+from lrp_prune.pruning.adjusting import Adjusting
 from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.methods import METHODS, Method, method_of
-from lrp_prune.pruning.prune import prune, recalibrates
+from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.schedules import rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import settled
@@ -167,7 +168,7 @@ def _check(
             schedule = entry.get("schedule", "cubic")
             rounds = rounds_of(schedule, entry.get("rounds"))
             sparsity_schedule(schedule, rate, 1 if rounds is None else rounds)
-        recalibrates(entry.get("recalibrate"), reference)
+        Adjusting(entry.get("recalibrate"), entry.get("compensation"), reference)
         check_chunks(entry.get("chunks", 1), reference, ",".join(kinds))
         needs_data = _scorer(model, entry).needs_data
     except (ValueError, TypeError) as error:

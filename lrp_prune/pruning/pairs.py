@@ -18,8 +18,8 @@ from lrp_prune.pruning.processes import Turn, Turns
 from lrp_prune.pruning.recurrent_gates import Gates, copied, gates_of
 
 
-class DenseOutputs(WeightUses):
-    """The outputs of a forward as it is, of those products that masks are about.
+class PlacedUses(WeightUses):
+    """Which places of weights a forward uses, in its order, and which of them nothing else uses.
 
     Args:
         masks: what is to be pruned.
@@ -28,14 +28,10 @@ class DenseOutputs(WeightUses):
     def __init__(self, masks: Masks) -> None:
         super().__init__(lambda use: [])
         self._masks = masks
-        self.made: dict[Place, list[Tensor]] = {}
         self.order: list[Turn] = []
-        """What was kept, and how many channels it has."""
+        """Places as they came, and how many channels each has."""
         self.looked_up: set[str] = set()
         """Parameters that rows are taken from, as of an embedding."""
-        self.states: dict[Place, list[Tensor]] = {}
-        """Of recurrent layers those that the steps began with."""
-        self._running: tuple[list[Gates], RecurrentLayer, Tensor, Tensor | None] | None = None
         self._used: dict[str, set[tuple[Layout, Place | None]]] = {}
         self._whole: dict[str, Layout] = {}
         self._tied: set[Place] | None = None
@@ -49,17 +45,8 @@ class DenseOutputs(WeightUses):
                     self._tied |= _tied(used, self._whole[name], name in self.looked_up)
         return place not in self._tied
 
-    def _note(self, name: str, whole: Layout, layout: Layout | None, place: Place | None) -> None:
-        self._whole[name] = whole
-        self._used.setdefault(name, set()).add((whole if layout is None else layout, place))
-
-    @property
-    def entries(self) -> int:
-        """How many entries are kept."""
-        return sum(entry.numel() for made in self.made.values() for entry in made)
-
     def observed(self, call: Call) -> Any:
-        """Run a product, and keep what comes out."""
+        """Run a product, and note what it uses."""
         found = self._product(call)
         if found is None:
             return None
@@ -67,9 +54,7 @@ class DenseOutputs(WeightUses):
         parts = parts_of(found, call, result, self._masks)
         for part in parts:
             self._note(part.place.name, found.origin.parameter, part.place.layout, part.place)
-            # A copy: the model may write into what it gets.
-            self.made.setdefault(part.place, []).append(part.of(result).clone())
-            self.order.append((part.place, int(part.of(result).shape[part.axis])))
+            self._seen(part, found, result)
         if not parts:
             self._note(found.origin.name, found.origin.parameter, found.origin.layout, None)
         bias = call.bias
@@ -77,6 +62,35 @@ class DenseOutputs(WeightUses):
         if origin is not None:
             self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
         return given(found.activation, lambda: result)
+
+    def _seen(self, part: "Part", found: Product, result: Tensor) -> None:
+        """A place was used."""
+        self.order.append((part.place, int(part.of(result).shape[part.axis])))
+
+    def _note(self, name: str, whole: Layout, layout: Layout | None, place: Place | None) -> None:
+        self._whole[name] = whole
+        self._used.setdefault(name, set()).add((whole if layout is None else layout, place))
+
+
+class DenseOutputs(PlacedUses):
+    """The outputs of a forward as it is, of those products that masks are about."""
+
+    def __init__(self, masks: Masks) -> None:
+        super().__init__(masks)
+        self.made: dict[Place, list[Tensor]] = {}
+        self.states: dict[Place, list[Tensor]] = {}
+        """Of recurrent layers those that the steps began with."""
+        self._running: tuple[list[Gates], RecurrentLayer, Tensor, Tensor | None] | None = None
+
+    @property
+    def entries(self) -> int:
+        """How many entries are kept."""
+        return sum(entry.numel() for made in self.made.values() for entry in made)
+
+    def _seen(self, part: "Part", found: Product, result: Tensor) -> None:
+        """Keep what comes out: a copy, since the model may write into what it gets."""
+        super()._seen(part, found, result)
+        self.made.setdefault(part.place, []).append(part.of(result).clone())
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """Remember what the steps are made with."""

@@ -18,7 +18,7 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.pruning.choices import Choices
-from lrp_prune.pruning.pairs import DenseOutputs
+from lrp_prune.pruning.pairs import PlacedUses
 
 BatchNormalization = nn.modules.batchnorm._NormBase
 
@@ -42,7 +42,7 @@ def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, cho
                 logits, output = None, target(module, batch)  # of a method that explains nothing it may be anything
             else:
                 logits, output = logits_by(module, call_of(module, batch))
-            if isinstance(uses, DenseOutputs):
+            if isinstance(uses, PlacedUses):
                 found = ((root.parameter, root.ids) for root in propagation.roots())
                 uses.looked_up.update(name for name, ids in found if name is not None and ids is not None)
     if logits is not None:

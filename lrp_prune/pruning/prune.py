@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -12,23 +12,20 @@ from torch import nn
 
 from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.attribution.observers import check_included
-from lrp_prune.distributed.sharding import mesh_of
 from lrp_prune.models.batches import check_batches
-from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
+from lrp_prune.pruning.adjusting import Adjusting
 from lrp_prune.pruning.checking import check_prunable, tell_replicas
 from lrp_prune.pruning.compared import asked_of
+from lrp_prune.pruning.compensation import Compensation
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.methods import Method, method_of
-from lrp_prune.pruning.recalibration import IncomparableError, Recalibration, enough
-from lrp_prune.pruning.recalibration import recalibrate as measure
 from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.schedules import Schedule, rounds_of, sparsity_schedule
 from lrp_prune.pruning.scope import Scope, settled
 from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import select
-from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.selection.scopes import Structure, parse_scope
@@ -37,7 +34,6 @@ from lrp_prune.targets import Inferred
 _logger = logging.getLogger("lrp_prune")
 _ONE_ROUND = 0.6
 """Up to here a second scoring gains nothing, on any model of the panel (tests/benchmarks/panel.py)."""
-_NO_BATCHES = "recalibrate=True needs batches: pass some, or recalibrate=False"
 
 
 def prune(
@@ -54,6 +50,7 @@ def prune(
     rounds: int | None = None,
     schedule: Schedule = "cubic",
     recalibrate: bool | None = None,
+    compensation: str | Compensation | None = None,
     existing: Masks | None = None,
     relevance: Relevance | None = None,
     progress: bool = True,
@@ -96,6 +93,9 @@ def prune(
             statistics of batch normalizations follow. False: no kept weight changes. None: wherever there are batches, and
             outputs that can be compared (their shapes do not depend on values); else the log says that nothing was recalibrated.
             Of several rounds each begins with the dense model's weights, which are kept beside the model until then.
+        compensation: update all kept weights, and biases, to the least squares of what each layer gave, in place of
+            recalibrating: ``"exact"``, ``"obs"``, or an object such as :class:`~lrp_prune.pruning.LeastSquares`. It takes all
+            batches, which should have many more tokens (or samples, or places) than a layer has inputs.
         existing: masks that the model is pruned by already, and trained under since: what they prune stays pruned and counts.
         relevance: scores of this model that were collected before, which the first round selects from instead of collecting them
             again: for several sparsities, say.
@@ -125,17 +125,16 @@ def prune(
     check_batches(batches)
     tell_replicas(model)
     batches = _peeked(batches)
-    recalibrating = recalibrates(recalibrate, batches)
+    adjusting = Adjusting(recalibrate, compensation, batches)
     rounds = rounds_of(schedule, rounds)
     if rounds is None:
-        again = recalibrating and existing is None and gains_by_a_second_round(kinds, scope, sparsity)
+        again = adjusting.active and existing is None and gains_by_a_second_round(kinds, scope, sparsity)
         rounds = 2 if again else 1
     targets: Sequence[float | Mapping[str, float]] = sparsity_schedule(schedule, sparsity, rounds)
     _check_granularity(relevance, kinds)
     reference = list(batches) if rounds > 1 and isinstance(batches, Iterator) else batches
     check_chunks(chunks, reference, ",".join(kinds))
-    if recalibrating and isinstance(reference, Iterator):  # gone through once
-        reference = _Remembering(reference)
+    reference = adjusting.again(reference)
     if method.target is None:
         method = method.with_target(Inferred())  # once for all rounds
     which: dict[str, Any] = {"include": include, "exclude": exclude, "trainable_only": trainable_only}
@@ -143,7 +142,7 @@ def prune(
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
     with undone_on_error() as undo:
-        begin_again = remembered(model) if recalibrating and rounds > 1 else None
+        begin_again = remembered(model) if adjusting.active and rounds > 1 else None
         if begin_again is not None:
             undo.append(begin_again)
         for index, target in enumerate(targets):
@@ -159,16 +158,12 @@ def prune(
                 check_included(include, scored, scored.unscored)
                 groups_of(scored, targets[-1], parse_scope(scope.compared or "global"), masks)  # before the first zero
                 masks = select(scored, target, scope, existing=masks)
-            found = None
-            if recalibrating and begin_again is not None:
+            if begin_again is not None and adjusting.active:
                 begin_again()
-            if recalibrating:
-                compared = asked_of(method.target, scored.target)
-                found = _measured(model, masks, reference, compared, recalibrate is True, progress)
-                recalibrating = found is not None
-            _apply(model, masks, found, undo if begin_again is None else None)
-            if found is not None:
-                _logger.info("round %d: %s", index + 1, found)
+            compared = asked_of(method.target, scored.target)
+            done = adjusting.apply_(model, masks, reference, compared, undo if begin_again is None else None, progress)
+            if done is not None:
+                _logger.info("round %d: %s", index + 1, done)
     assert masks is not None
     return masks
 
@@ -179,64 +174,10 @@ def gains_by_a_second_round(kinds: tuple[str, ...], scope: Scope, sparsity: floa
     return kinds == ("weight",) and not structured and _highest(sparsity) > _ONE_ROUND
 
 
-def recalibrates(asked: bool | None, reference: Any) -> bool:
-    """Whether to recalibrate, which takes batches.
-
-    Raises:
-        ValueError: if it is asked for and cannot be.
-    """
-    if asked not in (None, True, False) or isinstance(asked, int) != isinstance(asked, bool):
-        raise ValueError(f"recalibrate must be True, False, or None for wherever there are batches, got {asked!r}")
-    if asked and _is_empty(reference):
-        raise ValueError(_NO_BATCHES)
-    return asked is not False and not _is_empty(reference)
-
-
-def _measured(
-    model: nn.Module, masks: Masks, reference: Iterable[Any], compared: Any, asked: bool, progress: bool
-) -> Recalibration | None:
-    """The recalibration; None where there is nothing to compare, and it was not asked for."""
-    batches = enough(reference)
-    if not batches and mesh_of(model) is None:  # of several processes one may have some
-        if asked:
-            raise ValueError(_NO_BATCHES)
-        return None
-    try:
-        return measure(model, masks, batches, compared, progress=progress)
-    except IncomparableError as error:
-        if asked:
-            raise
-        _logger.warning("not recalibrated: %s", error)
-        return None
-
-
-def _apply(model: nn.Module, masks: Masks, found: Recalibration | None, undo: list[Callable[[], None]] | None) -> None:
-    """Zero what is pruned and scale what is kept; before anything changes it is noted what puts it back.
-
-    Args:
-        model: the model.
-        masks: what is pruned.
-        found: how what is kept is scaled, if it is.
-        undo: where that is noted; None if all of the model is kept already.
-    """
-    if undo is not None:
-        undo.append(values_under(model, masks))
-    masks.apply_(model)
-    if found is not None:
-        module = subject_of(model).module
-        if undo is not None:
-            undo.append(remembered(module, found.changed(module)))
-        found.apply_(module)
-
-
 def _highest(sparsity: float | Mapping[str, float]) -> float:
     """The highest of the sparsities; 0 of what is none, which is refused later."""
     values = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
     return max((value for value in values if isinstance(value, int | float)), default=0.0)
-
-
-def _is_empty(batches: Any) -> bool:
-    return number_of(batches) == 0
 
 
 def _peeked(batches: Iterable[Any]) -> Iterable[Any]:
@@ -245,22 +186,6 @@ def _peeked(batches: Iterable[Any]) -> Iterable[Any]:
         return batches
     first = list(islice(batches, 1))
     return chain(first, batches) if first else ()
-
-
-class _Remembering:
-    """Batches that can be gone through once, of which those are kept that recalibration looks at."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
-        self.kept: list[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.kept is None:
-            self.kept = enough(self._batches)
-            yield from self.kept
-            yield from self._batches
-        else:
-            yield from self.kept
 
 
 def _check_granularity(relevance: Relevance | None, kinds: tuple[str, ...]) -> None:

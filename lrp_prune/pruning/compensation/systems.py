@@ -1,0 +1,116 @@
+"""The inputs of layers as rows, and the normal equations that are summed from them."""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrp_prune.engine.forms import Convolution, TransposedConvolution
+from lrp_prune.engine.uses import Product
+from lrp_prune.pruning.pairs import Part
+
+_ENTRIES = 1 << 26
+"""Entries of rows that are laid out at a time: patches of a convolution repeat each of its inputs."""
+
+
+def rows_of(found: Product, part: Part, counted: Tensor | None) -> "list[Tensor] | None":
+    """What a layer's weight is multiplied with: ``[groups, rows, in]``, some rows at a time; None where that is not known.
+
+    Args:
+        found: the product.
+        part: of it, the layer.
+        counted: ``[samples, tokens]``, which are no padding; None for all.
+    """
+    x, form = found.activation.detach(), found.form
+    if isinstance(form, TransposedConvolution):
+        return None
+    if isinstance(form, Convolution):
+        return _patches(x, found.weight, form)
+    if form.channel_dim != -1 and part.rows is None:
+        return None
+    if part.rows is not None:
+        x = x[part.rows]
+    elif counted is not None and x.shape[:2] == counted.shape:
+        x = x[counted]
+    return [x.reshape(1, -1, x.shape[-1])]
+
+
+def _patches(x: Tensor, weight: Tensor, form: Convolution) -> list[Tensor]:
+    """What the kernel sees at each place."""
+    dims = weight.dim() - 2
+    if x.dim() == dims + 1:
+        x = x[None]
+    size = list(weight.shape[2:])
+    stride, padding, dilation = (_each(form, index, dims) for index in range(3))
+    reach = [step * (width - 1) for step, width in zip(dilation, size, strict=True)]
+    if padding == "valid":
+        padding = [0] * dims
+    sides = (
+        [(entry // 2, entry - entry // 2) for entry in reach]
+        if padding == "same"
+        else [(entry, entry) for entry in padding]
+    )
+    found = []
+    each = max(1, _ENTRIES // max(x[0].numel() * size_of(size), 1))
+    for some in torch.split(x, each):
+        some = F.pad(some, list(itertools.chain.from_iterable(reversed(sides))))
+        for dim in range(dims):
+            some = some.unfold(2 + dim, reach[dim] + 1, stride[dim])[..., :: dilation[dim]]
+        # [samples, channels, *places, *kernel] -> [groups, samples and places, channels of the group and kernel]
+        some = some.movedim(1, 1 + dims).flatten(0, dims)
+        found.append(some.reshape(len(some), form.groups, -1).transpose(0, 1))
+    return found
+
+
+def size_of(size: list[int]) -> int:
+    """How many entries that has."""
+    return int(torch.Size(size).numel())
+
+
+def _each(form: Convolution, index: int, dims: int) -> Any:
+    value = form.call.argument(3 + index, ("stride", "padding", "dilation")[index])
+    if value is None:
+        value = (1, 0, 1)[index]
+    if isinstance(value, str):
+        return value
+    entries = [value] if isinstance(value, int) else list(value)
+    return entries * dims if len(entries) == 1 else entries
+
+
+class Systems:
+    r"""Sums of products of a layer's inputs, of ones beside them for the bias, and with those of the dense model.
+
+    :attr:`gram` is :math:`\sum x' x'^\top`, :attr:`crossed` :math:`\sum x x'^\top`, with :math:`x'` the input as it is and
+    :math:`x` the dense model's: ``[groups, in + 1, in + 1]``.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram: Tensor | None = None
+        self.crossed: Tensor | None = None
+        self.paired = True
+        """Whether there was a dense input for each."""
+
+    def add(self, rows: list[Tensor], dense: list[Tensor] | None) -> None:
+        """Add inputs, and the dense model's for the same places."""
+        alike = dense is not None and [entry.shape for entry in dense] == [entry.shape for entry in rows]
+        self.paired = self.paired and alike
+        for index, entry in enumerate(rows):
+            pruned = _with_ones(entry)
+            self.count += entry.shape[1]
+            self.gram = _added(self.gram, pruned, pruned)
+            if alike and dense is not None:
+                self.crossed = _added(self.crossed, _with_ones(dense[index]), pruned)
+
+
+def _with_ones(rows: Tensor) -> Tensor:
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.pad(rows, (0, 1), value=1.0)
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    if total is None:
+        return left.transpose(1, 2) @ right
+    return total.baddbmm_(left.transpose(1, 2), right)
