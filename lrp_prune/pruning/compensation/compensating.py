@@ -1,7 +1,7 @@
 """Going through a model stage by stage: inputs from what is pruned and compensated before, kept weights from least squares."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters, resolve
 from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.compensation.matrices import Matrix
 from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, stages_of
 from lrp_prune.pruning.compensation.systems import Systems, rows_of
 from lrp_prune.pruning.compensation.ways import Compensation
@@ -130,11 +131,11 @@ class _Inputs(WeightUses):
 
 
 class _Planned(PlacedUses):
-    """The layers of a forward, in groups that read the same input."""
+    """The layers of a stage, in groups that read the same input."""
 
-    def __init__(self, masks: Masks, groups: list[list[Place]]) -> None:
+    def __init__(self, masks: Masks, groups: list[list[Place]], inside: Collection[str]) -> None:
         super().__init__(masks)
-        self._groups = groups
+        self._groups, self._inside = groups, inside
         self._input: Tensor | None = None
         self._known = {place for group in groups for place in group}
 
@@ -142,7 +143,7 @@ class _Planned(PlacedUses):
         super()._seen(part, found, result)
         shares = found.activation is self._input and part.rows is None and len(part.place.layout.size) == 2
         self._input = found.activation if len(part.place.layout.size) == 2 and part.rows is None else None
-        if part.place in self._known:
+        if part.place in self._known or part.place.name not in self._inside:
             return
         self._known.add(part.place)
         if shares and self._groups:
@@ -159,18 +160,20 @@ class _Compensating:
         self._parameters = named_parameters(module)
         self._pruned = {name: weight for name, weight in resolve(masks, module).items() if masks.pruned_in(name)}
         self._device = next(module.parameters()).device
+        self._outside: dict[nn.Parameter, Tensor] = {}
         self._result = Compensated()
 
     def run(self, shown: Progress) -> Compensated:
         candidates = stages_of(self._module, self._pruned)
         watched, ties = self._watch(candidates)
         stages = {name: candidates[name] for name in watched.order if watched.calls[name] == 1}
-        dense, pruned = (Given(stages, watched.needed, "cpu") for _ in range(2))
+        self._zero_outside(stages)
+        dense, pruned = (Given(stages, watched.made_of(stages), "cpu") for _ in range(2))
         with shown("Compensating", len(stages)) as advance:
             for name, stage in stages.items():
                 self._stage(name, stage, dense, pruned, ties)
                 advance(1)
-        self._mask_the_rest()
+        self._name_the_rest()
         return self._result
 
     def _watch(self, candidates: Mapping[str, nn.Module]) -> tuple[Watched, PlacedUses]:
@@ -200,8 +203,9 @@ class _Compensating:
         outputs = []
         for index in range(len(self._batches)):
             made = Choices()
-            planned = _Planned(self._masks, groups)
-            outputs.append(self._run(index, stage, dense if both else pruned, planned, made))
+            planned = _Planned(self._masks, groups, held)
+            with _holding(self._outside if both else {}):
+                outputs.append(self._run(index, stage, dense if both else pruned, planned, made))
             choices.append(made.made)
         self._zero(held)
         for group in groups:
@@ -229,7 +233,7 @@ class _Compensating:
             theirs = None
             if self._way.dense > 0:
                 theirs = _Inputs(self._masks, group, counted)
-                with _holding(held, before):
+                with _holding({**self._outside, **{held[key]: value for key, value in before.items()}}):
                     self._run(index, stage, dense, theirs, Choices(choices[index]))
             ours = _Inputs(self._masks, group, counted)
             self._run(index, stage, pruned, ours, Choices(choices[index]))
@@ -260,7 +264,7 @@ class _Compensating:
         if systems.count < FEWEST:
             self._result.left_out[place.name] = f"is reached by fewer than {FEWEST} samples or tokens"
             return
-        weight = _Matrix(place, self._parameters, self._masks, len(systems.gram))
+        weight = Matrix(place, self._parameters, self._masks, len(systems.gram))
         found = weight.values(before)
         gram, crossed = systems.gram.to(found.dtype), systems.crossed
         if not bool(torch.isfinite(gram).all()):
@@ -290,6 +294,13 @@ class _Compensating:
         best = self._result.errors.get(place.name, (0.0, 0.0))
         self._result.errors[place.name] = (best[0] + float(errors[0]), best[1] + float(errors[1]))
 
+    def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
+        """Apply masks to what is in no stage, and remember the dense model's values."""
+        inside = {id(parameter) for stage in stages.values() for parameter in stage.parameters()}
+        outside = {name: weight for name, weight in self._pruned.items() if id(weight) not in inside}
+        self._outside = {weight: weight.detach().clone() for weight in outside.values()}
+        self._zero(outside)
+
     def _zero(self, held: Mapping[str, nn.Parameter]) -> None:
         inside = {id(weight) for weight in held.values()}
         with torch.no_grad():
@@ -297,8 +308,7 @@ class _Compensating:
                 if id(weight) in inside:
                     weight[~self._masks.part(name, weight)] = 0
 
-    def _mask_the_rest(self) -> None:
-        self._masks.apply_(self._module)
+    def _name_the_rest(self) -> None:
         for name in self._pruned:
             if name not in self._result.errors:
                 self._result.left_out.setdefault(name, "is in no product of a stage that was run")
@@ -312,63 +322,15 @@ def _excess(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
 
 
 @contextmanager
-def _holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+def _holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Parameters with other values, for the time of a context."""
-    own = {name: parameter.data for name, parameter in parameters.items()}
+    own = {parameter: parameter.data for parameter in values}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name]
+        for parameter, value in values.items():
+            parameter.data = value
         torch.clear_autocast_cache()
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        for parameter, value in own.items():
+            parameter.data = value
         torch.clear_autocast_cache()
-
-
-class _Matrix:
-    """A layer's weight, and its bias as the last column: ``[groups, out, in]``."""
-
-    def __init__(self, place: Place, parameters: Mapping[str, nn.Parameter], masks: Masks, groups: int) -> None:
-        self._place, self._parameters, self._groups = place, parameters, groups
-        self.has_bias = place.bias is not None
-        self.kept = self._laid_out({name: _mask(masks, name, parameters[name]) for name in self._names()})
-
-    def _names(self) -> list[str]:
-        return [self._place.name, *([self._place.bias.name] if self._place.bias is not None else [])]
-
-    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        laid_out = self._laid_out(tensors)
-        return laid_out.to(torch.promote_types(laid_out.dtype, torch.float32))
-
-    def _laid_out(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        matrix = self._upright(self._place.layout.on(tensors[self._place.name])).reshape(
-            self._groups, -1, self._width()
-        )
-        if self._place.bias is None:
-            return matrix
-        bias = self._place.bias.layout.on(tensors[self._place.bias.name])
-        return torch.cat([matrix, bias.reshape(self._groups, -1, 1)], dim=2)
-
-    def _width(self) -> int:
-        size = self._place.layout.size
-        return int(torch.Size(size).numel()) // size[self._place.axis]
-
-    def _upright(self, weight: Tensor) -> Tensor:
-        """Output channels first."""
-        return weight.movedim(self._place.axis, 0)
-
-    @torch.no_grad()
-    def write_(self, matrix: Tensor) -> None:
-        if self._place.bias is not None:
-            bias = self._place.bias.layout.on(self._parameters[self._place.bias.name].data)
-            bias.copy_(matrix[..., -1].reshape(bias.shape))
-            matrix = matrix[..., :-1]
-        weight = self._upright(self._place.layout.on(self._parameters[self._place.name].data))
-        weight.copy_(matrix.reshape(weight.shape))
-
-
-def _mask(masks: Masks, name: str, parameter: Tensor) -> Tensor:
-    """What is kept of a parameter, laid out as it is."""
-    kept = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.bool, device=parameter.device)
-    return kept.copy_(masks[name]) if name in masks else kept.fill_(True)

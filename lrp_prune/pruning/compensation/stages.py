@@ -63,7 +63,7 @@ class Given:
 
     Args:
         stages: all, in the order of execution.
-        needed: for each stage those whose outputs it is made of, see :func:`dependencies`.
+        needed: for each stage those whose outputs it is made of, see :meth:`Watched.made_of`.
         keep_on: where outputs are kept.
     """
 
@@ -174,6 +174,18 @@ class Watched:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def made_of(self, stages: Collection[str]) -> dict[str, set[str]]:
+        """For each of these stages those of them whose outputs it is made of, directly or by what is none of them."""
+
+        def behind(name: str, seen: set[str]) -> set[str]:
+            new = self.needed[name] - seen
+            seen |= new
+            return {entry for entry in new if entry in stages}.union(
+                *(behind(entry, seen) for entry in new if entry not in stages)
+            )
+
+        return {name: behind(name, set()) for name in stages}
 
     def _before(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,128 @@
+"""Stages of models, and what they give in their place."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.names import named_parameters
+from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, stages_of
+from tests.support.small_models import batch_for, build
+
+STAGES = {
+    "llama": ["model.layers.0", "model.layers.1"],
+    "bert": ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler.dense"],
+    "t5": ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+    "gpt2": ["transformer.h.0", "transformer.h.1"],
+}
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    outside = ("embed", "head", "shared", "wte", "wpe", "classifier")
+    return {
+        name: value
+        for name, value in named_parameters(model).items()
+        if value.dim() > 1 and not any(word in name for word in outside)
+    }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_repeats_is_a_stage(name: str) -> None:
+    model = build(name)
+    found = stages_of(model, matrices(model))
+    assert [entry for entry in found if "score" not in entry] == STAGES[name]
+    inside = [id(value) for stage in found.values() for value in stage.parameters()]
+    assert all(inside.count(id(value)) == 1 for value in matrices(model).values())
+
+
+def test_layers_outside_of_what_repeats_are_stages_by_themselves() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "rest": nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU())})
+    assert list(stages_of(model, dict(model.named_parameters()))) == ["first", "rest.0.0"]
+    assert list(stages_of(model, {"first.weight": model["first"].weight})) == ["first"]
+
+
+class Skipping(nn.Module):
+    """The last stage reads what the first gave; the middle one is run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layers[0](x).relu()
+        second = self.layers[1](first)
+        third = self.layers[2](self.layers[2](second))
+        return self.layers[3](third + first)
+
+
+def watched(model: nn.Module, x: Tensor) -> Watched:
+    found = Watched(stages_of(model, dict(model.named_parameters())))
+    with found.watching(), torch.enable_grad():
+        model(x)
+    return found
+
+
+def test_a_forward_is_watched() -> None:
+    found = watched(Skipping(), torch.randn(2, 3))
+    assert found.order == ["layers.0", "layers.1", "layers.2", "layers.3"]
+    assert dict(found.calls) == {"layers.0": 1, "layers.1": 1, "layers.2": 2, "layers.3": 1}
+    assert found.needed["layers.0"] == set() and found.needed["layers.1"] == {"layers.0"}
+    assert found.needed["layers.3"] == {"layers.0", "layers.2"}
+    once = {name: found.needed[name] for name in ("layers.0", "layers.1")}
+    assert found.made_of(["layers.0", "layers.1", "layers.3"]) == {**once, "layers.3": {"layers.0", "layers.1"}}
+
+
+def test_outputs_are_forgotten_when_nothing_more_is_made_of_them() -> None:
+    model, x = Skipping(), torch.randn(2, 3)
+    found = watched(model, x)
+    stages = stages_of(model, dict(model.named_parameters()))
+    known = Given(stages, found.needed, "cpu")
+    outputs = [torch.randn(2, 3) for _ in range(3)]
+    for name, output in zip(list(stages)[:3], outputs, strict=True):
+        known.keep(name, [output])
+    kept = {name: [bool(torch.isfinite(entry).all()) for entry in values] for name, values in known._outputs.items()}
+    assert kept == {"layers.0": [True], "layers.1": [False], "layers.2": [True]}
+    with known.standing_in(0, torch.device("cpu")):
+        expected = model.layers[3](outputs[2] + outputs[0].relu())
+        assert torch.equal(model(x), expected)
+    assert "forward" not in vars(model.layers[0])
+    assert not torch.equal(model(x), expected)
+
+
+def test_what_is_forgotten_is_not_given_silently() -> None:
+    model, x = Skipping(), torch.randn(2, 3)
+    stages = stages_of(model, dict(model.named_parameters()))
+    known = Given(stages, {name: set() for name in stages}, "cpu")  # as if nothing were made of anything
+    for name in list(stages)[:3]:
+        known.keep(name, [torch.randn(2, 3)])
+    with known.standing_in(0, torch.device("cpu")):
+        assert bool(model(x).isnan().all())
+
+
+def test_a_forward_is_left_with_the_stage_and_errors_come_through() -> None:
+    model, told = Skipping(), list[Tensor]()
+    with leaving_after(model.layers[1], told.append), pytest.raises(StageReached):
+        model(torch.randn(2, 3))
+    assert len(told) == 1 and not model.layers[1]._forward_hooks
+    with leaving_after(model.layers[1], told.append), pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(2, 5))
+    assert len(told) == 1
+
+
+def test_a_forward_of_ones_own_is_put_back() -> None:
+    model, x = Skipping(), torch.randn(2, 3)
+    own = lambda x: x + 1.0  # noqa: E731  # what somebody has set on the module
+    model.layers[0].forward = own
+    stages = stages_of(model, dict(model.named_parameters()))
+    known = Given(stages, {**{name: set() for name in stages}, "layers.1": {"layers.0"}}, "cpu")
+    known.keep("layers.0", [torch.zeros(2, 3)])
+    with known.standing_in(0, torch.device("cpu")):
+        assert not model.layers[0](x).any()
+    assert vars(model.layers[0])["forward"] is own
+
+
+def test_t5_needs_the_first_blocks_positions_everywhere() -> None:
+    model, batch = build("t5"), batch_for("t5")
+    found = Watched(stages_of(model, matrices(model)))
+    with found.watching(), torch.enable_grad():
+        model(**batch)
+    assert "encoder.block.1" in found.needed["decoder.block.0"] & found.needed["decoder.block.1"]
