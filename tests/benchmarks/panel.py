@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp": {},
     "lrp, one round": {"rounds": 1},
     "lrp, not recalibrated": {"recalibrate": False},
+    "lrp, compensated": {"compensation": "exact"},
+    "lrp, compensated column by column": {"compensation": "obs"},
     "lrp, no floor, not recalibrated": {"scope": Scope(floor=0.0), "recalibrate": False},
     "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},
     "gradient": {"method": "gradient"},
