@@ -285,14 +285,13 @@ class _Compensating:
             damped = gram[group] + torch.eye(len(own), dtype=gram.dtype, device=gram.device) * damping
             cross = found[group] @ mixed[group] + damping * found[group]
             update = self._way.solve(damped, cross, weight.kept[group], found[group])
-            errors += torch.tensor(
-                [_excess(entry, damped, cross) for entry in (found[group] * weight.kept[group], update)],
-                dtype=torch.float64,
-            )
+            best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
+            masked = found[group] * weight.kept[group]
+            errors += torch.tensor([_distance(entry, best, damped) for entry in (masked, update)], dtype=torch.float64)
             solved.append(update)
         weight.write_(torch.stack(solved))
-        best = self._result.errors.get(place.name, (0.0, 0.0))
-        self._result.errors[place.name] = (best[0] + float(errors[0]), best[1] + float(errors[1]))
+        known = self._result.errors.get(place.name, (0.0, 0.0))
+        self._result.errors[place.name] = (known[0] + float(errors[0]), known[1] + float(errors[1]))
 
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage, and remember the dense model's values."""
@@ -314,11 +313,10 @@ class _Compensating:
                 self._result.left_out.setdefault(name, "is in no product of a stage that was run")
 
 
-def _excess(weight: Tensor, gram: Tensor, cross: Tensor) -> float:
-    """The squared error beyond that of the least squares without a mask, up to what is the same for all weights."""
-    weight, gram, cross = weight.double(), gram.double(), cross.double()
-    best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
-    return float((((weight - best) @ gram) * (weight - best)).sum())
+def _distance(weight: Tensor, best: Tensor, gram: Tensor) -> float:
+    """The squared error of outputs beyond that of the least squares without a mask."""
+    apart = weight - best
+    return float(((apart @ gram) * apart).sum())
 
 
 @contextmanager
