@@ -75,6 +75,15 @@ def test_a_threshold_is_the_lowest_that_keeps_to_the_share_in_each_set(allowed: 
     assert any(float((values > lower).float().mean()) > allowed for values in scores.values())
 
 
+def test_each_set_has_the_share_that_its_name_is_allowed() -> None:
+    scores = {"text": torch.arange(10.0), "copying": torch.arange(10.0) - 5, "facts": torch.arange(10.0) + 50}
+    assert strictest(scores, {"text": 0.2}) == 7
+    assert strictest(scores, {"text": 0.2, "copying": 0.0}) == 7
+    assert strictest(scores, {"*": 0.9, "copying": 0.0}) == 50
+    with pytest.raises(ValueError, match="lists"):
+        strictest(scores, {"lists": 0.1})
+
+
 def test_nothing_to_learn_from_is_said() -> None:
     model, (batch, _) = build("llama"), texts(1, 3, 50)
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
@@ -82,7 +91,7 @@ def test_nothing_to_learn_from_is_said() -> None:
         ActivationAbove.learned(model, LAYER, [batch], {"first": [batch], "second": [empty]})
     with pytest.raises(KeyError, match=r"no module 'model\.layers\.7'"):
         ActivationAbove.learned(model, "model.layers.7", [batch], {"first": [batch]})
-    with pytest.raises(ValueError, match=r"allowed must be a number in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"allowed of 'first' must be a number in \[0, 1\), got 1"):
         ActivationAbove.learned(model, LAYER, [batch], {"first": texts(2, 3, 9)}, allowed=1)
 
 

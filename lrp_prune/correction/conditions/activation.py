@@ -47,7 +47,7 @@ class ActivationAbove(Condition):
         at: str,
         undesired: Iterable[Mapping[str, Any]],
         general: Mapping[str, Iterable[Mapping[str, Any]]],
-        allowed: float = 0.002,
+        allowed: Mapping[str, float] | float = 0.02,
         shrinkage: float = 0.1,
     ) -> "ActivationAbove":
         r"""Learn where a causal language model is about to misbehave, and hardly ever otherwise.
@@ -55,14 +55,14 @@ class ActivationAbove(Condition):
         The hidden states from which labelled tokens are predicted are taken. The direction is Fisher's,
         :math:`((1 - \lambda) \Sigma + \lambda\,\bar\sigma I)^{-1} (\mu_u - \mu_g)` with the covariance :math:`\Sigma` within
         sets, its mean variance :math:`\bar\sigma` and the mean :math:`\mu_g` of the general sets' means: each counts alike. The
-        threshold is the lowest at which the condition holds in no general set at more than ``allowed`` of the places.
+        threshold is the lowest at which the condition holds in no general set at more of the places than is ``allowed``.
 
         Args:
             model: the model, wrapped or not; it comes out as it went in.
             at: canonical name of the module that is looked at.
             undesired: batches with ``labels`` for tokens that should not be said, -100 elsewhere.
             general: batches of each set, by name, with ``labels`` where the condition is not to hold: right repetitions, say.
-            allowed: see above, in [0, 1).
+            allowed: a share in [0, 1) for each set, or shares by name or pattern: ``{"*": 0.02, "copying": 0.0}``.
             shrinkage: :math:`\lambda`, in (0, 1].
 
         Raises:

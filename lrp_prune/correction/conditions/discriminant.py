@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.arguments import check_number
+from lrp_prune.effects.limits import checked_limits, limit_of
 
 
 def discriminant(wanted: Tensor, others: Sequence[Tensor], shrinkage: float = 0.1) -> Tensor:
@@ -45,15 +46,27 @@ def discriminant(wanted: Tensor, others: Sequence[Tensor], shrinkage: float = 0.
     return unit.float()
 
 
-def strictest(scores: Mapping[str, Tensor], allowed: float) -> float:
+def strictest(scores: Mapping[str, Tensor], allowed: Mapping[str, float] | float) -> float:
     """The lowest threshold that at most ``allowed`` of the scores of each set lie above.
 
+    Args:
+        scores: ``[places]`` by the name of the set.
+        allowed: a share for all, or shares by name or pattern, of which the most exact one counts.
+
     Raises:
-        ValueError: for a share outside of [0, 1).
+        ValueError: for a share outside of [0, 1), or of what is no set; and if no set has one.
 
     Example:
         >>> strictest({"text": torch.arange(10.0), "copying": torch.tensor([3.0, 4.0])}, 0.2)
         7.0
     """
-    check_number("allowed", allowed, "[0, 1)")
-    return max(float(values.sort(descending=True).values[int(allowed * len(values))]) for values in scores.values())
+    limits = checked_limits(allowed, list(scores))
+    found = []
+    for name, values in scores.items():
+        share = limit_of(name, limits)
+        if share is not None:
+            check_number(f"allowed of {name!r}", share, "[0, 1)")
+            found.append(float(values.sort(descending=True).values[int(share * len(values))]))
+    if not found:
+        raise ValueError(f"allowed must say how much of one of {', '.join(scores)} is, got {allowed!r}")
+    return max(found)
