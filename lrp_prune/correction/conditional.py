@@ -21,14 +21,15 @@ _CONDITION = "condition:"
 class ConditionalPatch(Patch):
     r"""A patch under a condition: where it holds, entries are :math:`(1 - s)\, w`; elsewhere nothing has changed.
 
-    No weight is written. Forward hooks run the touched layers once more on the tokens (or samples) at which the condition holds,
-    and put that in the place of what they returned. Where it holds nowhere, outputs are those of the model without the patch, bit
+    No weight is written. Forward hooks take away, at the tokens (or samples) at which the condition holds, what the entries have
+    added to the outputs of their layers. Where it holds nowhere, outputs are those of the model without the patch, bit
     for bit, so side effects are confined to texts in which it holds somewhere; and what could not be spared everywhere (neurons,
     heads, many weights at full strength) can be taken away.
 
     It is saved, applied, scaled, undone, measured, and refused by other models as any :class:`~lrp_prune.Patch`, and works in
     generation with a cache: a condition looks at nothing but the call under way. Layers must be linear, and run after the module
-    that the condition looks at. Weights are not frozen in a training: gradients are those of the weights that were run.
+    that the condition looks at. Weights are not frozen in a training: gradients are those of the scaled entries. With activation
+    checkpointing a backward must follow its own forward, since the condition is that of the last one. Several patches add up.
 
     Args:
         patch: what acts.

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lrp_prune.correction.conditions.condition import Condition
 from lrp_prune.correction.conditions.states import module_at
@@ -52,20 +51,18 @@ class Layer(NamedTuple):
 class GatedLayer:
     """The hook of a layer that a conditional patch touches.
 
-    Where the condition holds, the layer is run once more on these tokens with entries :math:`(1 - s)\\, w` of the weights that it
-    has now; everything else of its output is what it was, bit by bit. Gradients are those of the weights that were run.
+    Where the condition holds, the share :math:`s` of what the patched entries add to the output is taken away, of the weights
+    that the layer has now; everything else of the output is what it was, bit by bit. So patches add up, those of one layer too.
+    Gradients are those of entries :math:`(1 - s)\\, w`.
     """
 
     def __init__(self, gate: Gate, name: str, positions: Mapping[str, Tensor]) -> None:
         self.gate, self.name = gate, name
         self.positions = dict(positions)
-        self._inside = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self._inside:
-            return None
         if self.gate.where is None:
             raise RuntimeError(
                 f"{self.name} runs before {self.gate.patch.condition.at!r}, which its condition looks at: leave it out of the "
@@ -79,22 +76,25 @@ class GatedLayer:
             )
         if not bool(where.any()):
             return None
-        given = args[0] if args else next(iter(kwargs.values()))
-        self._inside = True
-        try:
-            changed = functional_call(module, self._corrected(module), (given[where],))
-        finally:
-            self._inside = False
-        return output.index_put((where,), changed.to(output.dtype))
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return output.index_put((where,), output[where] - self._share(module, given[where]).to(output.dtype))
 
-    def _corrected(self, module: nn.Module) -> dict[str, Tensor]:
-        """The layer's parameters with scaled entries; they are not written."""
-        weights = {}
-        for name, positions in self.positions.items():
-            weight = getattr(module, name)
-            places = torch.unravel_index(positions.to(weight.device), tuple(weight.shape))
-            weights[name] = weight.index_put(places, weight[places] * (1 - self.gate.strength))
-        return weights
+    def _share(self, module: nn.Module, given: Tensor) -> Tensor:
+        """What is taken away from the output for these inputs."""
+        weight, bias = (self._entries(module, name) for name in ("weight", "bias"))
+        if weight is None:
+            assert bias is not None
+            return bias.expand(*given.shape[:-1], -1)
+        # That of Conv1D is stored the other way round.
+        return nn.functional.linear(given, weight if isinstance(module, nn.Linear) else weight.T, bias)
+
+    def _entries(self, module: nn.Module, name: str) -> Tensor | None:
+        """A parameter's patched entries by the share that is taken away, zeros elsewhere; None if none is patched."""
+        if name not in self.positions:
+            return None
+        parameter: Tensor = getattr(module, name)
+        places = torch.unravel_index(self.positions[name].to(parameter.device), tuple(parameter.shape))
+        return torch.zeros_like(parameter).index_put(places, parameter[places] * self.gate.strength)
 
 
 def attach(patch: "ConditionalPatch", model: nn.Module, strength: float) -> None:

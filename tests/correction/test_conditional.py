@@ -86,6 +86,27 @@ def test_a_condition_on_samples_that_holds_for_all_is_the_patch_itself(name: str
     torch.testing.assert_close(logits(model), logits(static), rtol=1e-5, atol=1e-6)
 
 
+def test_several_patches_of_one_layer_add_up_and_other_hooks_run_once() -> None:
+    model, static = build("llama"), build("llama")
+    layer, calls = model.get_submodule("model.layers.1.mlp.up_proj"), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    first = where_token_is(model, AMONG, seed=0)
+    second = ConditionalPatch(last_layer_patch(model, seed=1) - first.unconditional(), TokenIs(EMBEDDING, AMONG[1:]))
+    (first.unconditional() | second.unconditional()).apply_(static)
+    clean = logits(build("llama"))
+    for patch in (first, second):
+        patch.apply_(model)
+    found, both = logits(model), torch.isin(IDS, torch.tensor(AMONG[1:]))
+    assert len(calls) == 1
+    torch.testing.assert_close(found[both], logits(static)[both], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[~HELD], clean[~HELD])
+    first.revert_(model)
+    assert second.strength_in(model) == 1
+    assert torch.equal(logits(model)[~both], clean[~both])
+    second.revert_(model)
+    assert torch.equal(logits(model), clean)
+
+
 def test_a_bias_is_corrected_too() -> None:
     model = nn.Sequential(nn.Identity(), nn.Linear(3, 2))
     patch = Patch.from_positions(model, {"1.bias": torch.tensor([1]), "1.weight": torch.tensor([0, 4])})
