@@ -35,7 +35,7 @@ from lrp_prune.callbacks._contrast import (
 )
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._reference_sets import ReferenceSets, Source
-from lrp_prune.correction import Automatic, Guard, Patch, Search, search_amount
+from lrp_prune.correction import Automatic, Guard, Patch, Search, patch_of, search_amount
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects
 from lrp_prune.engine.unsharding import make_ordinary
@@ -206,7 +206,7 @@ class ContrastiveCorrection(CollectingCallback):
         if state_dict.get("version") != 1:
             raise ValueError(f"the state has version {state_dict.get('version')!r}, this lrp-prune reads 1")
         patch = state_dict["patch"]
-        self._patch = None if patch is None else Patch.from_state_dict(patch)
+        self._patch = None if patch is None else patch_of(patch)
         self._waiting, self._before = state_dict["waiting"], dict(state_dict["before"])
         self._strength = state_dict.get("strength", self._strength)  # a search may have chosen another
         found = None if self._patch is None else self._patch.provenance.get("side_effects")

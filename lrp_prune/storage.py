@@ -121,6 +121,19 @@ def _write(path: Path, write: Callable[[str], None]) -> None:
         raise
 
 
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What kind of tensors a file holds; empty if it is none of ours.
+
+    Raises:
+        ValueError: if it is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("format", "")).removeprefix("lrp_prune.")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrp_prune.arguments import check_integer
+from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.patch import Patch
 from lrp_prune.effects import SideEffects, Suite, side_effects
@@ -101,7 +102,7 @@ def applied(patch: Patch, model: nn.Module, strength: float = 1.0) -> Iterator[n
 
 
 def random_like(patch: Patch, model: nn.Module, seed: int = 0) -> Patch:
-    """A patch of as many entries of each parameter, drawn from all of its entries.
+    """A patch of as many entries of each parameter, drawn from all of its entries; under the same condition, if there is one.
 
     Example:
         >>> model = nn.Linear(8, 8)
@@ -114,9 +115,10 @@ def random_like(patch: Patch, model: nn.Module, seed: int = 0) -> Patch:
     for name, entry in patch.items():
         size, count = int(torch.Size(entry.shape).numel()), len(entry.positions)
         positions[name] = _drawn(size, count, generator)
-    return Patch.from_positions(
+    drawn = Patch.from_positions(
         model, positions, behaviour=f"none: random entries, as many as {named(patch)} has", seed=seed
     )
+    return ConditionalPatch(drawn, patch.condition) if isinstance(patch, ConditionalPatch) else drawn
 
 
 def _drawn(size: int, count: int, generator: torch.Generator) -> torch.Tensor:

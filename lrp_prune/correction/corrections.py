@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lrp_prune.correction import gating
+from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.entries import check_strength, locate, read, same_bits, scaled, write_together
 from lrp_prune.correction.freezing import Frozen
 from lrp_prune.correction.patch import Patch
@@ -23,6 +25,9 @@ class Corrections:
 
     Patches that are enabled together must not overlap: which of them an entry's value comes from would depend on the
     order in which they are switched. Overlapping ones may be kept side by side and enabled in turn.
+
+    Conditional patches write nothing: they are hooks of the model while they are enabled. They overlap with no other, since they
+    scale what the weights hold, and freeze nothing.
 
     Of a model that ``fully_shard`` has divided, each process writes its own part, and all must switch alike.
 
@@ -104,7 +109,12 @@ class Corrections:
         if strength == 0:
             self.disable(name)
             return
-        for other in self._strengths:
+        if isinstance(patch, ConditionalPatch):
+            self._strengths[name] = strength
+            if not self._suspended:
+                gating.switch(patch, self._model, strength)
+            return
+        for other in self._written:
             shared = patch.overlap(self._patches[other], self._model) if other != name else {}
             if shared:
                 where, count = next(iter(shared.items()))
@@ -127,7 +137,10 @@ class Corrections:
             KeyError: there is none of that name.
         """
         patch = self._patch(name)
-        if name in self._stored:
+        if isinstance(patch, ConditionalPatch):
+            gating.switch(patch, self._model, 0.0)
+            self._strengths.pop(name, None)
+        elif name in self._stored:
             self._write(name, resolve_entries(patch, self._model), 0.0)
             del self._stored[name], self._strengths[name]
             self._freeze()
@@ -146,7 +159,8 @@ class Corrections:
         finally:
             self._suspended -= 1
             if not self._suspended and self._strengths:
-                for name, strength in self._strengths.items():
+                self._switch(self._strengths)
+                for name, strength in self._written.items():
                     parameters = resolve_entries(self._patches[name], self._model)
                     self._stored[name] = self._read(name, parameters)
                     self._write(name, parameters, strength)
@@ -158,7 +172,8 @@ class Corrections:
         Args:
             untouched: only in parameters whose entries hold what was written; what was loaded into others since stays.
         """
-        for name, strength in self._strengths.items():
+        self._switch(dict.fromkeys(self._strengths, 0.0))
+        for name, strength in self._written.items():
             parameters: dict[str, nn.Parameter] = resolve_entries(self._patches[name], self._model)
             if untouched:
                 parameters = {
@@ -191,7 +206,7 @@ class Corrections:
             keys: the keys of a parameter by its ``id``.
         """
         copies: dict[str, Tensor] = {}
-        for name in self._strengths:
+        for name in self._written:
             patch = self._patches[name]
             for entry, parameter in resolve_entries(patch, self._model).items():
                 for key in keys.get(id(parameter), []):
@@ -210,6 +225,7 @@ class Corrections:
 
     def replace(self, patches: Mapping[str, Patch], strengths: Mapping[str, float]) -> None:
         """Have these patches and no others, on parameters that hold uncorrected values."""
+        self._switch(dict.fromkeys(self._patches, 0.0))
         self._patches, self._stored = dict(patches), {}
         self._strengths = {name: strength for name, strength in strengths.items() if strength and name in patches}
         self.renew()
@@ -224,11 +240,40 @@ class Corrections:
         with self.suspended():
             return patch.renewed(self._model)
 
+    def check_mergeable(self) -> None:
+        """Refuse to write corrected weights where a correction is not in the weights.
+
+        Raises:
+            ValueError: a conditional patch is enabled.
+        """
+        for name in self._strengths:
+            if name not in self._written:
+                raise ValueError(
+                    f"patch {name!r} acts under a condition and cannot be merged into weights: disable it, or write it beside "
+                    "uncorrected weights by merged=False"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         if not self._suspended:
             return self.__dict__
         # A copy of the uncorrected model leaves no context that would correct it again.
         return {**self.__dict__, "_strengths": {}, "_stored": {}, "_suspended": 0}
+
+    @property
+    def _written(self) -> dict[str, float]:
+        """Of the enabled patches those that are in the weights."""
+        return {
+            name: strength
+            for name, strength in self._strengths.items()
+            if not isinstance(self._patches[name], ConditionalPatch)
+        }
+
+    def _switch(self, strengths: Mapping[str, float]) -> None:
+        """Put the hooks of conditional patches where they belong, or take them off."""
+        for name, strength in strengths.items():
+            patch = self._patches[name]
+            if isinstance(patch, ConditionalPatch):
+                gating.switch(patch, self._model, strength)
 
     def _patch(self, name: str) -> Patch:
         if name not in self._patches:
@@ -255,7 +300,7 @@ class Corrections:
 
     def _freeze(self) -> None:
         entries = []
-        for name, strength in self._strengths.items():
+        for name, strength in self._written.items():
             patch = self._patches[name]
             for entry, parameter in resolve_entries(patch, self._model).items():
                 values = scaled(self._stored[name][entry].to(parameter.dtype), strength)

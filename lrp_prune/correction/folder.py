@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.reading import load_patch
 from lrp_prune.distributed.sharding import agree, is_first, local_part, mesh_of, sharding_of
 
 _INDEX = "patches.json"
@@ -83,4 +84,4 @@ def load_patches(path: str | os.PathLike[str]) -> tuple[dict[str, Patch], dict[s
         strengths = {str(name): float(entry["strength"]) for name, entry in index.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / _INDEX} is damaged: {error!r}") from error
-    return {name: Patch.load(file) for name, file in files.items()}, strengths
+    return {name: load_patch(file) for name, file in files.items()}, strengths

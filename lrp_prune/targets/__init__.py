@@ -6,6 +6,7 @@ from lrp_prune.targets.inferring import Inferred
 from lrp_prune.targets.likelihood import log_likelihood
 from lrp_prune.targets.margins import RepetitionMargin, TokenMargin
 from lrp_prune.targets.naming import TARGETS, Target, check_suits, checked, describe, in_words
+from lrp_prune.targets.repetitions import LoopMargin, RepeatedTokens, repeated, repeats_only
 from lrp_prune.targets.spans import AnswerSpan
 from lrp_prune.targets.tokens import LastToken, NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues
@@ -17,9 +18,11 @@ __all__ = [
     "Inferred",
     "LastToken",
     "LogitDifference",
+    "LoopMargin",
     "MultiLabel",
     "NextToken",
     "PredictedValues",
+    "RepeatedTokens",
     "RepetitionMargin",
     "Target",
     "TokenLabel",
@@ -29,4 +32,6 @@ __all__ = [
     "describe",
     "in_words",
     "log_likelihood",
+    "repeated",
+    "repeats_only",
 ]

@@ -43,7 +43,7 @@ class RepetitionMargin:
         return f"RepetitionMargin(first={self.first})"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        ids, logits, labelled = _predictions(model, batch, "RepetitionMargin")
+        ids, logits, labelled = predictions(model, batch, "RepetitionMargin")
         total = logits.new_zeros(())
         for tokens, scores, counted in zip(ids, logits, labelled, strict=True):
             places = counted.nonzero().view(-1)
@@ -51,7 +51,7 @@ class RepetitionMargin:
             used = _used_before(said, scores.shape[-1])
             again = used.gather(1, said[:, None]).view(-1).nonzero().view(-1)[: self.first]
             if len(again):
-                total = total + _margins(scores[places[again]], said[again], used[again]).sum()
+                total = total + margins(scores[places[again]], said[again], used[again]).sum()
         return total
 
 
@@ -82,7 +82,7 @@ class TokenMargin:
         return f"TokenMargin({len(self.avoid)} tokens to avoid)"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        ids, logits, labelled = _predictions(model, batch, "TokenMargin")
+        ids, logits, labelled = predictions(model, batch, "TokenMargin")
         if self.avoid and self.avoid[-1] >= logits.shape[-1]:
             raise ValueError(
                 f"token {self.avoid[-1]} to avoid is outside of the vocabulary of {logits.shape[-1]} tokens"
@@ -90,10 +90,10 @@ class TokenMargin:
         tokens = ids[labelled]
         avoided = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         avoided[list(self.avoid)] = True
-        return _margins(logits[labelled], tokens, avoided.expand(len(tokens), -1)).sum()
+        return margins(logits[labelled], tokens, avoided.expand(len(tokens), -1)).sum()
 
 
-def _margins(logits: Tensor, tokens: Tensor, avoided: Tensor) -> Tensor:
+def margins(logits: Tensor, tokens: Tensor, avoided: Tensor) -> Tensor:
     """Logit of each token ``[tokens, vocabulary]`` minus the best that is neither avoided nor the token itself."""
     own = tokens[:, None]
     best = logits.masked_fill(avoided.scatter(1, own, True), float("-inf")).amax(1)
@@ -109,7 +109,7 @@ def _used_before(said: Tensor, vocabulary: int) -> Tensor:
     return used[:-1]
 
 
-def _predictions(model: nn.Module, batch: Any, target: str) -> tuple[Tensor, Tensor, Tensor]:
+def predictions(model: nn.Module, batch: Any, target: str) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens from the second on, the logits that predicted them, and which of them are labelled."""
     ids, labels, mask = entry(batch, "input_ids"), labels_of(model, batch), entry(batch, "attention_mask")
     if ids is None or labels is None or labels.shape != ids.shape or ids.dim() != 2:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,6 +14,7 @@ from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import check_strength
 from lrp_prune.correction.folder import save_model, save_patches
 from lrp_prune.correction.patch import Patch
+from lrp_prune.correction.reading import patch_of
 from lrp_prune.correction.verifying import awaited
 from lrp_prune.distributed.sharding import at_rest, is_first, mesh_of
 from lrp_prune.names import unwrap
@@ -35,15 +36,15 @@ class CorrectedModule(LightningModule):
       brings back bit by bit what was there when the patch was enabled.
     - **Training** keeps patched entries frozen at their scaled value and trains all others.
     - **Overlapping patches** are refused while both are enabled: use their union (``a | b``) or difference (``a - b``).
-    - **The state dict** has the uncorrected weights, under ``module.``, and all patches with their strengths, in
-      ``_extra_state``: loading one brings its patches, in place of those that there are. One without patches leaves
-      them, applied to the loaded weights.
+    - **Conditional patches** (:class:`~lrp_prune.correction.ConditionalPatch`) are hooks, and neither write nor freeze weights.
+    - **The state dict** has the uncorrected weights, under ``module.``, and all patches with strengths, in ``_extra_state``:
+      loading one brings its patches, in place of those that there are. One without leaves them, applied to the loaded weights.
     - **On several processes** patches must be switched on all of them alike. Where the module inside shards itself in
       ``configure_model`` (``fully_shard``, under ``ModelParallelStrategy``), each process changes its own part; full and
       sharded checkpoints resume on any number of processes.
 
-    A module that makes its layers in ``configure_model`` or ``setup``, or gives them values there, gets the patches that
-    touch them right after; until then they are :attr:`pending`, and not applied.
+    A module that makes its layers in ``configure_model`` or ``setup``, or gives them values there, gets the patches that touch
+    them right after; until then they are :attr:`pending`, and not applied.
 
     Args:
         module: a ``LightningModule``, a Hugging Face model, or any ``nn.Module``.
@@ -111,8 +112,7 @@ class CorrectedModule(LightningModule):
     @property
     def delegate(self) -> LightningModule:
         """What Lightning's hooks and attributes are of: the module inside, or the steps of a plain model."""
-        delegate: LightningModule = self.__dict__["_delegate"]
-        return delegate
+        return cast(LightningModule, self.__dict__["_delegate"])
 
     @property
     def patches(self) -> dict[str, Patch]:
@@ -183,7 +183,7 @@ class CorrectedModule(LightningModule):
         self._corrections.disable(name)
 
     def uncorrected(self) -> AbstractContextManager[None]:
-        """A context in which the weights are as they are without any patch; not for training steps.
+        """A context in which the model is as it is without any patch; not for training steps.
 
         Contexts may be nested. What is enabled within one is applied when the outermost is left; a copy that is made
         within one has all patches disabled. What is done to the weights within one stays: prune a corrected model by
@@ -210,14 +210,13 @@ class CorrectedModule(LightningModule):
 
         Args:
             path: a folder.
-            merged: write the corrected weights. Otherwise the uncorrected ones, each patch to ``patches/`` and
-                ``patches.json`` with files and strengths;
-                :func:`lrp_prune.correction.load_patches` reads them. Patches get the values that
-                the written weights have, so that they apply to them also after further training.
+            merged: write the corrected weights. Otherwise the uncorrected ones, each patch to ``patches/`` and ``patches.json``
+                with files and strengths; :func:`lrp_prune.correction.load_patches` reads them. Patches get the values that the
+                written weights have, so that they apply to them also after further training.
             **options: of the model's own ``save_pretrained``.
 
         Raises:
-            ValueError: there is no Hugging Face model inside.
+            ValueError: there is no Hugging Face model inside, or an enabled patch acts under a condition, not in the weights.
         """
         model: Any = pretrained_in(self.module)
         if not hasattr(model, "save_pretrained"):
@@ -225,6 +224,7 @@ class CorrectedModule(LightningModule):
                 f"{type(model).__name__} has no save_pretrained: save state_dict() or a checkpoint instead"
             )
         if merged:
+            self._corrections.check_mergeable()
             save_model(model, path, **options)
             return
         with self.uncorrected():
@@ -346,5 +346,5 @@ class CorrectedModule(LightningModule):
             self._corrections.renew()
             return
         self._pending = {}
-        patches = {name: Patch.from_state_dict(patch) for name, patch in state["patches"].items()}
+        patches = {name: patch_of(patch) for name, patch in state["patches"].items()}
         self._corrections.replace(patches, state["strengths"])

@@ -1,0 +1,320 @@
+"""A patch under a condition: what it is where that holds, and that it is nothing anywhere else."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.correction import (
+    ActivationAbove,
+    Automatic,
+    ConditionalPatch,
+    Patch,
+    load_patch,
+    patch_of,
+    random_like,
+    search_amount,
+    side_effects_of,
+)
+from tests.support.conditions import EMBEDDING, Everywhere, TokenIs, last_layer_patch, where_token_is
+from tests.support.patches import DOWN, UP, unchanged, weights
+from tests.support.small_models import build
+
+IDS = torch.randint(3, 50, (3, 12), generator=torch.Generator().manual_seed(5))
+AMONG = sorted(set(IDS.flatten().tolist()))[::3]
+HELD = torch.isin(IDS, torch.tensor(AMONG))
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def activation_condition(model: nn.Module, share: float = 0.4) -> ActivationAbove:
+    """Holds at about this share of the tokens."""
+    direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    states = model.model(input_ids=IDS, output_hidden_states=True).hidden_states[1].detach()
+    scores = (states @ direction).flatten().sort().values
+    place = int((1 - share) * len(scores))
+    # Between two of them, so that rounding turns none.
+    return ActivationAbove("model.layers.0", float(scores[place : place + 2].mean()), direction)
+
+
+def test_where_it_holds_nowhere_nothing_is_changed() -> None:
+    model = build("llama")
+    before, clean = weights(model), logits(model)
+    patch = where_token_is(model, [1])
+    patch.apply_(model)
+    assert torch.equal(logits(model), clean)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_where_it_holds_layers_run_with_the_patched_weights_and_elsewhere_with_their_own(strength: float) -> None:
+    model, static = build("llama"), build("llama")
+    before, clean = weights(model), logits(model)
+    patch = where_token_is(model, AMONG)
+    patch.unconditional().apply_(static, strength)
+    patch.apply_(model, strength)
+    found = logits(model)
+    torch.testing.assert_close(found[HELD], logits(static)[HELD], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found[HELD], clean[HELD])
+    assert torch.equal(found[~HELD], clean[~HELD])
+    assert patch.strength_in(model) == strength
+    assert unchanged(model, before)
+    patch.revert_(model)
+    assert torch.equal(logits(model), clean)
+    assert patch.strength_in(model) == 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_condition_on_samples_that_holds_for_all_is_the_patch_itself(name: str) -> None:
+    model, static = build(name), build(name)
+    layer, weight = (
+        ("model.layers.0", DOWN) if name == "llama" else ("transformer.h.0", "transformer.h.1.mlp.c_fc.weight")
+    )
+    patch = Patch.from_positions(model, {weight: torch.arange(0, model.get_parameter(weight).numel(), 3)})
+    conditional = ConditionalPatch(patch, Everywhere(layer))
+    patch.apply_(static)
+    conditional.apply_(model)
+    torch.testing.assert_close(logits(model), logits(static), rtol=1e-5, atol=1e-6)
+
+
+def test_several_patches_of_one_layer_add_up_and_other_hooks_run_once() -> None:
+    model, static = build("llama"), build("llama")
+    layer, calls = model.get_submodule("model.layers.1.mlp.up_proj"), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    first = where_token_is(model, AMONG, seed=0)
+    second = ConditionalPatch(last_layer_patch(model, seed=1) - first.unconditional(), TokenIs(EMBEDDING, AMONG[1:]))
+    (first.unconditional() | second.unconditional()).apply_(static)
+    clean = logits(build("llama"))
+    for patch in (first, second):
+        patch.apply_(model)
+    found, both = logits(model), torch.isin(IDS, torch.tensor(AMONG[1:]))
+    assert len(calls) == 1
+    torch.testing.assert_close(found[both], logits(static)[both], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[~HELD], clean[~HELD])
+    first.revert_(model)
+    assert second.strength_in(model) == 1
+    assert torch.equal(logits(model)[~both], clean[~both])
+    second.revert_(model)
+    assert torch.equal(logits(model), clean)
+
+
+def test_a_bias_is_corrected_too() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 2))
+    patch = Patch.from_positions(model, {"1.bias": torch.tensor([1]), "1.weight": torch.tensor([0, 4])})
+    inputs = torch.randn(4, 3)
+    conditional = ConditionalPatch(patch, ActivationAbove("0", 0.0, torch.tensor([1.0, 0.0, 0.0])))
+    clean = model(inputs)
+    conditional.apply_(model)
+    found = model(inputs)
+    conditional.revert_(model)
+    patch.apply_(model)
+    held = inputs[:, 0] > 0
+    torch.testing.assert_close(found, torch.where(held[:, None], model(inputs), clean))
+
+
+@pytest.mark.slow
+def test_generation_with_a_cache_is_that_without() -> None:
+    model = build("llama")
+    # Keys and values of later tokens see what a corrected one has left.
+    names = [f"model.layers.1.{name}.weight" for name in ("self_attn.v_proj", "self_attn.k_proj", "mlp.down_proj")]
+    whole_layers = {name: torch.arange(model.get_parameter(name).numel()) for name in names}
+    patch = ConditionalPatch(Patch.from_positions(model, whole_layers), activation_condition(model))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    clean = model.generate(IDS, **options)
+    patch.apply_(model)
+    cached, whole = (model.generate(IDS, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, whole)
+    assert not torch.equal(cached, clean)
+    beams = [model.generate(IDS, use_cache=use, num_beams=3, **options) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_samples_of_a_batch_do_not_see_each_other_and_padding_changes_nothing() -> None:
+    model = build("llama")
+    patch = ConditionalPatch(last_layer_patch(model), activation_condition(model))
+    patch.apply_(model)
+    together = logits(model)
+    for row in range(len(IDS)):
+        torch.testing.assert_close(logits(model, IDS[row : row + 1]), together[row : row + 1], rtol=1e-4, atol=1e-5)
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.int64), IDS], 1)
+    mask = (padded != 0).long()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = model(input_ids=padded, attention_mask=mask, position_ids=places).logits[:, 4:]
+    torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_weights_that_were_run() -> None:
+    model, static = build("llama"), build("llama")
+    patch = ConditionalPatch(last_layer_patch(model), Everywhere(EMBEDDING))
+    patch.unconditional().apply_(static, 0.25)
+    patch.apply_(model, 0.25)
+    for each in (model, static):
+        each(input_ids=IDS).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        expected = static.get_parameter(name).grad
+        if name in patch:
+            factor = torch.ones_like(expected).view(-1)
+            factor[patch[name].positions] = 0.75
+            expected = expected * factor.view_as(expected)
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_relevance_of_inputs_is_that_of_the_patched_model_where_it_holds() -> None:
+    model, static = build("llama"), build("llama")
+    patch = ConditionalPatch(last_layer_patch(model), Everywhere(EMBEDDING))
+    patch.unconditional().apply_(static)
+    patch.apply_(model)
+    found = []
+    for each in (model, static):
+        with lrp_prune.attributing(each) as propagation:
+            target = each(input_ids=IDS).logits[:, -1].amax(-1).sum()
+            found.append(next(iter(propagation.relevance(target).values())))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_saved_and_read_with_its_condition(tmp_path: Path) -> None:
+    model = build("llama")
+    for patch in (where_token_is(model, AMONG), ConditionalPatch(last_layer_patch(model), activation_condition(model))):
+        patch.provenance["strength"] = 0.5
+        patch.save(tmp_path / "patch.safetensors")
+        for loaded in (
+            load_patch(tmp_path / "patch.safetensors"),
+            patch_of(pickle.loads(pickle.dumps(patch.state_dict()))),
+        ):
+            assert isinstance(loaded, ConditionalPatch)
+            assert loaded == patch
+            assert loaded.provenance["strength"] == 0.5
+        with pytest.raises(ValueError, match=r"holds 'lrp_prune\.conditional_patch', expected 'lrp_prune\.patch'"):
+            Patch.load(tmp_path / "patch.safetensors")
+    plain = last_layer_patch(model)
+    plain.save(tmp_path / "plain.safetensors")
+    assert type(load_patch(tmp_path / "plain.safetensors")) is Patch
+    assert patch != plain
+    assert plain != patch
+
+
+def test_it_is_refused_by_another_model_and_where_it_is_applied_already() -> None:
+    model, other = build("llama"), build("llama")
+    with torch.no_grad():
+        other.get_parameter("model.layers.1.mlp.down_proj.weight").add_(0.01)
+    patch = where_token_is(model, AMONG)
+    with pytest.raises(ValueError, match="other values than the patch was made for"):
+        patch.apply_(other)
+    with pytest.raises(KeyError, match="no parameter"):
+        patch.apply_(build("gpt2"))
+    with pytest.raises(ValueError, match="not applied"):
+        patch.revert_(model)
+    patch.apply_(model, 0.5)
+    with pytest.raises(ValueError, match=r"applied to this model already, at strength 0\.5"):
+        patch.apply_(model)
+    patch.revert_(model)
+    patch.apply_(model)
+    assert patch.strength_in(model) == 1
+
+
+def test_what_cannot_be_conditional_is_refused_before_anything_changes() -> None:
+    model = build("llama")
+    norm = Patch.from_positions(model, {"model.norm.weight": torch.arange(4)})
+    nowhere = ConditionalPatch(last_layer_patch(model), Everywhere("model.layers.9"))
+    for patch, error, said in (
+        (ConditionalPatch(norm, Everywhere(EMBEDDING)), ValueError, "is of a LlamaRMSNorm"),
+        (nowhere, KeyError, "has no module 'model.layers.9'"),
+    ):
+        with pytest.raises(error, match=said):
+            patch.apply_(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(TypeError, match="must be a Condition, got str"):
+        ConditionalPatch(norm, "loop")
+    with pytest.raises(TypeError, match=r"ConditionalPatch\(patch, condition\)"):
+        ConditionalPatch.from_positions(model, {"model.norm.weight": torch.arange(4)})
+
+
+def test_a_layer_before_the_condition_is_named() -> None:
+    model = build("llama")
+    early = ConditionalPatch(Patch.from_positions(model, {UP: torch.arange(4)}), activation_condition(model))
+    early.apply_(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.up_proj runs before 'model\.layers\.0'"):
+            model(input_ids=IDS)
+
+
+def test_what_a_condition_returns_is_checked() -> None:
+    class Wrong(Everywhere):
+        name = "test: wrong"
+
+        def holds(self, inputs, output):
+            return output.sum(-1)
+
+    model = build("llama")
+    ConditionalPatch(last_layer_patch(model), Wrong(EMBEDDING)).apply_(model)
+    with pytest.raises(ValueError, match=r"must return bool \[samples\] or \[samples, tokens\], got torch\.float32"):
+        model(input_ids=IDS)
+
+
+def test_a_copy_of_a_model_has_a_patch_of_its_own() -> None:
+    model = build("llama")
+    clean = logits(model)
+    patch = where_token_is(model, AMONG)
+    patch.apply_(model)
+    corrected = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), corrected)
+        patch.revert_(twin)
+        assert torch.equal(logits(twin), clean)
+    assert torch.equal(logits(model), corrected)
+
+
+def test_patches_of_one_condition_are_combined_and_others_are_not() -> None:
+    model = build("llama")
+    first, second = (where_token_is(model, AMONG, seed) for seed in (0, 1))
+    plain = first.unconditional()
+    both = first | second
+    assert both == ConditionalPatch(plain | second.unconditional(), first.condition)
+    assert (both - second).unconditional() == plain - second.unconditional()
+    other = ConditionalPatch(second.unconditional(), TokenIs(EMBEDDING, [1]))
+    for make in (
+        lambda: first | other,
+        lambda: first - other,
+        lambda: plain | first,
+        lambda: first | plain,
+        lambda: plain - first,
+    ):
+        with pytest.raises(ValueError, match="different conditions"):
+            make()
+
+
+@pytest.mark.slow
+def test_it_is_measured_and_searched_as_any_patch() -> None:
+    model = build("llama")
+    before = weights(model)
+    patch = where_token_is(model, AMONG)
+    suite = {"held": IDS[:, :6], "not held": torch.full((2, 6), 1)}
+    effects = side_effects_of(patch, model, suite, 1.0, random=2, progress=False)
+    assert effects["not held"].change.value == 0
+    assert effects["held"].change.value != 0
+    assert patch.provenance["side_effects"]["strength"] == 1.0
+    random = random_like(patch, model)
+    assert isinstance(random, ConditionalPatch)
+    assert random.condition == patch.condition
+    found = search_amount(
+        model,
+        lambda count: ConditionalPatch(last_layer_patch(model, entries=count), patch.condition),
+        lambda corrected: float((logits(corrected) == logits(build("llama"))).all(-1).float().mean()),
+        {"not held": lambda corrected: float(logits(corrected, torch.full((2, 6), 1)).square().mean())},
+        automatic=Automatic(reduction=0.1, amounts=[10, 300]),
+    )
+    assert isinstance(found.patch, ConditionalPatch)
+    assert all(trial.losses["not held"] == 0 for trial in found.curve)
+    assert unchanged(model, before)
+    assert patch.strength_in(model) == 0
