@@ -1,7 +1,7 @@
 """Attribution: model and batch in, relevance out."""
 
 from lrp_prune.attribution.collect import RelevanceAccumulator, attribute
-from lrp_prune.engine.audit import UnruledOperationError, UnruledOperationWarning
+from lrp_prune.engine.audit import UnfoldedNormalizationWarning, UnruledOperationError, UnruledOperationWarning
 from lrp_prune.engine.composites import COMPOSITES, Composite, Where, epsilon_gamma_box
 from lrp_prune.engine.propagation import Propagation, attributing
 from lrp_prune.engine.registry import register_rule
@@ -50,6 +50,7 @@ __all__ = [
     "Term",
     "Terms",
     "TokenMargin",
+    "UnfoldedNormalizationWarning",
     "UnruledOperationError",
     "UnruledOperationWarning",
     "WSquare",

@@ -12,9 +12,12 @@ from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
 from lrp_prune.engine.roots import Roots
-from lrp_prune.engine.rules import Call, Rule, detached, gradient, is_activation, norm_pool
+from lrp_prune.engine.rules import Call, Rule, Terms, detached, gradient, is_activation, norm_pool
+from lrp_prune.engine.rules.folding import note_joined
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
+
+_CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 
 
 class Depths:
@@ -29,6 +32,11 @@ class Depths:
         origins = (marked(value) for value in call._constants())
         layer = next((origin.name for origin in origins if origin is not None), call.name)
         return known.setdefault(layer, len(known))
+
+
+def folds(composite: Composite) -> bool:
+    """Whether rules of layers ask for batch normalisation to be folded into them."""
+    return any(isinstance(rule, Terms) for kind in LAYERS for rule in composite.rules_of(kind))
 
 
 class Application:
@@ -55,6 +63,7 @@ class Application:
         self._composite, self._roots, self._uses, self._tracer = composite, roots, uses, tracer
         self._is_own, self._seeing = is_own, seeing
         self._placed, self._depths = composite.is_placed, Depths()
+        self.folding = folds(composite)
         self._rules: dict[Hashable, Rule] = {}
 
     def apply(self, call: Call) -> Any:
@@ -130,12 +139,20 @@ def _run(application: Application, call: Call) -> Any:
     return call.run()
 
 
+def _joined(application: Application, call: Call) -> Any:
+    result = call.run()
+    if application.folding and call.function.__name__ in _CONCATENATIONS:
+        note_joined(call.operand(0), call.argument(1, "dim") or 0, result)
+    return result
+
+
 def _norm_pooled(application: Application, call: Call) -> Any:
     return norm_pool(call)
 
 
 _WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
-    **dict.fromkeys(("sum", "join", "plain"), _run),
+    **dict.fromkeys(("sum", "plain"), _run),
+    "join": _joined,
     **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
     "embedding": Application._looked_up,
     "dropout": Application._by_rule,  # whatever it gets, so that no random number is drawn

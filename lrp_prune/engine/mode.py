@@ -40,6 +40,7 @@ from lrp_prune.engine.registry import REGISTERED
 from lrp_prune.engine.resolving import written_by
 from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.rules import Call, is_activation
+from lrp_prune.engine.rules.folding import carry_parts
 from lrp_prune.engine.shadow import Call as Finished
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
@@ -125,6 +126,7 @@ class PropagationMode(TorchFunctionMode):
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
         tags.set_tag(copy, tags.tag_of(source))
+        carry_parts(source, copy)
         if self._tracer is not None:
             self._tracer.carry(source, copy)
 
