@@ -131,13 +131,15 @@ class WeightStatistic:
         is left out, as far as it is one.
         """
         total = torch.zeros_like(use.weight, dtype=dtype)
+        latest, values = None, total
         for message, a in arrived:
-            contribution = use.form.contract(power_of(a, power, dtype), power_of(message.d, power, dtype), use.weight)
-            contribution = contribution.to(dtype)
+            if a is not latest:  # messages about the same entries come one after the other
+                latest, values = a, power_of(a, power, dtype)
+            contribution = use.form.contract(values, power_of(message.d, power, dtype), use.weight).to(dtype)
             left = message.power - 1 if self._factored else message.power
             if message.weight != "whole" or left:
                 own = power_of_part(use.weight, message.weight, left)
-                contribution = contribution * power_of(own, power, dtype)
+                contribution *= power_of(own, power, dtype) if left else own.to(dtype)
             total += contribution
         return total
 

@@ -102,7 +102,10 @@ def part_of(tensor: Tensor, part: Part) -> Tensor:
 
 def power_of_part(tensor: Tensor, part: Part, power: int) -> Tensor:
     """A power of some entries, with zeros for the others."""
-    found = part_of(tensor, part)
     if power:
+        found = part_of(tensor, part)
         return found if power == 1 else found.pow(power)
-    return torch.ones_like(tensor) if part == "whole" else (found != 0).to(tensor.dtype)
+    if part == "whole":
+        return torch.ones_like(tensor)
+    sign = tensor.sign()
+    return sign.clamp_(min=0) if part == "positive" else sign.clamp_(max=0).neg_()
