@@ -64,6 +64,7 @@ class Application:
         self._is_own, self._seeing = is_own, seeing
         self._placed, self._depths = composite.is_placed, Depths()
         self.folding = folds(composite)
+        self._rules_sums = any(rule != gradient for rule in composite.rules_of("sum"))
         self._rules: dict[Hashable, Rule] = {}
 
     def apply(self, call: Call) -> Any:
@@ -105,6 +106,13 @@ class Application:
         if result is not None:
             return result
         return call.ruled() if any(map(is_activation, call.operands())) else call.run()
+
+    def shares(self, call: Call) -> bool:
+        """Whether a call is a sum of activations that may have a rule."""
+        return self._rules_sums and call.operation.adds and all(map(is_activation, call.operands()))
+
+    def _summed(self, call: Call) -> Any:
+        return self._by_rule(call) if self.shares(call) else call.run()
 
     def _looked_up(self, call: Call) -> Any:
         return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
@@ -151,7 +159,8 @@ def _norm_pooled(application: Application, call: Call) -> Any:
 
 
 _WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
-    **dict.fromkeys(("sum", "plain"), _run),
+    "plain": _run,
+    "sum": Application._summed,
     "join": _joined,
     **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
     "embedding": Application._looked_up,

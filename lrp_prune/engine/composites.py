@@ -18,7 +18,7 @@ LAYERS = ("linear", "convolution")
 LAYER = "layer"
 """What an entry is for that is for both."""
 
-_RULELESS = ("embedding", "sum", "join")
+_RULELESS = ("embedding", "join")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.kind not in (None, LAYER, *KINDS):
-            why = ": it needs no rule, relevance of sums and lookups follows from the gradient"
+            why = ": it needs no rule, relevance of lookups and joined tensors follows from the gradient"
             raise ValueError(
                 f"unknown kind of operation {self.kind!r}, expected one of {(*KINDS, LAYER)}"
                 f"{why if self.kind in _RULELESS else ''}"
@@ -102,7 +102,8 @@ class Composite:
             of operation, a class of modules, or :class:`Where` with several conditions. Kinds: ``activation``, ``product`` (of
             two activations), ``linear`` (products of an activation with a weight or constant, but for ``convolution``),
             ``matmul`` (of two activations), ``softmax``, ``attention`` (``scaled_dot_product_attention``),
-            ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``dropout``.
+            ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``average_pooling``,
+            ``max_pooling``, ``sum`` (of two activations), ``dropout``.
         base: the composite, or the name of a preset, that has the rules of everything else; None for the plain gradient.
 
     Raises:

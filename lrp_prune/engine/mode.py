@@ -214,7 +214,7 @@ class PropagationMode(TorchFunctionMode):
         target, functional = call.operand(0), call.operation.functional
         if call.operation.drops:
             return target, call
-        if call.operation.enters:
+        if call.operation.enters and not self._application.shares(call):
             call, before = self._roots.with_data(call, written=True), call
             if self._tracer is not None and call.operation.adds and is_activation(target):
                 copy = target.clone()  # what it was made of is seen from its node, and it is about to get another
