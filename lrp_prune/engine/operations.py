@@ -74,9 +74,9 @@ class Operation(NamedTuple):
 
     Args:
         kind: one of :data:`KINDS` (a ``sum`` enters as it is, and may be data), or what has no rule because it needs none:
-            ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of many) and ``clip`` are one
-            or another of these, as their operands tell, ``norm_pool`` is homogeneous, and ``composed`` is propagated as
-            the simpler operations that it stands for.
+            ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of
+            many) and ``clip`` are one or another of these, as their operands tell, ``norm_pool`` is homogeneous, and
+            ``composed`` is propagated as the simpler operations that it stands for.
         functional: the twin that changes nothing in place.
         channels: ``"copied"`` (entries keep their places), ``"moved"`` (or are put elsewhere), ``"entrywise"`` (a function of
             each entry), ``"pooled"`` (within a channel), ``"reduced"`` (over some dimensions); empty where they mix.

@@ -120,6 +120,8 @@ def test_a_rule_by_name_is_the_rule_itself(name: str) -> None:
         "attention_to_values": "attention",
         "attention_gradient": "attention",
         "winner": "max_pooling",
+        "softmax_z_plus": "softmax",
+        "attention_z_plus": "attention",
         "proportional": "average_pooling",
         **dict.fromkeys(("epsilon_sum", "equal_shares", "size_shares"), "sum"),
         **dict.fromkeys(("epsilon", "z_plus", "flat", "w_square"), "linear"),

@@ -28,6 +28,7 @@ from lrp_prune.engine.rules.linear import Terms
 from lrp_prune.engine.rules.normalization import ConstantStatistic, constant_statistic, plain_normalization
 from lrp_prune.engine.rules.pooling import Proportional, Winner, proportional, winner
 from lrp_prune.engine.rules.scales import norm_pool, plain_scale, scale, stop_denominator
+from lrp_prune.engine.rules.softmax import AttentionZPlus, SoftmaxZPlus, attention_by_z_plus, softmax_by_z_plus
 from lrp_prune.engine.rules.sums import EpsilonSum, EqualShares, SizeShares, epsilon_sum, equal_shares, size_shares
 from lrp_prune.engine.rules.terms import Group, Term
 
@@ -55,6 +56,8 @@ RULES: dict[str, Rule] = {
     "epsilon_sum": epsilon_sum,
     "equal_shares": equal_shares,
     "size_shares": size_shares,
+    "softmax_z_plus": softmax_by_z_plus,
+    "attention_z_plus": attention_by_z_plus,
 }
 """Rules by name, so that a composite can be written in a configuration file."""
 
@@ -71,6 +74,7 @@ __all__ = [
     "RULES",
     "AlphaBeta",
     "Attention",
+    "AttentionZPlus",
     "Call",
     "ConstantStatistic",
     "Epsilon",
@@ -85,6 +89,7 @@ __all__ = [
     "Rule",
     "Shares",
     "SizeShares",
+    "SoftmaxZPlus",
     "Stop",
     "Term",
     "Terms",

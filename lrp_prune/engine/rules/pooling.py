@@ -1,4 +1,4 @@
-"""Rules for pooling: averages hand relevance on by what was averaged; of a maximum the winner has all, or all have by their size."""
+"""Rules for pooling: of an average entries have relevance by their size, of a maximum so as well, or the winner has all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
