@@ -13,7 +13,7 @@ from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
 from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.rules import Call, Rule, Terms, detached, gradient, is_activation, norm_pool
-from lrp_prune.engine.rules.folding import note_joined
+from lrp_prune.engine.rules.folding import forget_parts, note_joined
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
 
@@ -111,6 +111,14 @@ class Application:
         """Whether a call is a sum of activations that may have a rule."""
         return self._rules_sums and call.operation.adds and all(map(is_activation, call.operands()))
 
+    def _normalized(self, call: Call) -> Any:
+        if not any(map(is_activation, call.operands())):
+            return call.run()
+        result = self._by_rule(call)
+        if not self.folding:
+            forget_parts(result)  # which hold the input, and nobody will ask for them
+        return result
+
     def _summed(self, call: Call) -> Any:
         return self._by_rule(call) if self.shares(call) else call.run()
 
@@ -161,6 +169,7 @@ def _norm_pooled(application: Application, call: Call) -> Any:
 _WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
     "plain": _run,
     "sum": Application._summed,
+    "normalization": Application._normalized,
     "join": _joined,
     **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
     "embedding": Application._looked_up,

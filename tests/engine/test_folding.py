@@ -1,6 +1,7 @@
 """Batch normalisation in evaluation mode is part of its neighbouring layer for the pass, and of nothing else afterwards."""
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -272,6 +273,15 @@ def test_nothing_is_left_behind_by_an_error() -> None:
 
 def _stop(gradient: Tensor) -> None:
     raise RuntimeError("stopped")
+
+
+def test_without_rules_that_fold_the_input_of_a_normalisation_is_not_kept() -> None:
+    model, seen = randomized(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(3), nn.ReLU())), []
+    handle = model[1].register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    with lrp_prune.attributing(model, "epsilon"):
+        output = model(torch.randn(2, 3, 4, 4))
+        assert output.requires_grad and [reference() for reference in seen] == [None]
+    handle.remove()
 
 
 def test_values_in_the_mode_are_the_models_own() -> None:

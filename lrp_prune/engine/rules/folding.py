@@ -130,6 +130,11 @@ def note_parts(tensor: Any, parts: Sequence[Part]) -> None:
     _FACT.note(tensor, _Parts(tuple(parts), tensor.grad_fn, _saving()))
 
 
+def forget_parts(tensor: Any) -> None:
+    """Let nothing be known of what a tensor's channels come out of."""
+    _FACT.note(tensor, None)
+
+
 def parts_of(tensor: Tensor) -> tuple[Part, ...]:
     """What a tensor's channels come out of."""
     known = _FACT.of(tensor)
