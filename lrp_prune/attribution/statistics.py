@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.operands import energy_of
-from lrp_prune.engine.rules.terms import Message, power_of_part
+from lrp_prune.engine.rules.messages import Message
+from lrp_prune.engine.rules.terms import power_of_part
 from lrp_prune.engine.seen import Seen
 from lrp_prune.engine.uses import Use
 from lrp_prune.relevance.statistics import Statistic, power_of
@@ -88,7 +89,7 @@ class WeightStatistic:
         else:
             d = self._batch.only_counted(d)
         if self.statistic.contributing:
-            self._add_inputs(use, activation)
+            self._add_inputs(use, activation if use.scale is None else activation * _by_channel(use.scale, activation))
         self._note_factor(use.messages)
         contracted = self._by_sample if self.statistic.by_sample else self._by_token
         self.add(contracted(use, activation, d, dtype), use)
@@ -130,13 +131,15 @@ class WeightStatistic:
         is left out, as far as it is one.
         """
         total = torch.zeros_like(use.weight, dtype=dtype)
+        latest, values = None, total
         for message, a in arrived:
-            contribution = use.form.contract(power_of(a, power, dtype), power_of(message.d, power, dtype), use.weight)
-            contribution = contribution.to(dtype)
+            if a is not latest:  # messages about the same entries come one after the other
+                latest, values = a, power_of(a, power, dtype)
+            contribution = use.form.contract(values, power_of(message.d, power, dtype), use.weight).to(dtype)
             left = message.power - 1 if self._factored else message.power
             if message.weight != "whole" or left:
                 own = power_of_part(use.weight, message.weight, left)
-                contribution = contribution * power_of(own, power, dtype)
+                contribution *= power_of(own, power, dtype) if left else own.to(dtype)
             total += contribution
         return total
 
@@ -236,6 +239,10 @@ def input_energy(use: Use, activation: Tensor) -> Tensor:
         return energy.reshape([-1 if axis == use.form.in_axis else 1 for axis in range(2)]).expand(use.weight.shape)
     ones = torch.ones_like(use.form.product(activation, use.weight))
     return use.form.contract(activation.square(), ones, use.weight)
+
+
+def _by_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).reshape(-1, *(1,) * (like.dim() - 2))
 
 
 class RowStatistic:

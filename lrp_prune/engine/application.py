@@ -12,9 +12,12 @@ from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
 from lrp_prune.engine.roots import Roots
-from lrp_prune.engine.rules import Call, Rule, detached, gradient, is_activation, norm_pool
+from lrp_prune.engine.rules import Call, Rule, Terms, detached, gradient, is_activation, norm_pool
+from lrp_prune.engine.rules.folding import forget_parts, note_joined
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
+
+_CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 
 
 class Depths:
@@ -29,6 +32,11 @@ class Depths:
         origins = (marked(value) for value in call._constants())
         layer = next((origin.name for origin in origins if origin is not None), call.name)
         return known.setdefault(layer, len(known))
+
+
+def folds(composite: Composite) -> bool:
+    """Whether rules of layers ask for batch normalisation to be folded into them."""
+    return any(isinstance(rule, Terms) for kind in LAYERS for rule in composite.rules_of(kind))
 
 
 class Application:
@@ -55,6 +63,8 @@ class Application:
         self._composite, self._roots, self._uses, self._tracer = composite, roots, uses, tracer
         self._is_own, self._seeing = is_own, seeing
         self._placed, self._depths = composite.is_placed, Depths()
+        self.folding = folds(composite)
+        self._rules_sums = any(rule != gradient for rule in composite.rules_of("sum"))
         self._rules: dict[Hashable, Rule] = {}
 
     def apply(self, call: Call) -> Any:
@@ -97,6 +107,21 @@ class Application:
             return result
         return call.ruled() if any(map(is_activation, call.operands())) else call.run()
 
+    def shares(self, call: Call) -> bool:
+        """Whether a call is a sum of activations that may have a rule."""
+        return self._rules_sums and call.operation.adds and all(map(is_activation, call.operands()))
+
+    def _normalized(self, call: Call) -> Any:
+        if not any(map(is_activation, call.operands())):
+            return call.run()
+        result = self._by_rule(call)
+        if not self.folding:
+            forget_parts(result)  # which hold the input, and nobody will ask for them
+        return result
+
+    def _summed(self, call: Call) -> Any:
+        return self._by_rule(call) if self.shares(call) else call.run()
+
     def _looked_up(self, call: Call) -> Any:
         return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
 
@@ -130,12 +155,22 @@ def _run(application: Application, call: Call) -> Any:
     return call.run()
 
 
+def _joined(application: Application, call: Call) -> Any:
+    result = call.run()
+    if application.folding and call.function.__name__ in _CONCATENATIONS:
+        note_joined(call.operand(0), call.argument(1, "dim") or 0, result)
+    return result
+
+
 def _norm_pooled(application: Application, call: Call) -> Any:
     return norm_pool(call)
 
 
 _WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
-    **dict.fromkeys(("sum", "join", "plain"), _run),
+    "plain": _run,
+    "sum": Application._summed,
+    "normalization": Application._normalized,
+    "join": _joined,
     **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
     "embedding": Application._looked_up,
     "dropout": Application._by_rule,  # whatever it gets, so that no random number is drawn

@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.application import folds
+from lrp_prune.engine.composites import Composite
 from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.nodes import LINEAR_NODES, NO_GRADIENT_NODES, node_kind
 from lrp_prune.engine.places import Places
+from lrp_prune.engine.rules.folding import is_left
 
 # What a sharded model puts around its modules: the identity, which tells when a backward pass comes by.
 _IDENTITIES = frozenset({"RegisterPostBackwardFunction", "RegisterPreBackwardFunction", "_Leaving"})
@@ -32,6 +35,10 @@ class UnruledOperationError(RuntimeError):
     """A nonlinear operation has no rule, and ``unruled="error"`` was asked for."""
 
 
+class UnfoldedNormalizationWarning(UserWarning):
+    """A batch normalisation could not be folded into a layer, under rules that ask for it: it is an affine map of its own."""
+
+
 class Finding(NamedTuple):
     """An operation without a rule.
 
@@ -46,6 +53,8 @@ class Finding(NamedTuple):
     operation: str
     place: str
 
+
+_NORMALIZATIONS = frozenset({torch.batch_norm})
 
 _TOLD = {
     "function": "no rule for: {}. Its plain gradient is used, so relevance through it is not LRP. Add a rule with "
@@ -66,10 +75,13 @@ class Audit:
     Args:
         places: knows the module that runs.
         unruled: what is done in the end, ``"warn"`` or ``"error"``.
+        composite: whose rules tell whether batch normalisation is to be folded into layers; None for no.
     """
 
-    def __init__(self, places: Places, unruled: str) -> None:
+    def __init__(self, places: Places, unruled: str, composite: Composite | None = None) -> None:
         self._places, self._unruled = places, unruled
+        self._folding = composite is not None and folds(composite)
+        self._normalizations: dict[Any, str] = {}
         self._known: set[Any] = set()
         self._began = self._ended = 0  # of the latest forward, by autograd's own count of nodes
         self._found: dict[Any, Finding] = {}
@@ -90,6 +102,8 @@ class Audit:
 
     def made(self, function: Any, result: Any, ruled: bool) -> None:
         """Account for what a torch function has just made."""
+        if self._folding and function in _NORMALIZATIONS and isinstance(result, Tensor) and result.grad_fn is not None:
+            self._normalizations[result.grad_fn] = self._places.described()
         for node in self._new_nodes(result):
             kind = node_kind(node)
             if not ruled and kind not in _ACCOUNTED:
@@ -138,6 +152,7 @@ class Audit:
         Raises:
             UnruledOperationError: if there is any, and ``unruled`` is ``"error"``.
         """
+        self._report_unfolded(target)
         if not self._found:
             return
         by_kind: dict[str, dict[str, dict[str, None]]] = {}
@@ -151,6 +166,22 @@ class Audit:
         if self._unruled == "error":
             raise UnruledOperationError(message)
         warnings.warn(message, UnruledOperationWarning, stacklevel=5)
+
+    def _report_unfolded(self, target: Tensor) -> None:
+        """Warn of normalisations that no layer has taken in, and that the target depends on."""
+        known, self._normalizations = self._normalizations, {}
+        left = {node: place for node, place in known.items() if is_left(node)}
+        places = [left[node] for node in _behind(target) if node in left] if left else []
+        if places:
+            more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+            warnings.warn(
+                f"not folded into a layer, though the composite's rules for layers ask for it: {', '.join(places[:5])}{more}. "
+                "Batch normalisation is folded in evaluation mode where it follows a layer with nothing in between, or comes "
+                "right before one; a concatenation may be between. Here it is an affine map of each channel, whose shift keeps "
+                'its share as a bias does. Give "normalization" the rule "identity" if it is to hand all relevance on.',
+                UnfoldedNormalizationWarning,
+                stacklevel=6,
+            )
 
 
 def _count() -> int:

@@ -10,83 +10,11 @@ from torch import nn
 
 from lrp_prune.engine.operations import KINDS
 from lrp_prune.engine.rules import PLAIN, RULES, AlphaBeta, Call, Flat, Gamma, Own, Rule, ZBox, ZPlus, gradient
+from lrp_prune.engine.rules.softmax import AttentionZPlus, SoftmaxZPlus
 from lrp_prune.engine.rules.terms import Constant
+from lrp_prune.engine.where import LAYER, LAYERS, Where
 
-LAYERS = ("linear", "convolution")
-"""Kinds of products of an activation with a weight."""
-
-LAYER = "layer"
-"""What an entry is for that is for both."""
-
-_RULELESS = ("embedding", "sum", "join")
-
-
-@dataclass(frozen=True)
-class Where:
-    """The operations that a rule is for: those that meet all that is asked.
-
-    Args:
-        kind: of operation, or ``"layer"`` for products with a weight (``linear`` and ``convolution``); None for all kinds that
-            the rule can be for.
-        layer: class of the module that runs.
-        name: pattern of the canonical name of the module that runs.
-        depth: place among the layers of the kind, counted from 0 in the order in which they first run: ``range(3)`` for the
-            first three. A layer is a weight; for kinds without one a module. Of ``"layer"`` it is the place among all weights.
-
-    Raises:
-        ValueError: for an unknown kind, a layer that is no class, a name that is no text, or a depth that is no range of places.
-
-    Example:
-        >>> Where("convolution", depth=range(3)).matches("convolution", "features.0", nn.Conv2d(3, 8, 3), 2)
-        True
-        >>> Where(name="features.*").matches("linear", "classifier.0", nn.Linear(3, 8), 0)
-        False
-    """
-
-    kind: str | None = None
-    layer: type[nn.Module] | None = None
-    name: str | None = None
-    depth: range | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in (None, LAYER, *KINDS):
-            why = ": it needs no rule, relevance of sums and lookups follows from the gradient"
-            raise ValueError(
-                f"unknown kind of operation {self.kind!r}, expected one of {(*KINDS, LAYER)}"
-                f"{why if self.kind in _RULELESS else ''}"
-            )
-        if self.layer is not None and not isinstance(self.layer, type):
-            raise ValueError(f"layer must be a class of modules, such as nn.Linear, got {self.layer!r}")
-        if self.name is not None and not isinstance(self.name, str):
-            raise ValueError(
-                f"name must be a pattern such as 'features.*', got {self.name!r}: use an entry for each of several"
-            )
-        if self.depth is not None and not (isinstance(self.depth, range) and self.depth and min(self.depth) >= 0):
-            raise ValueError(
-                f"depth must be a range of places counted from 0, such as range(3) for the first three layers, got {self.depth!r}"
-            )
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether it asks for more than the kind."""
-        return self.layer is not None or self.name is not None or self.depth is not None
-
-    def is_for(self, kind: str) -> bool:
-        """Whether operations of a kind may be among them."""
-        return self.kind in (None, kind) or (self.kind == LAYER and kind in LAYERS)
-
-    def matches(
-        self, kind: str, name: str, module: nn.Module | None, depth: int | None, layer_depth: int | None = None
-    ) -> bool:
-        """Whether an operation of a kind, in a module of a name, is one of those."""
-        depth = layer_depth if self.kind == LAYER else depth
-        return (
-            self.is_for(kind)
-            and (self.layer is None or isinstance(module, self.layer))
-            and (self.name is None or fnmatchcase(name, self.name))
-            and (self.depth is None or depth in self.depth)
-        )
-
+__all__ = ["COMPOSITES", "LAYER", "LAYERS", "Composite", "Where", "composite_of", "epsilon_gamma_box"]
 
 RuleLike = str | Rule | Callable[[Call], Any]
 """A rule, the name of one, or a function of a :class:`~lrp_prune.engine.rules.Call` that returns its result."""
@@ -102,7 +30,8 @@ class Composite:
             of operation, a class of modules, or :class:`Where` with several conditions. Kinds: ``activation``, ``product`` (of
             two activations), ``linear`` (products of an activation with a weight or constant, but for ``convolution``),
             ``matmul`` (of two activations), ``softmax``, ``attention`` (``scaled_dot_product_attention``),
-            ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``dropout``.
+            ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``average_pooling``,
+            ``max_pooling``, ``sum`` (of two activations), ``dropout``.
         base: the composite, or the name of a preset, that has the rules of everything else; None for the plain gradient.
 
     Raises:
@@ -323,6 +252,24 @@ COMPOSITES |= {
 }
 """Presets for convolutional networks, by depth (Montavon et al. 2019; Kohlbrenner et al. 2020): ``epsilon`` for fully connected
 layers, which lie above, another rule for convolutions, and ``flat`` or, by :func:`epsilon_gamma_box`, z^B for the first layer."""
+
+_GAMMAS: dict[str | type[nn.Module] | Where, RuleLike] = {"convolution": Gamma(0.25), "linear": Gamma(0.05)}
+
+COMPOSITES |= {
+    composite.name: composite
+    for composite in (
+        Composite("attnlrp_gamma", _GAMMAS, base="attnlrp"),
+        Composite("cp_lrp_gamma", _GAMMAS, base="cp_lrp"),
+        Composite(
+            "attnlrp_gamma_z_plus",
+            {**_GAMMAS, "softmax": SoftmaxZPlus(), "attention": AttentionZPlus()},
+            base="attnlrp",
+        ),
+    )
+}
+"""Presets for vision transformers (arXiv 2402.05602, Table 4): gamma 0.25 for convolutions and 0.05 for linear layers, and
+softmax by its Taylor expansion, as a constant (CP-LRP), or by z+. The paper has epsilon for the projections of attention, which
+names tell: ``Composite("vit", {Where("linear", name="*.attn.*"): "gradient"}, base="attnlrp_gamma")``."""
 
 BOXED = "epsilon_gamma_box"
 

@@ -53,7 +53,7 @@ class Form:
         return self._adding(place, nothing).forward(activation, weight)
 
     def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
-        """What is added to the product, in the output's shape; None where nothing is."""
+        """What is added to the product, in a shape that broadcasts to the output; None where nothing is."""
         place, summand = self._added()
         if place is None or summand is None:
             return None
@@ -93,6 +93,10 @@ class Linear(Form):
     out_axis, in_axis = 0, 1
     only_shows_activation = True
 
+    def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
+        _, summand = self._added()
+        return None if summand is None else summand.to(activation.dtype)
+
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         return torch.matmul(d, weight.to(d.dtype))
 
@@ -122,6 +126,10 @@ class Convolution(Form):
     _transposed = False
     _names: ClassVar[tuple[str, ...]] = ("stride", "padding", "dilation", "groups")
     """The arguments after the bias."""
+
+    def bias(self, activation: Tensor, weight: Tensor) -> Tensor | None:
+        _, summand = self._added()
+        return None if summand is None else summand.to(activation.dtype).reshape(-1, *(1,) * (weight.dim() - 2))
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         found = self._backward(d, activation, weight.to(activation.dtype), 0)

@@ -40,6 +40,7 @@ from lrp_prune.engine.registry import REGISTERED
 from lrp_prune.engine.resolving import written_by
 from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.rules import Call, is_activation
+from lrp_prune.engine.rules.folding import carry_parts
 from lrp_prune.engine.shadow import Call as Finished
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
@@ -125,6 +126,7 @@ class PropagationMode(TorchFunctionMode):
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
         tags.set_tag(copy, tags.tag_of(source))
+        carry_parts(source, copy)
         if self._tracer is not None:
             self._tracer.carry(source, copy)
 
@@ -212,7 +214,7 @@ class PropagationMode(TorchFunctionMode):
         target, functional = call.operand(0), call.operation.functional
         if call.operation.drops:
             return target, call
-        if call.operation.enters:
+        if call.operation.enters and not self._application.shares(call):
             call, before = self._roots.with_data(call, written=True), call
             if self._tracer is not None and call.operation.adds and is_activation(target):
                 copy = target.clone()  # what it was made of is seen from its node, and it is about to get another

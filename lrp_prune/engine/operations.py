@@ -32,6 +32,9 @@ KINDS = (
     "normalization",
     "statistic",
     "division",
+    "average_pooling",
+    "max_pooling",
+    "sum",
     "dropout",
 )
 """The kinds of operation that a composite can give a rule to."""
@@ -70,10 +73,10 @@ class Operation(NamedTuple):
     """One torch function: the columns are told in the module's docstring.
 
     Args:
-        kind: one of :data:`KINDS`, or what has no rule because it needs none: ``sum`` and ``join`` (what enters as it is, and
-            may be data), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of many) and ``clip`` are one
-            or another of these, as their operands tell, ``norm_pool`` is homogeneous, and ``composed`` is propagated as
-            the simpler operations that it stands for.
+        kind: one of :data:`KINDS` (a ``sum`` enters as it is, and may be data), or what has no rule because it needs none:
+            ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of
+            many) and ``clip`` are one or another of these, as their operands tell, ``norm_pool`` is homogeneous, and
+            ``composed`` is propagated as the simpler operations that it stands for.
         functional: the twin that changes nothing in place.
         channels: ``"copied"`` (entries keep their places), ``"moved"`` (or are put elsewhere), ``"entrywise"`` (a function of
             each entry), ``"pooled"`` (within a channel), ``"reduced"`` (over some dimensions); empty where they mix.
@@ -124,6 +127,12 @@ def _summed(operands: tuple[Place, ...] = _TWO, channels: str = "entrywise", lin
 
 def _normalized(arguments: str, over: str, centered: bool = True) -> Operation:
     return Operation("normalization", signature=Signature(tuple(arguments.split()), over, centered))
+
+
+def _named(kind: str) -> str:
+    """The functions of a kind of pooling."""
+    names = [f"{adaptive}{kind}_pool{dims}d" for adaptive in ("", "adaptive_") for dims in (1, 2, 3)]
+    return " ".join(f"{name}{suffix}" for name in names for suffix in ("", "_with_indices")[: 1 + (kind == "max")])
 
 
 _INPUT_AND_WEIGHT: tuple[Place, ...] = ((0, "input"), (1, "weight"))
@@ -177,6 +186,8 @@ ROWS: dict[str, Operation] = {
     **_rows("addmv", "matmul", ((1, "mat"), (2, "vec")), data=_FIRST, added=_FIRST[0]),
     **_rows("addbmm baddbmm", "matmul", ((1, "batch1"), (2, "batch2")), data=_FIRST, added=_FIRST[0]),
     **_rows("addcmul", "matmul", ((1, "tensor1"), (2, "tensor2")), data=_FIRST, added=_FIRST[0]),
+    **_rows(_named("avg"), "average_pooling", linear=True, channels="pooled"),
+    **_rows(_named("max"), "max_pooling", linear=True, channels="pooled"),
     **_rows("lp_pool1d lp_pool2d lp_pool3d", "norm_pool", channels="pooled"),
     **_rows("glu cosine_similarity addcdiv", "composed"),
     **_rows("lerp", "composed", channels="entrywise"),
@@ -236,13 +247,7 @@ PLAIN_ROWS: dict[str, Operation] = {
     **_rows("sum mean nansum max min amax amin median cumsum", "plain", linear=True, channels="reduced"),
     **_rows("norm", "plain", channels="reduced"),  # looked into
     **_rows(
-        " ".join(
-            f"{kind}_pool{dims}d{suffix}"
-            for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
-            for dims in (1, 2, 3)
-            for suffix in ("", "_with_indices")
-        )
-        + """
+        """
         upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
         upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
         _upsample_bilinear2d_aa _upsample_bicubic2d_aa
@@ -321,6 +326,9 @@ def _build() -> dict[Callable[..., Any], Operation]:
     table[F.softsign] = ROWS["softsign"]
     for function in (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d):
         table[function] = ROWS[function.__name__]
+    for name, row in ROWS.items():
+        if row.kind == "max_pooling" and not name.endswith("_with_indices"):
+            table[getattr(F, name)] = row  # calls one function or another, as it is asked for indices
     table[torch.embedding] = Operation("embedding", ((0, "weight"), (1, "indices")))
     table[F.embedding] = Operation("embedding", ((1, "weight"), (0, "input")))
     table[torch.embedding_bag] = Operation("embedding", ((0, "weight"), (1, "indices")))

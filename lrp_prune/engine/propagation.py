@@ -203,9 +203,9 @@ def propagating(
     wanted = _latent(modules, latent)
     data = Constants(model) if constants else None
     roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)
-    audit = Audit(places, unruled) if not composite.is_plain and unruled != "ignore" else None
-    known = (composite, named_parameters(model), places, roots, uses, endings)
-    mode = PropagationMode(*known, tracer is not None or composite.traced, tracer, audit, kept)
+    audit = Audit(places, unruled, composite) if not composite.is_plain and unruled != "ignore" else None
+    known = (composite, named_parameters(model), places, roots, uses, endings, tracer is not None or composite.traced)
+    mode = PropagationMode(*known, tracer, audit, kept)
     propagation = Propagation(mode, roots, endings)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
@@ -341,6 +341,7 @@ def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Cal
             return None
         propagation._latent.append((name, tensor))
         copy = tensor.clone()
+        mode.carry(tensor, copy)
         if isinstance(output, Mapping):
             output[next(iter(output))] = copy  # type: ignore[index]  # model outputs are mutable mappings
             return output

@@ -20,8 +20,9 @@ from lrp_prune.engine.functional import own_memory
 from lrp_prune.engine.operands import Latest
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
+from lrp_prune.engine.rules.layers import Layer, widened
 from lrp_prune.engine.rules.linear import Terms, Watching, ruled
-from lrp_prune.engine.rules.terms import Message, messages, widened
+from lrp_prune.engine.rules.messages import Message, messages
 from lrp_prune.engine.tracing import Reading, UnitTracer
 
 
@@ -36,6 +37,8 @@ class Use:
         all_tokens: whether padding is none of the activation's, so that all of its tokens count.
         constant: whether it is no activation, but a constant, which nothing is propagated to.
         messages: how relevance comes back to it by the terms of the layer's rule; None for the plain gradient.
+        scale: by what the weight multiplies each channel of the activation besides, where a normalisation before the layer is
+            folded into it; None for nothing.
     """
 
     def __init__(
@@ -47,20 +50,21 @@ class Use:
         all_tokens: bool = False,
         constant: bool = False,
         messages: list[Message] | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         self.form, self.weight, self.origin, self.reading = form, weight, origin, reading
-        self.all_tokens, self.constant, self.messages = all_tokens, constant, messages
+        self.all_tokens, self.constant, self.messages, self.scale = all_tokens, constant, messages, scale
 
-    def coming_back(self, weight: Tensor, messages: list[Message] | None = None) -> "Use":
+    def coming_back(self, weight: Tensor, messages: list[Message] | None = None, scale: Tensor | None = None) -> "Use":
         """The use as it is seen in backward."""
-        return Use(self.form, weight, self.origin, self.reading, self.all_tokens, messages=messages)
+        return Use(self.form, weight, self.origin, self.reading, self.all_tokens, messages=messages, scale=scale)
 
     def told(self, rule: Any, activation: Tensor, d: Tensor) -> "Use":
         """The use in backward, with the messages of a rule for its layer, if that has terms."""
         if not isinstance(rule, Terms):
             return self.coming_back(self.weight)
         activation, weight, d = widened(activation, self.weight, d)
-        return self.coming_back(weight, messages(rule.groups, self.form, activation, weight, d))
+        return self.coming_back(weight, messages(rule.groups, Layer(self.form, weight), activation, d))
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
@@ -138,8 +142,15 @@ _observed: Callable[..., Tensor] = _Observed.apply
 
 
 def _watching(use: Use, observers: list[Observer]) -> Watching:
-    def watching(found: list[Message], activation: Tensor, weight: Tensor, d: Tensor, input_gradient: Tensor) -> None:
-        coming_back = use.coming_back(weight, found)
+    def watching(
+        found: list[Message],
+        activation: Tensor,
+        weight: Tensor,
+        d: Tensor,
+        input_gradient: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        coming_back = use.coming_back(weight, found, scale)
         for observer in observers:
             observer.backward(coming_back, activation, d, input_gradient)
 

@@ -28,6 +28,7 @@ class Everything(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.filters(self.layer(x)))
         x = self.drop(torch.sigmoid(x)) * x
+        x = F.max_pool1d(F.avg_pool1d(x, 3, 1, 1), 3, 1, 1) + x
         x = torch.softmax(x @ x.transpose(-1, -2), -1) @ x
         x = F.scaled_dot_product_attention(x, x, x)
         return x / (x.square().sum(-1, keepdim=True).sqrt() + 1)
@@ -118,6 +119,11 @@ def test_a_rule_by_name_is_the_rule_itself(name: str) -> None:
         "attention_uniform": "attention",
         "attention_to_values": "attention",
         "attention_gradient": "attention",
+        "winner": "max_pooling",
+        "softmax_z_plus": "softmax",
+        "attention_z_plus": "attention",
+        "proportional": "average_pooling",
+        **dict.fromkeys(("epsilon_sum", "equal_shares", "size_shares"), "sum"),
         **dict.fromkeys(("epsilon", "z_plus", "flat", "w_square"), "linear"),
         "gamma": "linear",
         "alpha_beta": "convolution",
@@ -148,7 +154,7 @@ def test_a_composite_of_plain_gradients_is_the_plain_gradient_and_reports_nothin
 
 
 def test_kinds_and_rules_that_are_never_asked_are_refused() -> None:
-    for kind in ("embedding", "sum", "join"):
+    for kind in ("embedding", "join"):
         with pytest.raises(ValueError, match=rf"composite 'mine': unknown kind of operation '{kind}'.*needs no rule"):
             Composite("mine", {kind: "gradient"})
     with pytest.raises(

@@ -26,7 +26,10 @@ from lrp_prune.engine.rules.declared import (
 from lrp_prune.engine.rules.elementwise import Identity, Shares, identity, stop_gate, uniform
 from lrp_prune.engine.rules.linear import Terms
 from lrp_prune.engine.rules.normalization import ConstantStatistic, constant_statistic, plain_normalization
+from lrp_prune.engine.rules.pooling import Proportional, Winner, proportional, winner
 from lrp_prune.engine.rules.scales import norm_pool, plain_scale, scale, stop_denominator
+from lrp_prune.engine.rules.softmax import AttentionZPlus, SoftmaxZPlus, attention_by_z_plus, softmax_by_z_plus
+from lrp_prune.engine.rules.sums import EpsilonSum, EqualShares, SizeShares, epsilon_sum, equal_shares, size_shares
 from lrp_prune.engine.rules.terms import Group, Term
 
 RULES: dict[str, Rule] = {
@@ -48,6 +51,13 @@ RULES: dict[str, Rule] = {
     "z_plus": z_plus,
     "flat": flat,
     "w_square": w_square,
+    "winner": winner,
+    "proportional": proportional,
+    "epsilon_sum": epsilon_sum,
+    "equal_shares": equal_shares,
+    "size_shares": size_shares,
+    "softmax_z_plus": softmax_by_z_plus,
+    "attention_z_plus": attention_by_z_plus,
 }
 """Rules by name, so that a composite can be written in a configuration file."""
 
@@ -64,20 +74,27 @@ __all__ = [
     "RULES",
     "AlphaBeta",
     "Attention",
+    "AttentionZPlus",
     "Call",
     "ConstantStatistic",
     "Epsilon",
+    "EpsilonSum",
+    "EqualShares",
     "Flat",
     "Gamma",
     "Group",
     "Identity",
     "Own",
+    "Proportional",
     "Rule",
     "Shares",
+    "SizeShares",
+    "SoftmaxZPlus",
     "Stop",
     "Term",
     "Terms",
     "WSquare",
+    "Winner",
     "ZBox",
     "ZPlus",
     "alpha_beta",

@@ -14,7 +14,11 @@ from lrp_prune.engine.beside import note_beside
 from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.forms import Form, form_of
 from lrp_prune.engine.rule import Rule
-from lrp_prune.engine.rules.terms import Group, Message, input_gradient, messages, widened
+from lrp_prune.engine.rules import folding
+from lrp_prune.engine.rules.folded import followed, has_channels, preceded, restated
+from lrp_prune.engine.rules.layers import Layer, widened
+from lrp_prune.engine.rules.messages import Message, input_gradient, messages
+from lrp_prune.engine.rules.terms import Group
 
 
 @dataclass(frozen=True)
@@ -72,32 +76,64 @@ class Watching(Protocol):
     """Is shown what comes back to a use of a weight."""
 
     def __call__(
-        self, found: list[Message], activation: Tensor, weight: Tensor, d: Tensor, input_gradient: Tensor
+        self,
+        found: list[Message],
+        activation: Tensor,
+        weight: Tensor,
+        d: Tensor,
+        input_gradient: Tensor,
+        scale: Tensor | None,
     ) -> None: ...
 
 
 class _Ruled(Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching: Watching | None
+        ctx: Any,
+        activation: Tensor,
+        source: Tensor | None,
+        weight: Tensor,
+        form: Form,
+        rule: Terms,
+        watching: Watching | None,
+        before: folding.Before | None,
+        after: folding.Handover,
     ) -> Tensor:
-        ctx.save_for_backward(activation, weight)
-        ctx.form, ctx.rule, ctx.watching = form, rule, watching
+        ctx.save_for_backward(activation, weight, *(() if source is None else (source,)))
+        ctx.form, ctx.rule, ctx.watching, ctx.after = form, rule, watching, after
+        ctx.before = None if before is None else (before.scale, before.shift, before.parts)
         return functional.own_memory(form.forward(activation, weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        activation, weight = ctx.saved_tensors
+        activation, weight, *others = ctx.saved_tensors
+        source = others[0] if others else activation
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
-            a, w, d = widened(activation, weight, d)
-            found = messages(ctx.rule.groups, ctx.form, a, w, d, ctx.form.bias(a, w))
-            gradient, left = input_gradient(found, ctx.form, a, w, activation.dtype)
-            if ctx.watching is not None:
-                ctx.watching(found, a, w, d, gradient.to(a.dtype))
-            if left is not None:
-                note_beside(activation, left)
-        return gradient, None, None, None, None
+            a, w = widened(source, weight, d)[:2]
+            layer, inward = Layer(ctx.form, w, ctx.form.bias(a, w)), None
+            if ctx.before is not None:
+                inward, shift, parts = ctx.before
+                layer = preceded(layer, inward, shift, a)
+            arrived, rest = ctx.after.heard(d)
+            layers = [(followed(layer, entry), entry.d.to(a.dtype), entry.scale) for entry in arrived]
+            if rest is not None:
+                layers.append((layer, rest.to(a.dtype), None))
+            gradients = []
+            for own, of_output, outward in layers:
+                found = messages(ctx.rule.groups, own, a, of_output)
+                gradient, left = input_gradient(found, own, a, activation.dtype)
+                if ctx.watching is not None:
+                    if outward is not None or inward is not None:
+                        found = restated(found, outward, inward, of_output.dim())
+                    ctx.watching(found, a, w, of_output, gradient.to(a.dtype), inward)
+                if left is not None:
+                    note_beside(source, left)
+                gradients.append(gradient)
+            gradient = sum(gradients[1:], gradients[0])
+            if ctx.before is not None:
+                gradient = folding.handed_back(gradient, source, activation, parts)
+        return gradient, None, None, None, None, None, None, None
 
 
 def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching: Watching | None = None) -> Tensor:
@@ -115,7 +151,13 @@ def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching:
     """
     if not rule.groups:
         raise ValueError(f"{rule} declares no group of terms, so that no relevance would go on: give it one at least")
-    return _ruled(activation, weight, form, rule, watching)
+    before = folding.before(activation) if has_channels(form, activation, weight) else None
+    after = folding.Handover()
+    source = None if before is None else before.source
+    result = _ruled(activation, source, weight, form, rule, watching, before, after)
+    if has_channels(form, result, weight):
+        folding.note_parts(result, [folding.Part(result.shape[1], after, from_layer=True)])
+    return result
 
 
 _ruled: Callable[..., Tensor] = _Ruled.apply

@@ -15,6 +15,7 @@ from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.operations import Signature
 from lrp_prune.engine.rule import Rule
+from lrp_prune.engine.rules.folding import normalized
 
 
 class _Statistic(NamedTuple):
@@ -30,6 +31,7 @@ class _Channels(NamedTuple):
     """The arguments of batch and instance normalisation."""
 
     weight: Tensor | None
+    bias: Tensor | None
     mean: Tensor | None
     variance: Tensor | None
     measured: bool
@@ -145,14 +147,19 @@ def _function(call: Call) -> Callable[[Tensor], Tensor]:
 
 def _affine(call: Call, channels: _Channels) -> Any:
     """Batch norm with mean and variance as constants: ``weight / sqrt(variance + eps)`` for each channel."""
-    x, variance = call.operand(0), channels.variance
+    x, mean, variance = call.operand(0), channels.mean, channels.variance
     if channels.measured:
-        call = _without_buffers(call)
+        call, mean = _without_buffers(call), None
         variance = torch.var(x.detach(), [dim for dim in range(x.dim()) if dim != 1], unbiased=False)
     assert variance is not None
     scale = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + channels.eps)
     scale = scale if channels.weight is None else scale * channels.weight
-    return functional.affine(x, _function(call), scale.reshape(-1, *(1,) * (x.dim() - 2)))
+    if mean is None:
+        return functional.affine(x, _function(call), scale.reshape(-1, *(1,) * (x.dim() - 2)))
+    shift = (
+        -mean * scale if channels.bias is None else torch.addcmul(channels.bias.to(scale.dtype), mean, scale, value=-1)
+    )
+    return normalized(x, _function(call), scale, shift)
 
 
 def _without_buffers(call: Call) -> Call:
@@ -165,7 +172,9 @@ def _channels(call: Call) -> _Channels:
     given = _arguments(call)
     mean = given.get("running_mean")
     measured = bool(given.get("training") or given.get("use_input_stats")) or mean is None
-    return _Channels(given.get("weight"), mean, given.get("running_var"), measured, given.get("eps", 1e-5))
+    return _Channels(
+        given.get("weight"), given.get("bias"), mean, given.get("running_var"), measured, given.get("eps", 1e-5)
+    )
 
 
 def _last_statistic(call: Call) -> _Statistic:

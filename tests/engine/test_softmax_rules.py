@@ -1,0 +1,103 @@
+"""z+ for softmax, against its terms written out, and the presets for vision transformers that have it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune import Composite
+from lrp_prune.attribution import COMPOSITES, Gamma, SoftmaxZPlus, Where
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+class Pattern(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        masked = torch.zeros(2, 5, 4, dtype=torch.bool)
+        masked[0, 2, 1] = True
+        return torch.softmax(input.masked_fill(masked, -math.inf), self.dim)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_scores_share_relevance_by_their_positive_terms(dim: int) -> None:
+    torch.manual_seed(0)
+    x, c = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 4).double()
+    model, s = Pattern(dim), Pattern(dim)(x)
+    with lrp_prune.attributing(model, Composite("z", {"softmax": SoftmaxZPlus()})) as propagation:
+        value = (model(x) * c).sum()
+        found = propagation.relevance(value)["input"]
+    rows = x.movedim(dim, -1).reshape(-1, x.shape[dim])
+    patterns, relevances = (entry.movedim(dim, -1).reshape(rows.shape) for entry in (s, s * c))
+    expected, conserved = torch.zeros_like(rows), 0.0
+    for row, pattern, relevance, result in zip(rows, patterns, relevances, expected, strict=True):
+        jacobian = torch.diag(pattern) - torch.outer(pattern, pattern)  # [j, i]
+        terms = (jacobian * row).clamp(min=0)
+        conserved += float(relevance[terms.sum(1) > 0].sum())
+        result += (terms / terms.sum(1, keepdim=True).clamp(min=1e-300) * relevance[:, None]).sum(0)
+    moved = expected.view(x.movedim(dim, -1).shape).movedim(-1, dim)
+    torch.testing.assert_close(found, moved, **EXACT)
+    assert abs(float(found.sum()) - conserved) < 1e-10
+
+
+class Attending(nn.Module):
+    """One layer of attention, by one function or written out."""
+
+    def __init__(self, fused: bool, causal: bool, groups: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused, self.causal, self.groups = fused, causal, groups
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8 // groups), nn.Linear(8, 8 // groups)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, input: Tensor) -> Tensor:
+        query, key, value = (
+            layer(input).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        if self.fused:
+            made = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=self.groups > 1)
+        else:
+            key, value = (entry.repeat_interleave(self.groups, 1) for entry in (key, value))
+            scores = query @ key.transpose(-1, -2) / math.sqrt(2)
+            if self.causal:
+                scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf)
+            made = torch.softmax(scores, -1) @ value
+        return self.out(made.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("causal", "groups"), [(False, 1), (True, 1), (True, 2)])
+def test_fused_attention_has_the_relevance_of_attention_that_is_written_out(causal: bool, groups: int) -> None:
+    x = torch.randn(2, 5, 8).double()
+    found = {}
+    for fused in (True, False):
+        model = Attending(fused, causal, groups).double()
+        with lrp_prune.attributing(model, "attnlrp_gamma_z_plus") as propagation:
+            output = model(x)
+            assert torch.equal(output, model(x)) and output.requires_grad
+            found[fused] = propagation.relevance(output.square().sum())["input"]
+    torch.testing.assert_close(found[True], found[False], **EXACT)
+    assert float(found[True].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("preset", ["attnlrp_gamma", "cp_lrp_gamma", "attnlrp_gamma_z_plus"])
+def test_a_preset_has_its_gammas_and_its_softmax(preset: str) -> None:
+    composite = COMPOSITES[preset]
+    assert composite.rule("convolution") == Gamma(0.25) and composite.rule("linear") == Gamma(0.05)
+    model, x = Attending(False, False).double(), torch.randn(2, 5, 8).double()
+    others = [name for name in ("attnlrp", "attnlrp_gamma", "cp_lrp_gamma", "attnlrp_gamma_z_plus") if name != preset]
+    found = relevance(model, x, preset)
+    assert not any(torch.allclose(found, relevance(model, x, other), rtol=1e-3) for other in others)
+    projections = Composite("vit", {Where("linear", name="out"): "gradient"}, base=preset)
+    assert not torch.allclose(found, relevance(model, x, projections), rtol=1e-3)
+
+
+def relevance(model: nn.Module, x: Tensor, composite: Any) -> Tensor:
+    with lrp_prune.attributing(model, composite) as propagation:
+        return propagation.relevance(model(x).square().sum())["input"]
