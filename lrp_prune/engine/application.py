@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.engine.composed import PARTS
-from lrp_prune.engine.composites import LAYER, LAYERS, Composite
+from lrp_prune.engine.composites import Composite
 from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
@@ -15,6 +15,7 @@ from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.rules import Call, Rule, detached, gradient, is_activation, norm_pool
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.where import LAYER, LAYERS
 
 
 class Depths:

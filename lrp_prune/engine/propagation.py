@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.audit import Audit
 from lrp_prune.engine.checkpoints import propagating_checkpoints
-from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.composites import Composite, CompositeLike, composite_of
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.mode import PropagationMode
@@ -139,7 +139,7 @@ def _described(value: Any) -> str:
 @contextmanager
 def attributing(
     model: nn.Module,
-    composite: str | Composite = "attnlrp",
+    composite: CompositeLike = "attnlrp",
     latent: Sequence[str] | None = None,
     unruled: str = "warn",
 ) -> Iterator[Propagation]:
@@ -152,7 +152,8 @@ def attributing(
 
     Args:
         model: any ``nn.Module``; parameters need not require grad.
-        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, or a :class:`~lrp_prune.attribution.Composite`.
+        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, a file such as ``"mine.yaml"``, or a
+            :class:`~lrp_prune.attribution.Composite`.
         latent: patterns of module names whose outputs' relevance is wanted too.
         unruled: what to do where a nonlinear operation has no rule: ``"warn"``, ``"error"`` or ``"ignore"``.
 
