@@ -1,7 +1,7 @@
 """Does a composite that was searched prune better than plain epsilon? Three networks, two sets of digits, held-out data.
 
-``python tests/benchmarks/composite_search.py`` trains each network for some seconds, searches (a quarter of an hour in all on two
-idle cores), and prints the table of ``docs/results.md``; what is done is kept in a file and not done again.
+``python tests/benchmarks/composite_search.py`` trains each network for some seconds, searches (some ten minutes of one
+core in all), and prints a table as in ``docs/results.md``; what is done is kept in a file and not done again.
 """
 
 import argparse
