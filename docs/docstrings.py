@@ -24,6 +24,8 @@ _PUBLIC = {
     "compare": "lrp_prune.pruning.comparing.compare",
     "Comparison": "lrp_prune.pruning.comparison.Comparison",
     "pruning_curve": "lrp_prune.pruning.curve.pruning_curve",
+    "SearchSpace": "lrp_prune.search.space.SearchSpace",
+    "search_composite": "lrp_prune.search.searching.search_composite",
     "CorrectedModule": "lrp_prune.wrapper.module.CorrectedModule",
     "circuits.GateTraining": "lrp_prune.circuits.gates.GateTraining",
     "circuits.save_report": "lrp_prune.circuits.report.save_report",

@@ -45,6 +45,7 @@ __all__ = [
     "Random",
     "Relevance",
     "Scope",
+    "SearchSpace",
     "Statistic",
     "Wanda",
     "attribute",
@@ -55,6 +56,7 @@ __all__ = [
     "prune",
     "pruning_curve",
     "register_rule",
+    "search_composite",
     "select",
 ]
 
@@ -70,6 +72,7 @@ _MODULES = (
     "metrics",
     "pruning",
     "relevance",
+    "search",
     "targets",
     "tasks",
 )
@@ -88,6 +91,8 @@ def __getattr__(name: str) -> object:
         from lrp_prune.pruning.curve import pruning_curve
 
         return pruning_curve
+    if name in ("SearchSpace", "search_composite"):
+        return getattr(import_module("lrp_prune.search"), name)
     if name == "Comparison":
         from lrp_prune.pruning.comparison import Comparison
 

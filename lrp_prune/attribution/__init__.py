@@ -2,7 +2,7 @@
 
 from lrp_prune.attribution.collect import RelevanceAccumulator, attribute
 from lrp_prune.engine.audit import UnfoldedNormalizationWarning, UnruledOperationError, UnruledOperationWarning
-from lrp_prune.engine.composites import COMPOSITES, Composite, Where, epsilon_gamma_box
+from lrp_prune.engine.composites import COMPOSITES, Composite, epsilon_gamma_box
 from lrp_prune.engine.propagation import Propagation, attributing
 from lrp_prune.engine.registry import register_rule
 from lrp_prune.engine.rules import (
@@ -26,6 +26,7 @@ from lrp_prune.engine.rules import (
     ZBox,
     ZPlus,
 )
+from lrp_prune.engine.where import Where
 from lrp_prune.targets import (
     ClassLogit,
     LastToken,

@@ -14,7 +14,7 @@ from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
 from lrp_prune.distributed.sharding import agreeing, device_of, fsdp_modules
 from lrp_prune.engine.checkpoints import recomputed_in_evaluation
-from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.composites import CompositeLike, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.roots import Root
 from lrp_prune.engine.unsharding import refuse_inference_tensors
@@ -59,7 +59,7 @@ class RelevanceAccumulator:
         model: nn.Module,
         *,
         target: str | Target | Callable[[nn.Module, Any], Tensor] | Inferred | None = None,
-        composite: str | Composite | None = None,
+        composite: CompositeLike | None = None,
         statistic: str | Statistic | None = None,
         granularity: str | Sequence[str] = "weight",
         include: Sequence[str] | None = None,
@@ -187,7 +187,10 @@ class RelevanceAccumulator:
             raise ValueError("no batch was seen: relevance needs at least one reference sample")
         samples, self.num_samples = self.num_samples, 0
         relevance = self.table.finish(
-            composite=self._composite.name, num_samples=samples, target=describe(self._target)
+            composite=self._composite.name,
+            rules=self._composite.description,
+            num_samples=samples,
+            target=describe(self._target),
         )
         tell_silent(relevance, self._composite)
         return relevance
@@ -197,7 +200,7 @@ def attribute(
     model: nn.Module,
     batches: Iterable[Any],
     target: str | Target | Callable[[nn.Module, Any], Tensor] | None = None,
-    composite: str | Composite | None = None,
+    composite: CompositeLike | None = None,
     statistic: str | Statistic | None = None,
     granularity: str | Sequence[str] = "weight",
     include: Sequence[str] | None = None,
@@ -220,7 +223,7 @@ def attribute(
             predicted values), ``"span"`` (logits of an answer's first and last token); a
             :class:`~lrp_prune.targets.Target` such as ``LogitDifference``, a function of model and batch that returns a
             scalar; None: the model's own ``relevance_target(batch)``, else :class:`~lrp_prune.targets.Inferred`.
-        composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
+        composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, a file such as ``"mine.yaml"``, or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
         statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"``, ``"geometric"`` (weights) or a
             :class:`~lrp_prune.relevance.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args
 
+from lrp_prune.engine.composites import composite_of
 from lrp_prune.pruning.methods import LRP, Gradient, Method, Random, Wanda
 from lrp_prune.pruning.methods.propagating import check_collected
 
@@ -183,9 +184,8 @@ def way_of(method: Method, statistic: str) -> Way:
     """How circuits go about a method whose :func:`statistic <with_statistic>` is settled."""
     skip_first = getattr(method, "skip_first", 0)
     if isinstance(method, LRP):
-        (collected, named) = method.collects(("neuron",)), method.composite
-        composite = collected.composite
-        return Way(named if isinstance(named, str) else composite.name, composite, statistic, skip_first)
+        rules = composite_of(method.collects(("neuron",)).composite)
+        return Way(rules.name, rules, statistic, skip_first)
     if isinstance(method, AttributionPatching):
         name = "attribution_patching_ig" if method.steps else method.name
         return Way(name, "gradient", statistic, skip_first, method.steps, contrasted=True)

@@ -13,6 +13,7 @@ from lrp_prune.names import matches
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.units import expand_units
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.relevance.merging import check_rules
 from lrp_prune.selection import bits
 from lrp_prune.selection.together import smallest_of
 from lrp_prune.selection.values import Computed
@@ -256,6 +257,7 @@ def _check_pair(general: Relevance, undesired: Relevance) -> None:
         mine, theirs = getattr(general, what), getattr(undesired, what)
         if mine != theirs:
             raise ValueError(f"cannot contrast relevance with {what} {mine!r} and {theirs!r}: collect both alike")
+    check_rules(general, undesired, "contrast")
     _check_entries(undesired, general, "the undesired relevance")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrp_prune.correction.contrast import has_any
 from lrp_prune.correction.guard import Guard
 from lrp_prune.relevance import Relevance
-from lrp_prune.relevance.merging import check_shapes
+from lrp_prune.relevance.merging import check_rules, check_shapes
 
 COMBINATIONS: tuple[str, ...] = ("mean", "largest")
 
@@ -115,6 +115,7 @@ def _differences(sets: Mapping[str, Relevance]) -> Iterator[str]:
             mine, theirs = getattr(first, what), getattr(relevance, what)
             if mine != theirs:
                 yield f"sets {first_name!r} and {name!r} were collected with {what} {mine!r} and {theirs!r}: collect them alike"
+        check_rules(first, relevance, f"put {first_name!r} and {name!r} together:")
         check_shapes(first, relevance, f"put {first_name!r} and {name!r} together:")
     for name, relevance in sets.items():
         if not len(relevance):

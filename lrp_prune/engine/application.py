@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.engine.composed import PARTS
-from lrp_prune.engine.composites import LAYER, LAYERS, Composite
+from lrp_prune.engine.composites import Composite
 from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
@@ -16,6 +16,7 @@ from lrp_prune.engine.rules import Call, Rule, Terms, detached, gradient, is_act
 from lrp_prune.engine.rules.folding import forget_parts, note_joined
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.where import LAYER, LAYERS
 
 _CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 

@@ -1,34 +1,33 @@
 """Composites: which rule each operation gets."""
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from lrp_prune.engine import composite_text
+from lrp_prune.engine.entries import RuleLike, asked, entry_of, fits, name_of
 from lrp_prune.engine.operations import KINDS
-from lrp_prune.engine.rules import PLAIN, RULES, AlphaBeta, Call, Flat, Gamma, Own, Rule, ZBox, ZPlus, gradient
+from lrp_prune.engine.rules import PLAIN, AlphaBeta, Flat, Gamma, Own, Rule, ZBox, ZPlus, gradient
 from lrp_prune.engine.rules.softmax import AttentionZPlus, SoftmaxZPlus
 from lrp_prune.engine.rules.terms import Constant
 from lrp_prune.engine.where import LAYER, LAYERS, Where
-
-__all__ = ["COMPOSITES", "LAYER", "LAYERS", "Composite", "Where", "composite_of", "epsilon_gamma_box"]
-
-RuleLike = str | Rule | Callable[[Call], Any]
-"""A rule, the name of one, or a function of a :class:`~lrp_prune.engine.rules.Call` that returns its result."""
 
 
 @dataclass(frozen=True)
 class Composite:
     """A named choice of rules: the first that matches an operation is its rule, and where none does the base's.
 
+    Composites are equal if their names are, and all entries in their order, whichever of them are the base's.
+
     Args:
         name: what results are labelled with.
-        rules: what a rule is for -> the rule, or the name of one, in the order in which they are asked. What it is for is a kind
-            of operation, a class of modules, or :class:`Where` with several conditions. Kinds: ``activation``, ``product`` (of
-            two activations), ``linear`` (products of an activation with a weight or constant, but for ``convolution``),
+        rules: what a rule is for -> the rule, or its text (``"gamma(0.5)"``), in the order they are asked. What it is for is a
+            kind of operation, a class of modules, or :class:`Where` with several conditions. Kinds: ``activation``, ``product``
+            (of two activations), ``linear`` (products of an activation with a weight or constant, but for ``convolution``),
             ``matmul`` (of two activations), ``softmax``, ``attention`` (``scaled_dot_product_attention``),
             ``normalization``, ``statistic`` (roots, reciprocals, norms, variances), ``division``, ``average_pooling``,
             ``max_pooling``, ``sum`` (of two activations), ``dropout``.
@@ -58,27 +57,93 @@ class Composite:
     """
 
     name: str
-    rules: Mapping[str | type[nn.Module] | Where, RuleLike] = field(default_factory=dict, hash=False)
-    base: "str | Composite | None" = None
+    rules: Mapping[str | type[nn.Module] | Where, RuleLike] = field(default_factory=dict, compare=False)
+    base: "str | Composite | None" = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         entries: list[tuple[Where, Rule]] = []
         for where, rule in self.rules.items():
             try:
-                entries.append(_entry(where, rule))
+                entries.append(entry_of(where, rule))
             except ValueError as error:
                 raise ValueError(f"composite {self.name!r}: {error}") from None
         base = None if self.base is None else composite_of(self.base)
         object.__setattr__(self, "rules", dict(self.rules))
-        object.__setattr__(self, "entries", (*entries, *(() if base is None else base.entries)))
+        object.__setattr__(self, "entries", asked((*entries, *(() if base is None else base.entries))))
         preset = _presets().get(self.name)
         if preset is not None and preset.entries != self.entries:
             raise ValueError(
                 f"{self.name!r} is the name of a preset with other rules, and results are told apart by it"
             )
 
-    entries: tuple[tuple[Where, Rule], ...] = field(init=False, repr=False, compare=False)
+    entries: tuple[tuple[Where, Rule], ...] = field(init=False, repr=False, hash=False)
     """What rules are for, and the rules; first match wins."""
+
+    @classmethod
+    def from_yaml(cls, source: "str | os.PathLike[str] | Mapping[str, Any]") -> "Composite":
+        """Read what :meth:`to_yaml` wrote, or what was written by hand.
+
+        There are ``name`` (by default the file's), ``base`` (a preset) and ``rules``: a mapping from kinds of operation to rules,
+        or a list of entries, each with its ``rule`` and what it is for, as in :class:`Where`. A rule is its name, with settings
+        in brackets; ``depth`` is a place or ``range(...)``; ``layer`` a class of ``torch.nn``, or one with its module, which is
+        imported. Rules of one's own are known by the name that :func:`lrp_prune.register_rule` gave them.
+
+        Args:
+            source: path of a file that ends in ``.yaml``, or its text, or the values in it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: for what is no composite; the message names the file, the entry and what is allowed.
+
+        Example:
+            >>> text = "{name: mine, base: epsilon, rules: [{kind: layer, depth: 0, rule: flat}, {name: 'stem.*', rule: z_plus}]}"
+            >>> rules = {Where("layer", depth=range(1)): "flat", Where(name="stem.*"): ZPlus()}
+            >>> Composite.from_yaml(text) == Composite("mine", rules, base="epsilon")
+            True
+        """
+        told, name, named, entries = composite_text.read(source)
+        levels: list[dict[str | type[nn.Module] | Where, RuleLike]] = [{}]
+        for where, rule in entries:
+            if where in levels[-1]:  # which is asked where the rule before it cannot be
+                levels.append({})
+            levels[-1][where] = rule
+        try:
+            base = None if named is None else _preset(named)
+            for level in levels[:0:-1]:
+                base = cls("", level, base)
+            return cls(name, levels[0], base)
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
+
+    def to_yaml(self, path: "str | os.PathLike[str] | None" = None) -> str:
+        """The composite as text, which :meth:`from_yaml` makes this very composite of; written to a file if there is a path.
+
+        Raises:
+            ValueError: for a rule or a class of layers that has no name to be found by, or a file of another kind.
+
+        Example:
+            >>> print(composite_of("epsilon_plus_flat").to_yaml())
+            name: epsilon_plus_flat
+            base: epsilon
+            rules:
+            - {kind: layer, depth: 0, rule: flat}
+            - {kind: convolution, rule: z_plus}
+            <BLANKLINE>
+        """
+        base = None if self.base is None else composite_of(self.base)
+        if base is not None and _is_preset(base):
+            own = asked(entry_of(where, rule) for where, rule in self.rules.items())
+            text = composite_text.write(self.name, base.name, own)
+        else:
+            text = composite_text.write(self.name, None, self.entries)
+        if path is not None:
+            composite_text.save(text, path)
+        return text
+
+    @property
+    def description(self) -> str:
+        """The same with every setting and no base: what results keep, to say exactly how they were made."""
+        return composite_text.describe(self.name, self.entries)
 
     def rule(
         self,
@@ -90,14 +155,14 @@ class Composite:
     ) -> Rule:
         """The rule of a kind of operation, in a module of a name."""
         for where, rule in self.entries:
-            if where.matches(kind, name, module, depth, layer_depth) and _fits(rule, kind):
+            if where.matches(kind, name, module, depth, layer_depth) and fits(rule, kind):
                 return PLAIN.get(kind, rule) if rule == gradient else rule
         return PLAIN.get(kind, gradient)
 
     def rules_of(self, kind: str) -> Iterator[Rule]:
         """All rules that an operation of a kind may get."""
         for where, rule in self.entries:
-            if where.is_for(kind) and _fits(rule, kind):
+            if where.is_for(kind) and fits(rule, kind):
                 yield rule
                 if not where.is_placed:
                     return
@@ -132,70 +197,54 @@ class Composite:
             for where, rule in self.entries:
                 # A rule for some modules, whatever they run, is looked at where it meets a weight.
                 wanted = where.is_for(kind) and (where.kind is not None or not where.is_placed)
-                if wanted and _fits(rule, kind) and not rule.scores_weights:
-                    called = getattr(rule.function, "__name__", rule) if isinstance(rule, Own) else _name_of(rule)
+                if wanted and fits(rule, kind) and not rule.scores_weights:
+                    called = getattr(rule.function, "__name__", rule) if isinstance(rule, Own) else name_of(rule)
                     raise ValueError(
                         f"composite {self.name!r} has a rule of its own for {kind!r} ({called}), and what relevance weights have "
                         "then is not known: leave it out, declare its terms (lrp_prune.attribution.Terms), or use "
                         "lrp_prune.attributing for activations"
                     )
-                if wanted and _fits(rule, kind):
+                if wanted and fits(rule, kind):
                     break
 
-    def check_fits(self, modules: Mapping[str, nn.Module]) -> None:
-        """Refuse patterns and classes that no module of a model has.
 
-        Raises:
-            ValueError: for the first of them.
-        """
-        for where, _ in self.entries:
-            if where.name is not None and not any(fnmatchcase(name, where.name) for name in modules):
-                raise ValueError(
-                    f"composite {self.name!r}: the pattern {where.name!r} matches no module; there are "
-                    f"{', '.join(list(modules)[1:4])}, ..."
-                )
-            layer = where.layer
-            if layer is not None and not any(isinstance(module, layer) for module in modules.values()):
-                raise ValueError(f"composite {self.name!r}: the model has no {layer.__name__}")
+CompositeLike = str | os.PathLike[str] | Mapping[Any, Any] | Composite
+"""A composite; or the name of a preset, a file or a text of YAML, or a mapping from what rules are for to the rules."""
 
 
-def _entry(given: str | type[nn.Module] | Where, rule: RuleLike) -> tuple[Where, Rule]:
-    where = given if isinstance(given, Where) else Where(given) if isinstance(given, str) else Where(layer=given)
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r}, expected one of {tuple(RULES)}")
-        rule = RULES[rule]
-    elif isinstance(rule, type) or not callable(rule):
-        raise ValueError(f"a rule is an object, such as Gamma(0.25), the name of one, or a function, got {rule!r}")
-    elif not isinstance(rule, Rule):
-        rule = Own(rule)
-    if where.kind is not None and not all(_fits(rule, kind) for kind in KINDS if where.is_for(kind)):
-        raise ValueError(f"{_name_of(rule)} is a rule for {rule.kinds}, not for {where.kind!r}")
-    return where, rule
+def composite_of(composite: CompositeLike) -> Composite:
+    """The composite that is given.
 
-
-def _fits(rule: Rule, kind: str) -> bool:
-    return rule.kinds is None or kind in rule.kinds
-
-
-def _name_of(rule: Rule) -> str:
-    return next((name for name, known in RULES.items() if known == rule), str(rule))
-
-
-def composite_of(composite: str | Composite) -> Composite:
-    """A preset by name, with bounds in brackets if it needs any, or the composite itself.
+    Args:
+        composite: name of a preset, with bounds in brackets if it needs any; path of a file that ends in ``.yaml``; what such a
+            file holds, as text or as values; ``{what a rule is for: rule}``, which is named ``custom``; or a composite.
 
     Raises:
-        ValueError: if there is no preset of that name, or its bounds are missing or make no sense.
+        FileNotFoundError: there is no such file.
+        ValueError: if there is no preset of that name, its bounds are missing or make no sense, or for what is no composite.
+
+    Example:
+        >>> composite_of("{convolution: gamma(0.5)}") == composite_of({"convolution": Gamma(0.5)})
+        True
     """
     if isinstance(composite, Composite):
         return composite
-    if composite in COMPOSITES:
+    if isinstance(composite, Mapping) and not composite_text.is_document(composite):
+        return Composite("custom", composite)
+    if composite_text.is_source(composite):
+        return Composite.from_yaml(composite)
+    return _preset(composite)
+
+
+def _preset(composite: Any) -> Composite:
+    if isinstance(composite, str) and composite in COMPOSITES:
         return COMPOSITES[composite]
     name, bracket, bounds = composite.partition("(") if isinstance(composite, str) else ("", "", "")
     if name != BOXED:
         known = (*COMPOSITES, f"{BOXED}(low, high)")
-        raise ValueError(f"composite must be one of {known} or a Composite, got {composite!r}")
+        raise ValueError(
+            f"composite must be one of {known}, a file that ends in .yaml, or a Composite, got {composite!r}"
+        )
     try:
         low, high = ast.literal_eval(bracket + bounds)
     except (SyntaxError, TypeError, ValueError):
@@ -204,6 +253,13 @@ def composite_of(composite: str | Composite) -> Composite:
             f"'{BOXED}(-2.1, 2.6)', or a tuple with one for each channel"
         ) from None
     return epsilon_gamma_box(low, high)
+
+
+def _is_preset(composite: Composite) -> bool:
+    try:
+        return _preset(composite.name) == composite
+    except ValueError:
+        return False
 
 
 def _presets() -> dict[str, Composite]:

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_flatten
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.audit import Audit
 from lrp_prune.engine.checkpoints import propagating_checkpoints
-from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.composites import Composite, CompositeLike, composite_of
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
+from lrp_prune.engine.entries import check_places
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
 from lrp_prune.engine.places import Places
@@ -139,7 +140,7 @@ def _described(value: Any) -> str:
 @contextmanager
 def attributing(
     model: nn.Module,
-    composite: str | Composite = "attnlrp",
+    composite: CompositeLike = "attnlrp",
     latent: Sequence[str] | None = None,
     unruled: str = "warn",
 ) -> Iterator[Propagation]:
@@ -152,7 +153,8 @@ def attributing(
 
     Args:
         model: any ``nn.Module``; parameters need not require grad.
-        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, or a :class:`~lrp_prune.attribution.Composite`.
+        composite: ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, a file such as ``"mine.yaml"``, or a
+            :class:`~lrp_prune.attribution.Composite`.
         latent: patterns of module names whose outputs' relevance is wanted too.
         unruled: what to do where a nonlinear operation has no rule: ``"warn"``, ``"error"`` or ``"ignore"``.
 
@@ -199,7 +201,7 @@ def propagating(
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
     running = eager(model)  # before it is unwrapped
     model, modules = unwrap(model), named_modules(model)
-    composite.check_fits(modules)
+    check_places(composite.name, composite.entries, modules)
     wanted = _latent(modules, latent)
     data = Constants(model) if constants else None
     roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lrp_prune.engine.operations import KINDS, OPERATIONS, ROWS, Operation, Place
+from lrp_prune.engine.rule_text import CLASSES, known_names
 from lrp_prune.engine.rules import RULES, Call, Identity, Own, Rule
 
 ModuleRule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -52,11 +53,14 @@ class RegisteredRule:
         self.remove()
 
 
-def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Callable[..., Any]) -> RegisteredRule:
-    r"""Say how an operation hands on relevance, for good or for the time of a ``with`` block.
+def register_rule(
+    function: str | Callable[..., Any] | type[nn.Module], rule: str | Callable[..., Any]
+) -> RegisteredRule:
+    r"""Say how an operation hands on relevance, or name a rule for composites; for good or for the time of a ``with`` block.
 
     Args:
-        function: a torch function (as a torch-function mode sees it), or the class of a module.
+        function: a torch function (as a torch-function mode sees it), or the class of a module. Or a name: composites then know
+            the rule by it, also in YAML. A class of rules has settings there, ``"by_power(3)"``.
         rule: one of
 
             * a kind of operation (``"activation"``, ``"statistic"``, ...): the composite's rule for that kind applies. Kinds
@@ -106,10 +110,28 @@ def register_rule(function: Callable[..., Any] | type[nn.Module], rule: str | Ca
         >>> bool(torch.isclose(relevance["input"].sum(), value, atol=1e-5))
         True
     """
+    if isinstance(function, str):
+        return _register_name(function, rule)
     if isinstance(function, type):
         return _register_module(function, rule)
     _check_visible(function)
     return _register_function(function, rule)
+
+
+def _register_name(name: str, rule: Any) -> RegisteredRule:
+    if not name.isidentifier() or name in known_names():
+        raise ValueError(f"a rule's name must be one word, and none of {known_names()}, got {name!r}")
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        handle = RegisteredRule(CLASSES, name)
+        CLASSES[name] = rule
+        return handle
+    if isinstance(rule, type) or not callable(rule):
+        raise ValueError(
+            f"what is named {name!r} must be a Rule, a class of rules, or a function of a call, got {rule!r}"
+        )
+    handle = RegisteredRule(RULES, name)
+    RULES[name] = rule if isinstance(rule, Rule) else Own(rule)
+    return handle
 
 
 def _register_function(function: Callable[..., Any], rule: str | Callable[..., Any]) -> RegisteredRule:

@@ -24,6 +24,24 @@ def check_same_entries(first: "Relevance", second: "Relevance", action: str) -> 
     check_shapes(first, second, action)
 
 
+def check_rules(first: "Relevance", second: "Relevance", action: str) -> None:
+    """Refuse relevance that composites of one name and other rules have propagated. What is not known is not compared.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if first.rules and second.rules and first.rules != second.rules:
+        mine, theirs = first.rules.splitlines(), second.rules.splitlines()
+        only = (
+            [line.strip() for line in mine if line not in theirs],
+            [line.strip() for line in theirs if line not in mine],
+        )
+        differ = " and ".join(", ".join(lines) for lines in only if lines) or "their order"
+        raise ValueError(
+            f"cannot {action} relevance by two composites that are both named {first.composite!r}, and differ in {differ}"
+        )
+
+
 def check_shapes(first: "Relevance", second: "Relevance", action: str) -> None:
     """Refuse tensors of the same name that have other shapes, or are divided in another way.
 

@@ -12,7 +12,7 @@ from lrp_prune.relevance import files
 from lrp_prune.relevance.contributions import INPUTS, Contributions
 from lrp_prune.relevance.granularity import granularities_of
 from lrp_prune.relevance.members import Member
-from lrp_prune.relevance.merging import check_same_entries, check_shapes, summed
+from lrp_prune.relevance.merging import check_rules, check_same_entries, check_shapes, summed
 from lrp_prune.relevance.statistics import Statistic
 from lrp_prune.relevance.unscored import together
 
@@ -39,7 +39,9 @@ class Relevance(Mapping[str, Tensor]):
         sums: the sums over samples, by name. Kept, not copied.
         granularity: what a value is about.
         statistic: how tokens and samples were reduced: a :class:`~lrp_prune.relevance.statistics.Statistic`, or the name of one.
-        composite: the rules that propagated it.
+        composite: the name of the rules that propagated it.
+        rules: these rules themselves, all of them, as :attr:`lrp_prune.Composite.description` tells them and
+            :meth:`lrp_prune.Composite.from_yaml` reads them; empty if they are not known.
         num_samples: samples in ``sums``.
         target: what was explained, in words.
         model: the model's description; only relevance of the same model is merged.
@@ -75,6 +77,7 @@ class Relevance(Mapping[str, Tensor]):
         granularity: str = "weight",
         statistic: str | Statistic | Mapping[str, Any] = "abs_token",
         composite: str = "attnlrp",
+        rules: str = "",
         num_samples: int = 1,
         target: str = "",
         model: str = "",
@@ -96,7 +99,7 @@ class Relevance(Mapping[str, Tensor]):
         self.granularity = granularity
         self._reading = _statistic_of(statistic)
         self.statistic = self._reading.name
-        self.composite = composite
+        self.composite, self.rules = composite, rules
         self.num_samples = num_samples
         self.target = target
         self.model = model
@@ -173,7 +176,8 @@ class Relevance(Mapping[str, Tensor]):
     ) -> "Relevance":
         """Other scores of the same tensors or units, that were found in another way, and are read as they are."""
         described = {"statistic": statistic, "composite": composite, "target": target, "num_samples": num_samples}
-        return self._replace(values, **described, derived=True, scales={}, inputs={}, mean_weights={})
+        rules = self.rules if composite == self.composite else ""
+        return self._replace(values, **described, rules=rules, derived=True, scales={}, inputs={}, mean_weights={})
 
     def with_members(self, members: Mapping[str, tuple[Member, ...]]) -> "Relevance":
         """The same scores of units that own other entries."""
@@ -208,6 +212,7 @@ class Relevance(Mapping[str, Tensor]):
             "granularity": self.granularity,
             "statistic": self._reading.to_plain(),
             "composite": self.composite,
+            "rules": self.rules,
             "num_samples": self.num_samples,
             "target": self.target,
             "model": self.model,
@@ -238,6 +243,7 @@ class Relevance(Mapping[str, Tensor]):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise ValueError(f"cannot merge relevance with {what} {mine!r} and {theirs!r}")
+        check_rules(self, other, "merge")
         if self._reading != other._reading:
             raise ValueError(f"cannot merge relevance with statistic {self._reading} and {other._reading}")
         if self.derived or other.derived or self._scales or other._scales:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lrp_prune import Random, Scope
+from lrp_prune import Composite, Random, Scope
 from lrp_prune.callbacks import CircuitDiscovery, ContrastiveCorrection, RelevanceCollector, RelevancePruning
 
 pytest.importorskip("jsonargparse")
@@ -108,6 +108,24 @@ def test_values_that_belong_together_are_written_and_read_as_mappings(make_modul
             "squared_token",
             {"matmul": "stop"},
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["file", "values"])
+def test_a_composite_is_a_file_or_stands_in_the_configuration(given, make_module, make_loader, tmp_path) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    values = {"name": "mine", "base": "epsilon", "rules": [{"kind": "linear", "depth": 0, "rule": "gamma(0.5)"}]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    composite = str(tmp_path / "mine.yaml") if given == "file" else values
+    collector = {"class_path": "lrp_prune.LRP", "init_args": {"composite": composite, "target": "class"}}
+    callback = {"class_path": "lrp_prune.callbacks.RelevanceCollector", "init_args": {"method": collector}}
+    trainer = {"callbacks": [callback], "logger": False, "accelerator": "cpu", "max_epochs": 1}
+    trainer |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    made = LightningCLI(type(make_module()), run=False, args={"trainer": trainer}, save_config_callback=None)
+    made.trainer.fit(made.model, make_loader(), make_loader(seed=2))
+    relevance = made.trainer.callbacks[0].relevance
+    assert relevance.composite == "mine" and Composite.from_yaml(relevance.rules) == Composite.from_yaml(values)
 
 
 @pytest.mark.parametrize("callback", [RelevancePruning, RelevanceCollector, ContrastiveCorrection, CircuitDiscovery])

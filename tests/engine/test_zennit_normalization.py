@@ -124,8 +124,8 @@ CASES = [
 def test_relevance_is_that_of_zennit(
     zennit: Any, made: Callable[[nn.Module], nn.Module], network: str, label: str
 ) -> None:
-    """In float32 to 1e-5 of the largest, of what zennit finds in float64; in float64 to 1e-7, which
-    is what zennit's stabilisers leave."""
+    """In float64 to 1e-7 of the largest, which is what zennit's stabilisers leave; in float32 to 1e-5 of what zennit finds in
+    float64, or to twice what its own float32 is away from that."""
     torch.manual_seed(0)
     model = made(NETWORKS[network](zennit.layer.Sum))
     ours, theirs = pairs(zennit, label, has_norms=network == "convnext")
@@ -136,11 +136,13 @@ def test_relevance_is_that_of_zennit(
     single, double = (
         relevance_of(model.to(dtype), ours, x.to(dtype), chosen, names) for dtype in (torch.float32, torch.float64)
     )
-    for name, expected in theirs_of(theirs, model, x.double(), chosen.double(), names).items():
+    rounded = theirs_of(theirs, model.float(), x, chosen, names)
+    for name, expected in theirs_of(theirs, model.double(), x.double(), chosen.double(), names).items():
         largest = float(expected.abs().max())
+        rounding = float((rounded[name] - expected).abs().max())
         assert largest > 1e-4
         assert float((double[name] - expected).abs().max()) <= 1e-7 * largest, name
-        assert float((single[name] - expected).abs().max()) <= 1e-5 * largest, name
+        assert float((single[name] - expected).abs().max()) <= max(1e-5 * largest, 2 * rounding), name
 
 
 def relevance_of(

@@ -1,11 +1,10 @@
 """Methods that explain a value which the model computes, by one backward pass for each batch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lrp_prune.attribution.defaults import best_for
-from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.composites import composite_of
 from lrp_prune.pruning.methods.base import Collects, Method
 from lrp_prune.relevance.statistics import OF_RELEVANCE
 from lrp_prune.targets import Inferred, checked
@@ -16,9 +15,9 @@ class LRP(Method):
     """Layer-wise relevance propagation: by how much a weight or unit contributes to what the model computes.
 
     Args:
-        composite: the rules, by name (``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ...), as ``{kind of operation: rule}``, or as a
-            :class:`~lrp_prune.attribution.Composite`; None for the best measured: ``"epsilon"`` for weights, ``"attnlrp"`` for
-            units.
+        composite: the rules, by name (``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ...), as a file (``"mine.yaml"``), as
+            ``{kind of operation: rule}``, or as a :class:`~lrp_prune.attribution.Composite`; None for the best measured:
+            ``"epsilon"`` for weights, ``"attnlrp"`` for units.
         statistic: how tokens and samples are reduced, see :func:`lrp_prune.attribute`; None for the best measured:
             ``"geometric"`` for weights, ``"abs_token"`` for units.
         target: what is explained, see :func:`lrp_prune.attribute`; None to infer it from the model and its first batch.
@@ -26,6 +25,7 @@ class LRP(Method):
             the first token as a sink of attention, with activations that dwarf all others.
 
     Raises:
+        FileNotFoundError: there is no such file of a composite.
         ValueError: for a composite, statistic or target that does not exist.
 
     Example:
@@ -47,8 +47,7 @@ class LRP(Method):
         check_collected(self.statistic, self.target, self.skip_first)
 
     def _composite(self) -> Any:
-        named = self.composite
-        return composite_of(Composite("custom", named) if isinstance(named, Mapping) else named)
+        return composite_of(self.composite)
 
     def collects(self, kinds: tuple[str, ...]) -> Collects:
         """Relevance by the composite in the statistic."""
