@@ -222,7 +222,7 @@ def attribute(
             scalar; None: the model's own ``relevance_target(batch)``, else :class:`~lrp_prune.targets.Inferred`.
         composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"`` or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"``, ``"geometric"`` (weights) or a
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"pxp"``, ``"squared_token"``, ``"geometric"`` (weights) or a
             :class:`~lrp_prune.relevance.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for
             units. So :func:`attribute` and then :func:`lrp_prune.select` do by default what :func:`lrp_prune.prune` does.
         granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.shadow import distinct
 from lrp_prune.engine.tracing import by_weight, channel_axis
 from lrp_prune.engine.uses import Use
@@ -56,7 +57,10 @@ class ReadStatistic:
         relevance = self._batch.only_counted(_wide(activation) * _wide(input_gradient)).movedim(axis, -1)
         units = self._units(use).to(relevance.device)
         relevance, numbers = _by_unit(relevance, units)
-        if self.statistic.by_sample:
+        if self.statistic.by_map and isinstance(use.form, Convolution):
+            maps = relevance if activation.dim() == use.weight.dim() else relevance[None]  # there may be no samples
+            reduced = maps.reshape(maps.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
+        elif self.statistic.by_sample:
             samples = self._batch.by_sample(relevance, self.name)
             reduced = samples.reshape(samples.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
         else:

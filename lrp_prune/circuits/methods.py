@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args
 from lrp_prune.pruning.methods import LRP, Gradient, Method, Random, Wanda
 from lrp_prune.pruning.methods.propagating import check_collected
 
-_OF_UNITS = ("signed", "abs_sample", "abs_token", "squared_token")
+_OF_UNITS = ("signed", "abs_sample", "abs_token", "pxp", "squared_token")
 
 
 def _check_steps(steps: Any, least: int) -> None:

@@ -1,6 +1,7 @@
 """torchvision, whose models are plain Python, also where its compiled operators do not fit the torch that is installed."""
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -12,12 +13,20 @@ _OPERATORS = ("nms", "qnms")
 _declared: list[torch.library.Library] = []
 
 
+def is_installed() -> bool:
+    """Whether there is a torchvision."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
 def torchvision() -> ModuleType:
-    """torchvision; tests are skipped where it is not installed. timm and parts of transformers import it as well."""
+    """torchvision; tests are skipped where it is not installed.
+
+    timm and transformers import it as well, where it is: whoever uses these calls this first then.
+    """
+    if not is_installed():
+        pytest.skip("torchvision is not installed")
     try:
         return importlib.import_module("torchvision")
-    except ImportError:
-        pytest.skip("torchvision is not installed")
     except RuntimeError as error:  # its operators were built for another torch, and were not loaded
         if "does not exist" not in str(error) or _declared:
             raise

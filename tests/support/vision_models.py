@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from tests.support.torchvision_import import torchvision
+from tests.support.torchvision_import import is_installed, torchvision
 
 
 class Vision(NamedTuple):
@@ -113,6 +113,8 @@ def _maxvit() -> nn.Module:
 
 
 def _vit(family: str) -> nn.Module:
+    if is_installed():
+        torchvision()
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
     config = getattr(tf, f"{family}Config")(image_size=32, patch_size=8, num_labels=5, **sizes)
     return getattr(tf, f"{family}ForImageClassification")(config)
