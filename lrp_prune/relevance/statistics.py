@@ -11,6 +11,7 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 ``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
 ``geometric``      :math:`|W|^3 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
 ``input_norm``     :math:`W^2 \cdot (1^T a^2)`, of which the square root is read (Wanda, arXiv 2306.11695)
+``activation``     of units alone: :math:`1^T a^2`, of which the square root is read
 =================  ==========================================================================
 
 ``geometric`` is the weighted geometric mean :math:`R^{2/3} C^{1/3}` of relevance as in ``squared_token`` and of what
@@ -43,6 +44,7 @@ class Statistic:
         power: :math:`p`, the power of absolute relevance at each token; 0 for relevance itself, with its sign.
         by_sample: whether the sum over a sample's tokens is taken before the absolute value is.
         by_map: whether that is so where a convolution reads, of whose maps the tokens are positions, and only there.
+        weighing: of activations, whether they are multiplied with the weights that read them.
         propagated: whether relevance is looked at, or what the forward alone tells: activations in its place.
         contributing: whether the weights' contributions to their layers' outputs are a factor (of weights only).
         counted: whether anything is summed at all, or only found.
@@ -64,6 +66,7 @@ class Statistic:
     power: int = 0
     by_sample: bool = False
     by_map: bool = False
+    weighing: bool = True
     propagated: bool = True
     contributing: bool = False
     counted: bool = True
@@ -94,11 +97,13 @@ class Statistic:
         return STATISTICS.get(name) or cls(name, power=1)
 
     def check_suits(self, granularity: str) -> None:
-        """Refuse units where the statistic is about weights.
+        """Refuse units where the statistic is about weights, and weights where it is about units.
 
         Raises:
             ValueError: if so.
         """
+        if not self.weighing and granularity in ("weight", "embedding"):
+            raise ValueError(f"statistic {self.name!r} is about units, not {granularity}s: use 'input_norm'")
         if self.contributing and granularity != "weight":
             raise ValueError(f"statistic {self.name!r} is about weights, not {granularity}s: use 'squared_token'")
 
@@ -178,6 +183,7 @@ STATISTICS: dict[str, Statistic] = {
         Statistic("squared_token", power=2),
         Statistic("geometric", power=2, contributing=True),
         Statistic("input_norm", power=2, propagated=False),
+        Statistic("activation", power=2, propagated=False, weighing=False),
         Statistic("structure", propagated=False, counted=False),
     )
 }
