@@ -7,7 +7,7 @@ from torch import nn
 
 from lrp_prune.metrics.pruning import RATES
 from lrp_prune.models.batches import check_batches
-from lrp_prune.pruning.comparing import evaluated, rates_of, stepping
+from lrp_prune.pruning.comparing import evaluated, rates_of, reached_by, stepping
 from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masking import masked_parameters
@@ -97,7 +97,7 @@ def pruning_curve(
                 step(f"{label} at {100 * rate:g} %")
                 masks = select(entry, rate, scope)
                 masks.apply_(model)
-                scores[label][rate], reached[label][rate] = evaluated(model, evaluate), masks.sparsity
+                scores[label][rate], reached[label][rate] = evaluated(model, evaluate), reached_by(masks, rate)
                 restore()
     return Comparison(scores, dense, reached, higher_is_better)
 
