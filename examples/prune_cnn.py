@@ -169,7 +169,7 @@ def draw(curve: lrp_prune.Comparison, left: dict[str, tuple[int, int]], steps: d
         )
     by_rate.scatter([50], [steps["after one epoch"]], color=INK, zorder=3, label="half of each layer, one epoch")
     titled(by_rate, "Filters removed, nothing trained", "filters removed (%)", "accuracy on held-out images")
-    by_rate.legend(frameon=False, fontsize=8)
+    by_rate.legend(frameon=False, fontsize=8, loc="center right")
     rows = range(len(left))
     by_layer.barh(rows, [total for _, total in left.values()], color="#dfe4ea", label="removed")
     by_layer.barh(rows, [kept for kept, _ in left.values()], color=colour("lrp"), label="left")
@@ -236,6 +236,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         RATES,
         batches=batches,
         granularity="neuron",
+        progress=IN_TERMINAL,
     )
     print(curve)
     rows = [f"| {name} | {curve.area(name):.3f} | {curve.top_rate(name):.0%} |" for name in curve.scores]
