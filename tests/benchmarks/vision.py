@@ -146,7 +146,7 @@ def plotted(found: dict[str, dict[str, Any]], path: Path) -> None:
             wide = 2.4 if method == "epsilon" else 1.2
             style = "dashed" if method in ("random", "magnitude", "activation") else "solid"
             axis.plot([100 * rate for rate in RATES], mean, label=method, linewidth=wide, linestyle=style)
-        axis.set(title=case, xlabel="units pruned (%)", ylim=(0, 1))
+        axis.set(title=case.replace(", ", "\n"), xlabel="units pruned (%)", ylim=(0, 1))
         axis.grid(alpha=0.25)
     for row in axes:
         row[0].set_ylabel("accuracy")
