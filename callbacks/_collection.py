@@ -23,7 +23,7 @@ from lrp_prune.callbacks._checks import (
 )
 from lrp_prune.callbacks._distributed import agree, agreeing, check_targets, gathered, merged
 from lrp_prune.callbacks._progress import CollectionProgress
-from lrp_prune.pruning import METHODS, Method, Scorer, scorer
+from lrp_prune.pruning import METHODS, UNIT_METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.methods import collected_by
 from lrp_prune.pruning.recalibration import enough
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
 
 
-MethodName = Literal["lrp", "gradient", "wanda", "magnitude", "random"]
+MethodName = Literal["lrp", "gradient", "wanda", "magnitude", "random", "activation", "taylor", "integrated_gradients"]
 # The names are spelt out for help and type checkers.
-assert get_args(MethodName) == tuple(METHODS)
+assert get_args(MethodName) == (*METHODS, *UNIT_METHODS)
 _OTHERS = "reference='all', or batches"
 Reference = int | Literal["all"] | Iterable[Any] | LightningDataModule
 

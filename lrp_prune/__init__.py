@@ -2,7 +2,8 @@
 
 Data flows one way: a model and batches give a :class:`Relevance` (:func:`attribute`), a relevance gives :class:`Masks`
 (:func:`select`), masks give a pruned model; :func:`prune` does all three, and :func:`compare` by several methods side by side.
-Methods are named, or objects that say more: :class:`LRP`, :class:`Gradient`, :class:`Wanda`, :class:`Magnitude`, :class:`Random`.
+Methods are named, or objects that say more: :class:`LRP`, :class:`Gradient`, :class:`Wanda`, :class:`Magnitude`, :class:`Random`,
+and of units alone :class:`Activation`, :class:`Taylor`, :class:`IntegratedGradients`.
 ``lrp_prune.correction`` turns the contrast of two relevances into a reversible :class:`Patch`, ``lrp_prune.circuits`` finds and
 evaluates circuits on ``lrp_prune.tasks``. The Lightning callbacks are in ``lrp_prune.callbacks``.
 """
@@ -14,12 +15,15 @@ from lrp_prune.correction import Patch
 from lrp_prune.planning import Estimate, estimate
 from lrp_prune.pruning import (
     LRP,
+    Activation,
     Gradient,
+    IntegratedGradients,
     Magnitude,
     Masks,
     Method,
     Random,
     Scope,
+    Taylor,
     Wanda,
     merge_adapters,
     prune,
@@ -31,11 +35,13 @@ from lrp_prune.relevance.statistics import Statistic
 
 __all__ = [
     "LRP",
+    "Activation",
     "Comparison",
     "Composite",
     "CorrectedModule",
     "Estimate",
     "Gradient",
+    "IntegratedGradients",
     "Magnitude",
     "Masks",
     "Member",
@@ -47,6 +53,7 @@ __all__ = [
     "Scope",
     "SearchSpace",
     "Statistic",
+    "Taylor",
     "Wanda",
     "attribute",
     "attributing",

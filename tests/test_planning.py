@@ -207,7 +207,7 @@ def test_any_module_and_batch():
         ({"dtype": "bfloat16"}, "dtype must be None or a torch.dtype .* got 'bfloat16'"),
         ({"accumulate_on": "disk"}, "accumulate_on must be None or name a device, got 'disk'"),
         ({"sparsity": 1.0}, "sparsity must be"),
-        ({"method": "taylor"}, "method must be one of"),
+        ({"method": "snip"}, "method must be one of"),
         ({"granularity": "channel"}, "granularity must be one of"),
         ({"trainable_only": 1}, "trainable_only must be True or False, got 1"),
         ({"exclude": "bias"}, "exclude must be a list of name patterns .* got 'bias'"),

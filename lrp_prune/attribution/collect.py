@@ -12,6 +12,7 @@ from lrp_prune.attribution.defaults import best_for
 from lrp_prune.attribution.observers import ObserverTable, check_included
 from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
+from lrp_prune.attribution.unit_observers import UNIT_KINDS
 from lrp_prune.distributed.sharding import agreeing, device_of, fsdp_modules
 from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import CompositeLike, composite_of
@@ -24,7 +25,7 @@ from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import Subject, subject_of
-from lrp_prune.relevance import Relevance
+from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.statistics import Statistic
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
@@ -50,6 +51,8 @@ class RelevanceAccumulator:
             in this precision. ``None`` rounds nothing.
         skip_first: how many tokens at the beginning of each sample of a causal language model enter no statistic. Such
             models use the first token as a sink of attention, with activations that dwarf all others.
+        steps: of units, in how many steps float inputs and embeddings go from zeros to what they are, while what flows through
+            the units is summed up (:mod:`~lrp_prune.attribution.conductance`); None: inputs are what they are.
         unruled: what to do about operations without a rule.
         forward_context: a context manager for the forward, such as autocast.
     """
@@ -68,6 +71,7 @@ class RelevanceAccumulator:
         accumulate_on: str | torch.device | None = None,
         matmul_dtype: str | torch.dtype | None = "auto",
         skip_first: int = 0,
+        steps: int | None = None,
         unruled: str = "warn",
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -87,6 +91,11 @@ class RelevanceAccumulator:
         self._skip_first = skip_first
         self._unruled, self._forward_context = unruled, forward_context
         sharded = bool(shardings_of(self._subject.module))
+        if steps is not None and not set(granularities_of(granularity)) <= set(UNIT_KINDS):
+            raise ValueError(f"steps is for units, {', '.join(UNIT_KINDS)}s, not for {granularity!r}: leave it out")
+        if steps is not None and sharded:
+            raise ValueError("steps is not for models that fully_shard has divided: collect on one that is whole")
+        self._shares = [1.0] if steps is None else [step / steps for step in range(steps + 1)]
         self.table = (ShardedTable if sharded else ObserverTable)(
             self._subject.module,
             statistic=statistic or best.statistic,
@@ -96,6 +105,7 @@ class RelevanceAccumulator:
             trainable_only=trainable_only,
             accumulate_on=accumulate_on,
             matmul_dtype=matmul_dtype,
+            on_path=steps is not None,
         )
         self.num_samples = 0
 
@@ -134,33 +144,52 @@ class RelevanceAccumulator:
                     refuse_inference_tensors(fsdp_modules(module))
                 with self._forward_context():
                     self._target = self._inferred.decide(module, batch, mesh)
-            uses = WeightUses(table.observers, table.tracer)
-            first = self.num_samples == 0
-            unruled = self._unruled if first else "ignore"
-            with (
-                propagating(
-                    module, self._composite, None, unruled, uses, tracer=table.tracer, kept=table.kept, named=first
-                ) as propagation,
-                nullcontext() if sharded is None else sharded.passing(),
-            ):
-                with agreeing(mesh, COLLECTING), self._forward_context():
-                    value = self._target(module, batch)
-                    if sharded is not None:
-                        propagation.check_target(value, table.backward_needed)
-                roots = propagation.roots()
-                table.touched(uses, roots)
-                table.make_room()
-                needed = table.backward_needed
-                gradients: Sequence[Tensor | None] = [None] * len(roots)
-                if needed:
-                    gradients = propagation.gradients(value, [root.leaf for root in roots])
-            with agreeing(mesh, COLLECTING):
-                if needed:
-                    propagation.check_reached(value, gradients)
-                self._add_roots(roots, gradients)
-            if sharded is not None:
-                sharded.sum_up()
+            counted = table.batch.counted
+            for point, share in enumerate(self._shares):
+                table.begin(point, len(self._shares))
+                table.batch.counted = counted  # a pass lets go of it
+                self._pass(module, batch, share, first=self.num_samples == 0 and point == 0)
         self.num_samples += table.batch.samples
+
+    def _pass(self, module: nn.Module, batch: Any, share: float, first: bool) -> None:
+        """One forward and backward pass, with this share of the inputs."""
+        assert self._target is not None
+        table = self.table
+        sharded = table if isinstance(table, ShardedTable) else None
+        mesh = None if sharded is None else sharded.mesh
+        uses = WeightUses(table.observers, table.tracer)
+        unruled = self._unruled if first else "ignore"
+        with (
+            propagating(
+                module,
+                self._composite,
+                None,
+                unruled,
+                uses,
+                tracer=table.tracer,
+                kept=table.kept,
+                named=first,
+                share=share,
+            ) as propagation,
+            nullcontext() if sharded is None else sharded.passing(),
+        ):
+            with agreeing(mesh, COLLECTING), self._forward_context():
+                value = self._target(module, batch)
+                if sharded is not None:
+                    propagation.check_target(value, table.backward_needed)
+            roots = propagation.roots()
+            table.touched(uses, roots)
+            table.make_room()
+            needed = table.backward_needed
+            gradients: Sequence[Tensor | None] = [None] * len(roots)
+            if needed:
+                gradients = propagation.gradients(value, [root.leaf for root in roots])
+        with agreeing(mesh, COLLECTING):
+            if needed:
+                propagation.check_reached(value, gradients)
+            self._add_roots(roots, gradients)
+        if sharded is not None:
+            sharded.sum_up()
 
     def _add_roots(self, roots: Sequence[Root], gradients: Sequence[Tensor | None]) -> None:
         for root, gradient in zip(roots, gradients, strict=True):
@@ -225,7 +254,7 @@ def attribute(
             scalar; None: the model's own ``relevance_target(batch)``, else :class:`~lrp_prune.targets.Inferred`.
         composite: ``"epsilon"``, ``"attnlrp"``, ``"cp_lrp"``, ``"gradient"``, a file such as ``"mine.yaml"``, or a
             :class:`~lrp_prune.attribution.Composite`; None: ``"epsilon"`` for weights, ``"attnlrp"`` for units.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"squared_token"``, ``"geometric"`` (weights) or a
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"pxp"``, ``"squared_token"``, ``"geometric"`` (weights) or a
             :class:`~lrp_prune.relevance.statistics.Statistic`; None: ``"geometric"`` for weights, ``"abs_token"`` for
             units. So :func:`attribute` and then :func:`lrp_prune.select` do by default what :func:`lrp_prune.prune` does.
         granularity: ``"weight"``; ``"neuron"`` (channels that layers write and layers read, with nothing between that mixes

@@ -50,6 +50,7 @@ class ObserverTable:
         trainable_only: bool,
         accumulate_on: str | torch.device | None,
         matmul_dtype: str | torch.dtype | None,
+        on_path: bool = False,
     ) -> None:
         statistic = statistic_of(statistic)
         kinds = granularities_of(granularity)
@@ -70,7 +71,7 @@ class ObserverTable:
         self._units: UnitObservers | None = None
         if set(kinds) <= set(UNIT_KINDS):
             choice = Choice(self.parameters, include, exclude, trainable_only)
-            self._units = UnitObservers(kinds, statistic, self.batch, self._all, choice)
+            self._units = UnitObservers(kinds, statistic, self.batch, self._all, choice, on_path)
         self._touched: set[str] = set()
         self._data: set[str] = set()
         self._constants: set[str] = set()
@@ -94,6 +95,11 @@ class ObserverTable:
             return None
         wanted = {self._matmul_dtype(parameter) for parameter in self.parameters.values()}
         return wanted.pop() if len(wanted) == 1 else None
+
+    def begin(self, point: int, points: int) -> None:
+        """Go to one of several points on the way from zeros to a batch."""
+        if self._units is not None:
+            self._units.begin(point, points)
 
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use."""

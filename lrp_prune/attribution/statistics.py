@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.operands import energy_of
 from lrp_prune.engine.rules.messages import Message
 from lrp_prune.engine.rules.terms import power_of_part
@@ -91,13 +92,23 @@ class WeightStatistic:
         if self.statistic.contributing:
             self._add_inputs(use, activation if use.scale is None else activation * _by_channel(use.scale, activation))
         self._note_factor(use.messages)
-        contracted = self._by_sample if self.statistic.by_sample else self._by_token
+        contracted = self._by_sample if self._sums_first(use) else self._by_token
         self.add(contracted(use, activation, d, dtype), use)
+
+    def _sums_first(self, use: Use) -> bool:
+        """Whether tokens are summed before the absolute value is taken."""
+        return self.statistic.by_sample or (self.statistic.by_map and isinstance(use.form, Convolution))
+
+    def _apart(self, use: Use, tensor: Tensor) -> Tensor:
+        """The tensor with what is summed by itself, a sample or the maps of an image, along its first dimension."""
+        if not self.statistic.by_map:
+            return self._batch.by_sample(tensor, self.name)
+        return tensor if tensor.dim() == use.weight.dim() else tensor[None]
 
     def _by_sample(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
         if use.messages is not None:
             return self._by_sample_and_sign(use, self._arrived(use, use.messages, activation), dtype)
-        samples = zip(self._batch.by_sample(activation, self.name), self._batch.by_sample(d, self.name), strict=True)
+        samples = zip(self._apart(use, activation), self._apart(use, d), strict=True)
         contributions = [
             use.form.contract(a[None].to(dtype), gradient[None].to(dtype), use.weight).abs_() for a, gradient in samples
         ]
@@ -144,10 +155,7 @@ class WeightStatistic:
         return total
 
     def _by_sample_and_sign(self, use: Use, arrived: Iterable[tuple[Message, Tensor]], dtype: torch.dtype) -> Tensor:
-        by_sample = [
-            (message, self._batch.by_sample(a, self.name), self._batch.by_sample(message.d, self.name))
-            for message, a in arrived
-        ]
+        by_sample = [(message, self._apart(use, a), self._apart(use, message.d)) for message, a in arrived]
         total = torch.zeros_like(use.weight, dtype=dtype)
         for index in range(len(by_sample[0][1]) if by_sample else 0):
             own = [(message._replace(d=d[index][None]), a[index][None]) for message, a, d in by_sample]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.shadow import NOTHING
@@ -62,6 +63,7 @@ class UnitObservers:
         batch: tells samples and tokens apart.
         parameters: all of the model, by canonical name.
         choice: which units are wanted.
+        on_path: whether inputs come from zeros in several passes over a batch, see :meth:`begin`.
     """
 
     def __init__(
@@ -71,14 +73,23 @@ class UnitObservers:
         batch: BatchLayout,
         parameters: Mapping[str, nn.Parameter],
         choice: Choice,
+        on_path: bool = False,
     ) -> None:
         self._kinds = [kind for kind in UNIT_KINDS if kind in kinds]
         self._statistic, self._batch, self._parameters, self._choice = statistic, batch, parameters, choice
         self.tracer = UnitTracer({name: tuple(entry.shape) for name, entry in parameters.items()}, kinds)
+        self._on_path, self._point, self._points = on_path, 0, 1
         self._reads: dict[tuple[str, str], ReadStatistic] = {}
         self._finished: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._reached: set[tuple[str, str]] = set()
         self._heads: dict[str, tuple[int, Tensor]] = {}
+
+    def begin(self, point: int, points: int) -> None:
+        """Go to one of several points on the way from zeros to the inputs."""
+        self._point, self._points = point, points
+        for statistic in self._reads.values():
+            if statistic.path is not None:
+                statistic.path.begin(point, points)
 
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use: one statistic for each kind of units that the layer reads."""
@@ -100,7 +111,10 @@ class UnitObservers:
     def _statistic_of(self, kind: str, name: str) -> ReadStatistic:
         if (kind, name) not in self._reads:
             units = partial(self._units, kind)
-            self._reads[kind, name] = ReadStatistic(layer_of(name), self._statistic, self._batch, units)
+            path = Conductance() if self._on_path else None
+            if path is not None:
+                path.begin(self._point, self._points)
+            self._reads[kind, name] = ReadStatistic(layer_of(name), self._statistic, self._batch, units, path)
         return self._reads[kind, name]
 
     def _units(self, kind: str, use: Use) -> Tensor:

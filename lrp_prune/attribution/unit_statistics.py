@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.shadow import distinct
 from lrp_prune.engine.tracing import by_weight, channel_axis
 from lrp_prune.engine.uses import Use
@@ -27,14 +29,23 @@ class ReadStatistic:
         statistic: what is summed.
         batch: tells samples and tokens apart.
         units: for a use, the number of the unit of each input channel; below 0 where there is none.
+        path: sums up what flows while inputs come from zeros; None: they are what they are.
     """
 
     operand_dtype: torch.dtype | None = None
     propagated_dtype: torch.dtype | None = None
 
-    def __init__(self, name: str, statistic: Statistic, batch: BatchLayout, units: Callable[[Use], Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        statistic: Statistic,
+        batch: BatchLayout,
+        units: Callable[[Use], Tensor],
+        path: Conductance | None = None,
+    ) -> None:
         self.name, self.statistic, self._batch, self._units = name, statistic, batch, units
         self.backward_needed = statistic.backward_needed
+        self.path = path
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, use: Use, activation: Tensor) -> None:
@@ -45,6 +56,9 @@ class ReadStatistic:
             axis = _axis(use, activation)
             counted = self._batch.only_counted(activation.detach())
             energy = _wide(counted).movedim(axis, -1).reshape(-1, activation.shape[axis]).square().sum(0)
+            if not self.statistic.weighing:
+                self._add(self._units(use).to(energy.device), energy)
+                return
             weights = _wide(use.weight.detach()).square()
             read = weights * by_weight(use.form, use.weight, energy, reading=True)
             units = by_weight(use.form, use.weight, self._units(use).to(energy.device), reading=True)
@@ -53,15 +67,25 @@ class ReadStatistic:
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
         axis = _axis(use, activation)
-        relevance = self._batch.only_counted(_wide(activation) * _wide(input_gradient)).movedim(axis, -1)
+        relevance = self._relevance(_wide(activation), _wide(input_gradient))
+        if relevance is None:
+            return
+        relevance = self._batch.only_counted(relevance).movedim(axis, -1)
         units = self._units(use).to(relevance.device)
         relevance, numbers = _by_unit(relevance, units)
-        if self.statistic.by_sample:
+        if self.statistic.by_map and isinstance(use.form, Convolution):
+            maps = relevance if activation.dim() == use.weight.dim() else relevance[None]  # there may be no samples
+            reduced = maps.reshape(maps.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
+        elif self.statistic.by_sample:
             samples = self._batch.by_sample(relevance, self.name)
             reduced = samples.reshape(samples.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
         else:
             reduced = power_of(relevance.reshape(-1, len(numbers)), self.statistic.power, relevance.dtype).sum(0)
         self._add(numbers, reduced)
+
+    def _relevance(self, activation: Tensor, gradient: Tensor) -> Tensor | None:
+        """Of each entry of an activation; None where the end of a path is still to come."""
+        return activation * gradient if self.path is None else self.path.add(activation, gradient)
 
     def _add(self, numbers: Tensor, values: Tensor) -> None:
         if self._parts and torch.equal(self._parts[-1][0], numbers):

@@ -7,7 +7,7 @@ from lrp_prune.engine.composites import composite_of
 from lrp_prune.pruning.methods import LRP, Gradient, Method, Random, Wanda
 from lrp_prune.pruning.methods.propagating import check_collected
 
-_OF_UNITS = ("signed", "abs_sample", "abs_token", "squared_token")
+_OF_UNITS = ("signed", "abs_sample", "abs_token", "pxp", "squared_token")
 
 
 def _check_steps(steps: Any, least: int) -> None:

@@ -39,7 +39,7 @@ class UnitScores:
 
     Args:
         sites: the units.
-        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"`` or ``"squared_token"``.
+        statistic: ``"signed"``, ``"abs_sample"``, ``"abs_token"``, ``"pxp"`` or ``"squared_token"``.
         skip_first: how many tokens at the beginning do not count.
     """
 

@@ -186,6 +186,7 @@ def propagating(
     kept: torch.dtype | None = None,
     constants: bool = False,
     named: bool = True,
+    share: float = 1.0,
 ) -> Iterator[Propagation]:
     """:func:`attributing` with observers of weights.
 
@@ -195,6 +196,7 @@ def propagating(
         tracer: follows units.
         kept: the precision in which rules may keep activations for the backward pass; None for their own.
         constants: whether constants that enter as data are roots.
+        share: of float inputs and outputs of embeddings, which come in as this much of what they are.
         named: whether messages, roots and rules know the module that runs; it costs time in each call of a module.
     """
     if unruled not in UNRULED:
@@ -204,7 +206,7 @@ def propagating(
     check_places(composite.name, composite.entries, modules)
     wanted = _latent(modules, latent)
     data = Constants(model) if constants else None
-    roots, places, endings = Roots(data), Places(model), Endings(class_name(model), composite.name)
+    roots, places, endings = Roots(data, share), Places(model), Endings(class_name(model), composite.name)
     audit = Audit(places, unruled, composite) if not composite.is_plain and unruled != "ignore" else None
     known = (composite, named_parameters(model), places, roots, uses, endings, tracer is not None or composite.traced)
     mode = PropagationMode(*known, tracer, audit, kept)

@@ -54,12 +54,16 @@ class Roots:
 
     Args:
         constants: names constants that enter as data; None: they are no roots.
+        share: of float inputs and outputs of embeddings, with which the model goes on.
     """
 
-    def __init__(self, constants: Constants | None = None) -> None:
+    def __init__(self, constants: Constants | None = None, share: float = 1.0) -> None:
         self.entries: list[Root] = []
         self.recording = True
-        self._constants = constants
+        self._constants, self._share = constants, share
+
+    def _scaled(self, leaf: Tensor) -> Tensor:
+        return leaf if self._share == 1 else leaf * self._share
 
     def _record(self, root: Root) -> None:
         if self.recording:
@@ -82,7 +86,7 @@ class Roots:
         named = None if origin is None else layer_of(origin.name)
         if named is None and self._constants is not None:
             named = self._constants.name_of(table, call.name)
-        leaf = looked_up.detach().requires_grad_()
+        leaf = self._scaled(looked_up.detach()).requires_grad_()
         root = Root((call.name if own else "") or named or f"{call.name or 'model'}.constant", leaf)
         if origin is not None:
             root.parameter, root.ids = origin.name, None if isinstance(rows, tuple) else call.operand(1)
@@ -162,7 +166,7 @@ class Roots:
             if not value.is_floating_point() or value.dim() == 0 or (value.requires_grad and not adopt):
                 return value
             # What was made in inference mode, as batches of a validation are, cannot require grad; a copy can.
-            leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
+            leaf = self._scaled(value.clone() if value.is_inference() else value.detach()).requires_grad_()
             self._record(Root(name, leaf))
             return leaf.clone()
         if isinstance(value, Mapping) and type(value).__module__ != "transformers.cache_utils":

@@ -5,7 +5,22 @@ from lrp_prune.pruning.compensation import Compensated, Compensation, LeastSquar
 from lrp_prune.pruning.emptied import EmptiedWeightsWarning
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.merging import merge_adapters
-from lrp_prune.pruning.methods import LRP, METHODS, Collects, Gradient, Magnitude, Method, Random, Scorable, Wanda
+from lrp_prune.pruning.methods import (
+    LRP,
+    METHODS,
+    UNIT_METHODS,
+    Activation,
+    Collects,
+    Gradient,
+    IntegratedGradients,
+    Magnitude,
+    Method,
+    Random,
+    Scorable,
+    Taylor,
+    UnitMethod,
+    Wanda,
+)
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
@@ -17,11 +32,14 @@ __all__ = [
     "LRP",
     "METHODS",
     "SCHEDULES",
+    "UNIT_METHODS",
+    "Activation",
     "Collects",
     "Compensated",
     "Compensation",
     "EmptiedWeightsWarning",
     "Gradient",
+    "IntegratedGradients",
     "LeastSquares",
     "Magnitude",
     "Masks",
@@ -33,6 +51,8 @@ __all__ = [
     "Scope",
     "Scorable",
     "Scorer",
+    "Taylor",
+    "UnitMethod",
     "Wanda",
     "check_uses",
     "merge_adapters",

@@ -14,6 +14,7 @@ from lrp_prune.models.states import unchanged_buffers, undisturbed
 from lrp_prune.progress import is_first
 from lrp_prune.pruning.adjusting import Adjusting
 from lrp_prune.pruning.comparison import Comparison
+from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.methods import METHODS, Method, method_of
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.restoring import restored
@@ -104,7 +105,7 @@ def compare(
                 for rate in rates:
                     step(f"{label} at {100 * rate:g} %")
                     masks = prune(model, reference, rate, relevance=relevance, progress=False, **entry)
-                    reached[label][rate] = masks.sparsity
+                    reached[label][rate] = reached_by(masks, rate)
                     scores[label][rate] = evaluated(model, evaluate)
                     restore()
     return Comparison(scores, dense, reached, higher_is_better)
@@ -143,6 +144,11 @@ def _checked(label: str, own: Any) -> Mapping[str, Any]:
     if not isinstance(own, Mapping) or "method" not in own:
         raise ValueError(f"methods[{label!r}] must be a method, or a mapping with a 'method', got {own!r}")
     return own
+
+
+def reached_by(masks: Masks, rate: float) -> float:
+    """The share that was pruned: of weights, or of units, of which as many go as were asked for."""
+    return masks.sparsity if masks.granularity == "weight" else rate
 
 
 def rates_of(sparsities: Sequence[float], name: str = "sparsities") -> list[float]:

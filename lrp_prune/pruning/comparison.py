@@ -27,7 +27,7 @@ class Comparison:
         scores: ``{method: {sparsity: value}}``.
         dense: the value of the dense model.
         reached: ``{method: {sparsity: share}}``, what was pruned of all weights that were asked for: a scope that cannot make up
-            for weights without scores leaves these dense.
+            for weights without scores leaves these dense. Of units it is what was asked for, as many of them are gone.
         higher_is_better: whether a larger value is better.
 
     Example:

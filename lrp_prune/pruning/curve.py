@@ -1,28 +1,35 @@
 """A metric by pruning rate, for relevance that is there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from lrp_prune.metrics.pruning import RATES
-from lrp_prune.pruning.comparing import evaluated, rates_of, stepping
+from lrp_prune.models.batches import check_batches
+from lrp_prune.pruning.comparing import evaluated, rates_of, reached_by, stepping
 from lrp_prune.pruning.comparison import Comparison
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.masking import masked_parameters
+from lrp_prune.pruning.methods import Method, method_of
 from lrp_prune.pruning.restoring import restored
 from lrp_prune.pruning.scope import Scope, scope_of
+from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import check_selection, select
 from lrp_prune.relevance import Relevance
 from lrp_prune.selection.scopes import parse_scope
+from lrp_prune.targets import Inferred
 
 
 def pruning_curve(
     model: nn.Module,
-    relevance: Relevance | Mapping[str, Relevance],
+    relevance: Relevance | Mapping[str, Relevance | str | Method],
     evaluate: Callable[[nn.Module], float],
     rates: Sequence[float] = RATES,
     scope: str | Scope = "global",
     *,
+    batches: Iterable[Any] = (),
+    granularity: str | Sequence[str] | None = None,
     higher_is_better: bool = True,
     progress: bool = True,
 ) -> Comparison:
@@ -35,10 +42,13 @@ def pruning_curve(
 
     Args:
         model: the one that the relevance is of; it comes out bit for bit as it went in.
-        relevance: of weights or units; or several by name, which are compared.
+        relevance: of weights or units; or several by name, which are compared. In place of a relevance there may be a pruning
+            method, by name or as an object (``"random"``, ``Magnitude()``), which is scored on ``batches`` first.
         evaluate: from the model to a number, on held-out data.
         rates: shares that are pruned, each from the dense model; 0 is the dense model itself.
         scope: what is compared with each other, see :func:`~lrp_prune.select`.
+        batches: reference samples of the methods among them, see :func:`~lrp_prune.prune`.
+        granularity: what methods score; None: what the relevances are about, or weights where there is none.
         higher_is_better: False for a loss or a perplexity.
         progress: show a progress bar.
 
@@ -61,10 +71,15 @@ def pruning_curve(
         >>> curve.scores["relevance"][0.0] == curve.dense, 0 <= curve.area("relevance") <= 1
         (True, True)
     """
-    given = {"relevance": relevance} if isinstance(relevance, Relevance) else relevance
-    if not isinstance(given, Mapping) or not given or not all(isinstance(each, Relevance) for each in given.values()):
-        raise ValueError(f"relevance must be a Relevance, or several by name, got {relevance!r}")
+    asked = {"relevance": relevance} if isinstance(relevance, Relevance) else relevance
+    if (
+        not isinstance(asked, Mapping)
+        or not asked
+        or not all(isinstance(each, Relevance | str | Method) for each in asked.values())
+    ):
+        raise ValueError(f"relevance must be a Relevance, or several by name (or pruning methods), got {relevance!r}")
     rates = rates_of(rates, "rates")
+    given = _scored(model, asked, batches, granularity)
     pruned = [rate for rate in rates if rate > 0]
     for entry in given.values():
         _check(model, entry, pruned, scope)
@@ -82,9 +97,37 @@ def pruning_curve(
                 step(f"{label} at {100 * rate:g} %")
                 masks = select(entry, rate, scope)
                 masks.apply_(model)
-                scores[label][rate], reached[label][rate] = evaluated(model, evaluate), masks.sparsity
+                scores[label][rate], reached[label][rate] = evaluated(model, evaluate), reached_by(masks, rate)
                 restore()
     return Comparison(scores, dense, reached, higher_is_better)
+
+
+def _scored(
+    model: nn.Module,
+    asked: Mapping[str, Relevance | str | Method],
+    batches: Iterable[Any],
+    granularity: str | Sequence[str] | None,
+) -> dict[str, Relevance]:
+    """The relevances, with the scores of methods among them."""
+    if granularity is None:
+        found = dict.fromkeys(each.granularity for each in asked.values() if isinstance(each, Relevance))
+        if len(found) > 1 and any(not isinstance(each, Relevance) for each in asked.values()):
+            kinds = " and ".join(f"{kind}s" for kind in found)
+            raise ValueError(f"the relevances are about {kinds}: say by granularity= what methods score")
+        granularity = next(iter(found), "weight").split(",")
+    methods = {label: method_of(each) for label, each in asked.items() if not isinstance(each, Relevance)}
+    target = Inferred()  # once for all methods
+    check_batches(batches)
+    reference = list(batches) if methods else []
+    scored = {}
+    for label, method in methods.items():
+        scores = scorer(method.with_target(target) if method.target is None else method, model, granularity=granularity)
+        if scores.needs_data:
+            if not reference:
+                raise ValueError(f"method {label!r} needs reference samples: pass batches=")
+            scores.collect(reference)
+        scored[label] = scores.compute()
+    return {label: each if isinstance(each, Relevance) else scored[label] for label, each in asked.items()}
 
 
 def _check(model: nn.Module, relevance: Relevance, rates: Sequence[float], scope: str | Scope) -> None:

@@ -59,6 +59,7 @@ class Scorer:
                 composite=collected.composite,
                 statistic=collected.statistic,
                 skip_first=collected.skip_first,
+                steps=collected.steps,
                 granularity=kinds,
                 **options,
             )
@@ -177,8 +178,7 @@ def scorer(
     """The scorer of a method.
 
     Args:
-        method: ``"lrp"``, ``"gradient"``, ``"wanda"``, ``"magnitude"``, ``"random"``, or an object, see
-            :mod:`lrp_prune.pruning.methods`.
+        method: a name, or an object, see :mod:`lrp_prune.pruning.methods`.
         model: what is scored.
         granularity: weights, or kinds of units.
         include: patterns of parameters to score.

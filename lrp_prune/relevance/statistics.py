@@ -7,15 +7,24 @@ weight at a token is :math:`R_{ji} = W_{ji} \, a_i \, d_j` (SparC3, arXiv 2506.1
 ``signed``         :math:`W \cdot (d^T a)`
 ``abs_sample``     :math:`\sum_\mathrm{samples} |W \cdot (d^T a)|`
 ``abs_token``      :math:`|W| \cdot (|d|^T |a|)`
+``pxp``            as ``abs_sample`` where a convolution reads, whose maps are summed first; elsewhere as ``abs_token``
 ``squared_token``  :math:`W^2 \cdot ((d^2)^T a^2)`, of which the square root is read
 ``geometric``      :math:`|W|^3 \cdot ((d^2)^T a^2)`, read together with the sums of :math:`a^2`
 ``input_norm``     :math:`W^2 \cdot (1^T a^2)`, of which the square root is read (Wanda, arXiv 2306.11695)
+``activation``     of units alone: :math:`1^T a^2`, of which the square root is read
 =================  ==========================================================================
 
 ``geometric`` is the weighted geometric mean :math:`R^{2/3} C^{1/3}` of relevance as in ``squared_token`` and of what
 a weight contributes to its layer's output, :math:`|W_{ji}| \, \|a_i\|_2` (all that Wanda looks at), as a share of the
 mean contribution in its tensor. Relevance vanishes where a softmax or a gate is saturated, although removing the
 weights would end the saturation; a contribution does not, but says nothing of what becomes of it.
+
+``pxp`` is how Pruning by eXplaining (arXiv 2408.12568) ranks what it prunes: filters by
+:math:`\sum_\mathrm{samples} |\sum_\mathrm{positions} R|`, neurons of a ViT's linear layers by
+:math:`\sum_\mathrm{samples, tokens} |R|`, and heads by the relevance of their attention patterns ``A``,
+:math:`\sum_{\mathrm{samples}, q} |\sum_k R_{A, qk}|`. With :math:`o_q = \sum_k A_{qk} v_k` the inner sum is
+:math:`\sum_k A_{qk} (v_k \cdot d_q) = o_q \cdot d_q`, what the head writes times what is propagated to it: the relevance of
+the head at a token, up to the factor by which a composite shares it between pattern and values.
 """
 
 from dataclasses import dataclass
@@ -34,6 +43,8 @@ class Statistic:
         name: what results are labelled with.
         power: :math:`p`, the power of absolute relevance at each token; 0 for relevance itself, with its sign.
         by_sample: whether the sum over a sample's tokens is taken before the absolute value is.
+        by_map: whether that is so where a convolution reads, of whose maps the tokens are positions, and only there.
+        weighing: of activations, whether they are multiplied with the weights that read them.
         propagated: whether relevance is looked at, or what the forward alone tells: activations in its place.
         contributing: whether the weights' contributions to their layers' outputs are a factor (of weights only).
         counted: whether anything is summed at all, or only found.
@@ -54,6 +65,8 @@ class Statistic:
     name: str
     power: int = 0
     by_sample: bool = False
+    by_map: bool = False
+    weighing: bool = True
     propagated: bool = True
     contributing: bool = False
     counted: bool = True
@@ -69,6 +82,10 @@ class Statistic:
             raise ValueError(
                 f"statistic {self.name!r}: of inputs alone (propagated=False) there are squares, power=2, summed over tokens"
             )
+        if self.by_map and (self.power != 1 or not self.propagated or self.contributing):
+            raise ValueError(
+                f"statistic {self.name!r}: by_map=True is about absolute relevance, power=1, without contributions"
+            )
         if self.contributing and not self.power:
             raise ValueError(
                 f"statistic {self.name!r}: contributing=True is a factor of powers, so power must be at least 1"
@@ -80,11 +97,13 @@ class Statistic:
         return STATISTICS.get(name) or cls(name, power=1)
 
     def check_suits(self, granularity: str) -> None:
-        """Refuse units where the statistic is about weights.
+        """Refuse units where the statistic is about weights, and weights where it is about units.
 
         Raises:
             ValueError: if so.
         """
+        if not self.weighing and granularity in ("weight", "embedding"):
+            raise ValueError(f"statistic {self.name!r} is about units, not {granularity}s: use 'input_norm'")
         if self.contributing and granularity != "weight":
             raise ValueError(f"statistic {self.name!r} is about weights, not {granularity}s: use 'squared_token'")
 
@@ -101,7 +120,7 @@ class Statistic:
     @property
     def of_magnitudes(self) -> bool:
         """Whether nothing cancels: rounding the gradients changes it no more than rounding what is multiplied."""
-        return self.propagated and self.power > 0
+        return self.propagated and self.power > 0 and not self.by_map
 
     @property
     def backward_needed(self) -> bool:
@@ -160,9 +179,11 @@ STATISTICS: dict[str, Statistic] = {
         Statistic("signed"),
         Statistic("abs_sample", by_sample=True),
         Statistic("abs_token", power=1),
+        Statistic("pxp", power=1, by_map=True),
         Statistic("squared_token", power=2),
         Statistic("geometric", power=2, contributing=True),
         Statistic("input_norm", power=2, propagated=False),
+        Statistic("activation", power=2, propagated=False, weighing=False),
         Statistic("structure", propagated=False, counted=False),
     )
 }

@@ -135,10 +135,10 @@ def test_weights_get_the_relevance_of_the_formula_in_every_statistic(rule: str, 
     messages, samples = made.messages(RULES[rule][1]), len(made.x)
     if statistic == "signed":
         expected = messages.sum((0, 1)) / samples
-    elif statistic == "abs_sample":
+    elif statistic == "abs_sample" or (statistic == "pxp" and isinstance(made.layer, nn.Conv1d)):
         expected = messages.sum(1).abs().sum(0) / samples
     else:
-        power = {"abs_token": 1, "squared_token": 2}.get(statistic, 3)
+        power = {"abs_token": 1, "pxp": 1, "squared_token": 2}.get(statistic, 3)
         expected = (messages.abs().pow(power).sum((0, 1)) / samples) ** (1 / power)
     torch.testing.assert_close(relevance["weight"].double(), expected.view_as(made.layer.weight), rtol=1e-5, atol=1e-6)
     if statistic == "signed" and "bias" not in case:

@@ -153,7 +153,7 @@ def test_a_failing_evaluation_leaves_the_model_as_it_was(failing):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": ("lrp", "taylor")}, "method 'taylor': method must be one of"),
+        ({"methods": ("lrp", "snip")}, "method 'snip': method must be one of"),
         ({"methods": "lrp"}, r"methods must be several, got 'lrp': pass \['lrp'\]"),
         ({"methods": ()}, "methods is empty"),
         ({"methods": ("lrp", {"lrp": {"method": "lrp", "scope": Scope(floor=0)}})}, "methods has 'lrp' twice"),

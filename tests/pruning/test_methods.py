@@ -109,7 +109,7 @@ def test_what_an_object_carries_reaches_the_scores() -> None:
         (lambda: Gradient(statistic="mean"), "statistic must be one of"),
         (lambda: Wanda(skip_first=1.5), "skip_first must be an integer"),
         (lambda: Random(seed=-1), "seed must be an integer of at least 0, got -1"),
-        (lambda: method_of("taylor"), r"method must be one of \('lrp', .* or an object such as LRP\(\), got 'taylor'"),
+        (lambda: method_of("snip"), r"method must be one of \('lrp', .* or an object such as LRP\(\), got 'snip'"),
         (lambda: method_of(LRP), "method must be one of"),
     ],
 )

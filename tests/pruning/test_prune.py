@@ -68,7 +68,7 @@ def test_scopes_hold_for_lrp(scope: str, sparsity: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "taylor"}, "method must be one of"),
+        ({"method": "snip"}, "method must be one of"),
         ({"sparsity": 1.5}, "sparsity must be"),
         ({"scope": "2:4", "sparsity": 0.7}, "2:4"),
         ({"include": ["*.fc9"]}, "matches no parameter"),

@@ -1,22 +1,32 @@
 """Pruning methods: objects that say what is collected, how it is scored, and what scores are best compared with.
 
-A new one is one file with a subclass of :class:`Method`, and an entry in :data:`METHODS` if it is to have a name.
+A new one is one file with a subclass of :class:`Method`, and an entry in :data:`METHODS` if it is to have a name, or in
+:data:`UNIT_METHODS` if it scores units alone (:class:`UnitMethod`).
 """
 
+from lrp_prune.pruning.methods.activation import Activation
 from lrp_prune.pruning.methods.base import Collects, Method, Scorable, check_scores, collected_by, kinds_without_data
 from lrp_prune.pruning.methods.data_free import Magnitude, Random
+from lrp_prune.pruning.methods.integrated_gradients import IntegratedGradients
+from lrp_prune.pruning.methods.of_units import UnitMethod
 from lrp_prune.pruning.methods.propagating import LRP, Gradient
+from lrp_prune.pruning.methods.taylor import Taylor
 from lrp_prune.pruning.methods.wanda import Wanda
 
 __all__ = [
     "LRP",
     "METHODS",
+    "UNIT_METHODS",
+    "Activation",
     "Collects",
     "Gradient",
+    "IntegratedGradients",
     "Magnitude",
     "Method",
     "Random",
     "Scorable",
+    "Taylor",
+    "UnitMethod",
     "Wanda",
     "check_scores",
     "collected_by",
@@ -28,7 +38,10 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (LRP, Gradient, Wanda, Magnitude, Random)  # in the order of tables
 }
-"""Methods by the name that stands for them with all their defaults."""
+"""Methods of weights and units by the name that stands for them with all their defaults."""
+
+UNIT_METHODS: dict[str, type[Method]] = {method.name: method for method in (Activation, Taylor, IntegratedGradients)}
+"""Those that score units alone."""
 
 
 def method_of(method: str | Method) -> Method:
@@ -43,6 +56,7 @@ def method_of(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method must be one of {tuple(METHODS)} or an object such as LRP(), got {method!r}")
-    return METHODS[method]()
+    known = {**METHODS, **UNIT_METHODS}
+    if not isinstance(method, str) or method not in known:
+        raise ValueError(f"method must be one of {tuple(known)} or an object such as LRP(), got {method!r}")
+    return known[method]()

@@ -20,12 +20,15 @@ class Collects:
         composite: the rules by which it is propagated.
         skip_first: how many tokens at the beginning of each sample of a causal language model are left out.
         explains: whether a value that the model computes is explained by a backward pass; False if the forward alone tells.
+        steps: in how many steps inputs go from zeros to what they are, with what flows through units summed up on the way; None:
+            inputs are what they are.
     """
 
     statistic: Any
     composite: Any = "gradient"
     skip_first: int = 0
     explains: bool = True
+    steps: int | None = None
 
 
 class Scorable:
