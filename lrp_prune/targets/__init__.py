@@ -4,6 +4,7 @@ from lrp_prune.targets.classes import ClassLogit, MultiLabel
 from lrp_prune.targets.differences import LogitDifference
 from lrp_prune.targets.inferring import Inferred
 from lrp_prune.targets.likelihood import log_likelihood
+from lrp_prune.targets.logits import Logit, explaining, predicted, values_of
 from lrp_prune.targets.margins import RepetitionMargin, TokenMargin
 from lrp_prune.targets.naming import TARGETS, Target, check_suits, checked, describe, in_words
 from lrp_prune.targets.spans import AnswerSpan
@@ -16,6 +17,7 @@ __all__ = [
     "ClassLogit",
     "Inferred",
     "LastToken",
+    "Logit",
     "LogitDifference",
     "MultiLabel",
     "NextToken",
@@ -27,6 +29,9 @@ __all__ = [
     "check_suits",
     "checked",
     "describe",
+    "explaining",
     "in_words",
     "log_likelihood",
+    "predicted",
+    "values_of",
 ]
