@@ -31,10 +31,12 @@ from lrp_prune.relevance.statistics import Statistic
 
 __all__ = [
     "LRP",
+    "AuditReport",
     "Comparison",
     "Composite",
     "CorrectedModule",
     "Estimate",
+    "Explanation",
     "Gradient",
     "Magnitude",
     "Masks",
@@ -49,19 +51,23 @@ __all__ = [
     "Wanda",
     "attribute",
     "attributing",
+    "audit",
     "compare",
     "estimate",
+    "explain",
     "merge_adapters",
     "prune",
     "pruning_curve",
     "register_rule",
     "select",
+    "top_samples",
 ]
 
 
 # What needs Lightning, or is not always wanted, is imported when it is asked for.
 _MODULES = (
     "attribution",
+    "auditing",
     "callbacks",
     "circuits",
     "correction",
@@ -72,26 +78,26 @@ _MODULES = (
     "relevance",
     "targets",
     "tasks",
+    "visualization",
 )
 
 
+_LATER = {
+    "AuditReport": "auditing",
+    "Comparison": "pruning.comparison",
+    "CorrectedModule": "wrapper.module",
+    "Explanation": "visualization",
+    "audit": "auditing",
+    "compare": "pruning.comparing",
+    "explain": "visualization",
+    "pruning_curve": "pruning.curve",
+    "top_samples": "visualization",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name == "CorrectedModule":
-        from lrp_prune.wrapper.module import CorrectedModule
-
-        return CorrectedModule
-    if name == "compare":
-        from lrp_prune.pruning.comparing import compare
-
-        return compare
-    if name == "pruning_curve":
-        from lrp_prune.pruning.curve import pruning_curve
-
-        return pruning_curve
-    if name == "Comparison":
-        from lrp_prune.pruning.comparison import Comparison
-
-        return Comparison
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

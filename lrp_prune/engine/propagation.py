@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lrp_prune.engine.audit import Audit
+from lrp_prune.engine.audit import Audit, Finding
 from lrp_prune.engine.checkpoints import propagating_checkpoints
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.constants import Constants
@@ -94,6 +94,10 @@ class Propagation:
     def note_latent(self, name: str, output: Tensor) -> None:
         """A module that was asked for has run."""
         self._latent.append((name, output))
+
+    def unruled(self, target: Tensor) -> list[Finding]:
+        """The operations without a rule that a value depends on; they are not warned of any more."""
+        return [] if self._mode.audit is None else self._mode.audit.take(target)
 
     def roots(self) -> list[Root]:
         """The roots of the forward that has just run, for those who reduce relevance themselves."""
