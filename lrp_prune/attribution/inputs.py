@@ -11,8 +11,9 @@ from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.uses import WeightUses
-from lrp_prune.models.batches import fields, to_device
+from lrp_prune.models.batches import entry, fields, to_device
 from lrp_prune.models.calling import call_of
+from lrp_prune.models.padding import attended_labels, counted_tokens
 from lrp_prune.models.profile import parameters_of, profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
@@ -149,6 +150,22 @@ def given_by_name(module: nn.Module, batch: Any) -> dict[str, Tensor]:
     names = [name for name in parameters_of(module) if name != "self"]
     named = {names[index] if index < len(names) else str(index): value for index, value in enumerate(call.args)}
     return {name: value for name, value in {**named, **call.kwargs}.items() if isinstance(value, Tensor)}
+
+
+def unpadded(module: nn.Module, batch: Any, skip_first: int = 0) -> dict[str, Tensor]:
+    """Which positions of which arguments count, bool ``[samples, positions]``: those that are no padding.
+
+    Args:
+        module: what is run.
+        batch: as it takes it.
+        skip_first: how many tokens at the beginning of each sample of a causal language model do not count either.
+    """
+    encoder_decoder = profile_of(module).encoder_decoder
+    mask = entry(batch, "attention_mask") if encoder_decoder else counted_tokens(module, batch, skip_first)
+    found = {"input_ids": mask, "inputs_embeds": mask}
+    if encoder_decoder:
+        found["decoder_input_ids"] = attended_labels(module, batch)
+    return {name: value != 0 for name, value in found.items() if isinstance(value, Tensor) and value.dim() == 2}
 
 
 def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tensor]) -> list[str | None]:

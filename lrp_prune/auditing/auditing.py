@@ -71,10 +71,9 @@ def audit(
     remarks: list[Remark] = []
     try:
         found = _passed(model, batch, target, rules)
-    except (ValueError, FloatingPointError, RuntimeError, TypeError, KeyError, IndexError) as error:
-        remark = Remark(
-            True, "batch", f"nothing could be explained: {error}", "mend this first, the rest follows from it"
-        )
+    except Exception as error:  # whatever is wrong with the model is what the report is about
+        what = f"nothing could be explained ({type(error).__name__}): {error}"
+        remark = Remark(True, "batch", what, "mend this first, the rest follows from it")
         return AuditReport((remark,), rules.name)
     remarks += _of_operations(found.unruled)
     lost, causes = _losses(model, batch, target, rules, found)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.inputs import given_by_name, input_relevance, on_device_of, target_for
+from lrp_prune.attribution.inputs import given_by_name, input_relevance, on_device_of, target_for, unpadded
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.metrics.perturbed import PerturbationCurve
 from lrp_prune.metrics.perturbing import BASELINES, Replacing, by_position, grid, replaced_arguments
 from lrp_prune.models.batches import check_batches, samples_in
-from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
@@ -151,11 +150,11 @@ class Replacement:
         self.given, self.inputs = given_by_name(module, batch), inputs
         self.samples = samples_in(batch)
         self._patch, self._looked_up = patch, tuple[str, ...]()
-        tokens = counted_tokens(module, batch, skip_first)
+        masks = unpadded(module, batch, skip_first)
         self._counted = {
-            name: tokens
+            name: masks[name]
             for name, value in self.given.items()
-            if tokens is not None and value.shape[:2] == tokens.shape and name not in _DECODER
+            if name in masks and value.shape[:2] == masks[name].shape
         }
         self.names: list[str] = []
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.inputs import InputRelevance, input_relevance
+from lrp_prune.attribution.inputs import InputRelevance, input_relevance, unpadded
 from lrp_prune.engine.composites import Composite, composite_of
-from lrp_prune.models.batches import entry, fields, label_name
-from lrp_prune.models.padding import attended_labels, counted_tokens
+from lrp_prune.models.batches import fields, label_name
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Logit, Target, describe, in_words
@@ -69,7 +68,7 @@ def explain(
     rules = composite_of(composite)
     found = input_relevance(model, batch, target, rules, latent, unruled)
     module = subject_of(model).module
-    shown = _shown(module, batch)
+    shown = {name: mask.cpu() for name, mask in unpadded(module, batch).items()}
     parts = {
         name: _part(name, relevance.float().cpu(), found.given[name].cpu(), shown.get(name), tokenizer, features)
         for name, relevance in found.inputs.items()
@@ -105,17 +104,6 @@ def _batch(model: nn.Module, inputs: Any, tokenizer: Any) -> Any:
         )
     log.info("the first token that the decoder says is explained: give decoder_input_ids or labels for a later one")
     return {**named, "decoder_input_ids": ids.new_full((len(ids), 1), start)}
-
-
-def _shown(module: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Which positions of which inputs are no padding."""
-    encoder_decoder = profile_of(module).encoder_decoder
-    mask = entry(batch, "attention_mask")
-    own = counted_tokens(module, batch, 0) if not encoder_decoder else mask
-    found = {"input_ids": own, "inputs_embeds": own}
-    if encoder_decoder:
-        found["decoder_input_ids"] = attended_labels(module, batch)
-    return {name: value.bool().cpu() for name, value in found.items() if isinstance(value, Tensor) and value.dim() == 2}
 
 
 def _part(

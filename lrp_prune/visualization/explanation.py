@@ -28,7 +28,7 @@ class Explanation:
         target: what is explained, in words.
         composite: the rules.
         elsewhere: name -> relevance of what is no input, summed over samples: learned positions, class tokens, constants.
-        layers: module -> relevance of its output, summed over features: ``[samples, positions]``.
+        layers: module -> relevance of its output, summed over features: ``[samples, positions]`` (of images: channels).
 
     Example:
         >>> import lrp_prune

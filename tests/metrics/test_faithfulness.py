@@ -86,6 +86,18 @@ def test_padding_is_not_replaced_and_counts_nowhere(side: str) -> None:
     torch.testing.assert_close(both.least, alone.least, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_padding_of_an_encoder_is_not_replaced_whatever_its_decoder_reads() -> None:
+    model, ids = build("t5"), batch_for("t5")["input_ids"][:1]
+    pad = torch.zeros(1, 3, dtype=torch.long)
+    padded = {"input_ids": torch.cat([ids, pad], 1), "attention_mask": torch.cat([ids * 0 + 1, pad], 1)}
+    for started in (torch.zeros(1, 1, dtype=torch.long), torch.cat([pad, ids], 1)):
+        alone = curve(model, {"input_ids": ids, "decoder_input_ids": started}, "cp_lrp", shares=SHARES, target=5)
+        both = curve(model, {**padded, "decoder_input_ids": started}, "cp_lrp", shares=SHARES, target=5)
+        torch.testing.assert_close(both.most, alone.most, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both.least, alone.least, rtol=1e-4, atol=1e-5)
+
+
 def test_the_first_tokens_can_be_left_out() -> None:
     model, batch = build("llama"), batch_for("llama")
     scores = torch.arange(7.0, 0, -1).expand(2, 7)  # the first is the most relevant
