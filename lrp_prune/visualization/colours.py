@@ -1,10 +1,12 @@
 """One scale of colours for relevance: blue speaks against, white is none, red speaks for."""
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
 
 _AGAINST, _NONE, _FOR = (33, 102, 172), (255, 255, 255), (178, 24, 43)
-COLOUR_MAP = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in (_AGAINST, _NONE, _FOR))
-"""The ends and the middle, for figures."""
 _DARK = 0.55
 """From this share of the scale on, text on the colour is white."""
 
@@ -35,3 +37,10 @@ def hexadecimal(share: float) -> str:
 def ink_on(share: float) -> str:
     """The colour of text that is read on such a colour."""
     return "#ffffff" if abs(share) > _DARK else "#1f2933"
+
+
+def colour_map() -> "Colormap":
+    """The scale for figures, from -1 to 1."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("relevance", [hexadecimal(share) for share in (-1.0, 0.0, 1.0)])

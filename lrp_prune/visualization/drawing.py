@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lrp_prune.figures import new_figure, saved
-from lrp_prune.visualization.colours import COLOUR_MAP, hexadecimal, ink_on
+from lrp_prune.visualization.colours import colour_map, hexadecimal, ink_on
 from lrp_prune.visualization.parts import Pixels, Tokens
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _draw_image(figure: "Figure", place: Any, part: Pixels, sample: int, title: 
         if column > 0:
             shown = axes.imshow(
                 heat,
-                cmap=_colour_map(),
+                cmap=colour_map(),
                 vmin=-largest,
                 vmax=largest,
                 alpha=_veil(heat, largest) if column == 1 else None,
@@ -153,12 +153,6 @@ def _draw_image(figure: "Figure", place: Any, part: Pixels, sample: int, title: 
 def _veil(heat: Any, largest: float) -> Any:
     """How much of the heat map lies over the image: more where it says more."""
     return 0.85 * (abs(heat) / largest) ** 0.5
-
-
-def _colour_map() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("relevance", list(COLOUR_MAP))
 
 
 def plot_layers(explanation: "Explanation", path: str | os.PathLike[str] | None, sample: int) -> "Figure":
@@ -182,7 +176,7 @@ def plot_layers(explanation: "Explanation", path: str | os.PathLike[str] | None,
     )
     figure = new_figure(max(4.0, min(2.5 + 0.26 * width, 16.0)), 1.6 + 0.26 * len(rows))
     axes = figure.add_subplot()
-    shown = axes.imshow(table, cmap=_colour_map(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+    shown = axes.imshow(table, cmap=colour_map(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(rows)), list(rows), fontsize="x-small")
     if labels is not None and width <= 80:
         axes.set_xticks(range(width), [label.strip() or "·" for label in labels], rotation=90, fontsize="x-small")

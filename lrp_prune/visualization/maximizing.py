@@ -16,6 +16,7 @@ from lrp_prune.models.batches import check_batches, of_samples, samples_in, tens
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import explaining
+from lrp_prune.visualization.colours import hexadecimal
 from lrp_prune.visualization.parts import Pixels
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class TopSamples(Mapping[tuple[str, int], list[TopSample]]):
         if not images:
             panels: Any = figure.subplots(len(self.found), 1, squeeze=False)
             for (axes,), ((group, index), samples) in zip(panels, self.found.items(), strict=True):
-                axes.bar(range(len(samples)), [sample.relevance for sample in samples], color="#b2182b")
+                axes.bar(range(len(samples)), [sample.relevance for sample in samples], color=hexadecimal(1.0))
                 axes.set_xticks(range(len(samples)), [str(sample.number) for sample in samples], fontsize="x-small")
                 axes.set_title(f"{group}[{index}]", loc="left", fontsize="small")
                 axes.set_xlabel("sample", fontsize="small")

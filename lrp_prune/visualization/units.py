@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from lrp_prune.figures import new_figure, saved
 from lrp_prune.relevance import Relevance
+from lrp_prune.visualization.colours import colour_map, hexadecimal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ def plot_by_layer(relevance: Relevance, path: str | os.PathLike[str] | None = No
     total = sum(sizes.values()) or 1.0
     figure = new_figure(8.0, 1.2 + 0.2 * len(sizes))
     axes = figure.add_subplot()
-    axes.barh(range(len(sizes)), [100 * size / total for size in sizes.values()], color="#b2182b", height=0.75)
+    axes.barh(range(len(sizes)), [100 * size / total for size in sizes.values()], color=hexadecimal(1.0), height=0.75)
     axes.set_yticks(range(len(sizes)), list(sizes), fontsize="x-small")
     axes.invert_yaxis()
     axes.set(xlabel="share of all relevance (%)", title=f"Relevance by layer ({relevance.granularity})")
@@ -52,10 +53,11 @@ def plot_heads(relevance: Relevance, path: str | os.PathLike[str] | None = None)
     signed = any(bool((values < 0).any()) for values in rows.values())
     figure = new_figure(3.5 + 0.35 * width, 1.6 + 0.28 * len(rows))
     axes = figure.add_subplot()
-    colours, smallest = ("RdBu_r", -largest) if signed else ("Reds", 0.0)
-    shown = axes.imshow(table, cmap=colours, vmin=smallest, vmax=largest, aspect="auto")
+    # Without a sign the upper half of the scale is left.
+    shown = axes.imshow(table, cmap=colour_map(), vmin=-largest, vmax=largest, aspect="auto")
     axes.set_yticks(range(len(rows)), list(rows), fontsize="x-small")
     axes.set_xticks(range(width))
     axes.set(xlabel="head", title="Relevance by head")
-    figure.colorbar(shown, ax=axes, shrink=0.8)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8)
+    bar.ax.set_ylim(-largest if signed else 0.0, largest)
     return saved(figure, path)
