@@ -36,10 +36,12 @@ from lrp_prune.relevance.statistics import Statistic
 __all__ = [
     "LRP",
     "Activation",
+    "AuditReport",
     "Comparison",
     "Composite",
     "CorrectedModule",
     "Estimate",
+    "Explanation",
     "Gradient",
     "IntegratedGradients",
     "Magnitude",
@@ -57,20 +59,24 @@ __all__ = [
     "Wanda",
     "attribute",
     "attributing",
+    "audit",
     "compare",
     "estimate",
+    "explain",
     "merge_adapters",
     "prune",
     "pruning_curve",
     "register_rule",
     "search_composite",
     "select",
+    "top_samples",
 ]
 
 
 # What needs Lightning, or is not always wanted, is imported when it is asked for.
 _MODULES = (
     "attribution",
+    "auditing",
     "callbacks",
     "circuits",
     "correction",
@@ -82,28 +88,28 @@ _MODULES = (
     "search",
     "targets",
     "tasks",
+    "visualization",
 )
 
 
+_LATER = {
+    "AuditReport": "auditing",
+    "Comparison": "pruning.comparison",
+    "CorrectedModule": "wrapper.module",
+    "Explanation": "visualization",
+    "SearchSpace": "search",
+    "audit": "auditing",
+    "compare": "pruning.comparing",
+    "explain": "visualization",
+    "pruning_curve": "pruning.curve",
+    "search_composite": "search",
+    "top_samples": "visualization",
+}
+
+
 def __getattr__(name: str) -> object:
-    if name == "CorrectedModule":
-        from lrp_prune.wrapper.module import CorrectedModule
-
-        return CorrectedModule
-    if name == "compare":
-        from lrp_prune.pruning.comparing import compare
-
-        return compare
-    if name == "pruning_curve":
-        from lrp_prune.pruning.curve import pruning_curve
-
-        return pruning_curve
-    if name in ("SearchSpace", "search_composite"):
-        return getattr(import_module("lrp_prune.search"), name)
-    if name == "Comparison":
-        from lrp_prune.pruning.comparison import Comparison
-
-        return Comparison
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -146,6 +146,11 @@ class Audit:
             self._found[node] = Finding("between", _operation(node), "the target, or a step of the model")
         return True
 
+    def take(self, target: Tensor) -> list[Finding]:
+        """What was found and the target depends on, from the inputs on; it is not reported any more."""
+        found = (self._found.pop(node, None) for node in (_behind(target) if self._found else ()))
+        return [finding for finding in found if finding is not None]
+
     def report(self, target: Tensor) -> None:
         """Warn, or raise, of what was found and the target depends on.
 
@@ -153,13 +158,9 @@ class Audit:
             UnruledOperationError: if there is any, and ``unruled`` is ``"error"``.
         """
         self._report_unfolded(target)
-        if not self._found:
-            return
         by_kind: dict[str, dict[str, dict[str, None]]] = {}
-        for node in _behind(target):
-            finding = self._found.pop(node, None)
-            if finding is not None:
-                by_kind.setdefault(finding.kind, {}).setdefault(finding.operation, {})[finding.place] = None
+        for finding in self.take(target):
+            by_kind.setdefault(finding.kind, {}).setdefault(finding.operation, {})[finding.place] = None
         if not by_kind:
             return
         message = " ".join(_TOLD[kind].format(_listed(by_kind[kind])) for kind in _TOLD if kind in by_kind)

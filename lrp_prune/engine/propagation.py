@@ -1,22 +1,21 @@
 """``attributing``: LRP for the time of a context, on any model, without a trace."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lrp_prune.arguments import check_patterns
-from lrp_prune.engine.audit import Audit
+from lrp_prune.engine.audit import Audit, Finding
 from lrp_prune.engine.checkpoints import propagating_checkpoints
 from lrp_prune.engine.composites import Composite, CompositeLike, composite_of
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.entries import check_places
+from lrp_prune.engine.latent import latent_modules, recorded
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
 from lrp_prune.engine.places import Places
@@ -68,12 +67,20 @@ class Propagation:
             FloatingPointError: if the target or a relevance is not finite.
             UnruledOperationError: if it depends on an operation without a rule, and ``unruled`` is ``"error"``.
         """
+        result: dict[str, Tensor] = {}
+        for root, relevance in self.entries(target):
+            repeats = sum(key == root.name or key.startswith(f"{root.name}#") for key in result)
+            result[f"{root.name}#{repeats}" if repeats else root.name] = relevance
+        return result
+
+    def entries(self, target: Tensor) -> list[tuple[Root, Tensor]]:
+        """What :meth:`relevance` names: roots in the order of the forward, then latent modules, each with its relevance."""
         roots, latent = self._roots.take(), self._latent
         self._latent = []
-        entries = [*roots, *(Root(name, tensor) for name, tensor in latent)]
+        entries = [*roots, *(Root(name, tensor, latent=True) for name, tensor in latent)]
         gradients = self.gradients(target, [root.leaf for root in entries])
         self.check_reached(target, gradients)
-        result: dict[str, Tensor] = {}
+        result: list[tuple[Root, Tensor]] = []
         for root, gradient in zip(entries, gradients, strict=True):
             relevance = root.relevance(gradient)
             if root.constant and not bool(relevance.any()):
@@ -82,9 +89,16 @@ class Propagation:
                 raise FloatingPointError(
                     f"the relevance of {root.name!r} is not finite: check the batch and the precision"
                 )
-            repeats = sum(key == root.name or key.startswith(f"{root.name}#") for key in result)
-            result[f"{root.name}#{repeats}" if repeats else root.name] = relevance
+            result.append((root, relevance))
         return result
+
+    def note_latent(self, name: str, output: Tensor) -> None:
+        """A module that was asked for has run."""
+        self._latent.append((name, output))
+
+    def unruled(self, target: Tensor) -> list[Finding]:
+        """The operations without a rule that a value depends on; they are not warned of any more."""
+        return [] if self._mode.audit is None else self._mode.audit.take(target)
 
     def roots(self) -> list[Root]:
         """The roots of the forward that has just run, for those who reduce relevance themselves."""
@@ -204,7 +218,7 @@ def propagating(
     running = eager(model)  # before it is unwrapped
     model, modules = unwrap(model), named_modules(model)
     check_places(composite.name, composite.entries, modules)
-    wanted = _latent(modules, latent)
+    wanted = latent_modules(modules, latent)
     data = Constants(model) if constants else None
     roots, places, endings = Roots(data, share), Places(model), Endings(class_name(model), composite.name)
     audit = Audit(places, unruled, composite) if not composite.is_plain and unruled != "ignore" else None
@@ -228,26 +242,11 @@ def propagating(
         if named or audit is not None or composite.is_placed or any_placed():
             stack.enter_context(_followed(places, mode, data))
         for name in wanted:
-            handle = modules[name].register_forward_hook(_recorded(name, propagation, mode))
+            handle = modules[name].register_forward_hook(recorded(name, roots, propagation.note_latent, mode.carry))
             stack.callback(handle.remove)
         _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
         stack.enter_context(mode)
         yield propagation
-
-
-def _latent(modules: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
-    """The modules whose outputs' relevance is wanted."""
-    check_patterns("latent", patterns)
-    for pattern in patterns or ():
-        if not any(_matching(name, [pattern]) for name in modules):
-            raise ValueError(
-                f"latent pattern {pattern!r} matches no module; there are {', '.join(list(modules)[1:4])}, ..."
-            )
-    return [name for name in modules if name and _matching(name, patterns)]
-
-
-def _matching(name: str, patterns: Sequence[str] | None) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns or ())
 
 
 @contextmanager
@@ -329,26 +328,3 @@ def _guard(
 
 def _is_no_data(name: str) -> bool:
     return any(part in name for part in _NOT_DATA)
-
-
-def _recorded(name: str, propagation: Propagation, mode: PropagationMode) -> Callable[..., Any]:
-    """Record a module's output, and hand on a copy: the model may add to it in place."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not propagation._roots.recording:
-            return None
-        entries = (
-            output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
-        )
-        tensor = next(iter(entries), None)
-        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
-            return None
-        propagation._latent.append((name, tensor))
-        copy = tensor.clone()
-        mode.carry(tensor, copy)
-        if isinstance(output, Mapping):
-            output[next(iter(output))] = copy  # type: ignore[index]  # model outputs are mutable mappings
-            return output
-        return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
-
-    return hook

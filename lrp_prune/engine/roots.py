@@ -34,6 +34,7 @@ class Root:
         parameter: the parameter that it comes from, if any.
         ids: of an embedding those that were looked up.
         constant: whether it comes from no parameter and no input.
+        latent: whether it is no root, but the output of a module that was asked for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Root:
     parameter: str | None = None
     ids: Tensor | None = None
     constant: bool = False
+    latent: bool = False
 
     def relevance(self, gradient: Tensor | None) -> Tensor:
         """The leaf times its gradient, and what rules give to entries that are zero."""

@@ -4,6 +4,7 @@ from lrp_prune.targets.classes import ClassLogit, MultiLabel
 from lrp_prune.targets.differences import LogitDifference
 from lrp_prune.targets.inferring import Inferred
 from lrp_prune.targets.likelihood import log_likelihood
+from lrp_prune.targets.logits import Logit, explaining, predicted, values_of
 from lrp_prune.targets.margins import RepetitionMargin, TokenMargin
 from lrp_prune.targets.naming import TARGETS, Target, check_suits, checked, describe, in_words
 from lrp_prune.targets.repetitions import LoopMargin, RepeatedTokens, repeated, repeats_only
@@ -17,6 +18,7 @@ __all__ = [
     "ClassLogit",
     "Inferred",
     "LastToken",
+    "Logit",
     "LogitDifference",
     "LoopMargin",
     "MultiLabel",
@@ -30,8 +32,11 @@ __all__ = [
     "check_suits",
     "checked",
     "describe",
+    "explaining",
     "in_words",
     "log_likelihood",
+    "predicted",
     "repeated",
     "repeats_only",
+    "values_of",
 ]

@@ -31,11 +31,15 @@ class LogitDifference:
     def __repr__(self) -> str:
         return f"LogitDifference(answers={self.answers!r}, distractors={self.distractors!r})"
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def values(self, model: nn.Module, batch: Any) -> Tensor:
+        """The explained value of each sample: ``[samples]``."""
         logits = last_logits(model, batch)
         answers = self._ids(self.answers, batch, logits, single=True)
         distractors = self._ids(self.distractors, batch, logits, single=False)
-        return (logits.gather(1, answers).mean(1) - logits.gather(1, distractors).mean(1)).sum()
+        return logits.gather(1, answers).mean(1) - logits.gather(1, distractors).mean(1)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.values(model, batch).sum()
 
     def _ids(self, given: Any, batch: Any, logits: Tensor, single: bool) -> Tensor:
         value = entry(batch, given) if isinstance(given, str) else given

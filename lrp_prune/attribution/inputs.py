@@ -1,0 +1,188 @@
+"""Relevance of what a model is given: of the tokens, pixels and features of one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.engine.checkpoints import recomputed_in_evaluation
+from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.propagation import propagating
+from lrp_prune.engine.uses import WeightUses
+from lrp_prune.models.batches import entry, fields, to_device
+from lrp_prune.models.calling import call_of
+from lrp_prune.models.padding import attended_labels, counted_tokens
+from lrp_prune.models.profile import parameters_of, profile_of
+from lrp_prune.models.states import unchanged_configuration, undisturbed
+from lrp_prune.models.subject import subject_of
+from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
+
+_NOT_TOKENS = ("position", "token_type", "segment", "label")
+"""Parts of names of integers that are looked up and are no tokens."""
+
+
+@dataclass(frozen=True)
+class InputRelevance:
+    """The relevance of what one batch gave to a model.
+
+    Args:
+        inputs: name of the forward's argument -> relevance: of token ids ``[samples, tokens]``, summed over their embeddings; of
+            floating-point inputs in their own shape.
+        given: the arguments themselves, under the same names.
+        elsewhere: what went to other roots, summed: learned positions, class tokens, constants.
+        latent: module -> relevance of its output, in its shape.
+        values: the explained value of each sample ``[samples]``, or where the target knows the sum only, that: ``[1]``.
+        target: what is explained.
+    """
+
+    inputs: dict[str, Tensor]
+    given: dict[str, Tensor]
+    elsewhere: dict[str, float]
+    latent: dict[str, Tensor]
+    values: Tensor
+    target: Target
+
+
+def input_relevance(
+    model: nn.Module,
+    batch: Any,
+    target: Any = None,
+    composite: str | Composite = "attnlrp",
+    latent: Sequence[str] | None = None,
+    unruled: str = "warn",
+) -> InputRelevance:
+    """Relevance of each input of a model for one batch, in one forward and backward pass; nothing of the model changes.
+
+    Args:
+        model: any module, or a ``LightningModule``.
+        batch: as :func:`lrp_prune.attribute` takes it; labels are not needed.
+        target: what is explained, as in :func:`lrp_prune.explain`.
+        composite: the rules.
+        latent: patterns of modules whose outputs' relevance is wanted too.
+        unruled: what to do about operations without a rule.
+
+    Raises:
+        ValueError: if the target does not fit, or the model has no input that relevance can end at.
+        FloatingPointError: if the explained value or a relevance is not finite.
+
+    Example:
+        >>> found = input_relevance(nn.Linear(3, 2, bias=False), torch.ones(1, 3))
+        >>> bool(torch.isclose(found.inputs["input"].sum(), found.values.sum()))
+        True
+    """
+    subject = subject_of(model)
+    module = subject.module
+    with (
+        torch.inference_mode(False),
+        undisturbed(module),
+        unchanged_configuration(profile_of(module).config),
+        recomputed_in_evaluation(module),
+    ):
+        batch = on_device_of(module, batch)
+        found = target_for(module, batch, target, subject.own_target)
+        rules = composite_of(composite)
+        with propagating(module, rules, latent, unruled, WeightUses(), constants=True) as propagation:
+            values = values_of(found, module, batch)
+            entries = propagation.entries(values.sum())
+    given = given_by_name(module, batch)
+    lookups = [root.ids if root.parameter else None for root, _ in entries if not root.latent]
+    names = iter(names_of_lookups(lookups, given))
+    inputs, kept, elsewhere, layers = dict[str, Tensor](), dict[str, Tensor](), dict[str, float](), dict[str, Tensor]()
+    for root, relevance in entries:
+        relevance = relevance.detach()
+        if root.latent:
+            _add(layers, root.name, relevance)
+            continue
+        name = next(names)
+        if name is not None:
+            _add(inputs, name, relevance.sum(-1))
+            kept[name] = given[name]
+        elif root.parameter is None and root.ids is None and not root.constant:
+            _add(inputs, root.name, relevance)
+            kept[root.name] = root.leaf.detach()
+        else:
+            elsewhere[root.name] = elsewhere.get(root.name, 0.0) + float(relevance.sum())
+    if not inputs:
+        raise ValueError(
+            f"none of what {profile_of(module).name} is given has relevance of its own: it looks up no token ids of the batch, "
+            f"and has no floating-point input; relevance ended at {', '.join(elsewhere) or 'nothing'}"
+        )
+    return InputRelevance(inputs, kept, elsewhere, layers, values.detach(), found)
+
+
+def _add(to: dict[str, Tensor], name: str, relevance: Tensor) -> None:
+    """Under a name of its own where one module, or argument, was met with another shape."""
+    known = to.get(name)
+    if known is not None and known.shape != relevance.shape:
+        name = f"{name}#{sum(key.partition('#')[0] == name for key in to)}"
+        known = None
+    to[name] = relevance if known is None else known + relevance
+
+
+def on_device_of(module: nn.Module, batch: Any) -> Any:
+    """A batch where the model's first parameter is."""
+    parameter = next(module.parameters(), None)
+    return batch if parameter is None else to_device(batch, parameter.device)
+
+
+def target_for(module: nn.Module, batch: Any, target: Any, own: Any = None) -> Target:
+    """The target of an explanation: what was asked for, the model's own, or the logit of what it predicts.
+
+    Raises:
+        ValueError: for a target that is for other models.
+    """
+    found = explaining(target)
+    if found is None and (target is not None or own is None):
+        return predicted(module, batch)
+    found = checked(own if found is None else found)
+    check_suits(found, module)
+    return found
+
+
+def given_by_name(module: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """The tensors that a model's forward is given for a batch, by the names of its arguments."""
+    try:
+        call = call_of(module, batch)
+    except ValueError:  # a target of one's own calls it in its own way
+        return {name: value for name, value in (fields(batch) or {}).items() if isinstance(value, Tensor)}
+    names = [name for name in parameters_of(module) if name != "self"]
+    named = {names[index] if index < len(names) else str(index): value for index, value in enumerate(call.args)}
+    return {name: value for name, value in {**named, **call.kwargs}.items() if isinstance(value, Tensor)}
+
+
+def unpadded(module: nn.Module, batch: Any, skip_first: int = 0) -> dict[str, Tensor]:
+    """Which positions of which arguments count, bool ``[samples, positions]``: those that are no padding.
+
+    Args:
+        module: what is run.
+        batch: as it takes it.
+        skip_first: how many tokens at the beginning of each sample of a causal language model do not count either.
+    """
+    encoder_decoder = profile_of(module).encoder_decoder
+    mask = entry(batch, "attention_mask") if encoder_decoder else counted_tokens(module, batch, skip_first)
+    found = {"input_ids": mask, "inputs_embeds": mask}
+    if encoder_decoder:
+        found["decoder_input_ids"] = attended_labels(module, batch)
+    return {name: value != 0 for name, value in found.items() if isinstance(value, Tensor) and value.dim() == 2}
+
+
+def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tensor]) -> list[str | None]:
+    """Which argument each lookup is of, by the ids; None for positions and the like.
+
+    Where two arguments are equal (an encoder and a decoder that read the same), each has its own lookup, in their order.
+    """
+    found: list[str | None] = []
+    for ids in lookups:
+        fitting = [
+            name
+            for name, value in given.items()
+            if ids is not None
+            and not value.is_floating_point()
+            and value.shape == ids.shape
+            and not any(part in name for part in _NOT_TOKENS)
+            and bool((value.to(ids.device) == ids).all())
+        ]
+        found.append(next((name for name in fitting if name not in found), fitting[0] if fitting else None))
+    return found

@@ -1,0 +1,84 @@
+"""What has no relevance: weights that cannot be scored, units that are dead."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lrp_prune.attribution.collect import RelevanceAccumulator
+from lrp_prune.auditing.report import Remark
+from lrp_prune.engine.composites import Composite
+from lrp_prune.models.batches import samples_in
+from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.unscored import CONSTANTS, DATA, GATES, TOLERABLE, UNREACHED, UNUSED, patterns_of, share
+from lrp_prune.targets import explaining
+
+_ADVICE = {
+    UNUSED: "use more, and other, reference samples",
+    CONSTANTS: "it stays as it is when the rest is pruned: nothing to do",
+    DATA: "it stays as it is when the rest is pruned: nothing to do",
+    GATES: "score it under composite='epsilon', which goes through gates",
+    UNREACHED: "explain something that depends on it (target=), or leave it out (exclude=)",
+}
+_MANY = 0.5
+"""The share of dead units in a group from which it is a problem, and not what a ReLU does."""
+
+
+def unscored_weights(model: nn.Module, batch: Any, target: Any) -> tuple[dict[str, str], list[Remark]]:
+    """Weights that :func:`lrp_prune.attribute` cannot score by its default rules, with the reason."""
+    relevance = _collected(model, batch, target, {"granularity": "weight"})
+    if isinstance(relevance, str):
+        return {}, [Remark(True, "weights", f"none could be scored: {relevance}", "see what it says")]
+    unscored = dict(relevance.unscored)
+    if not unscored:
+        return {}, [Remark(False, "weights", f"all {len(relevance)} that are scored by default have relevance")]
+    remarks = []
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for reason in dict.fromkeys(unscored.values()):
+        names = [name for name in unscored if unscored[name] == reason]
+        lacking = sum(sizes.get(name, 0) for name in names)
+        told = ", ".join(patterns_of(names)[:5])
+        what = f"{told} cannot be scored: {reason}"
+        if lacking:
+            what += f" ({share(lacking, sum(sizes.values()))})"
+        advice = _ADVICE.get(reason, "make it a parameter that is used as it is, or leave it out (exclude=)")
+        remarks.append(Remark(reason not in (CONSTANTS, DATA) or reason not in TOLERABLE, "weights", what, advice))
+    return unscored, remarks
+
+
+def dead_units(
+    model: nn.Module, batch: Any, target: Any, composite: Composite
+) -> tuple[Mapping[str, tuple[int, int]], list[Remark]]:
+    """Units that have no relevance in any sample of the batch, by group."""
+    relevance = _collected(model, batch, target, {"granularity": "neuron", "composite": composite})
+    if isinstance(relevance, str):
+        return {}, [Remark(False, "units", f"none were looked at: {relevance}")]
+    counts = {name: (int((values == 0).sum()), values.numel()) for name, values in relevance.items()}
+    none, total = (sum(column) for column in zip(*counts.values(), strict=True))
+    samples = samples_in(batch)
+    if not none:
+        return counts, [Remark(False, "units", f"each of {total:,} has relevance in {samples} samples")]
+    many = [name for name, (dead, number) in counts.items() if dead > _MANY * number]
+    what = f"{none:,} of {total:,} have no relevance in {samples} samples: never active, or read by nothing"
+    if not many:
+        return counts, [Remark(False, "units", what)]
+    what += f"; most of {', '.join(patterns_of(many)[:5])}"
+    advice = (
+        "with more samples some may come to life; if not, they can go for nothing: "
+        "lrp_prune.prune(..., granularity='neuron'); many dead units of one layer come from a learning rate or biases gone wrong"
+    )
+    return counts, [Remark(True, "units", what, advice)]
+
+
+def _collected(model: nn.Module, batch: Any, target: Any, options: Mapping[str, Any]) -> Relevance | str:
+    """Relevance of one batch, or why there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the report
+        try:
+            asked = explaining(target) or (None if hasattr(model, "relevance_target") else "last_token")
+            accumulator = RelevanceAccumulator(model, target=asked, matmul_dtype=None, **options)
+            accumulator.update(batch)
+            return accumulator.compute()
+        except (ValueError, FloatingPointError, RuntimeError, KeyError) as error:
+            return str(error)

@@ -1,0 +1,232 @@
+"""Which relevance of the input is faithful: the area between perturbation curves, of a ViT and a T5 trained here, and SmolLM2.
+
+    python tests/benchmarks/faithfulness.py --models vit t5 smollm2 --seeds 3
+
+The ViT tells handwritten digits apart; the T5 says which of twenty words is marked; SmolLM2
+continues speeches. What is replaced: patches, or embeddings of tokens (the encoder's), by zero.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+
+from lrp_prune import Composite
+from lrp_prune.attribution import Gamma, Where
+from lrp_prune.effects.intervals import intervals
+from lrp_prune.metrics import PerturbationCurve, perturbation_curve, plot_curves
+
+sys.path.insert(0, str(Path(__file__).parent))
+from explainers import Reached, of_class_token, of_decoder, of_last_token
+
+SIDE, PATCH, LENGTH, WORDS, FIRST = 16, 4, 20, 16, 4
+
+
+class Case(NamedTuple):
+    """A model, what it is explained on, where its input is, and rules that only it has."""
+
+    model: nn.Module
+    batches: list[dict[str, Tensor]]
+    reached: Reached
+    composites: dict[str, str | Composite]
+    options: dict[str, Any]
+    quality: str
+
+
+def gamma_for_attention(base: str) -> Composite:
+    """The paper's best for vision transformers: gamma of 0.25 and 0.05, and epsilon for what makes queries, keys and values."""
+    rules = {Where("linear", name="*.attention.*_proj"): "gradient", "convolution": Gamma(0.25), "linear": Gamma(0.05)}
+    return Composite(f"{base}, gamma", rules, base=base)
+
+
+def digits(samples: int, generator: torch.Generator, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits, twice as large, under some noise."""
+    picked = torch.randint(len(images), (samples,), generator=generator)
+    large = images[picked].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return (large + 0.1 * torch.randn(samples, SIDE, SIDE, generator=generator))[:, None], labels[picked]
+
+
+def vit(seed: int, steps: int, samples: int) -> Case:
+    """A vision transformer of three layers on digits."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    images, labels = torch.tensor(loaded.images, dtype=torch.float32) / 16, torch.tensor(loaded.target)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator)
+    train, test = order[:1400], order[1400:]
+    model = ViTForImageClassification(
+        ViTConfig(
+            image_size=SIDE,
+            patch_size=PATCH,
+            num_channels=1,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_labels=10,
+        )
+    )
+
+    def batch(samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        pixels, answers = digits(samples, generator, images[train], labels[train])
+        return {"pixel_values": pixels}, answers
+
+    train_(model, batch, steps, 64, 2e-3, lambda output, answers: nn.functional.cross_entropy(output.logits, answers))
+    pixels, answers = digits(samples, generator, images[test], labels[test])
+    with torch.no_grad():
+        right = (model(pixel_values=pixels).logits.argmax(-1) == answers).float().mean()
+    return Case(
+        model,
+        [{"pixel_values": part} for part in pixels.split(50)],
+        Reached("pixel_values", None, of_class_token),
+        {"attnlrp, gamma": gamma_for_attention("attnlrp"), "cp_lrp, gamma": gamma_for_attention("cp_lrp")},
+        {"patch": PATCH},
+        f"accuracy {right:.3f}",
+    )
+
+
+def t5(seed: int, steps: int, samples: int) -> Case:
+    """An encoder-decoder that says which word is marked."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=FIRST + 2 * WORDS, dropout_rate=0.0
+        )
+    )
+
+    def batch(samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        ids = torch.randint(FIRST, FIRST + WORDS, (samples, LENGTH), generator=generator)
+        places = torch.randint(LENGTH, (samples, 1), generator=generator)
+        answers = ids.gather(1, places)[:, 0]
+        ids.scatter_(1, places, answers[:, None] + WORDS)  # the same word, marked
+        return {"input_ids": ids, "decoder_input_ids": torch.zeros(samples, 1, dtype=torch.long)}, answers
+
+    def loss(output: Any, answers: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.logits[:, -1], answers)
+
+    train_(model, batch, steps, 32, 3e-3, loss)
+    inputs, answers = batch(samples)
+    with torch.no_grad():
+        right = (model(**inputs).logits[:, -1].argmax(-1) == answers).float().mean()
+    batches = [
+        {"input_ids": ids, "decoder_input_ids": started}
+        for ids, started in zip(inputs["input_ids"].split(50), inputs["decoder_input_ids"].split(50), strict=True)
+    ]
+    reached = Reached("input_ids", lambda model: model.encoder.embed_tokens, of_decoder)
+    return Case(model, batches, reached, {}, {}, f"accuracy {right:.3f}")
+
+
+def smollm2(seed: int, steps: int, samples: int) -> Case:
+    """SmolLM2-135M on windows of speeches: the token that it expects next."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from language_model import load_documents, load_model
+
+    model, tokenizer = load_model()
+    texts = iter(load_documents())
+    windows = []
+    for _ in range(seed * samples):
+        next(texts)
+    while len(windows) < samples:
+        ids = tokenizer(next(texts), return_tensors="pt").input_ids[0]
+        if len(ids) >= 200:
+            windows.append(ids[100:132])
+    reached = Reached("input_ids", lambda model: model.get_input_embeddings(), of_last_token)
+    batches = [{"input_ids": part} for part in torch.stack(windows).split(4)]
+    return Case(model, batches, reached, {}, {"shares": [0, 0.2, 0.4, 0.6, 0.8, 1]}, "as it is shipped")
+
+
+CASES: dict[str, Callable[[int, int, int], Case]] = {"vit": vit, "t5": t5, "smollm2": smollm2}
+STEPS = {"vit": 400, "t5": 500, "smollm2": 0}
+SAMPLES = {"vit": 100, "t5": 100, "smollm2": 4}
+
+
+def train_(
+    model: nn.Module,
+    batch: Callable[[int], tuple[dict[str, Tensor], Tensor]],
+    steps: int,
+    size: int,
+    rate: float,
+    loss: Callable[..., Tensor],
+) -> None:
+    """Train with AdamW and a rate that rises and falls, then evaluation mode."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 10))
+    for _ in range(steps):
+        inputs, answers = batch(size)
+        optimizer.zero_grad()
+        loss(model(**inputs), answers).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def curves_of(case: Case) -> Iterator[tuple[str, PerturbationCurve]]:
+    """A curve for each kind of relevance."""
+    reached = case.reached
+    kinds: dict[str, Any] = {
+        "attnlrp": "attnlrp",
+        "cp_lrp": "cp_lrp",
+        "epsilon": "epsilon",
+        **case.composites,
+        "gradient x input": "gradient",
+        "integrated gradients": reached.integrated_gradients,
+        "SmoothGrad x input": reached.smoothgrad,
+        "attention rollout": reached.attention_rollout,
+        "random": reached.random,
+    }
+    for name, kind in kinds.items():
+        yield name, perturbation_curve(case.model, case.batches, kind, progress=False, **case.options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of the ViT and the T5")
+    parser.add_argument("--output", type=Path, help="a folder for the figures and the values")
+    parser.add_argument("--quick", action="store_true", help="few steps and samples: the figures mean nothing")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        found: dict[str, list[PerturbationCurve]] = {}
+        began = time.monotonic()
+        for seed in range(1 if name == "smollm2" else arguments.seeds):
+            steps, samples = (10, 4) if arguments.quick else (STEPS[name], SAMPLES[name])
+            case = CASES[name](seed, steps, samples)
+            print(f"{name}, seed {seed}: {case.quality}", flush=True)
+            for kind, curve in curves_of(case):
+                found.setdefault(kind, []).append(curve)
+                print(f"  {kind}: {curve.area:.3f}", flush=True)
+        print(f"\n| {name} ({time.monotonic() - began:.0f} s) | area | 95 % |\n|---|---|---|")
+        for kind, curves in sorted(found.items(), key=lambda entry: -sum(curve.area for curve in entry[1])):
+            areas = torch.cat([curve.areas for curve in curves])
+            value, low, high = intervals([(areas, torch.ones_like(areas))], lambda mean: mean)
+            print(f"| {kind} | {value:.3f} | {low:.3f} to {high:.3f} |")
+        print(flush=True)
+        if arguments.output:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            together = {
+                kind: PerturbationCurve(
+                    curves[0].shares,
+                    torch.cat([curve.most for curve in curves]),
+                    torch.cat([curve.least for curve in curves]),
+                    kind,
+                )
+                for kind, curves in found.items()
+            }
+            plot_curves(together, arguments.output / f"{name}.png")
+            text = json.dumps({kind: curve.to_dict() for kind, curve in together.items()}, indent=1)
+            (arguments.output / f"{name}.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The samples that units are most relevant for, against the relevance of each sample by itself."""
+
+import pytest
+import torch
+from torch import nn
+
+import lrp_prune
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def test_the_samples_are_those_of_largest_relevance() -> None:
+    model, data = network(), torch.randn(11, 4, generator=torch.Generator().manual_seed(1))
+    units = {"2": [1, 4]}
+    found = lrp_prune.top_samples(model, list(data.split(4)), units, number=3, target=1, progress=False)
+    hidden = torch.relu(model[0](data)).detach() * model[2].weight[1].detach()
+    for place in (1, 4):
+        best = hidden[:, place].topk(3)
+        samples = found["2", place]
+        assert [sample.relevance for sample in samples] == pytest.approx(best.values.tolist(), rel=1e-4)
+        assert [sample.number for sample in samples] == best.indices.tolist()
+        assert all(torch.equal(sample.batch, data[sample.number : sample.number + 1]) for sample in samples)
+    assert "2[1]: samples" in str(found) and len(found) == 2
+    assert lrp_prune.explain(model, found["2", 1][0].batch, target=1).inputs["input"].relevance.shape == (1, 4)
+
+
+def test_of_a_relevance_the_largest_units_are_looked_at() -> None:
+    model, data = network(), torch.randn(8, 4)
+    relevance = lrp_prune.attribute(model, [data], target="last_token", granularity="neuron")
+    found = lrp_prune.top_samples(model, [data], relevance, number=2, progress=False)
+    assert {place for _, place in found} == set(relevance["2"].topk(5).indices.tolist())
+
+
+def test_what_is_not_there_is_said() -> None:
+    model, data = network(), torch.randn(8, 4)
+    with pytest.raises(KeyError, match="there is no group of units '7', there are 2"):
+        lrp_prune.top_samples(model, [data], {"7": [0]}, progress=False)
+    with pytest.raises(KeyError, match="has 6 units, got 6"):
+        lrp_prune.top_samples(model, [data], {"2": [6]}, progress=False)
+    with pytest.raises(ValueError, match="no batches"):
+        lrp_prune.top_samples(model, [], {"0": [0]}, progress=False)
+    with pytest.raises(ValueError, match="relevance of weights"):
+        lrp_prune.top_samples(model, [data], lrp_prune.attribute(model, [data], target="last_token"), progress=False)
+
+
+@pytest.mark.slow
+def test_they_are_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 2))
+    images = torch.rand(5, 1, 8, 8)
+    found = lrp_prune.top_samples(model, [images], {"3": [0, 2]}, number=2, progress=False)
+    figure = found.plot()
+    assert sum(bool(axes.images) for axes in figure.axes) == 4
+    rows = lrp_prune.top_samples(network(), [torch.randn(8, 4)], {"2": [0]}, number=2, progress=False)
+    assert len(rows.plot().axes[0].patches) == 2
