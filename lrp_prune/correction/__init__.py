@@ -1,7 +1,9 @@
 """Correction: two relevances in, a reversible patch out."""
 
+from lrp_prune.correction.behaviour import Behaviour
 from lrp_prune.correction.beside import random_like, side_effects_of
 from lrp_prune.correction.contrast import Contrast
+from lrp_prune.correction.correcting import Corrected, correct
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
 from lrp_prune.correction.folder import load_patches, save_patches
@@ -13,13 +15,16 @@ from lrp_prune.correction.trials import Search, Trial
 
 __all__ = [
     "Automatic",
+    "Behaviour",
     "Contrast",
+    "Corrected",
     "Corrections",
     "Entries",
     "Guard",
     "Patch",
     "Search",
     "Trial",
+    "correct",
     "load_patches",
     "random_like",
     "save_patches",
