@@ -13,7 +13,7 @@ from lrp_prune.correction.beside import side_effects_of
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.search import Automatic, search_amount
-from lrp_prune.correction.several import together
+from lrp_prune.correction.several import Together
 from lrp_prune.correction.trials import Search
 from lrp_prune.effects import Effect, SideEffects, Suite
 from lrp_prune.relevance import Relevance
@@ -109,7 +109,10 @@ def correct(
         return attribute(model, batches, target, composite, statistic, skip_first=1)
 
     def relevance(statistic: str, combination: str) -> Relevance:
-        return together({name: explained(each, "next_token", statistic) for name, each in sets.items()}, combination)
+        found = Together(combination)
+        for name, each in sets.items():  # one after the other: each has a number for each weight
+            found.add(name, explained(each, "next_token", statistic))
+        return found.compute()
 
     general, guarded = relevance("signed", "mean"), Guard(guard, relevance("squared_token", "largest"))
     undesired = explained(behaviour.batches, behaviour.target, "signed")
