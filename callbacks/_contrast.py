@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._distributed import agreeing, gathered
-from lrp_prune.correction import Automatic, Patch, side_effects_of
+from lrp_prune.correction import Automatic, Patch, Search, Trial, side_effects_of
 from lrp_prune.correction.beside import describe
 from lrp_prune.correction.combining import merged
 from lrp_prune.correction.guard import Guard, guard_of
+from lrp_prune.correction.search import GENERAL
 from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.effects import SideEffects, Suite
 from lrp_prune.effects.limits import checked_limits
+from lrp_prune.models.states import undisturbed
 from lrp_prune.names import named_parameters
 from lrp_prune.relevance import Relevance
 from lrp_prune.wrapper.module import CorrectedModule
@@ -57,6 +60,31 @@ def logged(trainer: Trainer, name: str, metric: str) -> float:
             f"{', '.join(trainer.callback_metrics) or 'none'}"
         )
     return float(found)
+
+
+def values_of(
+    trainer: Trainer, model: nn.Module, metrics: Mapping[str, Any], known: Mapping[str, float]
+) -> dict[str, float]:
+    """The values of metrics on the model as it is: what is known, what functions give, and what the validation has logged."""
+    found = {}
+    for name, metric in metrics.items():
+        if name in known:
+            found[name] = known[name]
+        elif callable(metric):
+            # A training that has begun is in another mode than the validation that the first value is from.
+            with torch.no_grad(), undisturbed(model):
+                found[name] = measured(trainer, name, metric, model)
+        elif metric is not None:
+            found[name] = logged(trainer, name, metric)
+    return found
+
+
+def searched(found: Search | Trial | None) -> dict[str, float]:
+    """What a search has measured already, before (itself) or with a patch (a trial), by the names of metrics."""
+    if found is None:
+        return {}
+    several = {name if name == GENERAL else f"{_GENERAL}{name}": value for name, value in found.general.items()}
+    return {"undesired": found.undesired, **several}
 
 
 def metrics_of(undesired: Any, general: Any, searching: Any = None) -> dict[str, Any]:

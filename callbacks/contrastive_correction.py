@@ -28,9 +28,10 @@ from lrp_prune.callbacks._contrast import (
     enabled_entries,
     examined,
     general_measures,
-    logged,
     measured,
     metrics_of,
+    searched,
+    values_of,
     with_limits,
 )
 from lrp_prune.callbacks._corrected import inner
@@ -39,7 +40,6 @@ from lrp_prune.correction import Automatic, Guard, Patch, Search, patch_of, sear
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects
 from lrp_prune.engine.unsharding import make_ordinary
-from lrp_prune.models.states import undisturbed
 from lrp_prune.pruning import Method
 from lrp_prune.pruning.scope import Normalization
 from lrp_prune.relevance import NORMALIZATIONS, Granularity, Relevance
@@ -251,7 +251,7 @@ class ContrastiveCorrection(CollectingCallback):
             if self._patch is not None:
                 self._waiting = self._examine(pl_module, self._patch)
                 pl_module.log("correction/entries", float(self._patch.num_entries))
-                self._measure(pl_module, "_before")
+                self._measure(pl_module, "_before", searched(self.search))
                 if trainer.state.fn != "fit":
                     self._hand_over(pl_module)
 
@@ -333,18 +333,12 @@ class ContrastiveCorrection(CollectingCallback):
             rank_zero_warn(f"the patch of {self._behaviour!r} was found and is in .patch, but is not applied: {error}")
             return
         if log:
-            self._measure(pl_module, "")
+            # A training may have changed the model since.
+            chosen = None if self.search is None or pl_module.trainer.state.fn == "fit" else self.search.chosen
+            self._measure(pl_module, "", searched(chosen))
 
-    def _measure(self, pl_module: LightningModule, suffix: str) -> None:
-        model = inner(pl_module)
-        for name, metric in self._metrics.items():
-            if callable(metric):
-                # A training that has begun is in another mode than the validation that the first value is from.
-                with torch.no_grad(), undisturbed(model):
-                    value = measured(pl_module.trainer, name, metric, model)
-            elif metric is not None and suffix:
-                value = logged(pl_module.trainer, name, metric)
-            else:
-                continue
+    def _measure(self, pl_module: LightningModule, suffix: str, known: Mapping[str, float] | None = None) -> None:
+        metrics = {name: metric for name, metric in self._metrics.items() if suffix or callable(metric)}
+        for name, value in values_of(pl_module.trainer, inner(pl_module), metrics, known or {}).items():
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)

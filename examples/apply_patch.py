@@ -8,7 +8,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from language_model import PACKAGED_MODEL, load_model
+from command_line import add_patch, parser
+from language_model import load_model
 from presenting import quiet
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,19 +17,11 @@ from lrp_prune import Patch
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("patch", type=Path, help="the file")
-    add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
-    add(
-        "--strength",
-        type=float,
-        default=None,
-        help="0 for as before, 1 for removed; as the patch was made if not given",
-    )
-    add("--prompt", default="In the 1950's we helped to contain", help="what is continued")
-    add("--output", type=Path, default=Path("outputs/corrected"), help="folder for the corrected model")
-    return parser.parse_args()
+    given = parser(__doc__)
+    add_patch(given)
+    given.add_argument("--prompt", default="In the 1950's we helped to contain", help="what is continued")
+    given.add_argument("--output", type=Path, default=Path("outputs/corrected"), help="folder for the corrected model")
+    return given.parse_args()
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -11,10 +11,10 @@ that the patch is found with, but both may be of either half of the speeches.
 import argparse
 from pathlib import Path
 
+from command_line import add_model, add_search, add_suite, limits, parser
 from correct_repetition import repetitive, uniqueness
 from correction_study import answer_batches, generate
 from language_model import (
-    PACKAGED_MODEL,
     PACKAGED_TEXT,
     load_documents,
     load_model,
@@ -22,7 +22,6 @@ from language_model import (
     split_documents,
 )
 from presenting import quiet, stage
-from side_effects import limits
 from transformers import PreTrainedModel
 
 import lrp_prune
@@ -34,9 +33,9 @@ from lrp_prune.targets import RepetitionMargin
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
+    given = parser(__doc__)
+    add = given.add_argument
+    add_model(given)
     add(
         "--dataset",
         default=PACKAGED_TEXT,
@@ -48,26 +47,14 @@ def parse() -> argparse.Namespace:
         default=[],
         help="general sets that relevance is collected on, such as speeches; all if none is named",
     )
-    add("--amounts", nargs="*", type=float, default=[0.00005, 0.0002, 0.0004], help="fractions of the weights to try")
-    add("--strengths", nargs="*", type=float, default=[0.25, 0.5], help="by how much they are weakened, each tried")
+    add_search(given, [0.00005, 0.0002, 0.0004], [0.25, 0.5])
     add("--reduction", type=float, default=0.5, help="wanted reduction of the share of repeated tokens")
-    add(
-        "--allowed",
-        nargs="*",
-        default=["*=0.02", "copying=0.35"],
-        help="the largest loss of each set; copying: 0.3 nats",
-    )
-    add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
     add("--candidates", type=int, default=80, help="beginnings of sentences tried, half of them to be held out")
     add("--repetitive", type=float, default=0.5, help="largest uniqueness ratio of answers that count as repetitive")
     add("--answer-tokens", type=int, default=40, help="tokens generated for each prompt")
-    add("--windows", type=int, default=3, help="windows of each kind of text, in each part")
-    add("--length", type=int, default=128, help="tokens in a window")
-    add("--samples", type=int, default=16, help="facts in each part; half as many copied sequences")
-    add("--random", type=int, default=3, help="random patches that the chosen one is tested beside")
-    add("--seed", type=int, default=0, help="of all that is chosen")
+    add_suite(given, windows=3, length=128, samples=16, allowed=["*=0.02", "copying=0.35"])
     add("--output", type=Path, default=Path("outputs/frontier"), help="folder for the patch, tables and figures")
-    return parser.parse_args()
+    return given.parse_args()
 
 
 def general_relevance(model: PreTrainedModel, suite: Suite, statistic: str, combination: str) -> Relevance:

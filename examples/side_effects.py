@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from language_model import PACKAGED_MODEL, load_model
+from command_line import add_patch, add_suite, limits, parser
+from language_model import load_model
 from presenting import quiet, stage
 
 from lrp_prune import Patch
@@ -18,26 +19,14 @@ from lrp_prune.metrics import Suite
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("patch", type=Path, help="the file; what is found is written into its description")
-    add("--model", default=PACKAGED_MODEL, help="the packaged model, or a causal model's hub name or folder")
-    add(
-        "--strength",
-        type=float,
-        default=None,
-        help="0 for as before, 1 for removed; as the patch was made if not given",
-    )
+    given = parser(__doc__)
+    add_patch(given)
+    add = given.add_argument
     add("--text", type=Path, nargs="*", default=[], help="files or folders of one's own texts, to be measured as well")
     add("--half", choices=("selection", "test"), default="test", help="which half of all texts")
-    add("--windows", type=int, default=8, help="windows of each kind of text")
-    add("--length", type=int, default=256, help="tokens in a window")
-    add("--samples", type=int, default=32, help="facts and prompts; half as many copied sequences")
-    add("--random", type=int, default=3, help="random patches, of as many weights of each parameter")
-    add("--allowed", nargs="*", default=["*=0.02"], help="the largest change, as in '*=0.02 copying=0.05'")
-    add("--seed", type=int, default=0, help="of windows, prompts and random weights")
+    add_suite(given, windows=8, length=256, samples=32, allowed=["*=0.02"])
     add("--output", type=Path, default=Path("outputs/side_effects"), help="folder for table and figure")
-    return parser.parse_args()
+    return given.parse_args()
 
 
 def own_texts(paths: list[Path]) -> dict[str, list[str]]:
@@ -48,11 +37,6 @@ def own_texts(paths: list[Path]) -> dict[str, list[str]]:
         texts = [each.read_text(encoding="utf-8") for each in files]
         found[path.name] = texts if path.is_dir() else texts[0].split("\n\n")
     return found
-
-
-def limits(given: list[str]) -> dict[str, float]:
-    """Limits by name from texts such as `copying=0.05`."""
-    return {name: float(limit) for name, _, limit in (text.rpartition("=") for text in given)}
 
 
 def main() -> int:

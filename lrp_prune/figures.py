@@ -37,3 +37,10 @@ def saved(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figure":
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def finished(figure: "Figure", axes: Any, path: str | os.PathLike[str] | None) -> "Figure":
+    """The figure of lines with a grid and the legend beside it, written to a file if there is a path."""
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return saved(figure, path)

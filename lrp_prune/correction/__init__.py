@@ -1,9 +1,11 @@
 """Correction: two relevances in, a reversible patch out."""
 
+from lrp_prune.correction.behaviour import Behaviour
 from lrp_prune.correction.beside import random_like, side_effects_of
 from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.conditions import ActivationAbove, Condition
 from lrp_prune.correction.contrast import Contrast
+from lrp_prune.correction.correcting import Corrected, correct
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.correction.entries import Entries
 from lrp_prune.correction.folder import load_patches, save_patches
@@ -17,15 +19,18 @@ from lrp_prune.correction.trials import Search, Trial
 __all__ = [
     "ActivationAbove",
     "Automatic",
+    "Behaviour",
     "Condition",
     "ConditionalPatch",
     "Contrast",
+    "Corrected",
     "Corrections",
     "Entries",
     "Guard",
     "Patch",
     "Search",
     "Trial",
+    "correct",
     "load_patch",
     "load_patches",
     "patch_of",

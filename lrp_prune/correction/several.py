@@ -40,34 +40,74 @@ def together(
         >>> together({"text": text, "copying": copying}, "largest")["weight"]
         tensor([0.7500, 0.5000, 0.5000])
     """
-    if combination not in COMBINATIONS:
-        raise ValueError(f"combination must be one of {COMBINATIONS}, got {combination!r}")
     factors = _weights(sets, weights or {})
-    if combination == "mean":
-        factors = {name: factor / sum(factors.values()) for name, factor in factors.items()}
-    scaled = {name: relevance.normalized("total") for name, relevance in sets.items()}
-    first = next(iter(scaled.values()))
-    values: dict[str, Tensor] = {}
-    for tensor in dict.fromkeys(tensor for relevance in scaled.values() for tensor in relevance):
-        for name, relevance in scaled.items():
-            if tensor in relevance:
-                part = relevance.local(tensor) * factors[name]
-                mine = values.get(tensor)
-                part = part.abs() if combination == "largest" else part
-                values[tensor] = part if mine is None else _combined(mine, part.to(mine.device), combination)
-    return first._replace(
-        values,
-        num_samples=sum(relevance.num_samples for relevance in sets.values()),
-        parameter_shapes={name: shape for each in sets.values() for name, shape in each.parameter_shapes.items()},
-        shardings={name: sharding for each in sets.values() for name, sharding in each.shardings.items()},
-        members={name: members for each in sets.values() for name, members in each.members.items()},
-        unscored={name: reason for name, reason in first.unscored.items() if name not in values},
-        target=f"{combination} of {', '.join(sets)}",
-        derived=True,
-        scales={},
-        inputs={},
-        mean_weights={},
-    )
+    found = Together(combination, factors)
+    for name, relevance in sets.items():
+        found.add(name, relevance)
+    return found.compute()
+
+
+class Together:
+    """What :func:`together` does, set by set: what is held is the sum and the first set, however many there are.
+
+    Example:
+        >>> found = Together("largest")
+        >>> for name, values in (("text", [6.0, 2.0]), ("copying", [0.0, -1.0])):
+        ...     found.add(name, Relevance({"weight": torch.tensor(values)}, statistic="signed"))
+        >>> found.compute()["weight"], found.compute().target
+        (tensor([0.7500, 1.0000]), 'largest of text, copying')
+    """
+
+    def __init__(self, combination: str = "mean", weights: Mapping[str, float] | None = None) -> None:
+        if combination not in COMBINATIONS:
+            raise ValueError(f"combination must be one of {COMBINATIONS}, got {combination!r}")
+        self._combination, self._weights = combination, dict(weights or {})
+        self._values: dict[str, Tensor] = {}
+        self._named: dict[str, Relevance] = {}
+        """The first set, and of the others what they are without their values."""
+        self._factors = 0.0
+
+    def add(self, name: str, relevance: Relevance) -> None:
+        """One more set.
+
+        Raises:
+            ValueError: if it has nothing but zeros, or was collected differently from the first.
+        """
+        for problem in _differences({**dict(list(self._named.items())[:1]), name: relevance}):
+            raise ValueError(problem)
+        factor = self._weights.get(name, 1.0)
+        scaled = relevance.normalized("total")
+        for tensor in scaled:
+            part = scaled.local(tensor) * factor
+            part = part.abs() if self._combination == "largest" else part
+            mine = self._values.get(tensor)
+            self._values[tensor] = part if mine is None else _combined(mine, part.to(mine.device), self._combination)
+        self._factors += factor
+        self._named[name] = relevance._replace({}) if self._named else relevance
+
+    def compute(self) -> Relevance:
+        """All of them in one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not self._named:
+            raise ValueError("several sets are at least one: none is named")
+        several = self._named.values()
+        first, scale = next(iter(several)), self._factors if self._combination == "mean" else 1.0
+        return first._replace(
+            {name: value / scale for name, value in self._values.items()},
+            num_samples=sum(each.num_samples for each in several),
+            parameter_shapes={name: shape for each in several for name, shape in each.parameter_shapes.items()},
+            shardings={name: sharding for each in several for name, sharding in each.shardings.items()},
+            members={name: members for each in several for name, members in each.members.items()},
+            unscored={name: reason for name, reason in first.unscored.items() if name not in self._values},
+            target=f"{self._combination} of {', '.join(self._named)}",
+            derived=True,
+            scales={},
+            inputs={},
+            mean_weights={},
+        )
 
 
 General = Relevance | Mapping[str, Relevance]

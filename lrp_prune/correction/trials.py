@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lrp_prune.correction.patch import Patch
-from lrp_prune.figures import new_figure, percent_axis, saved
+from lrp_prune.figures import finished, new_figure, percent_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,9 +184,7 @@ class Search(NamedTuple):
             ylabel="reduction of the behaviour (%)",
             title="Behaviour against side effects",
         )
-        axes.grid(alpha=0.25)
-        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-        return saved(figure, path)
+        return finished(figure, axes, path)
 
     def _largest(self, trial: Trial) -> float:
         return trial.loss if math.isfinite(trial.loss) else math.nan

@@ -1,6 +1,6 @@
 """Side effects: what a correction is to leave as it is (a suite), how that is measured, and what was found."""
 
-from lrp_prune.effects.answers import Answers
+from lrp_prune.effects.answers import Answers, Shown
 from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses, Measured
 from lrp_prune.effects.intervals import Interval
 from lrp_prune.effects.limits import ALLOWED
@@ -20,6 +20,7 @@ __all__ = [
     "Likelihood",
     "Losses",
     "Measured",
+    "Shown",
     "SideEffectError",
     "SideEffects",
     "Suite",

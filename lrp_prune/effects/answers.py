@@ -1,15 +1,14 @@
-"""The words of a model's answers: how many, how different, and how empty of content."""
+"""A model's greedy answers: their words, and whether they show a behaviour."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lrp_prune.effects.entries import Entry, Measured
-from lrp_prune.models.outputs import answer_of
-from lrp_prune.models.subject import subject_of
+from lrp_prune.effects.generating import greedy
 
 STOP_WORDS: frozenset[str] = frozenset(
     """
@@ -25,13 +24,13 @@ STOP_WORDS: frozenset[str] = frozenset(
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
-class Answers(Entry):
-    """Words of the greedy answers to prompts: their number, the share of different ones, and the share of stop words.
+class Greedy(Entry):
+    """Something about the greedy answers to prompts. It is described, not judged: a correction may mean to change it.
 
-    They are described, not judged: a correction may mean to change them. A limit for one of them is for changes either way.
+    A limit for one of them is for changes either way.
 
     Args:
-        prompts: token ids; prompts of equal length are answered together.
+        prompts: token ids; prompts of about the same length are answered together.
         tokenizer: what turns the answers' tokens into text, by its ``decode``.
         tokens: how many are generated for each.
         batch_size: prompts at once.
@@ -43,7 +42,6 @@ class Answers(Entry):
     unit = "mean"
     losses = False
     directed = False
-    lines = ("words", "different words", "stop words")
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], tokenizer: Any, tokens: int = 40, batch_size: int = 32
@@ -53,22 +51,24 @@ class Answers(Entry):
         if not callable(getattr(tokenizer, "decode", None)):
             raise ValueError(f"the words of answers need a tokenizer with decode, {type(tokenizer).__name__} has none")
         self.decode, self.tokens, self.samples = tokenizer.decode, tokens, len(prompts)
-        by_length: dict[int, list[list[int]]] = {}
-        for prompt in prompts:
-            by_length.setdefault(len(prompt), []).append(list(prompt))
-        self.parts = [
-            torch.tensor(group[start : start + batch_size], device="cpu")
-            for group in by_length.values()
-            for start in range(0, len(group), batch_size)
-        ]
+        ordered = sorted((list(prompt) for prompt in prompts), key=len)
+        self.parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
-    def measure(
-        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
-    ) -> tuple[dict[str, Measured], Any]:
-        found = [
-            _WORD.findall(self.decode(ids, skip_special_tokens=True).lower())
-            for ids in greedy(model, part, self.tokens)
-        ]
+    def values(self, model: nn.Module, part: Any) -> dict[str, Measured]:
+        return self.judged([self.decode(ids, skip_special_tokens=True) for ids in greedy(model, part, self.tokens)])
+
+    def judged(self, texts: Sequence[str]) -> dict[str, Measured]:
+        """The values of answers, by the names of :attr:`lines`."""
+        raise NotImplementedError
+
+
+class Answers(Greedy):
+    """Words of the greedy answers to prompts: their number, the share of different ones, and the share of stop words."""
+
+    lines = ("words", "different words", "stop words")
+
+    def judged(self, texts: Sequence[str]) -> dict[str, Measured]:
+        found = [_WORD.findall(text.lower()) for text in texts]
         lengths = _column(len(words) for words in found)
         return {
             "words": Measured(lengths, torch.ones_like(lengths)),
@@ -76,36 +76,37 @@ class Answers(Entry):
                 _column(len(set(words)) / max(len(words), 1) for words in found), (lengths > 0).double()
             ),
             "stop words": Measured(_column(sum(word in STOP_WORDS for word in words) for words in found), lengths),
-        }, None
+        }
+
+
+class Shown(Greedy):
+    """The share of greedy answers to prompts that show a behaviour.
+
+    Args:
+        prompts: token ids.
+        tokenizer: the model's.
+        shows: from the text of an answer to whether it shows the behaviour, or how much of it, in [0, 1].
+        tokens: how many are generated for each.
+        batch_size: prompts at once.
+    """
+
+    unit = "share of answers"
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokenizer: Any,
+        shows: Callable[[str], float],
+        tokens: int = 40,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(prompts, tokenizer, tokens, batch_size)
+        self.shows = shows
+
+    def judged(self, texts: Sequence[str]) -> dict[str, Measured]:
+        found = _column(float(self.shows(text)) for text in texts)
+        return {"": Measured(found, torch.ones_like(found))}
 
 
 def _column(numbers: Iterable[float]) -> torch.Tensor:
     return torch.tensor([float(number) for number in numbers], dtype=torch.float64, device="cpu")
-
-
-def greedy(model: nn.Module, prompts: torch.Tensor, tokens: int) -> list[list[int]]:
-    """Greedy answers to prompts ``[prompts, tokens]``, each up to the end of its text.
-
-    By the model's own ``generate`` where it has one, else token by token from the whole text.
-    """
-    inner: Any = subject_of(model).module
-    device = next((parameter.device for parameter in inner.parameters()), None)
-    ids, width = prompts.to(device), prompts.shape[1]
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        width = 1  # what is generated begins with the decoder's start token, not with the prompt
-    configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
-    ends = {configured} if isinstance(configured, int) else set(configured or ())
-    if callable(getattr(inner, "generate", None)):
-        ids = inner.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=min(ends, default=0),
-        )
-    else:
-        for _ in range(tokens):
-            following = answer_of(model, {"input_ids": ids}).logits[:, -1].argmax(-1, keepdim=True)
-            ids = torch.cat([ids, following], 1)
-    rows: list[list[int]] = ids[:, width:].tolist()
-    return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]

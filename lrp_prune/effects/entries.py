@@ -1,6 +1,5 @@
 """Entries of a suite: what is measured on a model, sample by sample, and how far its distributions are from those before."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ class Measured(NamedTuple):
         return self.totals.double().sum() / self.counts.double().sum()
 
 
-class Entry(ABC):
+class Entry:
     """Something that a model does, in parts that fit into memory.
 
     Attributes:
@@ -55,11 +54,10 @@ class Entry(ABC):
     directed: bool = True
     lines: tuple[str, ...] = ("",)
 
-    @abstractmethod
     def measure(
         self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
     ) -> tuple[dict[str, Measured], Any]:
-        """What the model does on a part.
+        """What the model does on a part, and what that is compared with.
 
         Args:
             model: the model, in evaluation mode and without gradients.
@@ -68,8 +66,14 @@ class Entry(ABC):
             keep: whether to return that.
 
         Returns:
-            Values by the names of :attr:`lines`, and with ``keep`` what others are compared with.
+            Values by the names of :attr:`lines`, and with ``keep`` what others are compared with; None where there is no
+            divergence, as in what has :meth:`values` only.
         """
+        return self.values(model, part), None
+
+    def values(self, model: nn.Module, part: Any) -> dict[str, Measured]:
+        """What the model does on a part, of an entry without a divergence."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither measure nor values")
 
     def value(self, mean: Tensor) -> Tensor:
         """What a mean is shown as."""
@@ -88,6 +92,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def value_of(entry: Entry, model: nn.Module) -> float:
+    """One number, over all of an entry's samples and lines."""
+    with measuring(model):
+        found = [values for part in entry.parts for values in entry.measure(model, part)[0].values()]
+    totals, counts = (torch.cat(column) for column in zip(*((each.totals, each.counts) for each in found), strict=True))
+    return float(entry.value(Measured(totals, counts).mean))
+
+
 class Likelihood(Entry):
     """Perplexity of the labelled tokens of batches, and the divergence from the model before at these places.
 
@@ -95,6 +107,7 @@ class Likelihood(Entry):
         batches: of a causal language model: token ids, or mappings with ``input_ids`` ``[samples, tokens]``, an
             ``attention_mask`` where tokens are padded, and ``labels`` (at the tokens' own places, -100 for what does not count;
             without them every token counts).
+        directed: whether more is worse; not so for what a correction means to make less likely.
 
     Raises:
         ValueError: if there is no batch, one has no token ids, or nothing in one counts.
@@ -109,7 +122,8 @@ class Likelihood(Entry):
         10.0
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Any] | Tensor]) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, Any] | Tensor], directed: bool = True) -> None:
+        self.directed = directed
         self.parts = [_labelled(batch, number) for number, batch in enumerate(batches, 1)]
         if not self.parts:
             raise ValueError("a text needs at least one batch of tokens, there is none")
@@ -185,16 +199,14 @@ class Losses(Entry):
     def __init__(self, function: Callable[[nn.Module], Any]) -> None:
         self.function = function
 
-    def measure(
-        self, model: nn.Module, part: Any, before: Any = None, keep: bool = False
-    ) -> tuple[dict[str, Measured], Any]:
+    def values(self, model: nn.Module, part: Any) -> dict[str, Measured]:
         losses = torch.as_tensor(self.function(model)).detach().double().cpu()
         if losses.dim() != 1 or not len(losses):
             raise ValueError(
                 f"a function of a suite must return a loss for each sample, [samples], got shape {tuple(losses.shape)}: "
                 "do not average them, intervals are over samples"
             )
-        return {"": Measured(losses, torch.ones_like(losses))}, None
+        return {"": Measured(losses, torch.ones_like(losses))}
 
 
 def _labelled(batch: Any, number: int) -> dict[str, Tensor]:

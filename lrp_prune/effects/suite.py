@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lrp_prune.arguments import check_integer
 from lrp_prune.effects import generated, kinds
 from lrp_prune.effects.answers import Answers
-from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses, Measured, line_name, measuring
+from lrp_prune.effects.entries import Choice, Entry, Likelihood, Losses, line_name, value_of
 from lrp_prune.effects.limits import ALLOWED, checked_limits
+from lrp_prune.effects.neutral import neutral
+from lrp_prune.effects.rows import ROWS, padded
 from lrp_prune.effects.windows import up_to
 from lrp_prune.tasks import IndirectObject
 from lrp_prune.tasks.prompts import continuation, tokens
@@ -25,10 +27,10 @@ KINDS: tuple[str, ...] = (
     "copying",
     "facts in context",
     "indirect objects",
+    "neutral sentences",
     "answers",
 )
 """What is built in."""
-_ROWS = 4
 
 
 class Suite(Mapping[str, Entry]):
@@ -190,7 +192,7 @@ class Suite(Mapping[str, Entry]):
 
     def measures(self) -> dict[str, Callable[[nn.Module], float]]:
         """A function from the model to the value of each entry, lower is better; what is only described has none."""
-        return {name: partial(_value, entry) for name, entry in self.items() if entry.directed}
+        return {name: partial(value_of, entry) for name, entry in self.items() if entry.directed}
 
     @property
     def fingerprint(self) -> str:
@@ -205,21 +207,13 @@ class Suite(Mapping[str, Entry]):
         return digest.hexdigest()[:16]
 
 
-def _value(entry: Entry, model: nn.Module) -> float:
-    """One number, over all of an entry's samples and lines."""
-    with measuring(model):
-        found = [values for part in entry.parts for values in entry.measure(model, part)[0].values()]
-    totals, counts = (torch.cat(column) for column in zip(*((each.totals, each.counts) for each in found), strict=True))
-    return float(entry.value(Measured(totals, counts).mean))
-
-
 def _entry(given: Any, tokenizer: Any, windows: int, length: int, seed: int) -> Entry:
     if isinstance(given, Entry):
         return given
     if isinstance(given, Task):
         return Choice(given)
     if isinstance(given, Tensor):
-        return Likelihood(torch.split(given, _ROWS))
+        return Likelihood(torch.split(given, ROWS))
     if callable(given):
         return Losses(given)
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
@@ -230,7 +224,7 @@ def _entry(given: Any, tokenizer: Any, windows: int, length: int, seed: int) -> 
     items = list(given)
     if not any(isinstance(item, str) for item in items):
         return Likelihood(items)
-    return Likelihood(torch.split(_windows(items, tokenizer, windows, length, seed), _ROWS))
+    return Likelihood(torch.split(_windows(items, tokenizer, windows, length, seed), ROWS))
 
 
 def _windows(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
@@ -258,6 +252,7 @@ class _Builder:
         special: dict[str, Callable[[int], Entry]] = {
             "copying": self._copying,
             "facts in context": self._facts,
+            "neutral sentences": self._neutral,
             "answers": self._answers,
         }
         try:
@@ -291,7 +286,7 @@ class _Builder:
 
     def _texts(self, halves: Sequence[Sequence[str]]) -> list[Entry]:
         cut = [_windows(texts, self.tokenizer, self.windows, self.length, self.seed) for texts in halves]
-        return [Likelihood(torch.split(ids, _ROWS)) for ids in cut]
+        return [Likelihood(torch.split(ids, ROWS)) for ids in cut]
 
     def _copying(self, half: int) -> Entry:
         special = set(getattr(self.tokenizer, "all_special_ids", ()))
@@ -303,7 +298,7 @@ class _Builder:
             )
         length = min(64, self.length // 2)
         rows = generated.given_twice(half, self.seed, max(self.samples // 2, 2), length, vocabulary)
-        return Likelihood(_batches(rows))
+        return Likelihood(padded(rows))
 
     def _facts(self, half: int) -> Entry:
         rows = []
@@ -313,23 +308,12 @@ class _Builder:
                 rows.append(([*ids, *answer], [-100] * len(ids) + list(answer)))
         if len(rows) < 2:
             raise ValueError("the tokenizer does not continue a prompt by an answer's tokens")
-        return Likelihood(_batches(rows))
+        return Likelihood(padded(rows))
+
+    def _neutral(self, half: int) -> Entry:
+        rows = [tokens(self.tokenizer, text) for text in neutral(half, self.seed)]
+        return Likelihood(padded((row, row) for row in rows if len(row) > 1))
 
     def _answers(self, half: int) -> Entry:
         prompts = [tokens(self.tokenizer, text) for text in generated.beginnings(half, self.seed, self.samples)]
         return Answers(prompts, self.tokenizer, self.answer_tokens)
-
-
-def _batches(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[dict[str, Tensor]]:
-    """Batches of token ids with labels; padded on the right, rows of about the same length together."""
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    made = []
-    for start in range(0, len(ordered), 4 * _ROWS):
-        part = ordered[start : start + 4 * _ROWS]
-        width = max(len(ids) for ids, _ in part)
-        ids, mask, labels = (torch.full((len(part), width), fill, device="cpu") for fill in (0, 0, -100))
-        for index, (row, label) in enumerate(part):
-            ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row, device="cpu"), 1
-            labels[index, : len(row)] = torch.tensor(label, device="cpu")
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return made

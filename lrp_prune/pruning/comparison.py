@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lrp_prune.figures import new_figure, saved
+from lrp_prune.figures import finished, new_figure
 from lrp_prune.metrics.pruning import pruning_area, top_pruning_rate
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ class Comparison:
             axes.set_yscale("log")
         better = "higher" if self.higher_is_better else "lower"
         axes.set(xlabel="sparsity (%)", ylabel=f"value ({better} is better)", title="Methods by sparsity")
-        axes.grid(alpha=0.25)
-        figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-        return saved(figure, path)
+        return finished(figure, axes, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON or a data frame: ``scores`` and ``reached`` have lists in the order of ``sparsities``."""

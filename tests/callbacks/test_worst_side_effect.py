@@ -97,6 +97,25 @@ def test_a_suite_is_a_metric_of_each_entry(make_trainer) -> None:
     assert logged["correction/general/first"] == pytest.approx(correction.search.chosen.general["first"])
 
 
+def test_what_the_search_has_measured_is_not_measured_again(make_trainer) -> None:
+    """Before it, and with the chosen patch: a suite takes longer than anything else here."""
+    calls: list[float] = []
+
+    def counted(model: nn.Module) -> float:
+        calls.append(size(model))
+        return calls[-1]
+
+    automatic = Automatic(1e-6, 10.0, amounts=[20, 50])
+    correction, _, logged = corrected_by(
+        make_trainer, amount=automatic, undesired_metric=counted, general_metric=lambda model: 1.0
+    )
+    assert correction.search is not None
+    assert correction.search.chosen is not None
+    assert len(calls) == 1 + len(correction.search.curve) == 3
+    assert logged["correction/undesired_before"] == pytest.approx(calls[0])
+    assert logged["correction/undesired"] == pytest.approx(correction.search.chosen.undesired)
+
+
 def test_what_the_patch_does_besides_is_measured_and_kept_and_the_patch_applied(make_trainer, tmp_path) -> None:
     correction, corrected, _ = corrected_by(make_trainer, suite=Suite(SUITE, allowed=10.0), strength=0.5)
     assert corrected.strengths == {"example": 0.5}

@@ -1,11 +1,15 @@
 """Several named sets of wanted behaviour in one contrast."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lrp_prune import Relevance
 from lrp_prune.correction import Guard, Patch, together
+from lrp_prune.correction.several import Together
 
 
 def relevance(*values: float, name: str = "weight", **options) -> Relevance:
@@ -34,6 +38,23 @@ def test_weights_protect_a_set_more() -> None:
 def test_a_tensor_that_a_set_does_not_reach_is_zero_for_it() -> None:
     found = together({"a": relevance(1.0, 1.0), "b": relevance(2.0, 2.0, name="expert")})
     assert {name: found[name].tolist() for name in found} == {"weight": [[0.25, 0.25]], "expert": [[0.25, 0.25]]}
+
+
+def test_of_sets_one_after_the_other_only_the_first_and_the_sum_are_held() -> None:
+    found = Together()
+    kept = []
+    for name, values in (("a", (1.0, 3.0)), ("b", (2.0, 0.0)), ("c", (0.0, 4.0))):
+        values = torch.tensor([values])
+        kept.append(weakref.ref(values))
+        found.add(name, Relevance({"weight": values}, statistic="signed"))
+        del values
+        gc.collect()
+    assert [tensor() is None for tensor in kept] == [False, True, True]
+    assert found.compute()["weight"][0].tolist() == pytest.approx([1.25 / 3, 1.75 / 3])
+    with pytest.raises(ValueError, match="'d' were collected with statistic"):
+        found.add("d", relevance(1.0, statistic="abs_token"))
+    with pytest.raises(ValueError, match="none is named"):
+        Together("largest").compute()
 
 
 def test_what_matters_to_one_set_only_is_spared() -> None:

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_prune.effects import Answers, Choice, Likelihood, Losses, Measured
-from lrp_prune.effects.answers import STOP_WORDS, greedy
+from lrp_prune.effects import Answers, Choice, Entry, Likelihood, Losses, Measured, Shown
+from lrp_prune.effects.answers import STOP_WORDS
+from lrp_prune.effects.generating import greedy
 from lrp_prune.tasks import TableTask
 from tests.support.small_models import build
 
@@ -112,6 +113,45 @@ def test_words_of_answers_are_counted() -> None:
     assert {"the", "and", "here"} <= STOP_WORDS
     assert values["stop words"].totals.tolist() == [4, 1, 0]
     assert not entry.directed
+
+
+def test_prompts_of_several_lengths_are_answered_as_each_alone() -> None:
+    """Padded where the model is told so; a model that is not told reads equal lengths together."""
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids):
+            return self.inner(input_ids=input_ids, use_cache=False).logits
+
+    prompts = [ids(1, length, seed=length)[0].tolist() for length in (7, 3, 5, 3)]
+    with torch.no_grad():
+        alone = [greedy(model, [prompt], 6)[0] for prompt in prompts]
+        assert greedy(model, prompts, 6) == alone
+        assert greedy(Bare(), prompts, 6) == alone
+
+
+def test_a_behaviour_is_the_share_of_answers_that_show_it() -> None:
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return {(1,): "yes", (2,): "no"}[tuple(ids)]
+
+    class Fixed(nn.Module):
+        def generate(self, given, attention_mask, **options):
+            return torch.cat([given, 1 + given[:, -1:] % 2], 1)
+
+    entry = Shown([[4, 4], [4, 5], [4, 6], [7]], Tokenizer(), lambda text: text == "yes", tokens=1, batch_size=3)
+    (first, second), _ = measured(entry, Fixed())
+    assert sorted([*first[""].totals.tolist(), *second[""].totals.tolist()]) == [0.0, 0.0, 1.0, 1.0]
+    assert entry.samples == 4
+    assert not entry.directed
+    assert Shown([[4]], Tokenizer(), lambda text: 0.25).judged(["yes"])[""].totals.tolist() == [0.25]
+    with pytest.raises(NotImplementedError, match="Entry defines neither"):
+        Entry().measure(nn.Linear(1, 1), None)
 
 
 def test_greedy_answers_are_the_same_with_and_without_the_models_own_generate() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lrp_prune.effects import KINDS, Answers, Choice, Likelihood, Losses, Suite, generated, kinds, windows
+from lrp_prune.effects.neutral import neutral
 from lrp_prune.effects.windows import up_to
 from lrp_prune.tasks import TableTask
 
@@ -34,8 +35,8 @@ class Words:
 def rows(entry) -> set[tuple[int, ...]]:
     found = set()
     for part in entry.parts:
-        given = part if isinstance(part, torch.Tensor) else part["input_ids"]
-        found |= {tuple(row) for row in given.tolist()}
+        given = part["input_ids"].tolist() if isinstance(part, dict) else part
+        found |= {tuple(row) for row in given}
     return found
 
 
@@ -101,6 +102,18 @@ def test_facts_are_answered_by_what_was_said() -> None:
             assert asked.answer.strip() not in question
             kinds_of_answers.add((half, asked.answer.strip().isdigit()))
     assert len(kinds_of_answers) == 4  # numbers and words in each half
+
+
+def test_neutral_sentences_have_words_that_are_rude_elsewhere() -> None:
+    """Each half a different one in each sentence, and nothing else in common but ordinary words."""
+    first, second = neutral(0, 0), neutral(1, 0)
+    assert len(first) == len(second) == 17
+    assert sorted(first) == sorted(neutral(0, 5)) != neutral(0, 5)
+    rude = {"breast", "penis", "bitch", "ass", "cock", "Dick", "damn"}
+    found = [{word for text in half for word in re.findall(r"\w+", text)} for half in (first, second)]
+    assert rude <= found[0]
+    assert not rude & found[1]
+    assert {"nipple", "vagina", "tit", "Bastard", "bloody"} <= found[1] - found[0]
 
 
 def test_copied_tokens_are_given_twice_and_count_once() -> None:

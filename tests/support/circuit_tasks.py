@@ -1,11 +1,14 @@
 """A task of token ids for the tiny models of :mod:`small_models`, and a model whose words are those of IOI prompts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrp_prune.circuits import NODE_METHODS
+from lrp_prune.effects import Suite
 from lrp_prune.pruning import Method
 from lrp_prune.tasks import TableTask
 from lrp_prune.tasks.indirect_object import TEMPLATES
@@ -42,3 +45,10 @@ def ioi_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 def chosen(method: str, **options: object) -> Method:
     """A method by its name, with something chosen."""
     return replace(NODE_METHODS[method], **options)  # type: ignore[type-var]  # each of them is a dataclass
+
+
+def ioi_behaviour(batches: Sequence[Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]], tuple[Suite, Suite]]:
+    """Undesired and wanted answers in words of :func:`ioi_model`, and two suites of batches."""
+    undesired = [(f"{first} {second}", f" {first}") for first, second in zip(MALE[:8], FEMALE[:8], strict=True)]
+    wanted = [(prompt, f" {prompt.split()[1]}") for prompt, _ in undesired]
+    return undesired, wanted, (Suite({"text": batches[:2]}), Suite({"text": batches[2:]}))
