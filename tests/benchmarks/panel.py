@@ -50,12 +50,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
     "wanda, not recalibrated": {"method": "wanda", "recalibrate": False},
     "magnitude": {"method": "magnitude"},
+    "wanda, compensated": {"method": "wanda", "compensation": "exact"},
     "magnitude, not recalibrated": {"method": "magnitude", "recalibrate": False},
     "magnitude, global": {"method": "magnitude", "scope": Scope("global", floor=0.0)},
     "magnitude, global, not recalibrated": {
         "method": "magnitude",
         "scope": Scope("global", floor=0.0),
         "recalibrate": False,
+    },
+    "magnitude, global, compensated": {
+        "method": "magnitude",
+        "scope": Scope("global", floor=0.0),
+        "compensation": "exact",
     },
     "random": {"method": "random"},
 }
