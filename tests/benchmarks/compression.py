@@ -24,6 +24,7 @@ from tqdm import tqdm
 import lrp_prune
 from lrp_prune import LRP, Method, Relevance, Scope
 from lrp_prune.pruning import Masks, scorer
+from lrp_prune.pruning.compensation import compensate_, compensation_of
 from lrp_prune.pruning.methods import method_of
 
 path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -37,11 +38,12 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to prune: how weights are scored and selected, and in how many rounds, without training between them."""
+    """One way to prune: how weights are scored and selected, in how many rounds without training, and how compensated."""
 
     method: str | Method
     scope: Scope | None = None
     rounds: int = 1
+    compensation: str | None = None
 
     @property
     def key(self) -> str:
@@ -65,6 +67,8 @@ def settings() -> dict[str, Setting]:
         for statistic in ("signed", "abs_sample", "abs_token", "squared_token"):
             for name, scope in (("row", per_row), ("global", raw), ("global, normalised", normalized)):
                 rows[f"{composite} {statistic}, {name}"] = Setting(LRP(composite, statistic), scope)
+    rows["default, compensated"] = Setting("lrp", compensation="exact")
+    rows["default, compensated column by column"] = Setting("lrp", compensation="obs")
     rows["default, first tokens left out"] = Setting(LRP(skip_first=1))
     for rounds in (2, 4):
         rows[f"default, {rounds} rounds"] = Setting("lrp", rounds=rounds)
@@ -189,7 +193,10 @@ def main() -> None:
                         prune_in_rounds(rows[name], model, reference, sparsity)
                     else:
                         relevance = relevance if relevance is not None else score(rows[name], model, reference)
-                        select(rows[name], relevance, sparsity).apply_(model)
+                        masks, way = select(rows[name], relevance, sparsity), compensation_of(rows[name].compensation)
+                        masks.apply_(model) if way is None else compensate_(
+                            model, masks, language_model.batches(ids, 4), way
+                        )
                     seconds = time.perf_counter() - start
                     results.add(name, sparsity, seed, language_model.perplexity(model, test), seconds)
                     model.load_state_dict(dense)
