@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import Tensor, nn
@@ -231,3 +232,51 @@ def test_it_is_drawn_and_written_as_plain_values(tmp_path: Path) -> None:
     assert names == list(report.causes) and widths == pytest.approx([100 * own[name] / whole for name in names])
     assert [bar.get_width() for bar in right.patches] == [75.0]
     assert json.loads(json.dumps(report.to_dict()))["dead"] == {"2": [6, 8]}
+
+
+def test_where_the_conserving_rules_let_nothing_through_it_says_so_and_the_rest_is_there() -> None:
+    """Probabilities instead of logits: the usual mistake."""
+    torch.manual_seed(0)
+    report = lrp_prune.audit(nn.Sequential(network(), nn.Softmax(-1)), torch.randn(8, 4))
+    assert report.lost is not None and report.lost > 0.02
+    (told,) = (remark for remark in report.problems if "nothing can be followed" in remark.what)
+    assert "logits, not probabilities" in told.what
+    assert about(report, "weights") and about(report, "units")
+
+
+def test_of_a_lightning_module_it_is_about_the_model_that_it_holds() -> None:
+    class Holds(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"used": nn.Linear(4, 2, bias=False), "unused": nn.Linear(4, 2, bias=False)})
+            self.model.forward = self.model["used"].forward
+
+    report = lrp_prune.audit(Holds(), torch.randn(8, 4), target=1)
+    assert list(report.unscored) == ["unused.weight"] and "8 of 16 weights" in about(report, "weights")
+
+
+def test_a_batch_without_samples_is_reported() -> None:
+    report = lrp_prune.audit(network(), torch.randn(0, 4))
+    assert [remark.about for remark in report.remarks] == ["batch"] and "no samples" in str(report)
+
+
+@pytest.mark.parametrize("fails", range(1, 6))
+def test_nothing_has_changed_after_an_error_wherever_it_is_raised(fails: int) -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.drop, self.runs = network(bias=True), nn.Dropout(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            x = self.drop(self.layers(x))
+            if self.runs == fails:
+                raise RuntimeError("out of order")
+            return x
+
+    model, state = Fails().train(), torch.get_rng_state()
+    report = lrp_prune.audit(model, torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+    assert "out of order" in str(report) or model.runs < fails
+    assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
