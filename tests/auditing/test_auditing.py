@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import pytest
@@ -280,3 +280,46 @@ def test_nothing_has_changed_after_an_error_wherever_it_is_raised(fails: int) ->
     assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_module_adds_in_place_is_told_of_it() -> None:
+    class Shift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1.0)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8, bias=False), Shift(), nn.Linear(8, 2, bias=False)), torch.randn(16, 4)
+    own = {passage.name: passage.own for passage in lrp_prune.audit(model, x, target=1).passages}
+    assert own["1"] == pytest.approx(16 * model[2].weight[1].sum().item(), rel=1e-3)
+    assert own["0"] == pytest.approx(0, abs=1e-3) == own["2"]
+
+
+@pytest.mark.slow
+def test_the_first_token_is_the_first_that_is_no_padding() -> None:
+    model, ids = build("llama"), batch_for("llama")["input_ids"]
+    alone = lrp_prune.audit(model, {"input_ids": ids}, target=1).first_token
+    padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    padded["attention_mask"][:, :3] = 0
+    assert lrp_prune.audit(model, padded, target=1).first_token == pytest.approx(alone, rel=1e-3)
+
+
+def test_modules_that_return_several_by_name_are_followed() -> None:
+    class Parts(NamedTuple):
+        half: Tensor
+        other: Tensor
+
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> Parts:
+            return Parts(x / 2, x / 2)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split, self.head = Split(), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.split(x)
+            return self.head(parts.half + parts.other)
+
+    report = lrp_prune.audit(Named(), torch.randn(8, 4), target=1)
+    assert "split" in {passage.name for passage in report.passages} and not report.causes

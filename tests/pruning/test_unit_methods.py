@@ -187,3 +187,26 @@ def test_a_path_on_which_layers_read_other_samples_is_no_path(sizes: Any, bias: 
     x = torch.ones(2, 3) * torch.tensor(sizes)[:, None]
     with pytest.raises(ValueError, match=r"what experts.. reads|what experts.\d.\d reads"):
         scores_of(IntegratedGradients(4, target="class"), Routed(bias), [(x, torch.tensor([0, 1]))])
+
+
+def test_a_layer_that_is_left_out_on_the_way_is_refused() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.early = (nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.always(x)
+            return found + self.early(x) if float(x.detach().abs().max()) < 1 else found
+
+    with pytest.raises(ValueError, match=r"what early.2 reads is not the same at each step"):
+        scores_of(IntegratedGradients(4, target="class"), Skips(), [(2 * torch.ones(2, 3), torch.tensor([0, 1]))])
+
+
+def test_what_flows_is_of_each_batch_by_itself() -> None:
+    model, (x, labels) = network(), batch()
+    method = IntegratedGradients(3, "abs_sample", "class")
+    together = scores_of(method, model, [(x, labels)])
+    apart = scores_of(method, model, [(x[:3], labels[:3]), (x[3:], labels[3:])])
+    for group in together:
+        torch.testing.assert_close(apart[group], together[group])

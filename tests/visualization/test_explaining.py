@@ -260,3 +260,45 @@ def test_a_batch_without_samples_is_refused() -> None:
 def test_answers_are_integers(answer: Any) -> None:
     with pytest.raises(ValueError, match="answers must be ids of classes or tokens, integers"):
         lrp_prune.explain(nn.Linear(3, 2), torch.ones(2, 3), target=answer)
+
+
+class WithoutMask(nn.Module):
+    """A sum over all embeddings, those of padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids).sum(1))
+
+
+def test_padding_has_no_relevance_also_where_the_model_looks_at_it() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": torch.arange(1, 6).expand(2, 5), "attention_mask": mask}
+    part = lrp_prune.explain(WithoutMask(), batch, target=1).inputs["input_ids"]
+    assert not part.relevance[0, :2].any() and bool(part.relevance[1].all())
+    assert part.labels == (("3", "4", "5"), ("1", "2", "3", "4", "5"))
+
+
+def test_what_is_of_all_samples_is_none_of_ones_and_colours_are_of_all_inputs() -> None:
+    found = lrp_prune.explain(build("vit"), batch_for("vit"), target=1)
+    assert found.elsewhere and not found[0].elsewhere and found[0][0].values.tolist() == found.values[:1].tolist()
+    parts = {
+        name: Tokens(torch.tensor([[value]]), (("a",),), ((0,),), ((True,),))
+        for name, value in (("x", 1.0), ("y", -3.0))
+    }
+    assert Explanation(parts, torch.ones(1), "a", "b").largest(0) == 3.0
+
+
+def test_tokens_that_are_looked_up_twice_have_the_relevance_of_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head((self.one(input_ids) + self.two(input_ids)).sum(1))
+
+    found = lrp_prune.explain(Twice(), {"input_ids": torch.arange(5).expand(2, 5)}, target=1)
+    torch.testing.assert_close(found.inputs["input_ids"].relevance.sum(1), found.values)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import batch_for, build
 
 
 def network() -> nn.Sequential:
@@ -79,3 +80,10 @@ def test_they_are_of_the_models_own_target_if_it_has_one() -> None:
 def test_no_units_are_refused() -> None:
     with pytest.raises(ValueError, match="units names no unit"):
         lrp_prune.top_samples(network(), [torch.randn(8, 4)], {}, progress=False)
+
+
+def test_units_of_a_relevance_are_of_its_kind() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    heads = lrp_prune.attribute(model, [batch], target="last_token", granularity="head")
+    found = lrp_prune.top_samples(model, [batch], heads, number=1, progress=False)
+    assert {group for group, _ in found} <= set(heads) and len(found) == 5
