@@ -16,7 +16,7 @@ from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.padding import attended_labels, counted_tokens
 from lrp_prune.models.profile import parameters_of, profile_of
-from lrp_prune.models.states import unchanged_configuration, undisturbed
+from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
 
@@ -148,7 +148,8 @@ def target_for(module: nn.Module, batch: Any, target: Any, own: Any = None) -> T
     """
     found = explaining(target)
     if found is None and (target is not None or own is None):
-        return predicted(module, batch)
+        with unchanged_buffers(module), eager(module):
+            return predicted(module, batch)
     found = checked(own if found is None else found)
     check_suits(found, module)
     return found

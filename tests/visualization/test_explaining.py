@@ -302,3 +302,20 @@ def test_tokens_that_are_looked_up_twice_have_the_relevance_of_both() -> None:
 
     found = lrp_prune.explain(Twice(), {"input_ids": torch.arange(5).expand(2, 5)}, target=1)
     torch.testing.assert_close(found.inputs["input_ids"].relevance.sum(1), found.values)
+
+
+@pytest.mark.parametrize("look", [lrp_prune.explain, lrp_prune.audit])
+def test_buffers_that_a_forward_writes_are_as_they_were(look: Any) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.layer(x)
+
+    model = Counts()
+    look(model, torch.randn(5, 6))
+    assert not model.runs.any()
