@@ -32,7 +32,7 @@ def round_table(
         previous: before it.
         index: the round, from 1.
         count: rounds in all.
-        target: the total sparsity aimed at, or one for each pattern.
+        target: the total sparsity aimed at, or one for each pattern; where units are pruned, the share of these.
         method: how weights were scored.
         samples: reference samples that relevance was collected on; 0 if none was needed.
         explains: what is explained, in words; empty if nothing is.
@@ -40,6 +40,8 @@ def round_table(
         width: characters in a line.
     """
     aim = f"{target:.2%}" if isinstance(target, float) else ", ".join(f"{p} {v:.2%}" for p, v in target.items())
+    if masks.granularity != "weight":  # what units own is no even share of the weights
+        aim += f" of the {' and '.join(f'{kind}s' for kind in masks.granularity.split(','))}"
     before = previous.num_pruned if previous is not None else 0
     data = f" on {samples:,} samples" if samples else ""
     lines = (

@@ -62,11 +62,13 @@ class RelevancePruning(CollectingCallback):
         pruning.masks.save("masks.safetensors")
 
     Args:
-        sparsity: total sparsity after the last round in [0, 1), or one for each name pattern.
+        sparsity: total sparsity after the last round in [0, 1), or one for each name pattern. Of units it is their share, and the
+            sparsity of the weights, which is logged, differs from it: they own unequal numbers, and share some.
         rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are. None: one, or
             one for each number of a list as ``schedule``.
         schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
-        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, or an object that says more, such as
+        method: ``"lrp"``, ``"wanda"``, ``"gradient"``, ``"magnitude"`` or ``"random"``, of units also ``"activation"``,
+            ``"taylor"`` or ``"integrated_gradients"``; or an object that says more, such as
             ``LRP(composite="attnlrp", target="class")``; see :mod:`lrp_prune.pruning.methods`.
         scope: what is compared with what: ``"global"``, ``"layer"``, ``"row"``, ``"column"`` or ``"N:M"``; or a
             :class:`lrp_prune.Scope`, which also has the floor, the order and the normalization; ``None`` for the method's best.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from language_model import PACKAGED_MODEL, load_model
 from presenting import quiet, stage
+from torch.nn import ModuleList
 
 import lrp_prune
 from lrp_prune.metrics import perturbation_curve
@@ -43,11 +44,8 @@ def main() -> None:
     rules = {"composite": options.composite, "tokenizer": tokenizer}
 
     stage(f"what speaks for {tokenizer.decode([answer])!r}")
-    number = model.config.num_hidden_layers
-    shown = sorted({round(place * (number - 1) / min(9, number - 1)) for place in range(min(10, number))})
-    explanation = lrp_prune.explain(
-        model, batch, target=answer, latent=[f"*layers.{layer}" for layer in shown], **rules
-    )
+    latent = layers(model)
+    explanation = lrp_prune.explain(model, batch, target=answer, latent=latent, **rules)
     print(explanation.joined())
     explanation.html(options.output / "answer.html")
     explanation.plot(options.output / "answer.png")
@@ -56,9 +54,7 @@ def main() -> None:
 
     stage(f"and rather than for {options.other!r}")
     other = first(tokenizer, options.other)
-    difference = explanation - lrp_prune.explain(
-        model, batch, target=other, latent=[f"*layers.{layer}" for layer in shown], **rules
-    )
+    difference = explanation - lrp_prune.explain(model, batch, target=other, latent=latent, **rules)
     print(difference.joined())
     difference.html(options.output / "difference.html")
     difference.plot(options.output / "difference.png")
@@ -79,6 +75,16 @@ def main() -> None:
     print(curve)
     curve.plot(options.output / "faithfulness.png")
     print(f"\npages and figures are in {options.output}")
+
+
+def layers(model, most: int = 10) -> list[str]:
+    """The model's layers, or some of them at equal distances, the first and the last included."""
+    number = model.config.num_hidden_layers
+    listed = (
+        name for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == number
+    )
+    name, count = next(listed), min(most, number)
+    return [f"{name}.{round(place * (number - 1) / max(count - 1, 1))}" for place in range(count)]
 
 
 def first(tokenizer, text: str) -> int:

@@ -159,7 +159,13 @@ def filters_left(network: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def draw(curve: lrp_prune.Comparison, left: dict[str, tuple[int, int]], steps: dict[str, float], path: Path) -> None:
+def draw(
+    curve: lrp_prune.Comparison,
+    left: dict[str, tuple[int, int]],
+    share: float,
+    tuned: float,
+    path: Path,
+) -> None:
     """Accuracy by rate; filters that are left in each layer."""
     figure, (by_rate, by_layer) = new_figure(11, 4.4, columns=2)
     for index, (method, row) in enumerate(curve.scores.items()):
@@ -167,7 +173,7 @@ def draw(curve: lrp_prune.Comparison, left: dict[str, tuple[int, int]], steps: d
         by_rate.plot(
             [100 * rate for rate in row], list(row.values()), color=colour(method, index), linewidth=wide, label=method
         )
-    by_rate.scatter([50], [steps["after one epoch"]], color=INK, zorder=3, label="half of each layer, one epoch")
+    by_rate.scatter([100 * share], [tuned], color=INK, zorder=3, label=f"{share:.0%} of each layer, one epoch")
     titled(by_rate, "Filters removed, nothing trained", "filters removed (%)", "accuracy on held-out images")
     by_rate.legend(frameon=False, fontsize=8, loc="center right")
     rows = range(len(left))
@@ -260,7 +266,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for name, value in steps.items():
         print(f"{name:16} accuracy {value:.1%}")
     print(f"{kept} of {sum(total for _, total in left.values())} filters put out anything")
-    draw(curve, left, steps, given.output)
+    draw(curve, left, given.sparsity, steps["after one epoch"], given.output)
     print(f"picture: {given.output}")
     return steps
 

@@ -149,6 +149,7 @@ class RelevanceAccumulator:
                 table.begin(point, len(self._shares))
                 table.batch.counted = counted  # a pass lets go of it
                 self._pass(module, batch, share, first=self.num_samples == 0 and point == 0)
+                table.end()
         self.num_samples += table.batch.samples
 
     def _pass(self, module: nn.Module, batch: Any, share: float, first: bool) -> None:

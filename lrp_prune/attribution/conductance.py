@@ -20,9 +20,14 @@ class _Way:
 
 
 class Conductance:
-    """Sums up what flows through the activations that one layer reads, over the points of a path."""
+    """Sums up what flows through the activations that one layer reads, over the points of a path.
 
-    def __init__(self) -> None:
+    Args:
+        name: the layer's, in messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._ways: list[_Way] = []
         self._uses = 0
         self._first = self._last = False
@@ -39,7 +44,24 @@ class Conductance:
         if self._first:
             self._ways.append(_Way(activation, gradient, activation.new_zeros(activation.shape)))
             return None
+        if index >= len(self._ways) or self._ways[index].activation.shape != activation.shape:
+            raise self._turned()
         way = self._ways[index]
         way.flowed += (activation - way.activation) * (gradient + way.gradient) / 2
         way.activation, way.gradient = activation, gradient
         return way.flowed if self._last else None
+
+    def end(self) -> None:
+        """A pass at one point is over.
+
+        Raises:
+            ValueError: if the layer was used less often than at the first point.
+        """
+        if self._uses < len(self._ways):
+            raise self._turned()
+
+    def _turned(self) -> ValueError:
+        return ValueError(
+            f"what {self._name} reads is not the same at each step from zeros to the inputs (as of an expert, whose router picks "
+            "other tokens then), and cannot be integrated: use method 'lrp' or 'gradient'"
+        )

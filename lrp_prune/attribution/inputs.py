@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.uses import WeightUses
-from lrp_prune.models.batches import entry, fields, to_device
+from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.padding import attended_labels, counted_tokens
 from lrp_prune.models.profile import parameters_of, profile_of
-from lrp_prune.models.states import unchanged_configuration, undisturbed
+from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
 
@@ -64,7 +65,8 @@ def input_relevance(
         unruled: what to do about operations without a rule.
 
     Raises:
-        ValueError: if the target does not fit, or the model has no input that relevance can end at.
+        ValueError: if the target does not fit, the batch has no samples, the model has no input that relevance can end at, or a
+            pattern of latent modules none that returns an activation.
         FloatingPointError: if the explained value or a relevance is not finite.
 
     Example:
@@ -74,6 +76,7 @@ def input_relevance(
     """
     subject = subject_of(model)
     module = subject.module
+    check_samples(batch)
     with (
         torch.inference_mode(False),
         undisturbed(module),
@@ -86,6 +89,7 @@ def input_relevance(
         with propagating(module, rules, latent, unruled, WeightUses(), constants=True) as propagation:
             values = values_of(found, module, batch)
             entries = propagation.entries(values.sum())
+    _check_followed(latent, {root.name for root, _ in entries if root.latent})
     given = given_by_name(module, batch)
     lookups = [root.ids if root.parameter else None for root, _ in entries if not root.latent]
     names = iter(names_of_lookups(lookups, given))
@@ -112,6 +116,15 @@ def input_relevance(
     return InputRelevance(inputs, kept, elsewhere, layers, values.detach(), found)
 
 
+def _check_followed(patterns: Sequence[str] | None, followed: set[str]) -> None:
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in followed):
+            raise ValueError(
+                f"latent pattern {pattern!r} matches no module that has relevance by position: they do not run, or what they "
+                "return first is no activation"
+            )
+
+
 def _add(to: dict[str, Tensor], name: str, relevance: Tensor) -> None:
     """Under a name of its own where one module, or argument, was met with another shape."""
     known = to.get(name)
@@ -135,10 +148,27 @@ def target_for(module: nn.Module, batch: Any, target: Any, own: Any = None) -> T
     """
     found = explaining(target)
     if found is None and (target is not None or own is None):
-        return predicted(module, batch)
+        with unchanged_buffers(module), eager(module):
+            return predicted(module, batch)
     found = checked(own if found is None else found)
     check_suits(found, module)
     return found
+
+
+def collected_target(model: nn.Module, target: Any) -> Any:
+    """What :func:`target_for` explains, as a target for all batches of a collection."""
+    own = target is None and subject_of(model).own_target is not None
+    return None if own else explaining(target) or "last_token"
+
+
+def check_samples(batch: Any) -> None:
+    """Refuse a batch without samples, of which there would be nothing to show.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if not samples_in(batch):
+        raise ValueError("the batch has no samples: relevance is of at least one")
 
 
 def given_by_name(module: nn.Module, batch: Any) -> dict[str, Tensor]:

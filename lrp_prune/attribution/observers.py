@@ -101,6 +101,11 @@ class ObserverTable:
         if self._units is not None:
             self._units.begin(point, points)
 
+    def end(self) -> None:
+        """A pass at such a point is over."""
+        if self._units is not None:
+            self._units.end()
+
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use."""
         if self._granularity == "weight":

@@ -91,6 +91,12 @@ class UnitObservers:
             if statistic.path is not None:
                 statistic.path.begin(point, points)
 
+    def end(self) -> None:
+        """A pass at such a point is over."""
+        for statistic in self._reads.values():
+            if statistic.path is not None:
+                statistic.path.end()
+
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use: one statistic for each kind of units that the layer reads."""
         reading, name = use.reading, use.origin.name
@@ -111,7 +117,7 @@ class UnitObservers:
     def _statistic_of(self, kind: str, name: str) -> ReadStatistic:
         if (kind, name) not in self._reads:
             units = partial(self._units, kind)
-            path = Conductance() if self._on_path else None
+            path = Conductance(layer_of(name)) if self._on_path else None
             if path is not None:
                 path.begin(self._point, self._points)
             self._reads[kind, name] = ReadStatistic(layer_of(name), self._statistic, self._batch, units, path)

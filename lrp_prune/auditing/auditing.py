@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.inputs import given_by_name, names_of_lookups, on_device_of, target_for
+from lrp_prune.attribution.inputs import check_samples, given_by_name, names_of_lookups, on_device_of, target_for
 from lrp_prune.auditing.passages import Passage, Passing
 from lrp_prune.auditing.report import CAUSES, AuditReport, Remark
 from lrp_prune.auditing.without import dead_units, unscored_weights
@@ -20,6 +20,7 @@ from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
+from lrp_prune.names import named_modules
 from lrp_prune.relevance.unscored import patterns_of
 
 CONSERVING = "cp_lrp"
@@ -76,8 +77,8 @@ def audit(
         remark = Remark(True, "batch", what, "mend this first, the rest follows from it")
         return AuditReport((remark,), rules.name)
     remarks += _of_operations(found.unruled)
-    lost, causes = _losses(model, batch, target, rules, found)
-    remarks += _of_conservation(lost, causes, found, rules)
+    lost, causes, untold = _losses(model, batch, target, rules, found)
+    remarks += [*_of_conservation(lost, causes, found, rules), *untold]
     if found.first_token is not None:
         remarks.append(_of_first_token(found.first_token))
     unscored, about_weights = unscored_weights(model, batch, target)
@@ -93,6 +94,7 @@ def _passed(model: nn.Module, batch: Any, target: Any, rules: Composite) -> _Pas
     """One pass through the model, with what went through each module."""
     subject = subject_of(model)
     module, passing = subject.module, Passing()
+    check_samples(batch)
     with (
         torch.inference_mode(False),
         undisturbed(module),
@@ -130,24 +132,28 @@ def _first_token(module: nn.Module, batch: Any, ended: Sequence[tuple[Root, Tens
 
 def _losses(
     model: nn.Module, batch: Any, target: Any, rules: Composite, found: _Pass
-) -> tuple[float | None, dict[str, str]]:
-    """The share that is lost, and why it is in each module that loses some."""
+) -> tuple[float | None, dict[str, str], list[Remark]]:
+    """The share that is lost, why it is in each module that loses some, and what could not be told of that."""
     whole = next((passage for passage in found.passages if not passage.name), None)
     if whole is None:
-        return None, {}
+        return None, {}, []
     size = max(abs(whole.arrived), abs(whole.passed), 1e-30)
     losing = [passage for passage in found.passages if abs(passage.own) > _NOTICED * size]
     if not losing:
-        return abs(whole.lost) / size, {}
-    conserved: set[str] = set()
+        return abs(whole.lost) / size, {}, []
+    conserved, untold = set[str](), list[Remark]()
     if rules.name != CONSERVING:
-        other = _passed(model, batch, target, composite_of(CONSERVING))
-        total = max((abs(passage.arrived) for passage in other.passages if not passage.name), default=size)
-        conserved = {passage.name for passage in other.passages if abs(passage.own) <= _NOTICED * total}
-    modules = dict(subject_of(model).module.named_modules())
-    return abs(whole.lost) / size, {
-        passage.name: _cause(passage, modules.get(passage.name), found.unruled, conserved) for passage in losing
-    }
+        try:
+            other = _passed(model, batch, target, composite_of(CONSERVING))
+        except Exception as error:  # as above: it is of the model, or of rules that let nothing through
+            what = f"whether that is by design is not known: under {CONSERVING!r} nothing can be followed: {error}"
+            untold.append(Remark(True, "conservation", what, "see what it says"))
+        else:
+            total = max((abs(passage.arrived) for passage in other.passages if not passage.name), default=size)
+            conserved = {passage.name for passage in other.passages if abs(passage.own) <= _NOTICED * total}
+    modules = named_modules(subject_of(model).module)
+    causes = {passage.name: _cause(passage, modules.get(passage.name), found.unruled, conserved) for passage in losing}
+    return abs(whole.lost) / size, causes, untold
 
 
 def _cause(passage: Passage, module: nn.Module | None, unruled: Iterable[Finding], conserved: set[str]) -> str:

@@ -7,12 +7,22 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.attribution.collect import RelevanceAccumulator
+from lrp_prune.attribution.inputs import collected_target
 from lrp_prune.auditing.report import Remark
 from lrp_prune.engine.composites import Composite
 from lrp_prune.models.batches import samples_in
 from lrp_prune.relevance import Relevance
-from lrp_prune.relevance.unscored import CONSTANTS, DATA, GATES, TOLERABLE, UNREACHED, UNUSED, patterns_of, share
-from lrp_prune.targets import explaining
+from lrp_prune.relevance.unscored import (
+    CONSTANTS,
+    DATA,
+    GATES,
+    TOLERABLE,
+    UNREACHED,
+    UNUSED,
+    entries_of,
+    patterns_of,
+    share,
+)
 
 _ADVICE = {
     UNUSED: "use more, and other, reference samples",
@@ -34,14 +44,11 @@ def unscored_weights(model: nn.Module, batch: Any, target: Any) -> tuple[dict[st
     if not unscored:
         return {}, [Remark(False, "weights", f"all {len(relevance)} that are scored by default have relevance")]
     remarks = []
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    whole = sum(parameter.numel() for parameter in model.parameters())
     for reason in dict.fromkeys(unscored.values()):
         names = [name for name in unscored if unscored[name] == reason]
-        lacking = sum(sizes.get(name, 0) for name in names)
-        told = ", ".join(patterns_of(names)[:5])
-        what = f"{told} cannot be scored: {reason}"
-        if lacking:
-            what += f" ({share(lacking, sum(sizes.values()))})"
+        lacking = share(entries_of(names, relevance.parameter_shapes), whole)
+        what = f"{', '.join(patterns_of(names)[:5])} cannot be scored: {reason} ({lacking})"
         advice = _ADVICE.get(reason, "make it a parameter that is used as it is, or leave it out (exclude=)")
         remarks.append(Remark(reason not in (CONSTANTS, DATA) or reason not in TOLERABLE, "weights", what, advice))
     return unscored, remarks
@@ -76,8 +83,9 @@ def _collected(model: nn.Module, batch: Any, target: Any, options: Mapping[str, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is in the report
         try:
-            asked = explaining(target) or (None if hasattr(model, "relevance_target") else "last_token")
-            accumulator = RelevanceAccumulator(model, target=asked, matmul_dtype=None, **options)
+            accumulator = RelevanceAccumulator(
+                model, target=collected_target(model, target), matmul_dtype=None, **options
+            )
             accumulator.update(batch)
             return accumulator.compute()
         except (ValueError, FloatingPointError, RuntimeError, KeyError) as error:

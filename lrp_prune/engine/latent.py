@@ -52,6 +52,8 @@ def recorded(
         if isinstance(output, Mapping):
             output[next(iter(output))] = copy  # type: ignore[index]  # model outputs are mutable mappings
             return output
+        if hasattr(output, "_fields"):
+            return type(output)(copy, *output[1:])
         return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
 
     return hook

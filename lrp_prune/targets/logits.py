@@ -17,7 +17,7 @@ class Logit:
         answers: one token (or class) id for all samples, or one per sample. A string names an entry of the batch.
 
     Raises:
-        ValueError: on a call, for another number of answers than samples, or one that is no class.
+        ValueError: for what is no integer; on a call, for another number of answers than samples, or one that is no class.
 
     Example:
         >>> Logit(1)(nn.Identity(), torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
@@ -27,6 +27,10 @@ class Logit:
     """
 
     def __init__(self, answers: int | Sequence[int] | Tensor | str) -> None:
+        if not isinstance(answers, str):
+            kind = torch.as_tensor(answers).dtype
+            if kind == torch.bool or kind.is_floating_point or kind.is_complex:
+                raise ValueError(f"answers must be ids of classes or tokens, integers, got {answers!r}")
         self.answers = answers
 
     def __repr__(self) -> str:

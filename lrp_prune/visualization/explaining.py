@@ -69,8 +69,11 @@ def explain(
     found = input_relevance(model, batch, target, rules, latent, unruled)
     module = subject_of(model).module
     shown = {name: mask.cpu() for name, mask in unpadded(module, batch).items()}
+    given = {
+        name: found.given[name].detach().to("cpu", copy=True) for name in found.inputs
+    }  # the batch may be written to
     parts = {
-        name: _part(name, relevance.float().cpu(), found.given[name].cpu(), shown.get(name), tokenizer, features)
+        name: _part(name, relevance.float().cpu(), given[name], shown.get(name), tokenizer, features)
         for name, relevance in found.inputs.items()
     }
     return Explanation(
@@ -128,7 +131,7 @@ def _part(
         names = [str(place) for place in range(rows.shape[1])] if features is None else list(features)
         named = [([names[place] for place in places], [True] * len(places)) for places in positions]
     labels, begins = (tuple(tuple(each[index]) for each in named) for index in (0, 1))
-    return Tokens(rows, labels, tuple(map(tuple, positions)), begins, kind)  # type: ignore[arg-type]  # a pair by index
+    return Tokens(rows, labels, tuple(map(tuple, positions)), begins, kind, values)  # type: ignore[arg-type]  # a pair by index
 
 
 def _by_position(found: InputRelevance) -> Mapping[str, Tensor]:

@@ -167,6 +167,8 @@ class Explanation:
                 tensors[f"pixels:{name}"] = part.pixels
                 parts[name] = {"kind": "pixels"}
             else:
+                if part.given is not None:
+                    tensors[f"given:{name}"] = part.given
                 parts[name] = {
                     "kind": part.kind,
                     "labels": part.labels,
@@ -198,7 +200,7 @@ class Explanation:
                 inputs[name] = Pixels(relevance, tensors[f"pixels:{name}"])
             else:
                 labels, positions, begins = (tuple(map(tuple, part[key])) for key in ("labels", "positions", "begins"))
-                inputs[name] = Tokens(relevance, labels, positions, begins, part["kind"])
+                inputs[name] = Tokens(relevance, labels, positions, begins, part["kind"], tensors.get(f"given:{name}"))
         layers = {name: tensors[f"layer:{name}"] for name in description["layers"]}
         return cls(
             inputs,

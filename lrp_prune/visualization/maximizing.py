@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.collect import RelevanceAccumulator
+from lrp_prune.attribution.inputs import collected_target
 from lrp_prune.engine.composites import Composite
 from lrp_prune.figures import new_figure, saved
 from lrp_prune.models.batches import check_batches, of_samples, samples_in, tensors
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.relevance import Relevance
-from lrp_prune.targets import explaining
 from lrp_prune.visualization.colours import hexadecimal
 from lrp_prune.visualization.parts import Pixels
 
@@ -124,7 +124,7 @@ def top_samples(
         units: group -> places of units in it, both as in ``attribute(model, ..., granularity=granularity)``; or that relevance
             itself, of which the five units with the largest are looked at.
         number: of samples for each unit.
-        target: what is explained: None for the logit that is largest, else as in :func:`lrp_prune.explain`.
+        target: what is explained, as in :func:`lrp_prune.explain`.
         granularity: ``"neuron"``, ``"head"`` or ``"block"``.
         composite: the rules.
         progress: show a progress bar.
@@ -148,7 +148,7 @@ def top_samples(
     wanted = _largest(units) if isinstance(units, Relevance) else units
     accumulator = RelevanceAccumulator(
         model,
-        target=explaining(target) or "last_token",
+        target=collected_target(model, target),
         composite=composite,
         statistic="signed",
         granularity=granularity,
@@ -172,6 +172,8 @@ def top_samples(
                     entry = (_value(found, group, place), -seen, one)  # of equal ones the first
                     (heapq.heappush if len(heap) < number else heapq.heappushpop)(heap, entry)
                 seen += 1
+    if not heaps:
+        raise ValueError("units names no unit: pass {group: [places]}, or a relevance of units")
     if not seen:
         raise ValueError("there are no batches to look for samples in")
     return TopSamples(

@@ -19,6 +19,7 @@ class Tokens:
         positions: of each sample which positions these are.
         begins: of each sample whether a position begins a word.
         kind: ``"tokens"``, ``"ids"`` (tokens without a tokenizer), ``"features"`` or ``"steps"``.
+        given: what it is relevance of, ``[samples, positions, ...]``: ids, or values of features; None if that is not known.
     """
 
     relevance: Tensor
@@ -26,6 +27,7 @@ class Tokens:
     positions: tuple[tuple[int, ...], ...]
     begins: tuple[tuple[bool, ...], ...]
     kind: str = "tokens"
+    given: Tensor | None = None
 
     def of(self, sample: int) -> list[tuple[str, float]]:
         """What a sample's positions are called, and their relevance."""
@@ -56,11 +58,14 @@ class Tokens:
             labels=tuple(self.labels[sample] for sample in samples),
             positions=tuple(self.positions[sample] for sample in samples),
             begins=tuple(self.begins[sample] for sample in samples),
+            given=None if self.given is None else self.given[list(samples)],
         )
 
     def same_as(self, other: object) -> bool:
         """Whether another is about the same."""
-        return isinstance(other, Tokens) and (self.labels, self.positions) == (other.labels, other.positions)
+        if not isinstance(other, Tokens) or (self.labels, self.positions) != (other.labels, other.positions):
+            return False
+        return self.given is None or other.given is None or torch.equal(self.given, other.given)
 
 
 @dataclass(frozen=True)

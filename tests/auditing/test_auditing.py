@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning
 import pytest
 import torch
 from torch import Tensor, nn
@@ -231,3 +232,94 @@ def test_it_is_drawn_and_written_as_plain_values(tmp_path: Path) -> None:
     assert names == list(report.causes) and widths == pytest.approx([100 * own[name] / whole for name in names])
     assert [bar.get_width() for bar in right.patches] == [75.0]
     assert json.loads(json.dumps(report.to_dict()))["dead"] == {"2": [6, 8]}
+
+
+def test_where_the_conserving_rules_let_nothing_through_it_says_so_and_the_rest_is_there() -> None:
+    """Probabilities instead of logits: the usual mistake."""
+    torch.manual_seed(0)
+    report = lrp_prune.audit(nn.Sequential(network(), nn.Softmax(-1)), torch.randn(8, 4))
+    assert report.lost is not None and report.lost > 0.02
+    (told,) = (remark for remark in report.problems if "nothing can be followed" in remark.what)
+    assert "logits, not probabilities" in told.what
+    assert about(report, "weights") and about(report, "units")
+
+
+def test_of_a_lightning_module_it_is_about_the_model_that_it_holds() -> None:
+    class Holds(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"used": nn.Linear(4, 2, bias=False), "unused": nn.Linear(4, 2, bias=False)})
+            self.model.forward = self.model["used"].forward
+
+    report = lrp_prune.audit(Holds(), torch.randn(8, 4), target=1)
+    assert list(report.unscored) == ["unused.weight"] and "8 of 16 weights" in about(report, "weights")
+
+
+def test_a_batch_without_samples_is_reported() -> None:
+    report = lrp_prune.audit(network(), torch.randn(0, 4))
+    assert [remark.about for remark in report.remarks] == ["batch"] and "no samples" in str(report)
+
+
+@pytest.mark.parametrize("fails", range(1, 6))
+def test_nothing_has_changed_after_an_error_wherever_it_is_raised(fails: int) -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.drop, self.runs = network(bias=True), nn.Dropout(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            x = self.drop(self.layers(x))
+            if self.runs == fails:
+                raise RuntimeError("out of order")
+            return x
+
+    model, state = Fails().train(), torch.get_rng_state()
+    report = lrp_prune.audit(model, torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+    assert "out of order" in str(report) or model.runs < fails
+    assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_module_adds_in_place_is_told_of_it() -> None:
+    class Shift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1.0)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8, bias=False), Shift(), nn.Linear(8, 2, bias=False)), torch.randn(16, 4)
+    own = {passage.name: passage.own for passage in lrp_prune.audit(model, x, target=1).passages}
+    assert own["1"] == pytest.approx(16 * model[2].weight[1].sum().item(), rel=1e-3)
+    assert own["0"] == pytest.approx(0, abs=1e-3) == own["2"]
+
+
+@pytest.mark.slow
+def test_the_first_token_is_the_first_that_is_no_padding() -> None:
+    model, ids = build("llama"), batch_for("llama")["input_ids"]
+    alone = lrp_prune.audit(model, {"input_ids": ids}, target=1).first_token
+    padded = {"input_ids": torch.cat([ids[:, :3], ids], 1), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    padded["attention_mask"][:, :3] = 0
+    assert lrp_prune.audit(model, padded, target=1).first_token == pytest.approx(alone, rel=1e-3)
+
+
+def test_modules_that_return_several_by_name_are_followed() -> None:
+    class Parts(NamedTuple):
+        half: Tensor
+        other: Tensor
+
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> Parts:
+            return Parts(x / 2, x / 2)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split, self.head = Split(), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.split(x)
+            return self.head(parts.half + parts.other)
+
+    report = lrp_prune.audit(Named(), torch.randn(8, 4), target=1)
+    assert "split" in {passage.name for passage in report.passages} and not report.causes

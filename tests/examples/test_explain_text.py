@@ -20,3 +20,10 @@ def test_pages_and_figures_are_written(monkeypatch, tmp_path, capsys):
     assert "like</span>" in (tmp_path / "answer.html").read_text() and (tmp_path / "difference.html").exists()
     kept = Explanation.load(tmp_path / "answer.safetensors")
     assert list(kept.layers) == ["model.layers.0", "model.layers.1"] and kept.target == "the logit of 'end'"
+
+
+@pytest.mark.parametrize(("name", "found"), [("llama", "model.layers"), ("gpt2", "transformer.h")])
+def test_layers_are_found_whatever_they_are_called(name, found):
+    model = build(name)
+    assert explain_text.layers(model) == [f"{found}.0", f"{found}.1"]
+    assert explain_text.layers(model, most=1) == [f"{found}.0"]

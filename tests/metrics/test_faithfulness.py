@@ -232,3 +232,43 @@ def test_it_is_drawn(tmp_path) -> None:
     first = figure.axes[0].lines[0].get_ydata()
     assert list(first) == pytest.approx(found.most.mean(0).tolist())
     assert found.to_dict()["area"] == found.area and "most relevant first" in str(found)
+
+
+def test_padding_is_not_replaced_also_where_the_model_looks_at_it() -> None:
+    class WithoutMask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(self.embed(input_ids).sum(1))
+
+    model, ids = WithoutMask(), torch.arange(1, 6).expand(1, 5)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    found = curve(model, batch, "gradient", target=1, shares=SHARES)
+    left = model.head(model.embed(ids[:, :2]).sum(1))[0, 1].item()
+    assert found.most[0, -1].item() == pytest.approx(left, abs=1e-5)
+    assert found.least[0, -1].item() == pytest.approx(left, abs=1e-5)
+
+
+def test_a_blurred_point_fades_with_its_distance() -> None:
+    image = torch.zeros(1, 1, 33, 33)
+    image[0, 0, 16, 16] = 1
+    row = replaced(image, torch.ones(1, 1, dtype=torch.bool), "blur", patch=33)[0, 0, 16, 16:23]
+    assert bool((row.diff() < 0).all())
+
+
+def test_buffers_that_a_forward_writes_are_as_they_were() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.layer(x)
+
+    model = Counts()
+    curve(model, torch.randn(5, 6), "gradient")
+    assert not model.runs.any()

@@ -159,3 +159,54 @@ def test_curves_are_of_methods_as_well() -> None:
         lrp_prune.pruning_curve(model, {"a": relevance, "b": weights, "c": "random"}, accuracy, (0.5,))
     with pytest.raises(ValueError, match="'c' needs reference samples: pass batches="):
         lrp_prune.pruning_curve(model, {"a": relevance, "c": "taylor"}, accuracy, (0.5,))
+
+
+class Routed(nn.Module):
+    """Two experts, of which a router picks by what a sample is: other samples, or none, at other sizes of the inputs."""
+
+    def __init__(self, bias: tuple[float, float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(3, 2)
+        self.router.weight.data = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
+        self.router.bias.data = torch.tensor(bias)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked, found = self.router(x).argmax(-1), x.new_zeros(len(x), 2)
+        for number, expert in enumerate(self.experts):
+            (places,) = torch.where(picked == number)
+            if len(places):
+                found = found.index_add(0, places, expert(x[places]))
+        return found
+
+
+@pytest.mark.parametrize("sizes", [(2.0, 2.0), (0.6, 2.0)], ids=["none at the end or the beginning", "fewer"])
+@pytest.mark.parametrize("bias", [(-1.0, 0.0), (0.0, 1.0)])
+def test_a_path_on_which_layers_read_other_samples_is_no_path(sizes: Any, bias: Any) -> None:
+    x = torch.ones(2, 3) * torch.tensor(sizes)[:, None]
+    with pytest.raises(ValueError, match=r"what experts.. reads|what experts.\d.\d reads"):
+        scores_of(IntegratedGradients(4, target="class"), Routed(bias), [(x, torch.tensor([0, 1]))])
+
+
+def test_a_layer_that_is_left_out_on_the_way_is_refused() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.early = (nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.always(x)
+            return found + self.early(x) if float(x.detach().abs().max()) < 1 else found
+
+    with pytest.raises(ValueError, match=r"what early.2 reads is not the same at each step"):
+        scores_of(IntegratedGradients(4, target="class"), Skips(), [(2 * torch.ones(2, 3), torch.tensor([0, 1]))])
+
+
+def test_what_flows_is_of_each_batch_by_itself() -> None:
+    model, (x, labels) = network(), batch()
+    method = IntegratedGradients(3, "abs_sample", "class")
+    together = scores_of(method, model, [(x, labels)])
+    apart = scores_of(method, model, [(x[:3], labels[:3]), (x[3:], labels[3:])])
+    for group in together:
+        torch.testing.assert_close(apart[group], together[group])

@@ -1,7 +1,7 @@
 """Explanations: what they hold, of which samples and inputs, and what is done with them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -108,6 +108,8 @@ def test_images_and_steps_in_time_and_features() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     part = lrp_prune.explain(network, image, composite="epsilon_gamma").inputs["input"]
     assert isinstance(part, Pixels) and part.heat.shape == (2, 16, 16) and torch.equal(part.pixels, image)
+    image += 1  # as a loader may write the next batch into it
+    assert torch.equal(part.pixels + 1, image)
     assert part.images().min() == 0 and part.images().max() == 1 and part.images().shape == (2, 16, 16, 3)
 
     class Recurrent(nn.Module):
@@ -202,3 +204,118 @@ def test_pieces_of_bytes_begin_with_their_blank() -> None:
     joined = ["".join(texts[place] for place in group) for group in words(texts, begins)]
     assert joined == ["<s>", "hely", " the", ".", "\n", "ly", " ", "東é"]
     assert "" in texts  # the other bytes of a letter
+
+
+def test_values_that_are_called_the_same_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(2, 3)
+    first, other = (lrp_prune.explain(model, values, target=0) for values in (x, x + 1))
+    with pytest.raises(ValueError, match="other inputs"):
+        first - other
+    with pytest.raises(ValueError, match="other inputs"):
+        first[0] - first[1]
+    first.save(tmp_path / "first")
+    with pytest.raises(ValueError, match="other inputs"):
+        Explanation.load(tmp_path / "first") - other
+    assert not float((Explanation.load(tmp_path / "first") - first).values.abs().sum())
+
+
+class Several(NamedTuple):
+    hidden: Tensor
+    other: Tensor
+
+
+class ReturnsSeveral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Several:
+        return Several(self.layer(x), x)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = ReturnsSeveral(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).hidden)
+
+
+def test_layers_that_return_several_by_name_are_followed_and_those_that_cannot_be_are_told() -> None:
+    model, x = Named(), torch.randn(2, 3)
+    found = lrp_prune.explain(model, x, target=1, latent=["inner"])
+    expected = model.inner.layer(x) * model.head.weight[1]
+    torch.testing.assert_close(found.layers["inner"], expected.detach())
+    with pytest.raises(ValueError, match=r"latent pattern 'inner.idle' matches no module that has relevance"):
+        lrp_prune.explain(model, x, target=1, latent=["inner", "inner.idle"])
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="the batch has no samples"):
+        lrp_prune.explain(nn.Linear(3, 2), torch.ones(0, 3))
+
+
+@pytest.mark.parametrize("answer", [True, torch.tensor([1.7, 0.2]), []])
+def test_answers_are_integers(answer: Any) -> None:
+    with pytest.raises(ValueError, match="answers must be ids of classes or tokens, integers"):
+        lrp_prune.explain(nn.Linear(3, 2), torch.ones(2, 3), target=answer)
+
+
+class WithoutMask(nn.Module):
+    """A sum over all embeddings, those of padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids).sum(1))
+
+
+def test_padding_has_no_relevance_also_where_the_model_looks_at_it() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": torch.arange(1, 6).expand(2, 5), "attention_mask": mask}
+    part = lrp_prune.explain(WithoutMask(), batch, target=1).inputs["input_ids"]
+    assert not part.relevance[0, :2].any() and bool(part.relevance[1].all())
+    assert part.labels == (("3", "4", "5"), ("1", "2", "3", "4", "5"))
+
+
+def test_what_is_of_all_samples_is_none_of_ones_and_colours_are_of_all_inputs() -> None:
+    found = lrp_prune.explain(build("vit"), batch_for("vit"), target=1)
+    assert found.elsewhere and not found[0].elsewhere and found[0][0].values.tolist() == found.values[:1].tolist()
+    parts = {
+        name: Tokens(torch.tensor([[value]]), (("a",),), ((0,),), ((True,),))
+        for name, value in (("x", 1.0), ("y", -3.0))
+    }
+    assert Explanation(parts, torch.ones(1), "a", "b").largest(0) == 3.0
+
+
+def test_tokens_that_are_looked_up_twice_have_the_relevance_of_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head((self.one(input_ids) + self.two(input_ids)).sum(1))
+
+    found = lrp_prune.explain(Twice(), {"input_ids": torch.arange(5).expand(2, 5)}, target=1)
+    torch.testing.assert_close(found.inputs["input_ids"].relevance.sum(1), found.values)
+
+
+@pytest.mark.parametrize("look", [lrp_prune.explain, lrp_prune.audit])
+def test_buffers_that_a_forward_writes_are_as_they_were(look: Any) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.layer(x)
+
+    model = Counts()
+    look(model, torch.randn(5, 6))
+    assert not model.runs.any()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lrp_prune
+from tests.support.small_models import batch_for, build
 
 
 def network() -> nn.Sequential:
@@ -56,3 +57,33 @@ def test_they_are_drawn() -> None:
     assert sum(bool(axes.images) for axes in figure.axes) == 4
     rows = lrp_prune.top_samples(network(), [torch.randn(8, 4)], {"2": [0]}, number=2, progress=False)
     assert len(rows.plot().axes[0].patches) == 2
+
+
+def test_they_are_of_the_models_own_target_if_it_has_one() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def relevance_target(self, batch: Tensor) -> Tensor:
+            return 3 * self(batch)[:, 0].sum()
+
+    model, data = Own(), torch.randn(8, 4)
+    (samples,) = lrp_prune.top_samples(model, [data], {"net.2": [1]}, number=2, progress=False).values()
+    relevance = 3 * torch.relu(model.net[0](data))[:, 1] * model.net[2].weight[0, 1]
+    assert [sample.relevance for sample in samples] == pytest.approx(relevance.topk(2).values.tolist(), rel=1e-4)
+
+
+def test_no_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="units names no unit"):
+        lrp_prune.top_samples(network(), [torch.randn(8, 4)], {}, progress=False)
+
+
+def test_units_of_a_relevance_are_of_its_kind() -> None:
+    model, batch = build("llama"), batch_for("llama")
+    heads = lrp_prune.attribute(model, [batch], target="last_token", granularity="head")
+    found = lrp_prune.top_samples(model, [batch], heads, number=1, progress=False)
+    assert {group for group, _ in found} <= set(heads) and len(found) == 5

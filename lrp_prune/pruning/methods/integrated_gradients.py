@@ -16,7 +16,8 @@ class IntegratedGradients(UnitMethod):
     With all inputs at :math:`\alpha x`, from the baseline of zeros to the sample, the unit's activation is
     :math:`a(\alpha)` and its conductance :math:`\int_0^1 \frac{\partial f}{\partial a} \, da(\alpha)`, by the trapezoidal rule.
     Over the units of a layer that all of the network goes through it sums to :math:`f(x) - f(0)`. Where inputs are tokens, it is
-    their embeddings that are scaled.
+    their embeddings that are scaled. Each layer has to read the same at each step: a mixture of experts, whose router picks other
+    tokens on the way, is refused where their number differs, and is better not scored by it.
 
     Args:
         steps: between the baseline and the sample; there are ``steps + 1`` passes over each batch.
