@@ -292,6 +292,9 @@ def test_relevance_by_other_rules_of_the_same_name_is_not_added(collected) -> No
         one + two
     unknown = Relevance(dict(one.sums), composite="mine")
     assert unknown.rules == ""
+    known = collected(Composite("mine", {"linear": Gamma()}), statistic="abs_token")
+    older = Relevance(dict(known.sums), **{**known.description(), "rules": ""})  # of a version that did not keep them
+    assert (known + older).rules == (older + known).rules == "" and (known + known).rules == known.rules
     with pytest.raises(ValueError, match="cannot contrast relevance by two composites"):
         lrp_prune.Patch.from_contrast(nn.Linear(1, 1), one, two)
     other = one.with_values({name: torch.ones_like(one[name]) for name in one}, "mine", composite="another")
