@@ -181,6 +181,12 @@ def test_a_module_of_layers_that_cannot_be_imported_is_told_from_one_that_there_
         composite_of(f"rules: [{{layer: {name}.Block, rule: flat}}]\n")
 
 
+def test_rules_for_the_same_modules_are_asked_in_the_order_in_which_they_are_written() -> None:
+    written = ("flat", "identity", "uniform", "stop")
+    text = "rules:\n" + "".join(f"- {{name: 'a.*', rule: {rule}}}\n" for rule in written)
+    assert [rule for _, rule in composite_of(text).entries] == [RULES[rule] for rule in written]
+
+
 def test_entries_may_share_what_yaml_merges() -> None:
     text = "rules:\n- &first {kind: linear, depth: 0, rule: flat}\n- {<<: *first, depth: 1, rule: z_plus}\n"
     first, second = (Where("linear", depth=range(place, place + 1)) for place in (0, 1))
