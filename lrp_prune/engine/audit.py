@@ -135,6 +135,7 @@ class Audit:
     def forget(self) -> None:
         """The forward is over: only what was found is kept, so that its graph can be freed."""
         self._known.clear()
+        self._normalizations = {node: place for node, place in self._normalizations.items() if is_left(node)}
         self._ended = _count()
 
     def _is_between(self, node: Any) -> bool:
@@ -171,7 +172,7 @@ class Audit:
     def _report_unfolded(self, target: Tensor) -> None:
         """Warn of normalisations that no layer has taken in, and that the target depends on."""
         known, self._normalizations = self._normalizations, {}
-        left = {node: place for node, place in known.items() if is_left(node)}
+        left = {node: place for node, place in known.items() if is_left(node)}  # a later forward may have taken it in
         places = [left[node] for node in _behind(target) if node in left] if left else []
         if places:
             more = f" and {len(places) - 5} more" if len(places) > 5 else ""

@@ -19,6 +19,7 @@ SUFFIXES = (".yaml", ".yml")
 _PARTS = ("name", "base", "rules")
 _CONDITIONS = tuple(field.name for field in fields(Where))
 _WIDTH = 120
+_MERGED = "tag:yaml.org,2002:merge"  # of the key <<, which takes in the entries of another mapping
 
 
 class Written(NamedTuple):
@@ -66,7 +67,11 @@ def read(source: "str | os.PathLike[str] | Mapping[str, Any]") -> Written:
         path = Path(str(source))
         if not path.is_file():
             raise FileNotFoundError(f"there is no composite at {path} (looked for in {Path.cwd()})")
-        told, name, values = str(path), path.stem, _parsed(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+        told, name, values = str(path), path.stem, _parsed(text, str(path))
     elif isinstance(source, str):
         values = _parsed(source, told)
     if not isinstance(values, Mapping) or not values:
@@ -100,7 +105,7 @@ def _parsed(text: str, told: str) -> Any:
     )  # refuses keys that are there twice, of which the last would count
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGED]
         twice = [key for number, key in enumerate(keys) if key in keys[:number]]
         if twice:
             raise ValueError(
@@ -148,23 +153,29 @@ def _entry(told: str, given: Any) -> tuple[Where, Rule]:
 def _read_layer(value: Any) -> type[nn.Module]:
     """A class by its name in ``torch.nn``, or with its module's, which is imported."""
     found: Any = None
-    if isinstance(value, str):
+    if isinstance(value, str) and all(part.isidentifier() for part in value.split(".")):
         *path, last = value.split(".")
-        found = getattr(nn, last, None) if not path else None
-        for parts in range(len(path), 0, -1):
-            try:
-                found = importlib.import_module(".".join(path[:parts]))
-            except ModuleNotFoundError:
-                continue
-            for name in (*path[parts:], last):
-                found = getattr(found, name, None)
-            break
+        found, rest = _imported(path) if path else (nn, [])
+        for name in (*rest, last):
+            found = getattr(found, name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(
             f"layer must be the name of a class of torch.nn, such as Conv2d, or of one with its module, such as "
             f"my_models.Block, got {value!r}"
         )
     return found
+
+
+def _imported(path: Sequence[str]) -> tuple[Any, Sequence[str]]:
+    """The innermost module of a dotted path, and what is left of the path; None if there is no such module."""
+    for parts in range(len(path), 0, -1):
+        name = ".".join(path[:parts])
+        try:
+            return importlib.import_module(name), path[parts:]
+        except Exception as error:
+            if not isinstance(error, ModuleNotFoundError) or not f"{name}.".startswith(f"{error.name}."):
+                raise ValueError(f"the module {name} cannot be imported: {type(error).__name__}: {error}") from error
+    return None, path
 
 
 def _read_depth(value: Any) -> range:

@@ -56,7 +56,8 @@ class Where:
             raise ValueError(
                 f"name must be a pattern such as 'features.*', got {self.name!r}: use an entry for each of several"
             )
-        if self.depth is not None and not (isinstance(self.depth, range) and self.depth and min(self.depth) >= 0):
+        places = self.depth
+        if places is not None and not (isinstance(places, range) and places and min(places[0], places[-1]) >= 0):
             raise ValueError(
                 f"depth must be a range of places counted from 0, such as range(3) for the first three layers, got {self.depth!r}"
             )

@@ -260,6 +260,7 @@ class Relevance(Mapping[str, Tensor]):
         unscored = {name: reason for name, reason in reasons.items() if name not in sums}
         return self._replace(
             sums,
+            rules=self.rules if other.rules else "",
             num_samples=self.num_samples + other.num_samples,
             parameter_shapes={**self.parameter_shapes, **other.parameter_shapes},
             unscored=unscored,

@@ -1,6 +1,7 @@
 """What a search found: the winner, how it does on data that nothing was chosen by, and all that was tried."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ class CompositeSearch:
             return "\n".join(lines)
         verb = "beats" if self.gain > 0 else "is behind" if self.gain < 0 else "equals"
         by = f" by {abs(self.gain):.4f}" if self.gain else ""
+        if math.isnan(self.gain):
+            verb, by = "cannot be compared with", ""
         lines.append(
             f"Its {self.metric} on the test part, by which nothing was chosen, is {self.searched.test:.4f}, and {verb} plain "
             f"{self.base} ({self.plain.test:.4f}){by}; on the selection part {self.searched.selection:.4f} "

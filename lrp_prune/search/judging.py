@@ -50,6 +50,11 @@ class Setting:
     higher_is_better: bool
     options: Mapping[str, Any]
 
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called."""
+        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "metric")
+
     def value(self, curve: Mapping[float, float]) -> float:
         """The metric of a curve."""
         if callable(self.metric):

@@ -144,35 +144,51 @@ def _made(sampler: Sampler, seed: int) -> "BaseSampler":
     return made
 
 
-def kept_in(
-    storage: "str | os.PathLike[str] | BaseStorage | None", maximized: bool, setting: Mapping[str, str]
-) -> "Study":
-    """The study of a file, or a new one.
+def opened(storage: "str | os.PathLike[str] | BaseStorage | None") -> "BaseStorage | None":
+    """One of Optuna's storages, of a file if that is given, which is made if it is not there; None for memory.
+
+    Raises:
+        FileNotFoundError: there is no folder for the file.
+        ValueError: something else is in the file.
+    """
+    if not isinstance(storage, str | os.PathLike):
+        return storage
+    folder = os.path.dirname(os.path.abspath(storage))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"storage must be the path of a file, got {os.fspath(storage)!r}, and there is no folder {folder}: make it; of a "
+            "database pass the storage itself, such as optuna.storages.RDBStorage('sqlite:///search.db')"
+        )
+    journal = imported().storages.journal
+    try:
+        made: BaseStorage = imported().storages.JournalStorage(journal.JournalFileBackend(os.fspath(storage)))
+    except ValueError as error:
+        raise ValueError(f"the file {os.fspath(storage)} is none of trials ({error}): give another storage") from None
+    return made
+
+
+def kept_in(storage: "BaseStorage | None", maximized: bool, setting: Mapping[str, str]) -> "Study":
+    """The study of a storage, or a new one.
 
     Args:
-        storage: path of a file, which is made if it is not there; or one of Optuna's storages; None for memory.
+        storage: one of Optuna's; None for memory.
         maximized: whether more is better.
         setting: what all trials have in common, by name; kept with them.
 
     Raises:
         ValueError: if the trials there are of another search, and says what differs.
     """
-    optuna = imported()
-    if isinstance(storage, str | os.PathLike):
-        backend = optuna.storages.journal.JournalFileBackend(os.fspath(storage))
-        storage = optuna.storages.JournalStorage(backend)
-    study: Study = optuna.create_study(
-        storage=storage,
-        study_name=_STUDY,
-        direction="maximize" if maximized else "minimize",
-        load_if_exists=True,
+    wanted = {**setting, "direction": "maximize" if maximized else "minimize"}
+    study: Study = imported().create_study(
+        storage=storage, study_name=_STUDY, direction=wanted["direction"], load_if_exists=True
     )
-    before = study.user_attrs
-    if not before:
+    if not study.get_trials(
+        deepcopy=False
+    ):  # also where a search ended before the first of them, or while this was written
         for name, value in setting.items():
             study.set_user_attr(name, value)
-        return study
-    differ = [name for name, value in setting.items() if before.get(name) != value]
+    known = {**study.user_attrs, "direction": study.direction.name.lower()}
+    differ = [name for name, value in wanted.items() if known.get(name) != value]
     if differ:
         raise ValueError(
             f"the trials in the storage are of a search with another {', another '.join(differ)}: give the same arguments "

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -100,8 +101,9 @@ def search_composite(
 
     Raises:
         ImportError: without Optuna: ``pip install 'lrp-prune[search]'``.
+        FileNotFoundError: there is no folder for the storage.
         ValueError: for an argument that is not possible, parts that are not apart, a storage with the trials of another search,
-            or if no trial has a result.
+            a metric that is nan of the plain base, or if no trial has a result.
 
     Example:
         >>> import torch, lrp_prune
@@ -133,10 +135,16 @@ def search_composite(
     parts = parted(batches, seed, shares)
     settled = (space or SearchSpace()).settled(model, parts.reference)
     judge = Judge(model, parts, settled, setting)
+    kept = sampling.opened(storage)
     plain = judge.judged(composite_of(settled.base), "absolute")
+    if math.isnan(setting.value(plain)):
+        raise ValueError(
+            f"{setting.metric_name} of plain {composite_of(settled.base).name} is nan, of {plain} on the selection part: "
+            "evaluate must give numbers there, so choose another precision, lower rates, or a metric that does without"
+        )
     common = _common(judge, plain[0.0], sampler, pruner, workers, seed)
     with sampling.quiet():
-        study = sampling.kept_in(storage, setting.maximized, common)
+        study = sampling.kept_in(kept, setting.maximized, common)
         _search(study, judge, sampler, pruner, workers, seed, trials, progress)
         tried = tried_of(study.get_trials(), setting.rates, WHY, CURVE)
         importance = _importance(study)
@@ -230,7 +238,7 @@ def _result(
         base=base.name,
         tried=tried,
         importance=importance,
-        metric=setting.metric if isinstance(setting.metric, str) else getattr(setting.metric, "__name__", "metric"),
+        metric=setting.metric_name,
         maximized=setting.maximized,
         exhausted=len(tried) >= space.size,
     )
@@ -253,6 +261,7 @@ def _common(judge: Judge, dense: float, sampler: Any, pruner: Any, workers: int,
         "statistic": repr(setting.statistic),
         "scope": repr(setting.scope),
         "metric": named(setting.metric),
+        "higher_is_better": str(setting.higher_is_better),
         "options": repr({name: named(value) for name, value in setting.options.items()}),
         "sampler": named(sampler),
         "pruner": pruner if isinstance(pruner, str) else type(pruner).__name__,

@@ -182,9 +182,10 @@ def _seen(model: nn.Module, batches: Iterable[Any]) -> tuple[list[str], bool]:
         **{Where(kind): layer for kind in LAYERS},
         **{Where(kind): attention for kind in ("softmax", "attention")},
     }
-    batch = next(iter(batches))
-    with undisturbed(module), attributing(module, Composite("seen", rules), unruled="ignore"):
-        run(module, to_device(batch, next(module.parameters()).device))
+    batch, parameter = next(iter(batches)), next(module.parameters(), None)
+    if parameter is not None:
+        with undisturbed(module), attributing(module, Composite("seen", rules), unruled="ignore"):
+            run(module, to_device(batch, parameter.device))
     if not layers:
         raise ValueError(f"{type(module).__name__} has no layer with a weight that rules could be searched for")
     return list(layers.values()), bool(attends)

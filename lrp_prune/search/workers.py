@@ -5,6 +5,7 @@ process's. Each has a copy of the model, started afresh (``spawn``): torch's thr
 at once is settled before it runs, and counted in its order after, so that timing decides nothing.
 """
 
+import math
 import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ class Running(Protocol):
 
 
 def tried(judge: Judge, pruner: Any, trials: "Sequence[FrozenTrial]", chosen: dict[str, str]) -> "FrozenTrial":
-    """One trial: given up if the pruner says so, and failed where its rules give no relevance that is finite."""
+    """One trial: given up if the pruner says so, and failed where relevance or its value is no number."""
     from optuna.trial import TrialState
 
     with quiet():
@@ -53,7 +54,11 @@ def tried(judge: Judge, pruner: Any, trials: "Sequence[FrozenTrial]", chosen: di
             trial.set_user_attr(WHY, str(error))
             return study.tell(trial, state=TrialState.FAIL)
         trial.set_user_attr(CURVE, list(curve.values()))
-        return study.tell(trial, judge.setting.value(curve))
+        value = judge.setting.value(curve)
+        if math.isnan(value):
+            trial.set_user_attr(WHY, f"{judge.setting.metric_name} is nan, of {curve}")
+            return study.tell(trial, state=TrialState.FAIL)
+        return study.tell(trial, value)
 
 
 @contextmanager

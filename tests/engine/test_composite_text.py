@@ -135,6 +135,9 @@ WRONG = {
     "rules: [{kind: linear, rule: flat, depth: range(0)}]": "depth must be a range of places",
     "rules: [{layer: Conv9d, rule: flat}]": "layer must be the name of a class of torch.nn",
     "rules: [{layer: no.such.Thing, rule: flat}]": "layer must be the name",
+    "rules: [{layer: ..no.such.Thing, rule: flat}]": "layer must be the name",
+    "rules: [{layer: torch.nn.Conv9d, rule: flat}]": "layer must be the name",
+    "rules: [{layer: os.system, rule: flat}]": "layer must be the name",
     "rules: [{name: 3, rule: flat}]": "name must be a pattern",
     "rules: [{kind: linear, rule: flat}, {kind: linear, rule: z_plus}]": "entry 2 .*one before it is for the same",
     "{linear: nothing}": "entry 1 .*unknown rule 'nothing', expected one of .*'gamma'.*register_rule",
@@ -158,6 +161,43 @@ def test_what_is_wrong_is_named_with_file_entry_and_what_is_allowed(text: str, t
     path.write_text(text)
     with pytest.raises(ValueError, match=f"wrong.yaml.*{WRONG[text]}"):
         lrp_prune.attribute(nn.Linear(2, 2), [torch.ones(1, 2)], composite=str(path))
+
+
+MODULES = {
+    "without_dependency": ("import not_there_at_all", "ModuleNotFoundError: No module named 'not_there_at_all'"),
+    "unfinished": ("class Block(", "SyntaxError"),
+    "raising": ("raise RuntimeError('no device')", "RuntimeError: no device"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_of_layers_that_cannot_be_imported_is_told_from_one_that_there_is_not(
+    name: str, tmp_path, monkeypatch
+) -> None:
+    source, message = MODULES[name]
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"entry 1 .*the module {name} cannot be imported: {message}"):
+        composite_of(f"rules: [{{layer: {name}.Block, rule: flat}}]\n")
+
+
+def test_rules_for_the_same_modules_are_asked_in_the_order_in_which_they_are_written() -> None:
+    written = ("flat", "identity", "uniform", "stop")
+    text = "rules:\n" + "".join(f"- {{name: 'a.*', rule: {rule}}}\n" for rule in written)
+    assert [rule for _, rule in composite_of(text).entries] == [RULES[rule] for rule in written]
+
+
+def test_entries_may_share_what_yaml_merges() -> None:
+    text = "rules:\n- &first {kind: linear, depth: 0, rule: flat}\n- {<<: *first, depth: 1, rule: z_plus}\n"
+    first, second = (Where("linear", depth=range(place, place + 1)) for place in (0, 1))
+    assert composite_of(text) == Composite("custom", {first: "flat", second: "z_plus"})
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: é".encode("latin1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml is no text in UTF-8"):
+        composite_of(str(path))
 
 
 def test_a_file_that_is_not_there_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch) -> None:
@@ -258,6 +298,9 @@ def test_relevance_by_other_rules_of_the_same_name_is_not_added(collected) -> No
         one + two
     unknown = Relevance(dict(one.sums), composite="mine")
     assert unknown.rules == ""
+    known = collected(Composite("mine", {"linear": Gamma()}), statistic="abs_token")
+    older = Relevance(dict(known.sums), **{**known.description(), "rules": ""})  # of a version that did not keep them
+    assert (known + older).rules == (older + known).rules == "" and (known + known).rules == known.rules
     with pytest.raises(ValueError, match="cannot contrast relevance by two composites"):
         lrp_prune.Patch.from_contrast(nn.Linear(1, 1), one, two)
     other = one.with_values({name: torch.ones_like(one[name]) for name in one}, "mine", composite="another")

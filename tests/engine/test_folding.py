@@ -1,5 +1,6 @@
 """Batch normalisation in evaluation mode is part of its neighbouring layer for the pass, and of nothing else afterwards."""
 
+import gc
 import warnings
 import weakref
 from typing import Any
@@ -305,3 +306,114 @@ def test_several_values_of_one_forward_are_explained_each_for_itself() -> None:
     (one,), (two,), both = found(0), found(1), found(0, 1)
     torch.testing.assert_close(both[0], one)
     torch.testing.assert_close(both[1], two)
+
+
+def test_what_a_layer_tells_in_a_pass_that_ends_before_the_normalisation_is_not_heard_in_the_next() -> None:
+    class Beside(nn.Module):
+        """A normalisation that goes into the layer after it, and out of the model as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.norm(x)
+            return self.last(y), y
+
+    model, x = randomized(Beside()).double(), torch.rand(2, 3, 5, 5).double()
+    with lrp_prune.attributing(model, GAMMA) as propagation:
+        output, normalized = model(x)
+        leaf = propagation.roots()[0].leaf
+        torch.autograd.grad(output.sum(), normalized, retain_graph=True)
+        (found,) = torch.autograd.grad(normalized.sum(), leaf)
+    expected = scaling(model.norm)[0][:, None, None].expand_as(x)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_normalisation_whose_input_is_written_to_before_the_layer_runs_is_not_folded_into_it() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+            self.between = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.relu()
+            y = self.between(self.norm(h))
+            h += x
+            return self.last(y) + h
+
+    model, x = randomized(Written()).double(), torch.rand(2, 3, 5, 5).double() + 0.1
+    with pytest.warns(UnfoldedNormalizationWarning, match=r"norm \(BatchNorm2d\)"):
+        found = relevance(model, x)["x"]
+    model.between = nn.Upsample(scale_factor=1)  # behind which nothing is folded either
+    with pytest.warns(UnfoldedNormalizationWarning, match=r"norm \(BatchNorm2d\)"):
+        torch.testing.assert_close(found, relevance(model, x)["x"], **EXACT)
+
+
+def test_what_is_written_to_in_place_is_no_more_what_it_came_out_of() -> None:
+    found = {}
+    x = torch.randn(2, 3, 8, 8).double()
+    for inplace in (True, False):
+        layers = (nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.BatchNorm2d(4), nn.ReLU(inplace), nn.Conv2d(4, 2, 3))
+        model = randomized(nn.Sequential(*layers)).double()
+        with pytest.warns(UnfoldedNormalizationWarning, match=r"2 \(BatchNorm2d\)"):
+            found[inplace] = relevance(model, x)["input"]
+    torch.testing.assert_close(found[True], found[False], **EXACT)
+
+
+@pytest.mark.parametrize(("dim", "folded"), [(1, True), (-3, True), (0, False), (-1, False)])
+def test_a_concatenation_is_one_of_channels_or_nothing_is_folded_through_it(dim: int, folded: bool) -> None:
+    class Along(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.norm, self.between = nn.BatchNorm2d(8 if folded else 4), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.between(torch.cat([self.one(x), self.two(x)], dim))).relu()
+
+    model, x = randomized(Along()).double(), torch.randn(2, 3, 6, 6).double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = relevance(model, x)["x"]
+    assert [entry.category for entry in caught] == ([] if folded else [UnfoldedNormalizationWarning])
+    model.between = nn.Upsample(scale_factor=1)  # behind which nothing is folded
+    with pytest.warns(UnfoldedNormalizationWarning):
+        assert torch.allclose(found, relevance(model, x)["x"], rtol=1e-9) != folded
+
+
+def test_a_forward_that_nothing_is_asked_of_is_freed_in_the_mode() -> None:
+    class Kept:
+        pass
+
+    model, seen = randomized(chain()), []
+
+    def note(module: nn.Module, args: Any) -> None:
+        kept = Kept()
+        args[0].grad_fn.metadata["kept"] = kept
+        seen.append(weakref.ref(kept))
+
+    with model[2].register_forward_pre_hook(note), lrp_prune.attributing(model, GAMMA):
+        model(torch.randn(2, 3, 6, 6))
+        gc.collect()
+        assert [reference() for reference in seen] == [None]
+
+
+def test_a_normalisation_of_which_a_layer_has_taken_in_a_part_goes_into_no_other_one() -> None:
+    class Parted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(7), nn.Conv2d(7, 2, 3)
+            self.between = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.between(self.norm(torch.cat([self.one(x), x.relu()], 1))))
+
+    model, x = randomized(Parted()).double(), torch.randn(2, 3, 6, 6).double()
+    found = []
+    for between in (nn.Identity(), nn.Upsample(scale_factor=1)):  # behind which nothing is folded
+        model.between = between
+        with pytest.warns(UnfoldedNormalizationWarning, match=r"norm \(BatchNorm2d\)"):
+            found.append(relevance(model, x)["x"])
+    torch.testing.assert_close(found[0], found[1], **EXACT)

@@ -23,6 +23,7 @@ POOLING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "maximum, 2d, padded": (lambda: nn.MaxPool2d(3, 2, 1), (2, 7, 7)),
     "maximum, 2d, rounded up": (lambda: nn.MaxPool2d(2, 2, ceil_mode=True), (2, 5, 6)),
     "maximum, 2d, padded and rounded up": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), (2, 6, 8)),
+    "maximum, 2d, rounded up into the padding": (lambda: nn.MaxPool2d(2, 3, 1, ceil_mode=True), (2, 5, 5)),
     "maximum, 3d": (lambda: nn.MaxPool3d(2), (2, 4, 4, 5)),
     "adaptive maximum, 1d": (lambda: nn.AdaptiveMaxPool1d(3), (2, 7)),
     "adaptive maximum, 2d": (lambda: nn.AdaptiveMaxPool2d((2, 3)), (2, 5, 7)),

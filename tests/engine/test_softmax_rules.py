@@ -86,6 +86,36 @@ def test_fused_attention_has_the_relevance_of_attention_that_is_written_out(caus
     assert float(found[True].abs().max()) > 1e-3
 
 
+class Masked(nn.Module):
+    """Attention with a mask, a scale and dropout, by one function or written out."""
+
+    def __init__(self, fused: bool, mask: Tensor) -> None:
+        super().__init__()
+        self.fused, self.mask = fused, mask
+
+    def forward(self, input: Tensor) -> Tensor:
+        query, key, value = input.unbind(1)
+        if self.fused:
+            return F.scaled_dot_product_attention(query, key, value, self.mask, dropout_p=0.5, scale=0.7)
+        scores = query @ key.mT * 0.7
+        masked = self.mask.dtype == torch.bool
+        scores = scores.masked_fill(~self.mask, -math.inf) if masked else scores + self.mask
+        return torch.softmax(scores, -1).nan_to_num(0.0) @ value
+
+
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_fused_attention_has_its_mask_and_scale_and_no_dropout(kind: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(5, 5) > 0.3 if kind == "boolean" else torch.randn(5, 5).double()
+    if kind == "boolean":
+        mask[2] = False  # attends to nothing
+    x, found = torch.randn(2, 3, 5, 4).double(), {}
+    for fused in (True, False):
+        found[fused] = relevance(Masked(fused, mask), x, "attnlrp_gamma_z_plus")
+    torch.testing.assert_close(found[True], found[False], **EXACT)
+    assert float(found[True].abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("preset", ["attnlrp_gamma", "cp_lrp_gamma", "attnlrp_gamma_z_plus"])
 def test_a_preset_has_its_gammas_and_its_softmax(preset: str) -> None:
     composite = COMPOSITES[preset]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -247,6 +248,14 @@ def test_what_asks_for_no_place_is_refused() -> None:
         Where("linear", depth=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name must be a pattern"):
         Where(name=["a", "b"])  # type: ignore[arg-type]
+    for depth in (range(-1, 2), range(2, -2, -1), range(0)):
+        with pytest.raises(ValueError, match="depth must be a range of places counted from 0"):
+            Where("linear", depth=depth)
+
+
+def test_all_places_from_one_on_are_a_range_without_end() -> None:
+    from_third_on = Where("linear", depth=range(2, sys.maxsize))  # of which not every place is looked at
+    assert from_third_on.matches("linear", "", None, 10**9) and not from_third_on.matches("linear", "", None, 1)
 
 
 @pytest.mark.parametrize("rule", [None, Gamma, 0.5])

@@ -45,6 +45,8 @@ def test_the_sentence_says_what_was_chosen_and_what_it_gains_or_loses(found) -> 
     )
     assert "0.7500, and is behind plain epsilon (0.5000) by 0.2500" in str(replace(better, maximized=False))
     equal = replace(better, plain=replace(found.plain, test=0.75))
+    unknown = replace(better, plain=replace(found.plain, test=float("nan")))
+    assert "and cannot be compared with plain epsilon (nan); on the selection" in str(unknown)
     assert "equals plain epsilon (0.7500) by" not in str(equal) and "equals plain epsilon (0.7500)" in str(equal)
 
 

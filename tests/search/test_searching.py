@@ -108,6 +108,8 @@ def test_trials_of_another_search_are_refused_by_what_differs(model, data, tmp_p
         ({"space": SearchSpace(rules=("gradient", "z_plus"))}, "space"),
         ({"granularity": "weight"}, "granularity, another statistic"),
         ({"metric": "top_rate"}, "metric"),
+        ({"higher_is_better": False}, "higher_is_better, another direction"),
+        ({"higher_is_better": False, "metric": "top_rate"}, "metric, another higher_is_better:"),
         ({"sampler": "random"}, "sampler"),
         ({"exclude": ["4.weight"]}, "options"),
     ):
@@ -117,6 +119,53 @@ def test_trials_of_another_search_are_refused_by_what_differs(model, data, tmp_p
         model[0].weight[0, 0] += 1e-3
     with pytest.raises(ValueError, match="another model"):
         search_composite(model, data, accuracy, trials=2, storage=path, **OPTIONS)
+
+
+def test_what_is_in_a_storage_and_no_search_is_refused_and_one_without_trials_is_filled(model, data, tmp_path) -> None:
+    from optuna import create_study, storages
+
+    def kept(name: str, trials: int, **attributes: str) -> storages.BaseStorage:
+        storage = storages.JournalStorage(storages.journal.JournalFileBackend(str(tmp_path / name)))
+        study = create_study(storage=storage, study_name="composite", direction="maximize")
+        for attribute, value in attributes.items():
+            study.set_user_attr(attribute, value)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=trials)
+        return storage
+
+    options = {"space": SearchSpace(("gradient", "z_plus"), ONE, ["gradient"], ["absolute"]), "trials": 2, **OPTIONS}
+    with pytest.raises(ValueError, match="of a search with another model, another data"):
+        search_composite(model, data, accuracy, storage=kept("others", 1), **options)
+    found = search_composite(model, data, accuracy, storage=kept("killed at once", 0, model="half"), **options)
+    assert len(found.tried) == 2
+
+
+def test_a_storage_that_cannot_be_is_refused_before_anything_is_evaluated(model, data, tmp_path) -> None:
+    def never(pruned: nn.Module, batches) -> float:
+        raise AssertionError
+
+    (tmp_path / "notes.log").write_text("no trial\nat all\n")
+    with pytest.raises(ValueError, match=r"notes\.log is none of trials"):
+        search_composite(model, data, never, storage=tmp_path / "notes.log", **OPTIONS)
+    for storage in (tmp_path / "missing" / "search.log", "sqlite:///search.db"):
+        with pytest.raises(
+            FileNotFoundError, match=r"there is no folder .*pass the storage itself, such as .*RDBStorage"
+        ):
+            search_composite(model, data, never, storage=storage, **OPTIONS)
+
+
+@pytest.mark.slow
+def test_what_is_no_number_is_told_and_is_no_result(model, data) -> None:
+    with pytest.raises(ValueError, match=r"area of plain epsilon is nan, of \{0\.0: nan.* on the selection part"):
+        search_composite(model, data, lambda pruned, batches: float("nan"), trials=2, **OPTIONS)
+    space, calls = SearchSpace(("gradient", "z_plus", "flat"), ONE, orders=["absolute"]), []
+
+    def failing_once(pruned: nn.Module, batches) -> float:  # after the plain base and the first trial
+        calls.append(None)
+        return float("nan") if len(calls) == 9 else accuracy(pruned, batches)
+
+    found = search_composite(model, data, failing_once, space, trials=3, pruner="none", **OPTIONS)
+    assert [trial.why.partition(",")[0] for trial in found.tried] == ["", "area is nan", ""]
+    assert [trial.value is None for trial in found.tried] == [False, True, False] and "(1 without" in str(found)
 
 
 @pytest.mark.slow

@@ -55,7 +55,9 @@ def test_softmax_variants_are_tried_where_there_is_one_and_looking_leaves_no_tra
     assert SearchSpace(attention=["stop"]).settled(model, IMAGE).attention == ["stop"]
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="has no layer with a weight"):
-        depth_groups(nn.Bilinear(2, 2, 2).requires_grad_(False) and Nothing(), IMAGE)
+        depth_groups(Nothing(), IMAGE)
+    with pytest.raises(ValueError, match="ReLU has no layer with a weight"):
+        depth_groups(nn.ReLU(), IMAGE)
 
 
 class Nothing(nn.Module):
