@@ -154,6 +154,13 @@ def test_a_storage_that_cannot_be_is_refused_before_anything_is_evaluated(model,
 
 
 @pytest.mark.slow
+def test_the_plain_base_and_one_rule_everywhere_are_tried_first(model, data) -> None:
+    space = SearchSpace(("gradient", "z_plus"), {"first": Where("layer", depth=range(1)), **ONE}, ["gradient"])
+    found = search_composite(model, data, accuracy, space, trials=4, **OPTIONS)
+    assert [trial.chosen for trial in found.tried[:3]] == list(space.starts())
+
+
+@pytest.mark.slow
 def test_what_is_no_number_is_told_and_is_no_result(model, data) -> None:
     with pytest.raises(ValueError, match=r"area of plain epsilon is nan, of \{0\.0: nan.* on the selection part"):
         search_composite(model, data, lambda pruned, batches: float("nan"), trials=2, **OPTIONS)
