@@ -187,6 +187,66 @@ def test_pruned_biases_stay_pruned() -> None:
     assert not model[0].bias[~masks["0.bias"]].any() and bool(model[0].bias[masks["0.bias"]].all())
 
 
+class Late(nn.Module):
+    """Each block also gets what was made of the first one's output, in a way that no gradient takes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        made = {
+            "comparison": lambda: x[:, :1] > 0,
+            "detached": lambda: x.detach().tanh(),
+            "number": lambda: torch.full((1,), abs(x[0, 0].item())),
+        }[self.way]()
+        for block in self.blocks:
+            x = x + block(x * made.to(x.dtype))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("way", ["comparison", "detached", "number"])
+def test_forgetting_outputs_changes_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Late(way)
+    other, batches = copy.deepcopy(model), [torch.randn(64, 8) for _ in range(2)]
+    masks = half(model, [name for name, value in model.named_parameters() if value.dim() > 1])
+    compensate_(model, masks, batches, LeastSquares())
+    monkeypatch.setattr("lrp_prune.pruning.compensation.stages._Kept.blank", lambda kept: kept)
+    compensate_(other, masks, batches, LeastSquares())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Written(nn.Module):
+    """Adds to what it has, in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.block = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.first(x), inplace=self.inplace)
+        for layer in self.block.values():
+            made = layer(x)
+            x = x.add_(made) if self.inplace else x + made
+        return self.last(x)
+
+
+def test_models_that_write_into_what_they_have_are_compensated_as_others() -> None:
+    torch.manual_seed(0)
+    model, other = Written(True), Written(False)
+    other.load_state_dict(model.state_dict())
+    x, names = torch.randn(64, 8), ["first.weight", "block.a.weight", "block.b.weight", "last.weight"]
+    found = [compensate_(entry, half(entry, names), [x], LeastSquares()) for entry in (model, other)]
+    assert found[0].errors == found[1].errors and set(found[0].errors) == set(names)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("scope", ["2:4", "row", "global"])
 def test_in_one_call_the_masks_are_those_of_pruning_alone(scope: str) -> None:
     (alone, batches), (model, _) = mlp(), mlp()
@@ -238,6 +298,40 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_an_error_puts_back_biases_that_lie_in_a_stack() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight, bias in zip(self.weight, self.bias, strict=True):
+                x = nn.functional.linear(x, weight, bias).relu()
+            return x
+
+    class Failing(LeastSquares):
+        def solve(self, *given: Any) -> Tensor:
+            if not torch.equal(model.bias, before.bias):
+                raise KeyboardInterrupt
+            return super().solve(*given)
+
+    torch.manual_seed(0)
+    model = Stack()
+    before = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        lrp_prune.prune(
+            model, [torch.randn(64, 8)], 0.5, "magnitude", exclude=["bias"], compensation=Failing(), progress=False
+        )
+    assert torch.equal(model.bias, before.bias) and torch.equal(model.weight, before.weight)
+
+
+def test_what_is_only_masked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, batches = mlp()
+    lrp_prune.prune(model, [(x[:2], y[:2]) for x, y in batches], 0.5, rounds=2, compensation="exact", progress=False)
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == "not compensated, only masked: *.weight (is reached by fewer than 16 samples or tokens)"
+
+
 def test_inputs_that_are_not_finite_are_named_and_change_nothing() -> None:
     (model, batches), (before, _) = mlp(), mlp()
     broken = [(torch.full_like(x, float("inf")), y) for x, y in batches]
@@ -279,6 +373,8 @@ def test_what_was_done_is_told_in_a_line() -> None:
     found = Compensated({"a.weight": (4.0, 1.0), "b.weight": (2.0, 1.0), "c.weight": (1.0, 0.1)}, {"d.weight": "why"})
     told = "3 weights compensated: in the median 25% of the error that masks make in a layer are left"
     assert str(found) == f"{told}; only masked: d.weight (why)"
+    found.left_out |= {"e.0.weight": "other", "e.1.weight": "other"}
+    assert str(found) == f"{told}; only masked: d.weight (why); e.*.weight (other)"
 
 
 @pytest.fixture(autouse=True)
