@@ -102,8 +102,9 @@ def estimate(
     r"""Bytes that collecting relevance and pruning take in each of ``world_size`` processes.
 
     Nothing is loaded or computed: sizes are taken from the shapes of the parameters, activations from a forward without
-    data. Compensation is not in it (see the page on pruning for what it keeps). With :math:`n` weights of :math:`b` bytes, :math:`s` of them scored, on :math:`p` processes, relevance takes
-    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided).
+    data. With :math:`n` weights of :math:`b` bytes, :math:`s` of them scored, on :math:`p` processes, relevance takes
+    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided). What
+    ``compensation`` keeps is not counted.
 
     Args:
         model: a module, on any device (``meta`` as well), or a Hugging Face configuration, of which the causal language
