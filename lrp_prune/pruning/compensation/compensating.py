@@ -226,9 +226,10 @@ class _Compensating:
                     self._result.left_out[place.name] = "is used by something else as well"
             if any(place.name in self._pruned for place in alone):
                 systems = self._summed(stage, group, dense, pruned, held, before, choices)
-                for place in alone:
-                    if place.name in self._pruned:
-                        self._update(place, systems, before)
+                with torch.autocast(self._device.type, enabled=False):
+                    for place in alone:
+                        if place.name in self._pruned:
+                            self._update(place, systems, before)
         if both:
             dense.keep(name, outputs)
         pruned.keep(name, [self._run(index, stage, pruned, None, None) for index in range(len(self._batches))])
@@ -259,6 +260,7 @@ class _Compensating:
         kept: list[Any] = []
         batch = to_device(self._batches[index], self._device)
         uses = PlacedUses(self._masks) if uses is None else uses
+        torch.clear_autocast_cache()  # which may have weights as they were
         with (
             known.standing_in(index),
             leaving_after(stage, lambda output: kept.append(known.taken(output))),
@@ -338,7 +340,6 @@ def _holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     try:
         for parameter, value in values.items():
             parameter.data = value
-        torch.clear_autocast_cache()
         yield
     finally:
         for parameter, value in own.items():

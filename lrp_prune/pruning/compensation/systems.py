@@ -111,6 +111,7 @@ def _with_ones(rows: Tensor) -> Tensor:
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    if total is None:
-        return left.transpose(1, 2) @ right
-    return total.baddbmm_(left.transpose(1, 2), right)
+    with torch.autocast(left.device.type, enabled=False):  # the model's, not that of sums
+        if total is None:
+            return left.transpose(1, 2) @ right
+        return total.baddbmm_(left.transpose(1, 2), right)

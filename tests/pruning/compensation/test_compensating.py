@@ -180,6 +180,41 @@ def test_dead_inputs_and_half_precision_are_safe() -> None:
     assert torch.equal(model[0].weight, before * half(model, ["0.weight"])["0.weight"])
 
 
+class Precise(nn.Sequential):
+    """Its own forward is in full precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("way", [LeastSquares(), OptimalBrainSurgeon()], ids=["exact", "obs"])
+def test_what_is_solved_knows_no_autocast(way: Compensation) -> None:
+    torch.manual_seed(0)
+    model = Precise(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3))
+    other, batches = copy.deepcopy(model), [torch.randn(64, 8) for _ in range(2)]
+    masks = half(model, ["0.weight", "2.weight"])
+    compensate_(other, masks, batches, way)
+    with torch.autocast("cpu", torch.bfloat16):
+        compensate_(model, masks, batches, way)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.5])
+def test_autocast_keeps_no_weights_as_they_were(dense: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)), torch.randn(64, 8)
+    other, masks = copy.deepcopy(model), half(model, ["0.weight", "2.weight"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        compensate_(model, masks, [x], LeastSquares(dense=dense))
+        found = model(x)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        compensate_(other, masks, [x], LeastSquares(dense=dense))
+        assert torch.equal(found, other(x))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_pruned_biases_stay_pruned() -> None:
     model, batches = mlp()
     masks = half(model, ["0.weight", "0.bias", "2.weight"])
