@@ -63,6 +63,35 @@ def test_each_layer_is_the_ridge_regression_on_what_it_gets(dense: float) -> Non
         ours, theirs = layer(ours).relu().detach(), before(theirs).relu().detach()
 
 
+class Twice(nn.Module):
+    """The first layer runs twice, and is in no stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(x).relu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.before(x)).relu())
+
+
+def test_the_dense_model_has_its_own_weights_outside_of_stages_too() -> None:
+    torch.manual_seed(0)
+    model = Twice().double()
+    original, x = copy.deepcopy(model), torch.randn(64, 8).double()
+    masks = half(model, ["twice.weight", "middle.weight", "last.weight"])
+    compensate_(model, masks, [x], LeastSquares(dense=1.0, damping=0.05, **EXACT))
+    ours, theirs = model.before(x).detach(), original.before(x).detach()
+    assert torch.equal(model.twice.weight, original.twice.weight * masks["twice.weight"])
+    for name in ("middle", "last"):
+        layer, before = model.get_submodule(name), original.get_submodule(name)
+        expected = closed_form(ours, before(theirs), masks[f"{name}.weight"], before.weight, before.bias, 0.05).detach()
+        assert torch.allclose(torch.cat([layer.weight, layer.bias[:, None]], dim=1), expected, atol=1e-8)
+        ours, theirs = layer(ours).relu().detach(), before(theirs).relu().detach()
+
+
 MODELS = ["llama", "gpt2", "bert", "vit", "t5", "resnet", "mixtral", "opt"]
 
 
@@ -239,7 +268,7 @@ class Late(nn.Module):
             "number": lambda: torch.full((1,), abs(x[0, 0].item())),
         }[self.way]()
         for block in self.blocks:
-            x = x + block(x * made.to(x.dtype))
+            x = block(x * made.to(x.dtype))
         return self.last(x)
 
 
@@ -358,6 +387,40 @@ def test_an_error_puts_back_biases_that_lie_in_a_stack() -> None:
             model, [torch.randn(64, 8)], 0.5, "magnitude", exclude=["bias"], compensation=Failing(), progress=False
         )
     assert torch.equal(model.bias, before.bias) and torch.equal(model.weight, before.weight)
+
+
+def test_an_error_puts_back_what_is_in_no_stage_and_biases_of_others() -> None:
+    class Lent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight, bias)
+
+    class Lending(Twice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.bias = Lent(), nn.Parameter(torch.randn(8))
+
+        def before(self, x: Tensor) -> Tensor:
+            return self.inner(super().before(x), self.bias)
+
+    class Failing(LeastSquares):
+        def solve(self, *given: Any) -> Tensor:
+            if not torch.equal(model.bias, before.bias):
+                assert not model.twice.weight.all()
+                raise KeyboardInterrupt
+            return super().solve(*given)
+
+    torch.manual_seed(0)
+    model = Lending()
+    before = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        lrp_prune.prune(
+            model, [torch.randn(64, 8)], 0.5, "magnitude", scope="layer", compensation=Failing(), progress=False
+        )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), before.parameters(), strict=True))
 
 
 def test_what_is_only_masked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -139,6 +139,15 @@ def test_what_a_stage_gave_can_be_written_into_and_is_where_it_was() -> None:
             assert model[0](None).device.type == "cuda"
 
 
+def test_of_what_is_forgotten_integers_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    known = Given(stages_of(model, dict(model.named_parameters())), {"0": set(), "1": set()}, "cpu")
+    known.keep("0", [known.taken((torch.ones(2), torch.tensor([3, 4]), torch.tensor([False])))])
+    with known.standing_in(0):
+        floats, integers, flags = model[0](None)
+    assert bool(floats.isnan().all()) and integers.tolist() == [3, 4] and flags.tolist() == [False]
+
+
 def test_what_others_do_to_an_output_is_done_once() -> None:
     model, x = Skipping(), torch.randn(2, 3)
     model.layers[0].register_forward_hook(lambda _, __, output: output * 2)
