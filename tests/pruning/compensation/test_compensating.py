@@ -258,6 +258,20 @@ def test_forgetting_outputs_changes_nothing(way: str, monkeypatch: pytest.Monkey
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
 
 
+class AddedTwice(nn.Module):
+    """When the second layer runs, what the first got is no longer there."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace, self.a, self.b = inplace, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            made = layer(x)
+            x = x.add_(made) if self.inplace else x + made
+        return x
+
+
 class Written(nn.Module):
     """Adds to what it has, in place or not."""
 
@@ -265,13 +279,12 @@ class Written(nn.Module):
         super().__init__()
         self.inplace = inplace
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.block = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+        self.blocks = nn.ModuleList([AddedTwice(inplace) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.relu(self.first(x), inplace=self.inplace)
-        for layer in self.block.values():
-            made = layer(x)
-            x = x.add_(made) if self.inplace else x + made
+        for block in self.blocks:
+            x = block(x)
         return self.last(x)
 
 
@@ -279,7 +292,7 @@ def test_models_that_write_into_what_they_have_are_compensated_as_others() -> No
     torch.manual_seed(0)
     model, other = Written(True), Written(False)
     other.load_state_dict(model.state_dict())
-    x, names = torch.randn(64, 8), ["first.weight", "block.a.weight", "block.b.weight", "last.weight"]
+    x, names = torch.randn(64, 8), ["first.weight", "blocks.0.a.weight", "blocks.1.b.weight", "last.weight"]
     found = [compensate_(entry, half(entry, names), [x], LeastSquares()) for entry in (model, other)]
     assert found[0].errors == found[1].errors and set(found[0].errors) == set(names)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))

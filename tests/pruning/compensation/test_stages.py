@@ -74,6 +74,24 @@ def test_a_forward_is_watched() -> None:
     assert found.made_of(["layers.0", "layers.1", "layers.3"]) == {**once, "layers.3": {"layers.0", "layers.1"}}
 
 
+def test_what_a_stage_returns_as_it_got_it_is_not_taken_for_its_own() -> None:
+    class Through(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.through, self.last = nn.Linear(3, 3), Through(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            self.through(x)
+            return self.last(x)
+
+    assert watched(Model(), torch.randn(2, 3)).needed["last"] == {"first"}
+
+
 def test_outputs_are_forgotten_when_nothing_more_is_made_of_them() -> None:
     model, x = Skipping(), torch.randn(2, 3)
     found = watched(model, x)
