@@ -103,7 +103,8 @@ def estimate(
 
     Nothing is loaded or computed: sizes are taken from the shapes of the parameters, activations from a forward without
     data. With :math:`n` weights of :math:`b` bytes, :math:`s` of them scored, on :math:`p` processes, relevance takes
-    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided).
+    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided). What
+    ``compensation`` keeps is not counted.
 
     Args:
         model: a module, on any device (``meta`` as well), or a Hugging Face configuration, of which the causal language

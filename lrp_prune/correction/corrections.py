@@ -102,7 +102,8 @@ class Corrections:
 
         Raises:
             KeyError: there is none of that name.
-            ValueError: the strength is outside [0, 1], or another enabled patch touches the same entries.
+            ValueError: the strength is outside [0, 1], or another enabled patch touches the same entries (of conditional
+                ones: is the same).
         """
         patch = self._patch(name)
         check_strength(strength)
@@ -110,9 +111,12 @@ class Corrections:
             self.disable(name)
             return
         if isinstance(patch, ConditionalPatch):
-            self._strengths[name] = strength
+            same = next((other for other in self._strengths if other != name and self._patches[other] == patch), None)
+            if same is not None:
+                raise ValueError(f"patches {name!r} and {same!r} are the same: disable {same!r} first")
             if not self._suspended:
                 gating.switch(patch, self._model, strength)
+            self._strengths[name] = strength
             return
         for other in self._written:
             shared = patch.overlap(self._patches[other], self._model) if other != name else {}
@@ -138,8 +142,9 @@ class Corrections:
         """
         patch = self._patch(name)
         if isinstance(patch, ConditionalPatch):
-            gating.switch(patch, self._model, 0.0)
-            self._strengths.pop(name, None)
+            if name in self._strengths:
+                gating.switch(patch, self._model, 0.0)
+                del self._strengths[name]
         elif name in self._stored:
             self._write(name, resolve_entries(patch, self._model), 0.0)
             del self._stored[name], self._strengths[name]

@@ -1,10 +1,12 @@
 """Layers that run with corrected weights where a condition holds, and untouched everywhere else."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lrp_prune.correction.conditions.condition import Condition
 from lrp_prune.correction.conditions.states import module_at
@@ -109,6 +111,7 @@ def attach(patch: "ConditionalPatch", model: nn.Module, strength: float) -> None
     watched.register_forward_hook(gate)
     for module, name, positions in layers:
         module.register_forward_hook(GatedLayer(gate, name, positions), with_kwargs=True)
+    _forget_compiled()
 
 
 def check(patch: "ConditionalPatch", model: nn.Module) -> tuple[nn.Module, list[Layer]]:
@@ -124,7 +127,15 @@ def detach(patch: "ConditionalPatch", model: nn.Module) -> bool:
             found = True
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+    if found:
+        _forget_compiled()
     return found
+
+
+def _forget_compiled() -> None:
+    """Have compiled forwards compiled again: they were made for the hooks that there were, and do not look for others."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
+        torch.compiler.reset()
 
 
 def switch(patch: "ConditionalPatch", model: nn.Module, strength: float) -> None:
@@ -159,6 +170,11 @@ def _layers(patch: "ConditionalPatch", model: nn.Module) -> Iterable[Layer]:
             name = names.get(id(parameter))
             if name is None:
                 continue
+            if isinstance(module, NonDynamicallyQuantizableLinear):
+                raise ValueError(
+                    f"{name} is of a layer that is not run by itself, as in nn.MultiheadAttention: no condition can act on it, "
+                    "leave it out of the patch (include=, exclude=)"
+                )
             if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
                 raise ValueError(
                     f"{name} is of a {type(module).__name__}: a condition on tokens is for linear layers, leave it out of "

@@ -8,7 +8,6 @@ from torch import nn
 
 from lrp_prune.distributed.sharding import mesh_of
 from lrp_prune.models.subject import subject_of
-from lrp_prune.names import named_parameters, resolve
 from lrp_prune.progress import number_of
 from lrp_prune.pruning.compensation import Compensation, compensate_, compensation_of
 from lrp_prune.pruning.masks import Masks
@@ -41,6 +40,7 @@ class Adjusting:
         empty = number_of(reference) == 0
         self._recalibrating = recalibrates(recalibrate, reference)
         self._asked = recalibrate is True
+        self._told = ""
         if self._compensation is not None:
             if self._asked:
                 raise ValueError(
@@ -76,19 +76,20 @@ class Adjusting:
             progress: show a progress bar.
         """
         if self._compensation is not None:
-            if undo is not None:
-                undo.append(remembered(model, self._changed(model, masks)))
-            return str(compensate_(model, masks, reference, self._compensation, compared, progress))
+
+            def changing(parameters: Sequence[nn.Parameter]) -> None:
+                if undo is not None:
+                    undo.append(remembered(model, parameters))
+
+            done = compensate_(model, masks, reference, self._compensation, compared, progress, changing)
+            if done.left_out and done.masked_only != self._told:
+                _logger.warning("not compensated, only masked: %s", done.masked_only)
+                self._told = done.masked_only
+            return str(done)
         found = self._measured(model, masks, reference, compared, progress) if self._recalibrating else None
         self._recalibrating = found is not None
         _apply(model, masks, found, undo)
         return None if found is None else str(found)
-
-    def _changed(self, model: nn.Module, masks: Masks) -> Sequence[nn.Parameter]:
-        """What compensation may change: weights that are pruned, and biases."""
-        found = {id(parameter): parameter for parameter in resolve(masks, model).values()}
-        biases = [parameter for parameter in named_parameters(model).values() if parameter.dim() < 2]
-        return list({**found, **{id(parameter): parameter for parameter in biases}}.values())
 
     def _measured(
         self, model: nn.Module, masks: Masks, reference: Iterable[Any], compared: Any, progress: bool

@@ -240,6 +240,42 @@ def test_what_cannot_be_conditional_is_refused_before_anything_changes() -> None
         ConditionalPatch.from_positions(model, {"model.norm.weight": torch.arange(4)})
 
 
+def test_a_layer_that_others_run_is_refused() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Identity(), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    model = Attending()
+    patch = Patch.from_positions(model, {"attention.out_proj.weight": torch.arange(64)})
+    with pytest.raises(ValueError, match=r"attention\.out_proj\.weight is of a layer that is not run by itself"):
+        ConditionalPatch(patch, Everywhere("first")).apply_(model)
+    assert not model.first._forward_hooks
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+@pytest.mark.parametrize("how", ["around", "call", "forward"])
+def test_models_that_were_compiled_and_run_before_are_corrected(how: str) -> None:
+    model, inputs = nn.Sequential(nn.Identity(), nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
+    inputs[:, 0] = torch.tensor([1.0, -1.0, 1.0])
+    patch = Patch.from_positions(model, {"1.weight": torch.arange(32)})
+    conditional = ConditionalPatch(patch, ActivationAbove("0", 0.0, torch.eye(8)[0]))
+    run: nn.Module = model
+    if how == "around":
+        run = torch.compile(model, backend="eager")
+    elif how == "call":
+        model.compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    before = run(inputs)
+    for _ in range(2):
+        conditional.apply_(model)
+        torch.testing.assert_close(run(inputs), before.masked_fill((inputs[:, :1] > 0), 0.0))
+        conditional.revert_(model)
+        assert torch.equal(run(inputs), before)
+
+
 def test_a_layer_before_the_condition_is_named() -> None:
     model = build("llama")
     early = ConditionalPatch(Patch.from_positions(model, {UP: torch.arange(4)}), activation_condition(model))

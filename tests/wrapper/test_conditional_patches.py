@@ -71,6 +71,20 @@ def test_it_acts_beside_a_patch_of_the_same_weights() -> None:
     assert torch.equal(logits(corrected), logits(build("llama")))
 
 
+def test_the_same_patch_acts_once_whatever_its_names() -> None:
+    model = build("llama")
+    corrected = CorrectedModule(model, {"loops": where_token_is(model, AMONG)})
+    expected = logits(corrected)
+    corrected.add("again", where_token_is(model, AMONG), 0.0)
+    with pytest.raises(ValueError, match="'again' and 'loops' are the same: disable 'loops' first"):
+        corrected.enable("again", 0.5)
+    assert corrected.strengths == {"loops": 1.0, "again": 0.0}
+    assert torch.equal(logits(corrected), expected)
+    corrected.disable("loops")
+    corrected.enable("again")
+    assert torch.equal(logits(corrected), expected)
+
+
 def test_another_model_is_refused_and_nothing_stays() -> None:
     patch = where_token_is(build("llama"), AMONG)
     other = build("llama")

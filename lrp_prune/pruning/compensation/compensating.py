@@ -1,7 +1,6 @@
 """Going through a model stage by stage: inputs from what is pruned and compensated before, kept weights from least squares."""
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,6 @@ from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.relevance.unscored import patterns_of
 
-_logger = logging.getLogger("lrp_prune")
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
 
@@ -51,12 +49,16 @@ class Compensated:
         what = f"{len(self.errors)} weights compensated"
         if shares:
             what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
-        reasons = set(self.left_out.values())
-        names = patterns_of(self.left_out)
-        why = f" ({reasons.pop()})" if len(reasons) == 1 else ""
-        return what + (
-            f"; only masked: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}{why}" if names else ""
-        )
+        return f"{what}; only masked: {self.masked_only}" if self.left_out else what
+
+    @property
+    def masked_only(self) -> str:
+        """What was left out, with each reason."""
+        told = []
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = patterns_of(name for name, why in self.left_out.items() if why == reason)
+            told.append(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})")
+        return "; ".join(told)
 
 
 def compensate_(
@@ -66,13 +68,14 @@ def compensate_(
     compensation: Compensation,
     target: Any = None,
     progress: bool | Progress = False,
+    changing: Callable[[Sequence[nn.Parameter]], object] | None = None,
 ) -> Compensated:
     """Apply masks to a dense model in place, and update what they keep so that each layer gives what it gave.
 
     Layers are worked at in the order of execution, those of a stage (a block that repeats) in groups that read the same input,
     with inputs from what is pruned and compensated before. In memory are at a time the products of one group's inputs, a stage's
     dense weights, and what stages gave to each batch as far as others are made of it. No mask changes. If an error is raised,
-    weights that are done keep their new values: who wants them back keeps them beside the model.
+    weights that are done keep their new values: who wants them back keeps them when ``changing`` names them.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -81,6 +84,7 @@ def compensate_(
         compensation: how.
         target: what is explained; a function of model and batch is run in the model's place.
         progress: show a progress bar, or what shows another.
+        changing: is told which parameters are about to change.
 
     Raises:
         ValueError: there is no batch, or the model is divided among processes.
@@ -105,7 +109,7 @@ def compensate_(
     if not reference:
         raise ValueError("no batch was seen: compensation needs reference samples")
     shown = progress if callable(progress) else bar if progress else no_bar
-    return _Compensating(module, masks, reference, compensation, target).run(shown)
+    return _Compensating(module, masks, reference, compensation, target, changing or (lambda _: None)).run(shown)
 
 
 class _Inputs(WeightUses):
@@ -155,8 +159,12 @@ class _Planned(PlacedUses):
 class _Compensating:
     """One run through a model."""
 
-    def __init__(self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any) -> None:
+    def __init__(
+        self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any,
+        changing: Callable[[Sequence[nn.Parameter]], object],
+    ) -> None:  # fmt: skip
         self._module, self._masks, self._batches, self._way, self._target = module, masks, batches, way, target
+        self._changing = changing
         self._parameters = named_parameters(module)
         self._pruned = {name: weight for name, weight in resolve(masks, module).items() if masks.pruned_in(name)}
         self._device = next(module.parameters()).device
@@ -179,7 +187,7 @@ class _Compensating:
     def _watch(self, candidates: Mapping[str, nn.Module]) -> tuple[Watched, PlacedUses]:
         """A dense forward of the first batch: what runs when, and what is used elsewhere as well."""
         watched, uses = Watched(candidates), PlacedUses(self._masks)
-        with watched.watching(), torch.enable_grad():
+        with watched.watching():
             outputs_of(self._module, to_device(self._batches[0], self._device), uses, self._target, Choices())
         for name, stage in candidates.items():
             reason = {0: "is never run", 1: None}.get(watched.calls[name], "is in a module that is run several times")
@@ -207,6 +215,9 @@ class _Compensating:
             with _holding(self._outside if both else {}):
                 outputs.append(self._run(index, stage, dense if both else pruned, planned, made))
             choices.append(made.made)
+        written = [place.bias.name for group in groups for place in group if place.bias is not None]
+        masked = [weight for weight in resolve(self._masks, self._module).values() if id(weight) in inside]
+        self._changing([*masked, *(self._parameters[key] for key in written)])
         self._zero(held)
         for group in groups:
             alone = [place for place in group if ties.is_alone(place)]
@@ -215,9 +226,10 @@ class _Compensating:
                     self._result.left_out[place.name] = "is used by something else as well"
             if any(place.name in self._pruned for place in alone):
                 systems = self._summed(stage, group, dense, pruned, held, before, choices)
-                for place in alone:
-                    if place.name in self._pruned:
-                        self._update(place, systems, before)
+                with torch.autocast(self._device.type, enabled=False):
+                    for place in alone:
+                        if place.name in self._pruned:
+                            self._update(place, systems, before)
         if both:
             dense.keep(name, outputs)
         pruned.keep(name, [self._run(index, stage, pruned, None, None) for index in range(len(self._batches))])
@@ -248,8 +260,9 @@ class _Compensating:
         kept: list[Any] = []
         batch = to_device(self._batches[index], self._device)
         uses = PlacedUses(self._masks) if uses is None else uses
+        torch.clear_autocast_cache()  # which may have weights as they were
         with (
-            known.standing_in(index, self._device),
+            known.standing_in(index),
             leaving_after(stage, lambda output: kept.append(known.taken(output))),
             suppress(StageReached),
         ):
@@ -265,7 +278,7 @@ class _Compensating:
             self._result.left_out[place.name] = f"is reached by fewer than {FEWEST} samples or tokens"
             return
         weight = Matrix(place, self._parameters, self._masks, len(systems.gram))
-        found = weight.values(before)
+        found = weight.values({**self._parameters, **before})  # a bias may be another module's
         gram, crossed = systems.gram.to(found.dtype), systems.crossed
         if not bool(torch.isfinite(gram).all()):
             raise FloatingPointError(f"the inputs of {place.name} are not finite: check the batches and the precision")
@@ -298,6 +311,7 @@ class _Compensating:
         inside = {id(parameter) for stage in stages.values() for parameter in stage.parameters()}
         outside = {name: weight for name, weight in self._pruned.items() if id(weight) not in inside}
         self._outside = {weight: weight.detach().clone() for weight in outside.values()}
+        self._changing(list(outside.values()))
         self._zero(outside)
 
     def _zero(self, held: Mapping[str, nn.Parameter]) -> None:
@@ -326,7 +340,6 @@ def _holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     try:
         for parameter, value in values.items():
             parameter.data = value
-        torch.clear_autocast_cache()
         yield
     finally:
         for parameter, value in own.items():

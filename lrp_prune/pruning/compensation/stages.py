@@ -7,15 +7,18 @@ it is.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lrp_prune.names import named_modules
+from lrp_prune.pruning.compensation.lineage import Lineage
+from lrp_prune.pruning.pairs import given
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -83,37 +86,49 @@ class Given:
         now = list(self._stages).index(name)
         for earlier, last in self._last.items():
             if last <= now and earlier in self._outputs and (earlier != name or last < 0):
-                self._outputs[earlier] = [tree_map_only(Tensor, _nothing, entry) for entry in self._outputs[earlier]]
+                self._outputs[earlier] = [tree_map_only(_Kept, _Kept.blank, entry) for entry in self._outputs[earlier]]
 
     def taken(self, output: Any) -> Any:
         """A copy of what a stage gives, as it is kept."""
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().to(self._keep_on, copy=True), output)
+        return tree_map_only(
+            Tensor, lambda tensor: _Kept(tensor.detach().to(self._keep_on, copy=True), tensor.device), output
+        )
 
     @contextmanager
-    def standing_in(self, batch: int, device: torch.device) -> Iterator[None]:
+    def standing_in(self, batch: int) -> Iterator[None]:
         """While it lasts, stages that are done give what they gave to this batch."""
         with ExitStack() as stack:
             for name, outputs in self._outputs.items():
-                stack.enter_context(_forward(self._stages[name], _giving(outputs[batch], device)))
+                stack.enter_context(_forward(self._stages[name], _giving(outputs[batch])))
             yield
 
 
-def _nothing(tensor: Tensor) -> Tensor:
-    """As large, and of no memory; what is computed from it is not a number."""
-    blank = float("nan") if tensor.is_floating_point() else 0
-    return torch.full((), blank, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that a stage gave, kept elsewhere."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def blank(self) -> "_Kept":
+        """As large, and of no memory; what is computed from it is not a number. Others than floats are small, and stay."""
+        if not self.tensor.is_floating_point():
+            return self
+        return _Kept(self.tensor.new_full((), float("nan")).expand(self.tensor.shape), self.device)
+
+    def given(self) -> Tensor:
+        """A tensor like the one that the stage gave: the model may write into it, and it counts as computed from the inputs."""
+        copy = self.tensor.to(self.device, copy=True)
+        if not copy.is_floating_point():
+            return copy
+        return given(torch.zeros((), device=self.device, requires_grad=True), lambda: copy)
 
 
-def _giving(output: Any, device: torch.device) -> Callable[..., Any]:
+def _giving(output: Any) -> Callable[..., Any]:
     def forward(*_: Any, **__: Any) -> Any:
-        return tree_map_only(Tensor, lambda tensor: _active(tensor.to(device)), output)
+        return tree_map_only(_Kept, _Kept.given, output)
 
     return forward
-
-
-def _active(tensor: Tensor) -> Tensor:
-    """A tensor that counts as computed from the model's inputs."""
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 @contextmanager
@@ -141,7 +156,8 @@ def leaving_after(stage: nn.Module, told: Callable[[Any], None]) -> Iterator[Non
         told(output)
         raise StageReached
 
-    handle = stage.register_forward_hook(hook)
+    # Before hooks of others, which change what is given in the stage's place as well.
+    handle = stage.register_forward_hook(hook, prepend=True)
     try:
         yield
     finally:
@@ -160,20 +176,19 @@ class Watched:
         self.calls: Counter[str] = Counter()
         self.order: list[str] = []
         self.needed: dict[str, set[str]] = {name: set() for name in stages}
-        self._made: dict[Any, str] = {}
+        self._running: list[str] = []
+        self._decided: set[str] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The time of one forward, with gradients enabled."""
-        handles = []
-        for name, stage in self._stages.items():
-            handles.append(stage.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            handles.append(stage.register_forward_hook(self._after(name)))
-        try:
+        """The time of one forward."""
+        lineage = Lineage(self._read)
+        with ExitStack() as stack:
+            for name, stage in self._stages.items():
+                stack.callback(stage.register_forward_pre_hook(self._before(name)).remove)
+                stack.callback(stage.register_forward_hook(self._after(name, lineage), prepend=True).remove)
+            stack.enter_context(lineage)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def made_of(self, stages: Collection[str]) -> dict[str, set[str]]:
         """For each of these stages those of them whose outputs it is made of, directly or by what is none of them."""
@@ -187,45 +202,29 @@ class Watched:
 
         return {name: behind(name, set()) for name in stages}
 
+    def _read(self, sources: frozenset[str], value: Any) -> None:
+        """Something was computed from these stages' outputs."""
+        for name in self._running:
+            self.needed[name] |= sources - {name}
+        if not self._running and not isinstance(value, Tensor | tuple | list):
+            self._decided |= sources  # a number: who knows what follows from it
+
     def _before(self, name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(_: nn.Module, __: Any) -> None:
             if not self.calls[name]:
                 self.order.append(name)
             self.calls[name] += 1
-            self.needed[name] |= self._sources(tree_leaves((args, kwargs)))
+            self.needed[name] |= self._decided - {name}
+            self._running.append(name)
 
         return hook
 
-    def _after(self, name: str) -> Any:
+    def _after(self, name: str, lineage: Lineage) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            def cut(tensor: Tensor) -> Tensor:
-                if not tensor.is_floating_point():
-                    return tensor
-                leaf = tensor.detach().requires_grad_()
-                # What is computed from a leaf goes back to the node that accumulates its gradient.
-                with torch.enable_grad():
-                    self._made[leaf.view_as(leaf).grad_fn.next_functions[0][0]] = name  # type: ignore[union-attr]
-                return leaf
-
-            return tree_map_only(Tensor, cut, output)
+            # Apart from what went in, which a module may return as it is.
+            output = tree_map_only(Tensor, torch.clone, output)
+            self._running.pop()
+            lineage.begin(output, name)
+            return output
 
         return hook
-
-    def _sources(self, inputs: Sequence[Any]) -> set[str]:
-        """The stages that tensors were made by, on whichever way."""
-        found: set[str] = set()
-        stack = [value.grad_fn for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-        for value in inputs:
-            if isinstance(value, Tensor) and value.is_leaf and value.requires_grad:
-                with torch.enable_grad():
-                    stack.append(value.view_as(value).grad_fn)
-        seen: set[Any] = set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if node in self._made:
-                found.add(self._made[node])
-            stack.extend(parent for parent, _ in node.next_functions)
-        return found

@@ -30,10 +30,10 @@ def rows_of(found: Product, part: Part, counted: Tensor | None) -> "list[Tensor]
         return _patches(x, found.weight, form)
     if form.channel_dim != -1 and part.rows is None:
         return None
-    if part.rows is not None:
-        x = x[part.rows]
-    elif counted is not None and x.shape[:2] == counted.shape:
+    if counted is not None and part.rows is None and x.shape[:2] == counted.shape:
         x = x[counted]
+    else:  # a copy, since the model may write into what it has
+        x = (x if part.rows is None else x[part.rows]).clone()
     return [x.reshape(1, -1, x.shape[-1])]
 
 
@@ -111,6 +111,7 @@ def _with_ones(rows: Tensor) -> Tensor:
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    if total is None:
-        return left.transpose(1, 2) @ right
-    return total.baddbmm_(left.transpose(1, 2), right)
+    with torch.autocast(left.device.type, enabled=False):  # the model's, not that of sums
+        if total is None:
+            return left.transpose(1, 2) @ right
+        return total.baddbmm_(left.transpose(1, 2), right)

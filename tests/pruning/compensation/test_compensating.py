@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,21 +11,10 @@ import lrp_prune
 from lrp_prune.pruning import LeastSquares, Masks, OptimalBrainSurgeon
 from lrp_prune.pruning.compensation import Compensated, compensate_
 from lrp_prune.pruning.compensation.ways import Compensation
+from tests.support.compensation import Twice, half, mlp
 from tests.support.small_models import batch_for, build, forward
 
 EXACT = {"steps": 500, "tolerance": 1e-12}
-
-
-def mlp(seed: int = 0) -> tuple[nn.Sequential, list[Any]]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3)).double()
-    return model, [(torch.randn(64, 8).double(), torch.randint(3, (64,))) for _ in range(3)]
-
-
-def half(model: nn.Module, names: list[str], seed: int = 0) -> Masks:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(model.named_parameters())
-    return Masks({name: torch.rand(parameters[name].shape, generator=generator) > 0.5 for name in names})
 
 
 def closed_form(x: Tensor, target: Tensor, kept: Tensor, weight: Tensor, bias: Tensor, damping: float) -> Tensor:
@@ -60,6 +48,21 @@ def test_each_layer_is_the_ridge_regression_on_what_it_gets(dense: float) -> Non
         expected = closed_form(ours, target, masks[f"{index}.weight"], before.weight, before.bias, 0.05).detach()
         assert torch.allclose(layer.weight, expected[:, :-1], atol=1e-8)
         assert torch.allclose(layer.bias, expected[:, -1], atol=1e-8)
+        ours, theirs = layer(ours).relu().detach(), before(theirs).relu().detach()
+
+
+def test_the_dense_model_has_its_own_weights_outside_of_stages_too() -> None:
+    torch.manual_seed(0)
+    model = Twice().double()
+    original, x = copy.deepcopy(model), torch.randn(64, 8).double()
+    masks = half(model, ["twice.weight", "middle.weight", "last.weight"])
+    compensate_(model, masks, [x], LeastSquares(dense=1.0, damping=0.05, **EXACT))
+    ours, theirs = model.before(x).detach(), original.before(x).detach()
+    assert torch.equal(model.twice.weight, original.twice.weight * masks["twice.weight"])
+    for name in ("middle", "last"):
+        layer, before = model.get_submodule(name), original.get_submodule(name)
+        expected = closed_form(ours, before(theirs), masks[f"{name}.weight"], before.weight, before.bias, 0.05).detach()
+        assert torch.allclose(torch.cat([layer.weight, layer.bias[:, None]], dim=1), expected, atol=1e-8)
         ours, theirs = layer(ours).relu().detach(), before(theirs).relu().detach()
 
 
@@ -180,6 +183,41 @@ def test_dead_inputs_and_half_precision_are_safe() -> None:
     assert torch.equal(model[0].weight, before * half(model, ["0.weight"])["0.weight"])
 
 
+class Precise(nn.Sequential):
+    """Its own forward is in full precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("way", [LeastSquares(), OptimalBrainSurgeon()], ids=["exact", "obs"])
+def test_what_is_solved_knows_no_autocast(way: Compensation) -> None:
+    torch.manual_seed(0)
+    model = Precise(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3))
+    other, batches = copy.deepcopy(model), [torch.randn(64, 8) for _ in range(2)]
+    masks = half(model, ["0.weight", "2.weight"])
+    compensate_(other, masks, batches, way)
+    with torch.autocast("cpu", torch.bfloat16):
+        compensate_(model, masks, batches, way)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.5])
+def test_autocast_keeps_no_weights_as_they_were(dense: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3)), torch.randn(64, 8)
+    other, masks = copy.deepcopy(model), half(model, ["0.weight", "2.weight"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        compensate_(model, masks, [x], LeastSquares(dense=dense))
+        found = model(x)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        compensate_(other, masks, [x], LeastSquares(dense=dense))
+        assert torch.equal(found, other(x))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_pruned_biases_stay_pruned() -> None:
     model, batches = mlp()
     masks = half(model, ["0.weight", "0.bias", "2.weight"])
@@ -187,86 +225,77 @@ def test_pruned_biases_stay_pruned() -> None:
     assert not model[0].bias[~masks["0.bias"]].any() and bool(model[0].bias[masks["0.bias"]].all())
 
 
-@pytest.mark.parametrize("scope", ["2:4", "row", "global"])
-def test_in_one_call_the_masks_are_those_of_pruning_alone(scope: str) -> None:
-    (alone, batches), (model, _) = mlp(), mlp()
-    expected = lrp_prune.prune(alone, batches, 0.5, scope=scope, recalibrate=False, progress=False)
-    found = lrp_prune.prune(model, batches, 0.5, scope=scope, compensation="exact", progress=False)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not torch.equal(model[0].weight, alone[0].weight)
+class Late(nn.Module):
+    """Each block also gets what was made of the first one's output, in a way that no gradient takes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        made = {
+            "comparison": lambda: x[:, :1] > 0,
+            "detached": lambda: x.detach().tanh(),
+            "number": lambda: torch.full((1,), abs(x[0, 0].item())),
+        }[self.way]()
+        for block in self.blocks:
+            x = block(x * made.to(x.dtype))
+        return self.last(x)
 
 
-@pytest.mark.parametrize("granularity", ["neuron"])
-def test_removed_units_are_made_up_for(granularity: str) -> None:
-    (alone, batches), (model, _), (dense, _) = mlp(), mlp(), mlp()
-    options: dict[str, Any] = {"granularity": granularity, "progress": False}
-    masks = lrp_prune.prune(alone, batches, 0.5, recalibrate=False, **options)
-    lrp_prune.prune(model, batches, 0.5, compensation="exact", **options)
-    x = batches[0][0]
-    errors = [float((entry(x) - dense(x)).square().mean()) for entry in (model, alone)]
-    assert errors[0] < 0.7 * errors[1]
-    assert all(not model.get_parameter(name)[~masks[name]].any() for name in masks)
+@pytest.mark.parametrize("way", ["comparison", "detached", "number"])
+def test_forgetting_outputs_changes_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Late(way)
+    other, batches = copy.deepcopy(model), [torch.randn(64, 8) for _ in range(2)]
+    masks = half(model, [name for name, value in model.named_parameters() if value.dim() > 1])
+    compensate_(model, masks, batches, LeastSquares())
+    monkeypatch.setattr("lrp_prune.pruning.compensation.stages._Kept.blank", lambda kept: kept)
+    compensate_(other, masks, batches, LeastSquares())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_of_two_rounds_the_second_begins_with_the_dense_weights() -> None:
-    (model, batches), (dense, _) = mlp(), mlp()
-    masks = lrp_prune.prune(model, batches, 0.8, rounds=2, compensation="exact", progress=False)
-    compensate_(dense, masks, batches, LeastSquares())
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True))
+class AddedTwice(nn.Module):
+    """When the second layer runs, what the first got is no longer there."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace, self.a, self.b = inplace, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            made = layer(x)
+            x = x.add_(made) if self.inplace else x + made
+        return x
 
 
-def test_batches_that_can_be_gone_through_once() -> None:
-    (model, batches), (other, _) = mlp(), mlp()
-    lrp_prune.prune(model, batches, 0.5, compensation="exact", progress=False)
-    lrp_prune.prune(other, iter(batches), 0.5, compensation="exact", progress=False)
-    assert torch.equal(model[2].weight, other[2].weight)
+class Written(nn.Module):
+    """Adds to what it has, in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([AddedTwice(inplace) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.first(x), inplace=self.inplace)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
 
 
-def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
-    (model, batches), (before, _) = mlp(), mlp()
-    stopping = iter([False, True])
-
-    class Failing(LeastSquares):
-        def solve(self, *given: Any) -> Tensor:
-            if next(stopping):
-                raise KeyboardInterrupt
-            return super().solve(*given)
-
-    with pytest.raises(KeyboardInterrupt):
-        lrp_prune.prune(model, batches, 0.5, compensation=Failing(), progress=False)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), before.parameters(), strict=True))
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_inputs_that_are_not_finite_are_named_and_change_nothing() -> None:
-    (model, batches), (before, _) = mlp(), mlp()
-    broken = [(torch.full_like(x, float("inf")), y) for x, y in batches]
-    with pytest.raises(FloatingPointError, match=r"0.weight are not finite"):
-        lrp_prune.prune(model, broken, 0.5, "magnitude", compensation="obs", progress=False)
-    assert torch.equal(model[0].weight, before[0].weight)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compensation": "best"}, "must be one of"),
-        ({"compensation": 1}, "must be one of"),
-        ({"compensation": "exact", "recalibrate": True}, "leave recalibrate as it is"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_changes(options: dict[str, Any], message: str) -> None:
-    (model, batches), (before, _) = mlp(), mlp()
-    with pytest.raises(ValueError, match=message):
-        lrp_prune.prune(model, batches, 0.5, progress=False, **options)
-    assert torch.equal(model[0].weight, before[0].weight)
-
-
-def test_without_batches_there_is_nothing_to_compensate_with() -> None:
-    model, _ = mlp()
-    with pytest.raises(ValueError, match="compensation needs batches"):
-        lrp_prune.prune(model, (), 0.5, "magnitude", compensation="exact", progress=False)
-    with pytest.raises(ValueError, match="needs reference samples"):
-        compensate_(model, half(model, ["0.weight"]), [], LeastSquares())
+def test_models_that_write_into_what_they_have_are_compensated_as_others() -> None:
+    torch.manual_seed(0)
+    model, other = Written(True), Written(False)
+    other.load_state_dict(model.state_dict())
+    x, names = torch.randn(64, 8), ["first.weight", "blocks.0.a.weight", "blocks.1.b.weight", "last.weight"]
+    found = [compensate_(entry, half(entry, names), [x], LeastSquares()) for entry in (model, other)]
+    assert found[0].errors == found[1].errors and set(found[0].errors) == set(names)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("options", [{"dense": 1.5}, {"damping": 0.0}, {"steps": 0}, {"tolerance": 0.0}])
@@ -279,6 +308,8 @@ def test_what_was_done_is_told_in_a_line() -> None:
     found = Compensated({"a.weight": (4.0, 1.0), "b.weight": (2.0, 1.0), "c.weight": (1.0, 0.1)}, {"d.weight": "why"})
     told = "3 weights compensated: in the median 25% of the error that masks make in a layer are left"
     assert str(found) == f"{told}; only masked: d.weight (why)"
+    found.left_out |= {"e.0.weight": "other", "e.1.weight": "other"}
+    assert str(found) == f"{told}; only masked: d.weight (why); e.*.weight (other)"
 
 
 @pytest.fixture(autouse=True)

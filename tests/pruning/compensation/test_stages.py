@@ -1,8 +1,11 @@
 """Stages of models, and what they give in their place."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, stages_of
@@ -56,7 +59,7 @@ class Skipping(nn.Module):
 
 def watched(model: nn.Module, x: Tensor) -> Watched:
     found = Watched(stages_of(model, dict(model.named_parameters())))
-    with found.watching(), torch.enable_grad():
+    with found.watching():
         model(x)
     return found
 
@@ -71,6 +74,24 @@ def test_a_forward_is_watched() -> None:
     assert found.made_of(["layers.0", "layers.1", "layers.3"]) == {**once, "layers.3": {"layers.0", "layers.1"}}
 
 
+def test_what_a_stage_returns_as_it_got_it_is_not_taken_for_its_own() -> None:
+    class Through(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.through, self.last = nn.Linear(3, 3), Through(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            self.through(x)
+            return self.last(x)
+
+    assert watched(Model(), torch.randn(2, 3)).needed["last"] == {"first"}
+
+
 def test_outputs_are_forgotten_when_nothing_more_is_made_of_them() -> None:
     model, x = Skipping(), torch.randn(2, 3)
     found = watched(model, x)
@@ -78,10 +99,12 @@ def test_outputs_are_forgotten_when_nothing_more_is_made_of_them() -> None:
     known = Given(stages, found.needed, "cpu")
     outputs = [torch.randn(2, 3) for _ in range(3)]
     for name, output in zip(list(stages)[:3], outputs, strict=True):
-        known.keep(name, [output])
-    kept = {name: [bool(torch.isfinite(entry).all()) for entry in values] for name, values in known._outputs.items()}
+        known.keep(name, [known.taken(output)])
+    kept = {
+        name: [bool(torch.isfinite(entry.tensor).all()) for entry in values] for name, values in known._outputs.items()
+    }
     assert kept == {"layers.0": [True], "layers.1": [False], "layers.2": [True]}
-    with known.standing_in(0, torch.device("cpu")):
+    with known.standing_in(0):
         expected = model.layers[3](outputs[2] + outputs[0].relu())
         assert torch.equal(model(x), expected)
     assert "forward" not in vars(model.layers[0])
@@ -93,8 +116,8 @@ def test_what_is_forgotten_is_not_given_silently() -> None:
     stages = stages_of(model, dict(model.named_parameters()))
     known = Given(stages, {name: set() for name in stages}, "cpu")  # as if nothing were made of anything
     for name in list(stages)[:3]:
-        known.keep(name, [torch.randn(2, 3)])
-    with known.standing_in(0, torch.device("cpu")):
+        known.keep(name, [known.taken(torch.randn(2, 3))])
+    with known.standing_in(0):
         assert bool(model(x).isnan().all())
 
 
@@ -114,15 +137,52 @@ def test_a_forward_of_ones_own_is_put_back() -> None:
     model.layers[0].forward = own
     stages = stages_of(model, dict(model.named_parameters()))
     known = Given(stages, {**{name: set() for name in stages}, "layers.1": {"layers.0"}}, "cpu")
-    known.keep("layers.0", [torch.zeros(2, 3)])
-    with known.standing_in(0, torch.device("cpu")):
+    known.keep("layers.0", [known.taken(torch.zeros(2, 3))])
+    with known.standing_in(0):
         assert not model.layers[0](x).any()
     assert vars(model.layers[0])["forward"] is own
+
+
+def test_what_a_stage_gave_can_be_written_into_and_is_where_it_was() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)), torch.randn(2, 3)
+    known = Given(stages_of(model, dict(model.named_parameters())), {"0": set(), "2": {"0"}}, "cpu")
+    known.keep("0", [known.taken(model[0](x))])
+    with known.standing_in(0):
+        assert torch.equal(model(x), model(x))
+        assert model[0](x).requires_grad
+    with FakeTensorMode():
+        known.keep("0", [known.taken(torch.empty(2, 3, dtype=torch.int64, device="cuda"))])
+        assert known._outputs["0"][0].tensor.device.type == "cpu"
+        with known.standing_in(0):
+            assert model[0](None).device.type == "cuda"
+
+
+def test_of_what_is_forgotten_integers_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    known = Given(stages_of(model, dict(model.named_parameters())), {"0": set(), "1": set()}, "cpu")
+    known.keep("0", [known.taken((torch.ones(2), torch.tensor([3, 4]), torch.tensor([False])))])
+    with known.standing_in(0):
+        floats, integers, flags = model[0](None)
+    assert bool(floats.isnan().all()) and integers.tolist() == [3, 4] and flags.tolist() == [False]
+
+
+def test_what_others_do_to_an_output_is_done_once() -> None:
+    model, x = Skipping(), torch.randn(2, 3)
+    model.layers[0].register_forward_hook(lambda _, __, output: output * 2)
+    stages = stages_of(model, dict(model.named_parameters()))
+    known = Given(stages, watched(model, x).needed, "cpu")
+    outputs: list[Tensor] = []
+    with leaving_after(model.layers[0], lambda output: outputs.append(known.taken(output))), suppress(StageReached):
+        model(x)
+    expected = model(x)
+    known.keep("layers.0", outputs)
+    with known.standing_in(0):
+        assert torch.equal(model(x), expected)
 
 
 def test_t5_needs_the_first_blocks_positions_everywhere() -> None:
     model, batch = build("t5"), batch_for("t5")
     found = Watched(stages_of(model, matrices(model)))
-    with found.watching(), torch.enable_grad():
+    with found.watching():
         model(**batch)
     assert "encoder.block.1" in found.needed["decoder.block.0"] & found.needed["decoder.block.1"]
