@@ -201,7 +201,10 @@ def test_what_no_rule_can_be_asked_for_is_refused() -> None:
     for function in (_Doubled.apply, torch.jit.script(_python_function)):
         with pytest.raises(ValueError, match=r"is hidden from the rules .* register the class of the module"):
             lrp_prune.register_rule(function, "identity")
-    for function in (_python_function, F.fractional_max_pool2d):  # which hands on to another one before any mode is asked
+    for function in (
+        _python_function,
+        F.fractional_max_pool2d,
+    ):  # which hands on to another one before any mode is asked
         with pytest.raises(ValueError, match=r"\w+ is a Python function, which the rules look into"):
             lrp_prune.register_rule(function, "identity")
     with pytest.raises(ValueError, match="what digamma normalises over cannot be told"):

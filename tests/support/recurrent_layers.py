@@ -117,7 +117,7 @@ class Explicit:
                 found[name] = each.sum((0, 1))
             elif statistic == "abs_sample":
                 found[name] = each.sum(1).abs().sum(0)
-            elif statistic == "abs_token":
+            elif statistic in ("abs_token", "pxp"):  # there are no maps
                 found[name] = each.abs().sum((0, 1))
             elif statistic == "input_norm":
                 found[name] = weight.square() * energy
