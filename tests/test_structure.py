@@ -1,6 +1,7 @@
 """What keeps the tree readable: data flow one way, without circles, in files and functions that can be read in one sitting."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,15 @@ def test_no_function_is_longer_than_a_screen() -> None:
                 if lines > LINES_OF_A_FUNCTION:
                     long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
     assert not long
+
+
+def test_every_folder_is_installed() -> None:
+    """A wheel has the packages that are listed; an editable install finds the others as well, so that nobody would see it."""
+    project = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools]")[1].split("]")[0]
+    listed = set(re.findall(r'"(lrp_prune[\w.]*)"', project))
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in (ROOT / "lrp_prune").rglob("__init__.py")}
+    assert listed == {*folders, "lrp_prune.callbacks"}
+    assert folders == {".".join(path.relative_to(ROOT).parent.parts) for path in (ROOT / "lrp_prune").rglob("*.py")}
 
 
 def test_imports_point_one_way() -> None:
