@@ -88,7 +88,7 @@ def _dealt(batches: list[Any], seed: int, shares: Sequence[float]) -> Parts:
             f"batches are dealt out whole to {Parts._fields}, and there are only {len(batches)}: give smaller batches, or the "
             "parts by name, {'reference': [...], 'selection': [...], 'test': [...]}"
         )
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(batches), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").tolist()
     first = min(max(round(shares[0] * len(order)), 1), len(order) - 2)
     second = min(max(round((shares[0] + shares[1]) * len(order)), first + 1), len(order) - 1)
     bounds = ((0, first), (first, second), (second, len(order)))

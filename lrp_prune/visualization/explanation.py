@@ -58,7 +58,7 @@ class Explanation:
         return replace(
             self,
             inputs={name: part.picked([number]) for name, part in self.inputs.items()},
-            values=self.values[[number]] if known else torch.full((1,), torch.nan),
+            values=self.values[[number]] if known else torch.full((1,), torch.nan, device="cpu"),
             elsewhere=self.elsewhere if len(self) == 1 else {},
             layers={name: values[[number]] for name, values in self.layers.items() if len(values) == len(self)},
         )

@@ -40,7 +40,7 @@ class Tokens:
         for sample, names in enumerate(self.labels):
             values = [value for _, value in self.of(sample)]
             groups = words(names, self.begins[sample])
-            rows.append(torch.tensor([sum(values[place] for place in group) for group in groups]))
+            rows.append(torch.tensor([sum(values[place] for place in group) for group in groups], device="cpu"))
             labels.append(tuple("".join(names[place] for place in group) for group in groups))
         return replace(
             self,

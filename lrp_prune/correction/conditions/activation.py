@@ -24,6 +24,7 @@ class ActivationAbove(Condition):
         ValueError: for a direction that is no vector of finite numbers; on a call, for an output of another width.
 
     Example:
+        >>> import torch
         >>> condition = ActivationAbove("layers.3", 0.5, torch.tensor([1.0, 0.0]))
         >>> condition.holds((), torch.tensor([[[1.0, 9.0], [0.0, 9.0]]]))
         tensor([[ True, False]])

@@ -287,7 +287,7 @@ class _Compensating:
         if not weight.has_bias:
             gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
         solved = []
-        errors = torch.zeros(2, dtype=torch.float64)
+        errors = torch.zeros(2, dtype=torch.float64, device="cpu")
         for group in range(len(gram)):
             own = gram[group].diagonal()
             inputs = own[:-1] if weight.has_bias else own
@@ -300,7 +300,9 @@ class _Compensating:
             update = self._way.solve(damped, cross, weight.kept[group], found[group])
             best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
             masked = found[group] * weight.kept[group]
-            errors += torch.tensor([_distance(entry, best, damped) for entry in (masked, update)], dtype=torch.float64)
+            errors += torch.tensor(
+                [_distance(entry, best, damped) for entry in (masked, update)], dtype=torch.float64, device="cpu"
+            )
             solved.append(update)
         weight.write_(torch.stack(solved))
         known = self._result.errors.get(place.name, (0.0, 0.0))

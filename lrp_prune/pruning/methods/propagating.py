@@ -30,7 +30,7 @@ class LRP(Method):
 
     Example:
         >>> LRP().collects(("weight",))
-        Collects(statistic='geometric', composite='epsilon', skip_first=0, explains=True)
+        Collects(statistic='geometric', composite='epsilon', skip_first=0, explains=True, steps=None)
         >>> str(LRP(composite="cp_lrp"))
         "lrp (composite='cp_lrp')"
     """
