@@ -14,16 +14,14 @@ from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
 from lrp_prune.attribution.unit_observers import UNIT_KINDS
 from lrp_prune.distributed.sharding import agreeing, device_of, fsdp_modules
-from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import CompositeLike, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.roots import Root
+from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.engine.unsharding import refuse_inference_tensors
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import check_batches, samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
-from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.statistics import Statistic
@@ -130,12 +128,7 @@ class RelevanceAccumulator:
         sharded = table if isinstance(table, ShardedTable) else None
         mesh = None if sharded is None else sharded.mesh
         device = next(module.parameters()).device if mesh is None else device_of(mesh)
-        with (
-            torch.inference_mode(False),
-            undisturbed(module),
-            unchanged_configuration(profile_of(module).config),
-            recomputed_in_evaluation(module),
-        ):
+        with unaltered(module):
             batch = to_device(batch, device)
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)

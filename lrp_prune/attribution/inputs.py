@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
+from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.padding import attended_labels, counted_tokens
 from lrp_prune.models.profile import parameters_of, profile_of
-from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
+from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
 
@@ -77,12 +76,7 @@ def input_relevance(
     subject = subject_of(model)
     module = subject.module
     check_samples(batch)
-    with (
-        torch.inference_mode(False),
-        undisturbed(module),
-        unchanged_configuration(profile_of(module).config),
-        recomputed_in_evaluation(module),
-    ):
+    with unaltered(module):
         batch = on_device_of(module, batch)
         found = target_for(module, batch, target, subject.own_target)
         rules = composite_of(composite)

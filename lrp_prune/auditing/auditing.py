@@ -11,14 +11,13 @@ from lrp_prune.auditing.passages import Passage, Passing
 from lrp_prune.auditing.report import CAUSES, AuditReport, Remark
 from lrp_prune.auditing.without import dead_units, unscored_weights
 from lrp_prune.engine.audit import Finding
-from lrp_prune.engine.checkpoints import recomputed_in_evaluation
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.roots import Root
+from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules
 from lrp_prune.relevance.unscored import patterns_of
@@ -95,12 +94,7 @@ def _passed(model: nn.Module, batch: Any, target: Any, rules: Composite) -> _Pas
     subject = subject_of(model)
     module, passing = subject.module, Passing()
     check_samples(batch)
-    with (
-        torch.inference_mode(False),
-        undisturbed(module),
-        unchanged_configuration(profile_of(module).config),
-        recomputed_in_evaluation(module),
-    ):
+    with unaltered(module):
         batch = on_device_of(module, batch)
         explained = target_for(module, batch, target, subject.own_target)
         with propagating(module, rules, None, "warn", WeightUses(), constants=True) as propagation:

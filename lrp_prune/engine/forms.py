@@ -141,21 +141,27 @@ class Convolution(Form):
 
     def _backward(self, d: Tensor, activation: Tensor, weight: Tensor, wanted: int) -> Tensor | None:
         """One gradient, without computing the convolution again; None where that takes another way, as without a batch."""
-        named = {name: self.call.argument(3 + index, name) for index, name in enumerate(self._names)}
         dims = weight.dim() - 2
-        if activation.dim() != weight.dim() or isinstance(named["padding"], str):
+        stride, padding, dilation, output_padding = (
+            self.numbers(name, dims) for name in ("stride", "padding", "dilation", "output_padding")
+        )
+        if activation.dim() != weight.dim() or isinstance(padding, str):
             return None
-        given = [
-            _each(named.get(name), default, dims)
-            for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
-        ]
         mask = [index == wanted for index in range(3)]
-        stride, padding, dilation, output_padding = given
         geometry = (stride, padding, dilation, self._transposed, output_padding, self.groups)
         result: Tensor = torch.ops.aten.convolution_backward(
             d.to(activation.dtype), activation, weight, None, *geometry, mask
         )[wanted]
         return result
+
+    def numbers(self, name: str, dims: int) -> Any:
+        """An argument of the call such as ``stride``, with a number for each dimension, or the name of a way to pad."""
+        value = self.call.argument(3 + self._names.index(name), name) if name in self._names else None
+        if isinstance(value, str):
+            return value
+        value = _DEFAULTS[name] if value is None else value
+        entries = [value] if isinstance(value, int) else list(value)
+        return entries * dims if len(entries) == 1 else entries
 
     @property
     def groups(self) -> int:
@@ -172,11 +178,7 @@ class TransposedConvolution(Convolution):
     _names: ClassVar[tuple[str, ...]] = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
-def _each(value: Any, default: int, dims: int) -> list[int]:
-    """A number for each dimension."""
-    value = default if value is None else value
-    entries = [value] if isinstance(value, int) else list(value)
-    return entries * dims if len(entries) == 1 else entries
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 
 
 def form_of(call: Call, activation: int, weight: int) -> Form:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lrp_prune.engine.checkpoints import recomputed_in_evaluation
+from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.models.batches import to_device
-from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import unchanged_buffers, unchanged_configuration, undisturbed
+from lrp_prune.models.states import unchanged_buffers
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.targets import Inferred
 from lrp_prune.targets.naming import TARGETS
@@ -68,13 +67,7 @@ def comparing_by(
 def _inferred(module: nn.Module, batch: Any, mesh: "DeviceMesh | None") -> tuple[str, str]:
     """The name of the target that fits, and why there is none."""
     try:
-        with (
-            torch.inference_mode(False),
-            undisturbed(module),
-            unchanged_buffers(module),
-            unchanged_configuration(profile_of(module).config),
-            recomputed_in_evaluation(module),
-        ):
+        with unaltered(module), unchanged_buffers(module):
             chosen = Inferred(tells=False).decide(module, batch, mesh)
     except ValueError as error:
         return BY_SQUARES, str(error)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import lrp_prune
 from lrp_prune import LRP, Activation, Gradient, IntegratedGradients, Magnitude, Method, Random, Taylor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "examples")]
 from tests.benchmarks.vision_models import DATA, NETWORKS, Images, accuracy, train
 
 RATES = tuple(step / 10 for step in range(10))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from prune_cnn import Block
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -30,21 +31,6 @@ def vgg() -> nn.Sequential:
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 48), nn.ReLU(), nn.Linear(48, 10)
     )
-
-
-class Block(nn.Module):
-    """ResNet's basic block."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.one = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
-        self.two = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
-        self.past: nn.Module = nn.Identity()
-        if stride > 1:
-            self.past = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.two(self.one(x).relu()) + self.past(x)).relu()
 
 
 def resnet() -> nn.Sequential:

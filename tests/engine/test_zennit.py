@@ -1,8 +1,5 @@
 """Relevance of inputs is that of zennit (Anders et al. 2021, arXiv 2106.13200), written independently, on small networks."""
 
-import sys
-from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,23 +12,6 @@ from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Where, WSquar
 
 NONE = 1e-12
 """zennit's own stabiliser where ours is left at zero, and in pooling: enough that nothing is divided by zero there."""
-
-
-@pytest.fixture(scope="module")
-def zennit() -> Iterator[Any]:
-    """zennit; it asks torchvision for classes of models that are not used here, so that it need not be installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            import torchvision  # noqa: F401
-        except (ImportError, RuntimeError):  # RuntimeError: it is there, but built for another torch
-            models, resnet = ModuleType("torchvision.models"), ModuleType("torchvision.models.resnet")
-            resnet.Bottleneck = resnet.BasicBlock = type("Unused", (nn.Module,), {})  # type: ignore[attr-defined]
-            for module in (ModuleType("torchvision"), models, resnet):
-                patch.setitem(sys.modules, module.__name__, module)
-        composites = pytest.importorskip("zennit.composites")
-        from zennit import layer, rules, types
-
-        yield SimpleNamespace(composites=composites, layer=layer, rules=rules, types=types)
 
 
 class Residual(nn.Module):

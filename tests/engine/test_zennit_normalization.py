@@ -1,8 +1,6 @@
 """Relevance is that of zennit on networks with batch normalisation, which both fold into the layers, of inputs and inside."""
 
-import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,23 +37,6 @@ COMPARED = (
     nn.BatchNorm1d,
     convolutional.Residual,
 )
-
-
-@pytest.fixture(scope="module")
-def zennit() -> Iterator[Any]:
-    """zennit; it asks torchvision for classes of models that are not used here, so that it need not be installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            import torchvision  # noqa: F401
-        except (ImportError, RuntimeError):  # RuntimeError: it is there, but built for another torch
-            models, resnet = ModuleType("torchvision.models"), ModuleType("torchvision.models.resnet")
-            resnet.Bottleneck = resnet.BasicBlock = type("Unused", (nn.Module,), {})  # type: ignore[attr-defined]
-            for module in (ModuleType("torchvision"), models, resnet):
-                patch.setitem(sys.modules, module.__name__, module)
-        composites = pytest.importorskip("zennit.composites")
-        from zennit import canonizers, layer, rules, types
-
-        yield SimpleNamespace(composites=composites, layer=layer, rules=rules, types=types, canonizers=canonizers)
 
 
 def pairs(zennit: Any, label: str, has_norms: bool) -> tuple[Composite, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lrp_prune.metrics import PerturbationCurve, perturbation_curve, plot_curves
 from lrp_prune.metrics.perturbing import replaced
 from lrp_prune.targets import Logit, LogitDifference
-from tests.support.small_models import batch_for, build
+from tests.support.small_models import Counting, batch_for, build
 
 SHARES = (0.0, 0.5, 1.0)
 
@@ -259,16 +259,6 @@ def test_a_blurred_point_fades_with_its_distance() -> None:
 
 
 def test_buffers_that_a_forward_writes_are_as_they_were() -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 3)
-            self.register_buffer("runs", torch.zeros(1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.runs += 1
-            return self.layer(x)
-
-    model = Counts()
+    model = Counting()
     curve(model, torch.randn(5, 6), "gradient")
     assert not model.runs.any()

@@ -11,7 +11,7 @@ import lrp_prune
 from lrp_prune.targets import LogitDifference
 from lrp_prune.visualization import Explanation, Pixels, Tokens
 from lrp_prune.visualization.subwords import labelled, words
-from tests.support.small_models import batch_for, build, forward
+from tests.support.small_models import Counting, batch_for, build, forward
 from tests.support.words import of_bytes, of_pieces
 
 
@@ -306,16 +306,6 @@ def test_tokens_that_are_looked_up_twice_have_the_relevance_of_both() -> None:
 
 @pytest.mark.parametrize("look", [lrp_prune.explain, lrp_prune.audit])
 def test_buffers_that_a_forward_writes_are_as_they_were(look: Any) -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 3)
-            self.register_buffer("runs", torch.zeros(1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.runs += 1
-            return self.layer(x)
-
-    model = Counts()
+    model = Counting()
     look(model, torch.randn(5, 6))
     assert not model.runs.any()

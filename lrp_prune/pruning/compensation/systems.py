@@ -1,7 +1,6 @@
 """The inputs of layers as rows, and the normal equations that are summed from them."""
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +41,8 @@ def _patches(x: Tensor, weight: Tensor, form: Convolution) -> list[Tensor]:
     dims = weight.dim() - 2
     if x.dim() == dims + 1:
         x = x[None]
-    size = list(weight.shape[2:])
-    stride, padding, dilation = (_each(form, index, dims) for index in range(3))
+    size = weight.shape[2:]
+    stride, padding, dilation = (form.numbers(name, dims) for name in ("stride", "padding", "dilation"))
     reach = [step * (width - 1) for step, width in zip(dilation, size, strict=True)]
     if padding == "valid":
         padding = [0] * dims
@@ -53,7 +52,7 @@ def _patches(x: Tensor, weight: Tensor, form: Convolution) -> list[Tensor]:
         else [(entry, entry) for entry in padding]
     )
     found = []
-    each = max(1, _ENTRIES // max(x[0].numel() * size_of(size), 1))
+    each = max(1, _ENTRIES // max(x[0].numel() * size.numel(), 1))
     for some in torch.split(x, each):
         some = F.pad(some, list(itertools.chain.from_iterable(reversed(sides))))
         for dim in range(dims):
@@ -62,21 +61,6 @@ def _patches(x: Tensor, weight: Tensor, form: Convolution) -> list[Tensor]:
         some = some.movedim(1, 1 + dims).flatten(0, dims)
         found.append(some.reshape(len(some), form.groups, -1).transpose(0, 1))
     return found
-
-
-def size_of(size: list[int]) -> int:
-    """How many entries that has."""
-    return int(torch.Size(size).numel())
-
-
-def _each(form: Convolution, index: int, dims: int) -> Any:
-    value = form.call.argument(3 + index, ("stride", "padding", "dilation")[index])
-    if value is None:
-        value = (1, 0, 1)[index]
-    if isinstance(value, str):
-        return value
-    entries = [value] if isinstance(value, int) else list(value)
-    return entries * dims if len(entries) == 1 else entries
 
 
 class Systems:
