@@ -69,6 +69,7 @@ def input_relevance(
         FloatingPointError: if the explained value or a relevance is not finite.
 
     Example:
+        >>> import torch
         >>> found = input_relevance(nn.Linear(3, 2, bias=False), torch.ones(1, 3))
         >>> bool(torch.isclose(found.inputs["input"].sum(), found.values.sum()))
         True
