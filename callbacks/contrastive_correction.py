@@ -133,11 +133,8 @@ class ContrastiveCorrection(CollectingCallback):
         suite: Mapping[str, Any] | None = None,
         allow_untested: bool = False,
     ) -> None:
-        if not isinstance(behaviour, str) or not behaviour:
-            raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
+        _check_removal(behaviour, strength)
         self._automatic = checked_amount(amount)
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-            raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
         check_choice("normalize", normalize, NORMALIZATIONS)
         self._metrics = metrics_of(undesired_metric, general_metric, amount if self._automatic else None)
         self._automatic = with_limits(self._automatic, general_metric, self._metrics)
@@ -342,3 +339,10 @@ class ContrastiveCorrection(CollectingCallback):
         for name, value in values_of(pl_module.trainer, inner(pl_module), metrics, known or {}).items():
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
+
+
+def _check_removal(behaviour: Any, strength: Any) -> None:
+    if not isinstance(behaviour, str) or not behaviour:
+        raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")

@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from correct_repetition import Tokens, examples, uniqueness
 from correction_study import Batch, answer_batches, generate, interval
@@ -130,52 +131,47 @@ def row(name: str, seeds: Sequence[tuple[list[float], list[float]]], largest: fl
     return f"| {name} | {len(after)} | {' | '.join(figures)} | {min(means):.3f} to {max(means):.3f} | {still} |"
 
 
-def main() -> None:
-    options = parse()
-    quiet()
-    options.output.mkdir(parents=True, exist_ok=True)
-    stage(f"loading {options.model}, and texts")
-    model, tokenizer = load_model(options.model)
-    sizes = {"windows": options.windows, "length": options.length, "samples": options.samples}
-    test_sizes = {"windows": options.test_windows, "length": options.length, "samples": options.test_samples}
-    selection, _ = Suite.halves(tokenizer, **sizes)
-    _, test = Suite.halves(tokenizer, **test_sizes, allowed=limits(options.allowed))
+def drawn(
+    model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace
+) -> tuple[dict[str, tuple[Tokens, Tokens]], dict[str, list[tuple[Tokens, Tokens]]]]:
+    """Prompts with answers to learn with, and to test with for each seed of each kind."""
     learn_from, held_out = split_documents(load_documents(options.dataset))
-
-    stage("looking for prompts that draw repetitive answers")
 
     def everyday(half: int, count: int, seed: int) -> Tokens:
         return [tokenizer(text)["input_ids"] for text in everyday_beginnings(half, count, seed)]
 
-    seeds = range(options.seeds)
-    to_learn = answered(
-        model,
-        {
-            "speeches, to learn with": sentence_beginnings(learn_from, tokenizer, options.candidates, 12, 0),
-            "everyday, to learn with": everyday(0, options.everyday, 0),
-        },
-        options,
-    )
-    to_test = {
-        kind: answered(
-            model,
-            {
-                f"{kind}, seed {seed}": everyday(1, options.test_everyday, seed)
-                if kind == "everyday sentences"
-                else sentence_beginnings(held_out, tokenizer, options.test_candidates, 12, 100 + seed)
-                for seed in seeds
-            },
-            options,
-        )
-        for kind in ("other speeches", "everyday sentences")
-    }
-    loops = [repetitive(several, options.repetitive, options.most_to_learn) for several in to_learn.values()]
+    def speeches(documents: list[str], count: int, seed: int) -> Tokens:
+        return sentence_beginnings(documents, tokenizer, count, 12, seed)
 
-    stage(f"learning where the model loops, with {sum(len(prompts) for prompts, _ in loops)} answers")
+    to_learn = {
+        "speeches, to learn with": speeches(learn_from, options.candidates, 0),
+        "everyday, to learn with": everyday(0, options.everyday, 0),
+    }
+    to_test = {
+        "other speeches": lambda seed: speeches(held_out, options.test_candidates, 100 + seed),
+        "everyday sentences": lambda seed: everyday(1, options.test_everyday, seed),
+    }
+    return answered(model, to_learn, options), {
+        kind: list(
+            answered(model, {f"{kind}, seed {seed}": prompts(seed) for seed in range(options.seeds)}, options).values()
+        )
+        for kind, prompts in to_test.items()
+    }
+
+
+def learned(
+    model: PreTrainedModel, selection: Suite, loops: list[tuple[Tokens, Tokens]], options: argparse.Namespace
+) -> ConditionalPatch:
+    """The later part of the given patches, under the condition that answers that loop tell from general sets."""
     undesired = [
         repeats_only(batch, 2) for prompts, answers in loops for batch in answer_batches(prompts, answers, answers, 8)
     ]
-    general = {name: entry.parts for name, entry in selection.items() if isinstance(entry, Likelihood)}
+    # Each set counts alike in the direction: neutral sentences guard against something else, and are only judged by.
+    general = {
+        name: entry.parts
+        for name, entry in selection.items()
+        if isinstance(entry, Likelihood) and name != "neutral sentences"
+    }
     # Where a fact is given nothing is repeated yet that is asked for, but what is changed there cannot be found again.
     general["contexts of facts"] = [everywhere(part) for part in general["facts in context"]]
     condition = ActivationAbove.learned(
@@ -185,9 +181,17 @@ def main() -> None:
     united = reduce(operator.or_, map(Patch.load, options.patches))
     patch = ConditionalPatch(later_part(united, options.layers, options.layer), condition)
     patch.provenance["strength"] = options.strength
-    patch.save(options.output / "loops.safetensors")
+    return patch
 
-    stage(f"testing {patch.num_entries:,} weights at strength {options.strength:g} on prompts of {len(seeds)} seeds")
+
+def reached(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    patch: ConditionalPatch,
+    to_test: dict[str, list[tuple[Tokens, Tokens]]],
+    options: argparse.Namespace,
+) -> str:
+    """The table of how repetitive answers are before and after, and with random weights under the same condition."""
 
     def corrected(given: Tokens, other: Patch = patch) -> Tokens:
         other.apply_(model, options.strength)
@@ -198,7 +202,7 @@ def main() -> None:
 
     lines = ["| prompts | number | before | after | by seed | still repetitive |", "|---|---|---|---|---|---|"]
     for kind, several in to_test.items():
-        tested = [repetitive(each, options.repetitive, options.most) for each in several.values()]
+        tested = [repetitive(each, options.repetitive, options.most) for each in several]
         after = [corrected(prompts) for prompts, _ in tested]
         ratios = [(uniqueness(old), uniqueness(new)) for (_, old), new in zip(tested, after, strict=True)]
         lines.append(row(kind, ratios, options.repetitive))
@@ -208,8 +212,32 @@ def main() -> None:
             ratios = [(uniqueness(tested[0][1]), uniqueness(corrected(tested[0][0], random)))]
             lines.append(row(f"{kind}, random weights {number}, seed 0", ratios, options.repetitive))
         print(examples(tokenizer, *tested[0], after[0], 3), flush=True)
-    (options.output / "reach.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse()
+    quiet()
+    options.output.mkdir(parents=True, exist_ok=True)
+    stage(f"loading {options.model}, and texts")
+    model, tokenizer = load_model(options.model)
+    sizes = {"windows": options.windows, "length": options.length, "samples": options.samples}
+    test_sizes = {"windows": options.test_windows, "length": options.length, "samples": options.test_samples}
+    selection, _ = Suite.halves(tokenizer, **sizes)
+    _, test = Suite.halves(tokenizer, **test_sizes, allowed=limits(options.allowed))
+
+    stage("looking for prompts that draw repetitive answers")
+    to_learn, to_test = drawn(model, tokenizer, options)
+    loops = [repetitive(several, options.repetitive, options.most_to_learn) for several in to_learn.values()]
+
+    stage(f"learning where the model loops, with {sum(len(prompts) for prompts, _ in loops)} answers")
+    patch = learned(model, selection, loops, options)
+    patch.save(options.output / "loops.safetensors")
+
+    stage(f"testing {patch.num_entries:,} weights at strength {options.strength:g} on prompts of {options.seeds} seeds")
+    table = reached(model, tokenizer, patch, to_test, options)
+    (options.output / "reach.md").write_text(table + "\n")
+    print(table, flush=True)
 
     stage("what it does besides, the worst first (side-effects.md)")
     effects = side_effects_of(patch, model, test, options.strength, random=options.random_besides)

@@ -115,6 +115,72 @@ def examples(tokenizer: Any, prompts: Tokens, before: Tokens, after: Tokens, cou
     return "\n".join(lines)
 
 
+def compared(
+    study: Study, contrast: ContrastRounds, repeating: list[Batch], count: int, options: argparse.Namespace
+) -> dict[str, list[Result]]:
+    """What a patch of so many weights is compared with: random and small weights, activations, other rules."""
+    model, general, names = contrast.model, contrast.general, contrast.names
+    # Neurons of an MLP are the inputs of its last layer; other models get all weights' inputs.
+    down = [name for name in names if name.endswith("down_proj.weight")] or names
+    means = [mean_activations(model, reference, down) for reference in (general, repeating)]
+    points: dict[str, list[Result]] = {}
+    for name, result in comparisons(
+        study,
+        names,
+        lambda entries: activation_patch(model, means[0], means[1], entries),
+        count,
+        options.strength,
+        options.allowed,
+        options.seeds,
+    ):
+        points.setdefault(name, []).append(result)
+        print(f"{name}: uniqueness {result.score:.3f} at {result.cost:+.2%}", flush=True)
+    for composite in options.compare:
+        rival = ContrastRounds(
+            model, general, RepetitionMargin(), "repetition", composite, options.guard, contrast.guard_by
+        )
+        sets = rival.collect(repeating)
+        found = study.at_cost(
+            lambda entries, rival=rival, sets=sets: rival.patch(sets, entries),
+            count,
+            options.allowed,
+            options.strength,
+        )
+        points[f"{composite} contrast in one round, same cost"] = [found] if found is not None else []
+    return points
+
+
+def show(
+    study: Study,
+    ours: list[Result],
+    chosen: int,
+    groups: dict[str, list[Result]],
+    points: dict[str, list[Result]],
+    options: argparse.Namespace,
+) -> None:
+    """The table and the plot, printed and written."""
+    figures = table(groups | points, "uniqueness")
+    (options.output / "table.md").write_text(figures + "\n")
+    count = len(study.base.scores)
+    figure = plot(
+        {f"contrastive relevance ({options.composite})": ours},
+        points,
+        study.base,
+        "uniqueness of greedy answers",
+        0.7,
+        f"Repetition: {count} held-out prompts of {options.model}",
+    )
+    figure.savefig(options.output / "trade-off.png", dpi=120)
+    stage(f"results (table.md, trade-off.png and repetition.safetensors are in {options.output})")
+    print(figures)
+    low, high = interval(ours[chosen].scores)
+    still = sum(ratio <= options.repetitive for ratio in ours[chosen].scores)
+    print(
+        f"\nuniqueness {study.base.score:.3f} -> {ours[chosen].score:.3f} ({low:.3f} to {high:.3f}) at {ours[chosen].cost:+.2%} "
+        f"perplexity; {still} of {count} answers are still repetitive"
+    )
+
+
 def main() -> None:
     options = parse()
     quiet()
@@ -151,7 +217,7 @@ def main() -> None:
         options.strength,
     )
     chosen = last_within(model, patches, options.strength, to_choose, options.allowed / 4)
-    patch, names = patches[chosen], contrast.names
+    patch = patches[chosen]
     patch.save(options.output / "repetition.safetensors")
 
     stage(f"measuring on {len(test)} held-out prompts")
@@ -163,54 +229,8 @@ def main() -> None:
     print(table(groups, "uniqueness"), flush=True)
 
     stage("measuring what it is compared with")
-    # Neurons of an MLP are the inputs of its last layer; other models get all weights' inputs.
-    down = [name for name in names if name.endswith("down_proj.weight")] or names
-    means = [mean_activations(model, reference, down) for reference in (general, answered(answers))]
-    points: dict[str, list[Result]] = {}
-    for name, result in comparisons(
-        study,
-        names,
-        lambda count: activation_patch(model, means[0], means[1], count),
-        patch.num_entries,
-        options.strength,
-        options.allowed,
-        options.seeds,
-    ):
-        points.setdefault(name, []).append(result)
-        print(f"{name}: uniqueness {result.score:.3f} at {result.cost:+.2%}", flush=True)
-    for composite in options.compare:
-        rival = ContrastRounds(
-            model, general, RepetitionMargin(), "repetition", composite, options.guard, contrast.guard_by
-        )
-        sets = rival.collect(answered(answers))
-        found = study.at_cost(
-            lambda count, rival=rival, sets=sets: rival.patch(sets, count),
-            patch.num_entries,
-            options.allowed,
-            options.strength,
-        )
-        points[f"{composite} contrast in one round, same cost"] = [found] if found is not None else []
-
-    figures = table(groups | points, "uniqueness")
-    (options.output / "table.md").write_text(figures + "\n")
-    figure = plot(
-        {f"contrastive relevance ({options.composite})": ours},
-        points,
-        study.base,
-        "uniqueness of greedy answers",
-        0.7,
-        f"Repetition: {len(test)} held-out prompts of {options.model}",
-    )
-    figure.savefig(options.output / "trade-off.png", dpi=120)
-
-    stage(f"results (table.md, trade-off.png and repetition.safetensors are in {options.output})")
-    print(figures)
-    low, high = interval(ours[chosen].scores)
-    still = sum(ratio <= options.repetitive for ratio in ours[chosen].scores)
-    print(
-        f"\nuniqueness {study.base.score:.3f} -> {ours[chosen].score:.3f} ({low:.3f} to {high:.3f}) at {ours[chosen].cost:+.2%} "
-        f"perplexity; {still} of {len(test)} answers are still repetitive"
-    )
+    points = compared(study, contrast, answered(answers), patch.num_entries, options)
+    show(study, ours, chosen, groups, points, options)
     patch.apply_(model, options.strength)
     after = generate(model, test, options.answer_tokens)
     patch.revert_(model)

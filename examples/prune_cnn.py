@@ -187,7 +187,7 @@ def draw(
     figure.savefig(path, dpi=150)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, help="a folder with a folder of images for each class; the digits without it"
@@ -198,7 +198,28 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of each layer's filters that goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/prune_cnn/filters.png"), help="the picture")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def prepared(given: argparse.Namespace) -> tuple[nn.Module, tuple[DataLoader, DataLoader, DataLoader]]:
+    """The network, untrained or timm's, and its images: to train with, as reference, and held out."""
+    if given.data is None:
+        data, labels = digits()
+        channels, classes = 1, 10
+    else:
+        data = Folder(given.data, given.side)
+        labels, channels, classes = data.labels, 3, len(data.classes)
+    if given.model:
+        import timm
+
+        network = timm.create_model(given.model, pretrained=True, in_chans=channels, num_classes=classes)
+    else:
+        network = small(channels, classes)
+    return network, loaders(data, labels, given.seed, batch=50)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    given = parse(arguments)
     quiet()
     for expected in (
         ".*no `val_dataloader`.*",
@@ -208,21 +229,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         warnings.filterwarnings("ignore", message=expected)
     lightning.seed_everything(given.seed, verbose=False)
 
-    if given.data is None:
-        data, labels = digits()
-        channels, classes = 1, 10
-    else:
-        data = Folder(given.data, given.side)
-        labels, channels, classes = data.labels, 3, len(data.classes)
-    training, reference, held_out = loaders(data, labels, given.seed, batch=50)
+    network, (training, reference, held_out) = prepared(given)
     batches = [tuple(batch) for batch in reference]
-
-    if given.model:
-        import timm
-
-        network = timm.create_model(given.model, pretrained=True, in_chans=channels, num_classes=classes)
-    else:
-        network = small(channels, classes)
     stage(f"Training for {given.epochs} epochs")
     fit(network, training, given.epochs, 3e-3, [])
     dense = accuracy(network, held_out)

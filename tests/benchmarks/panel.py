@@ -32,8 +32,10 @@ from lrp_prune import Scope, pruning
 from lrp_prune.pruning import sparsity_schedule
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.panel_models import Case, Data, cases, score_of, train
+from tests.benchmarks.panel_data import Data
+from tests.benchmarks.panel_models import cases
 from tests.benchmarks.panel_report import figure, overview, table
+from tests.benchmarks.panel_training import Case, score_of, train
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 TRAINED_SPARSITIES = (0.8, 0.9)

@@ -1,301 +1,42 @@
-"""The models of the panel: each is made and trained here in seconds to a minute, and judged on data that it has not seen."""
+"""The models of the panel: each is made and trained here in seconds to a minute."""
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from sys import path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers as tf
-from sklearn.datasets import load_digits, make_friedman1
 from torch import Tensor, nn
 
-Batch = Any
-Split = list[Batch]
-
-
-@dataclass
-class Data:
-    """Batches to train on, to calibrate with (of the training data), and to judge by, which nothing else sees."""
-
-    train: Split
-    reference: Split
-    held_out: Split
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of model on one kind of data.
-
-    Args:
-        name: what it is called in tables.
-        build: an untrained model.
-        data: from a seed.
-        loss: of a model on a batch, for the training.
-        score: of a model's outputs on a batch: sum over what is judged, and how many that is; higher is better.
-        chance: the score of a model that knows nothing, or what computes it.
-        epochs: of the training; none: the model comes trained, and is pruned in one shot alone.
-        rate: the training's largest learning rate.
-        include: weights that are pruned; None: those that are by default.
-        target: what is explained; None: inferred.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    data: Callable[[int], Data]
-    loss: Callable[[nn.Module, Batch], Tensor]
-    score: Callable[[nn.Module, Batch], tuple[float, int]]
-    chance: float | Callable[[], float]
-    epochs: float = 10
-    rate: float = 2e-3
-    include: tuple[str, ...] | None = None
-    target: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def score_of(case: Case, model: nn.Module, batches: Split) -> float:
-    """The mean score over batches."""
-    model.eval()
-    total, number = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            value, count = case.score(model, batch)
-            total, number = total + value, number + count
-    return total / max(number, 1)
-
-
-def train(case: Case, model: nn.Module, batches: Split, epochs: float, rate: float, seed: int) -> Iterator[None]:
-    """An ordinary training: AdamW, the rate rising for a tenth of the time and then falling to zero; yields after each step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
-    steps = max(round(epochs * len(batches)), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    generator, order = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        if not order:
-            order = torch.randperm(len(batches), generator=generator).tolist()
-        model.train()
-        loss = case.loss(model, batches[order.pop()])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        yield
-
-
-# Data
-
-
-def batched(size: int, *columns: Any) -> Split:
-    """Tuples of tensors in batches of equal size; a mapping of tensors gives mappings."""
-    if len(columns) == 1 and isinstance(columns[0], dict):
-        length = len(next(iter(columns[0].values())))
-        starts = range(0, length, size)
-        return [{name: tensor[start : start + size] for name, tensor in columns[0].items()} for start in starts]
-    return [tuple(column[start : start + size] for column in columns) for start in range(0, len(columns[0]), size)]
-
-
-def split(columns: Any, size: int, seed: int, held_out: float = 0.25, reference: int = 4) -> Data:
-    """Shuffled and parted; the reference is of the training part."""
-    mapping = isinstance(columns, dict)
-    length = len(next(iter(columns.values())) if mapping else columns[0])
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-    cut = round(length * (1 - held_out))
-
-    def part(indices: Tensor) -> Split:
-        if mapping:
-            return batched(size, {name: tensor[indices] for name, tensor in columns.items()})
-        return batched(size, *(column[indices] for column in columns))
-
-    train = part(order[: cut - cut % size])
-    return Data(train, train[:reference], part(order[cut:]))
-
-
-@functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images, dtype=torch.float32) / 16 - 0.3, torch.tensor(labels)
-
-
-def digits(shape: Sequence[int], name: str | None = None) -> Callable[[int], Data]:
-    """8 x 8 images of handwritten digits in some shape, in pairs or under the name that the model calls them by."""
-
-    def make(seed: int) -> Data:
-        images, labels = _digits()
-        images = images.reshape(-1, *shape)
-        return split((images, labels) if name is None else {name: images, "labels": labels}, 32, seed)
-
-    return make
-
-
-@functools.cache
-def speeches() -> str:
-    """State of the Union addresses, one after the other."""
-    path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-    from language_model import load_documents
-
-    return "\n".join(load_documents())
-
-
-@functools.cache
-def characters() -> tuple[Tensor, int]:
-    """The speeches as numbers of characters; rare ones share one."""
-    text = speeches()[:1_500_000]
-    counts: dict[str, int] = {}
-    for character in text:
-        counts[character] = counts.get(character, 0) + 1
-    known = sorted(character for character, count in counts.items() if count > 200)
-    index = {character: number + 2 for number, character in enumerate(known)}  # 0 is padding, 1 is a mask
-    return torch.tensor([index.get(character, 1) for character in text]), len(known) + 2
-
-
-def character_windows(length: int, number: int) -> Callable[[int], Data]:
-    """Windows of text; what is held out is of other speeches."""
-
-    def make(seed: int) -> Data:
-        ids, _ = characters()
-        cut = round(0.85 * len(ids))
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(cut - length, (number,), generator=generator)
-        later = torch.randint(cut, len(ids) - length, (256,), generator=torch.Generator().manual_seed(0))
-        windows = torch.stack([ids[start : start + length] for start in (*starts.tolist(), *later.tolist())])
-        train = batched(16, {"input_ids": windows[:number], "labels": windows[:number]})
-        return Data(train, train[:6], batched(16, {"input_ids": windows[number:], "labels": windows[number:]}))
-
-    return make
-
-
-def masked_chains(seed: int) -> Data:
-    """Walks through 60 states with four ways on from each; a fifth of the states is hidden, to be guessed from both sides."""
-    ways = torch.randint(2, 62, (62, 4), generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(seed + 1)
-    ids = torch.empty(8192, 24, dtype=torch.int64)
-    ids[:, 0] = torch.randint(2, 62, (8192,), generator=generator)
-    for place in range(1, 24):
-        ids[:, place] = ways[ids[:, place - 1], torch.randint(4, (8192,), generator=generator)]
-    hidden = torch.rand(ids.shape, generator=generator) < 0.2
-    return split({"input_ids": ids.masked_fill(hidden, 1), "labels": ids.masked_fill(~hidden, -100)}, 32, seed)
-
-
-def marked_sequences(seed: int) -> Data:
-    """Two classes that a few tokens tell apart beyond doubt: a classifier is soon sure of everything."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(2, (2048,), generator=generator)
-    ids = torch.randint(20, 100, (2048, 20), generator=generator)
-    for row, label in enumerate(labels.tolist()):
-        places = torch.randperm(20, generator=generator)[:4]
-        ids[row, places] = torch.randint(10 * label, 10 * label + 10, (4,), generator=generator)
-    return split({"input_ids": ids, "labels": labels}, 32, seed)
-
-
-@functools.cache
-def _words() -> tuple[Tensor, Tensor, int]:
-    """Windows of 32 words of speeches, the quarter of the time line that each is from, and the number of words."""
-    words = speeches().lower().split()
-    counts: dict[str, int] = {}
-    for word in words:
-        counts[word] = counts.get(word, 0) + 1
-    known = sorted(counts, key=lambda word: -counts[word])[:2000]
-    index = {word: number + 1 for number, word in enumerate(known)}
-    ids = torch.tensor([index.get(word, 0) for word in words])
-    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
-    eras = (torch.arange(len(windows)) * 4 / len(windows)).long()
-    return windows, eras, len(known) + 1
-
-
-def eras(seed: int) -> Data:
-    """From which quarter of the time line some words are, a fifth of the labels wrong: nothing is ever sure."""
-    windows, labels, _ = _words()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(windows), generator=generator)[:6144]
-    labels = labels[chosen]
-    wrong = torch.rand(labels.shape, generator=generator) < 0.2
-    labels = torch.where(wrong, torch.randint(4, labels.shape, generator=generator), labels)
-    return split({"input_ids": windows[chosen], "labels": labels}, 32, seed)
-
-
-def tagged(seed: int) -> Data:
-    """A tag for each token, by its own kind and that of the token before."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(4, (100,), generator=torch.Generator().manual_seed(0))
-    ids = torch.randint(100, (2048, 16), generator=generator)
-    own = kinds[ids]
-    before = torch.cat([torch.zeros_like(own[:, :1]), own[:, :-1]], 1)
-    return split({"input_ids": ids, "labels": (own + before) % 4}, 32, seed)
-
-
-def reversed_sequences(seed: int) -> Data:
-    """Six numbers to be said backwards."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 22, (6144, 6), generator=generator)
-    return split({"input_ids": ids, "labels": ids.flip(1)}, 64, seed)
-
-
-def friedman(seed: int) -> Data:
-    """Friedman's first function of ten numbers, of which five matter."""
-    inputs, values = make_friedman1(2048, noise=0.3, random_state=seed)
-    values = (values - 14.4) / 4.9
-    columns = torch.tensor(inputs, dtype=torch.float32) * 2 - 1, torch.tensor(values, dtype=torch.float32)[:, None]
-    return split(columns, 32, seed)
-
-
-# What is learnt, and how it is judged
-
-
-def class_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(class_logits(model, batch), labels_of(batch))
-
-
-def class_logits(model: nn.Module, batch: Batch) -> Tensor:
-    if isinstance(batch, dict):
-        logits: Tensor = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    else:
-        logits = model(batch[0])
-    return logits
-
-
-def labels_of(batch: Batch) -> Tensor:
-    labels: Tensor = batch["labels"] if isinstance(batch, dict) else batch[1]
-    return labels
-
-
-def accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    labels = labels_of(batch)
-    return float((class_logits(model, batch).argmax(-1) == labels).sum()), labels.numel()
-
-
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    loss: Tensor = model(**batch).loss
-    return loss
-
-
-def likelihood(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    """The mean log-likelihood of the labels, each batch counted once."""
-    return -float(own_loss(model, batch)), 1
-
-
-def sequence_accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    logits = model(**batch).logits
-    return float((logits.argmax(-1) == batch["labels"]).sum()), batch["labels"].numel()
-
-
-def squared_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.mse_loss(model(batch[0]), batch[1])
-
-
-def minus_squares(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    return -float(F.mse_loss(model(batch[0]), batch[1], reduction="sum")), len(batch[1])
-
-
-# Models
+from tests.benchmarks.panel_data import (
+    Data,
+    character_guess,
+    character_windows,
+    characters,
+    digits,
+    eras,
+    friedman,
+    language_model,
+    marked_sequences,
+    masked_chains,
+    reversed_sequences,
+    tagged,
+    token_guess,
+    token_windows,
+    words,
+)
+from tests.benchmarks.panel_training import (
+    Case,
+    accuracy,
+    class_loss,
+    likelihood,
+    minus_squares,
+    own_loss,
+    sequence_accuracy,
+    squared_loss,
+    train,
+)
 
 
 class RowReader(nn.Module):
@@ -395,7 +136,7 @@ def _bert(kind: str, vocabulary: int, **options: Any) -> nn.Module:
 
 def _distilbert() -> nn.Module:
     config = tf.DistilBertConfig(
-        vocab_size=_words()[2], dim=64, n_layers=3, n_heads=4, hidden_dim=128, max_position_embeddings=64,
+        vocab_size=words()[2], dim=64, n_layers=3, n_heads=4, hidden_dim=128, max_position_embeddings=64,
         dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=4,
     )  # fmt: skip
     return tf.DistilBertForSequenceClassification(config)
@@ -457,53 +198,15 @@ def _lora() -> nn.Module:
     return adapted
 
 
-@functools.cache
-def _language_model() -> Any:
-    from language_model import load_model
-
-    return load_model()
-
-
 def _smollm2() -> nn.Module:
-    model: nn.Module = copy.deepcopy(_language_model()[0])
+    model: nn.Module = copy.deepcopy(language_model()[0])
     return model
-
-
-def token_windows(manual: bool) -> Callable[[int], Data]:
-    """Windows of SmolLM2's tokens, of speeches or of Python's manual; what is held out is of other texts."""
-
-    def make(seed: int) -> Data:
-        speeches()  # its folder is on the path from here on
-        from pydoc_data.topics import topics
-
-        from language_model import batches, load_documents, split_documents, windows
-
-        tokenizer = _language_model()[1]
-        calibration, held_out = split_documents(list(topics.values()) if manual else load_documents())
-        reference = batches(windows(calibration, tokenizer, 8, 256, seed=seed), 1)
-        return Data(reference, reference, batches(windows(held_out, tokenizer, 12, 256, seed=0), 1))
-
-    return make
-
-
-def token_guess(manual: bool) -> float:
-    """The log-likelihood of tokens by their frequency alone in what is held out: no model does worse with good reason."""
-    ids = torch.cat([batch["input_ids"].flatten() for batch in token_windows(manual)(0).held_out])
-    shares = torch.bincount(ids).double() / len(ids)
-    return float((shares * shares.clamp(min=1e-12).log()).sum())
-
-
-def unigram(number: int) -> float:
-    """The log-likelihood of characters by their frequency alone."""
-    ids, size = characters()
-    shares = torch.bincount(ids, minlength=size).double() / len(ids)
-    return float((shares * shares.clamp(min=1e-9).log()).sum())
 
 
 def cases() -> list[Case]:
     """All of them, the quickest first."""
     vocabulary = characters()[1]
-    guess = unigram(vocabulary)
+    guess = character_guess()
     return [
         Case("mlp", lambda: mlp(64, 10), digits((64,)), class_loss, accuracy, 0.1, 12),
         Case("regression", lambda: mlp(10, 1), friedman, squared_loss, minus_squares, -1.0, 25),
@@ -518,7 +221,7 @@ def cases() -> list[Case]:
             class_loss, accuracy, 0.5, 8,
         ),
         Case(
-            "bert-unsure", lambda: _bert("BertForSequenceClassification", _words()[2], num_labels=4), eras,
+            "bert-unsure", lambda: _bert("BertForSequenceClassification", words()[2], num_labels=4), eras,
             class_loss, accuracy, 0.25, 4,
         ),
         Case("distilbert", _distilbert, eras, class_loss, accuracy, 0.25, 4),

@@ -26,7 +26,9 @@ from lrp_prune.pruning import sparsity_schedule
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.panel import trained_model
-from tests.benchmarks.panel_models import Case, Data, cases, score_of, train
+from tests.benchmarks.panel_data import Data
+from tests.benchmarks.panel_models import cases
+from tests.benchmarks.panel_training import Case, score_of, train
 
 WAYS = {
     "1 round": ("one_shot", 1, True),
