@@ -15,29 +15,7 @@ from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.pruning import METHODS, scorer
 from lrp_prune.pruning.checking import check_uses
 from lrp_prune.relevance.statistics import OF_RELEVANCE
-from lrp_prune.relevance.unscored import CONSTANTS, UnscoredWeightsWarning
-
-
-class Using(nn.Linear):
-    """A linear layer that computes its weight in its forward."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(8, 6)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.function(self.weight), self.bias)
-
-
-class Masked(nn.Module):
-    """A parametrization by a fixed mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mask", (torch.arange(48).reshape(6, 8) % 3 > 0).float())
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+from tests.support.used_weights import Masked, Using, small_model, sum_of_outputs
 
 
 class Symmetric(nn.Module):
@@ -61,14 +39,9 @@ class OutOfSight(nn.Module):
         return result
 
 
-def _model(first: nn.Module | None = None) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(first or nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
-
-
 def _with(change: Callable[[nn.Module], object]) -> Callable[[], nn.Sequential]:
     def make() -> nn.Sequential:
-        model = _model()
+        model = small_model()
         change(model[0])
         return model
 
@@ -96,18 +69,18 @@ SCALED: dict[str, Callable[[], nn.Sequential]] = {
             parametrize.register_parametrization(layer, "weight", Masked()),
         )
     ),
-    "a scale": lambda: _model(Using(lambda weight: weight * 0.3)),
-    "equalized learning rates": lambda: _model(Using(lambda weight: 2 * weight / 8**0.5)),
-    "a transposed copy": lambda: _model(Using(lambda weight: (weight.t().contiguous() * 2.0).t())),
-    "a copy in place": lambda: _model(Using(lambda weight: weight.clone().mul_(_random_mask()))),
-    "filled in place": lambda: _model(Using(lambda weight: weight.clone().masked_fill_(_random_mask(), 0.0))),
-    "filled": lambda: _model(Using(lambda weight: weight.masked_fill(_random_mask(), 0.0))),
-    "chosen": lambda: _model(Using(lambda weight: torch.where(_random_mask(), weight, torch.zeros_like(weight)))),
-    "a part that is zeroed": lambda: _model(Using(_zeroed)),
-    "absolute values": lambda: _model(Using(lambda weight: weight.abs())),
-    "a function of zero at zero": lambda: _model(Using(lambda weight: torch.tanh(weight))),
-    "clamped around zero": lambda: _model(Using(lambda weight: weight.clamp(-0.1, 0.1))),
-    "a learned mask": lambda: _model(Gated()),
+    "a scale": lambda: small_model(Using(lambda weight: weight * 0.3)),
+    "equalized learning rates": lambda: small_model(Using(lambda weight: 2 * weight / 8**0.5)),
+    "a transposed copy": lambda: small_model(Using(lambda weight: (weight.t().contiguous() * 2.0).t())),
+    "a copy in place": lambda: small_model(Using(lambda weight: weight.clone().mul_(_random_mask()))),
+    "filled in place": lambda: small_model(Using(lambda weight: weight.clone().masked_fill_(_random_mask(), 0.0))),
+    "filled": lambda: small_model(Using(lambda weight: weight.masked_fill(_random_mask(), 0.0))),
+    "chosen": lambda: small_model(Using(lambda weight: torch.where(_random_mask(), weight, torch.zeros_like(weight)))),
+    "a part that is zeroed": lambda: small_model(Using(_zeroed)),
+    "absolute values": lambda: small_model(Using(lambda weight: weight.abs())),
+    "a function of zero at zero": lambda: small_model(Using(lambda weight: torch.tanh(weight))),
+    "clamped around zero": lambda: small_model(Using(lambda weight: weight.clamp(-0.1, 0.1))),
+    "a learned mask": lambda: small_model(Gated()),
 }
 """Zeros in the parameter are zeros in what is used."""
 
@@ -157,24 +130,19 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Sequential], set[str]]] = {
     "a sum": (_with(lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric())), {"parametrizations.weight.original"}),  # noqa: E501
     "out of sight": (_with(lambda layer: parametrize.register_parametrization(layer, "weight", OutOfSight())), {"parametrizations.weight.original"}),  # noqa: E501
     "standardized": (
-        lambda: _model(Using(lambda w: (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-5))),
+        lambda: small_model(Using(lambda w: (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-5))),
         {"weight"},
     ),
-    "normalized rows": (lambda: _model(Using(lambda weight: F.normalize(weight))), {"weight"}),
-    "a weight norm by hand": (lambda: _model(Using(lambda w: 2 * w / w.norm(dim=1, keepdim=True))), {"weight"}),
-    "a product": (lambda: _model(LowRank(added=False)), {"up", "down"}),
-    "a sum with a product": (lambda: _model(LowRank(added=True)), {"weight", "up", "down"}),
-    "a function of one at zero": (lambda: _model(Using(lambda weight: torch.exp(weight))), {"weight"}),
-    "clamped from above zero": (lambda: _model(Using(lambda weight: weight.clamp(min=0.01))), {"weight"}),
-    "filled with something else": (lambda: _model(Using(lambda w: w.masked_fill(_random_mask(), 0.5))), {"weight"}),
-    "several values": (lambda: _model(Twice()), {"weight"}),
+    "normalized rows": (lambda: small_model(Using(lambda weight: F.normalize(weight))), {"weight"}),
+    "a weight norm by hand": (lambda: small_model(Using(lambda w: 2 * w / w.norm(dim=1, keepdim=True))), {"weight"}),
+    "a product": (lambda: small_model(LowRank(added=False)), {"up", "down"}),
+    "a sum with a product": (lambda: small_model(LowRank(added=True)), {"weight", "up", "down"}),
+    "a function of one at zero": (lambda: small_model(Using(lambda weight: torch.exp(weight))), {"weight"}),
+    "clamped from above zero": (lambda: small_model(Using(lambda weight: weight.clamp(min=0.01))), {"weight"}),
+    "filled with something else": (lambda: small_model(Using(lambda w: w.masked_fill(_random_mask(), 0.5))), {"weight"}),
+    "several values": (lambda: small_model(Twice()), {"weight"}),
 }  # fmt: skip
 """They are not; or pruning some entries changes the others."""
-
-
-def _target(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().sum()
-    return value
 
 
 def _used(model: nn.Sequential) -> Tensor:
@@ -195,7 +163,7 @@ def _name(model: nn.Sequential) -> str:
 def test_scores_are_those_of_the_weight_that_is_used(kind: str, statistic: str) -> None:
     """The same model with that weight as a plain parameter has the same scores."""
     model, x = SCALED[kind](), torch.randn(5, 8, dtype=torch.float64)
-    plain = _model()
+    plain = small_model()
     plain.load_state_dict(
         {name.removesuffix("_orig"): value for name, value in model.state_dict().items()}, strict=False
     )
@@ -203,7 +171,7 @@ def test_scores_are_those_of_the_weight_that_is_used(kind: str, statistic: str) 
     torch.testing.assert_close(plain(x), model(x))
     if statistic in OF_RELEVANCE:
         options = {
-            "target": _target,
+            "target": sum_of_outputs,
             "statistic": statistic,
             "include": [_name(model), "2.weight"],
             "composite": "epsilon",
@@ -228,7 +196,7 @@ def _scores(model: nn.Module, method: str, x: Tensor) -> lrp_prune.Relevance:
 @pytest.mark.parametrize("method", ["lrp", "magnitude"])
 def test_pruned_entries_are_zero_in_what_is_used(kind: str, method: str) -> None:
     model, x = SCALED[kind](), torch.randn(5, 8, dtype=torch.float64)
-    explaining = METHODS[method](target=_target)
+    explaining = METHODS[method](target=sum_of_outputs)
     masks = lrp_prune.prune(model, [x], sparsity=0.5, method=explaining, include=[_name(model)], scope="layer")
     assert masks.num_pruned == 24
     used = _used(model)
@@ -240,7 +208,7 @@ def test_what_cannot_be_is_named_with_the_reason(kind: str) -> None:
     make, names = COMPUTED[kind]
     x = torch.randn(5, 8, dtype=torch.float64)
     model = make()
-    relevance = lrp_prune.attribute(model, [x], target=_target, include=["*"])
+    relevance = lrp_prune.attribute(model, [x], target=sum_of_outputs, include=["*"])
     assert set(relevance.unscored) & {f"0.{name}" for name in names} == {f"0.{name}" for name in names}
     assert "2.weight" in relevance
     reason = relevance.unscored[f"0.{next(iter(names))}"]
@@ -258,7 +226,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(kind: str, method: st
     make, names = COMPUTED[kind]
     model, x = make(), torch.randn(5, 8, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
-    explaining = METHODS[method](target=_target)
+    explaining = METHODS[method](target=sum_of_outputs)
     if kind == "several values" and method in ("magnitude", "random"):
         pytest.skip("two values of one weight show only where both are scored")
     with pytest.raises(ValueError, match=r"cannot prune 0\..*exclude=\['0\."):
@@ -291,121 +259,3 @@ def test_looking_changes_nothing() -> None:
         assert all(module.training for module in model.modules())
         assert all(parameter.grad is None for parameter in model.parameters())
         assert check_uses(model) == {} and list(parametrized(model).used)
-
-
-@pytest.mark.parametrize("change", ["prune", "spectral_norm", "parametrize"])
-def test_a_model_that_is_itself_parametrized(change: str) -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 6)
-    if change == "prune":
-        torch_prune.l1_unstructured(layer, "weight", 0.3)
-    elif change == "spectral_norm":
-        nn.utils.spectral_norm(layer)
-    else:
-        parametrize.register_parametrization(layer, "weight", Masked())
-    x = torch.randn(5, 8)
-    options = {"statistic": "signed", "composite": "gradient", "matmul_dtype": None}
-    relevance = lrp_prune.attribute(layer.eval(), [x], target=_target, **options)
-    (name,) = relevance
-    weight = layer.weight.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), weight)
-    torch.testing.assert_close(relevance[name] * 5, (weight * gradient).detach())
-
-
-def test_a_weight_repeated_by_a_view_gets_the_relevance_of_all_its_places() -> None:
-    class Repeated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(1, 8, dtype=torch.float64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight.expand(6, 8))
-
-    model, x = _model(Repeated()), torch.randn(5, 8, dtype=torch.float64)
-    relevance = lrp_prune.attribute(model, [x], target=_target, statistic="signed", composite="gradient")
-    weight = model[0].weight
-    (gradient,) = torch.autograd.grad(_target(model, x), weight)
-    torch.testing.assert_close(relevance["0.weight"].double() * 5, (weight * gradient).detach())
-
-
-def test_views_of_copies_lie_where_they_lie_in_the_parameter() -> None:
-    """A copy has other strides than what it was made of, and a view of it must not be taken for one of the parameter."""
-    for function in (
-        lambda weight: weight.t().contiguous().t(),
-        lambda weight: weight.t().contiguous()[:4].t().contiguous(),
-        lambda weight: weight.t().contiguous().chunk(2)[1].t(),
-        lambda weight: weight.reshape(2, 3, 8).transpose(0, 1).contiguous()[1],
-    ):
-        shape = function(torch.zeros(6, 8)).shape
-        offset = 4 if shape == (6, 4) and function(torch.arange(48.0).reshape(6, 8))[0, 0] == 4 else 0
-        layer = Using(function)
-        torch.manual_seed(0)
-        model, x = nn.Sequential(layer).double(), torch.randn(5, 8, dtype=torch.float64)
-        layer.bias = None
-        given = x[:, offset : offset + shape[1]]
-        options = {"target": _target, "statistic": "signed", "composite": "gradient"}
-        relevance = lrp_prune.attribute(model, [given], **options)
-        (gradient,) = torch.autograd.grad(_target(model, given), layer.weight)
-        torch.testing.assert_close(relevance["0.weight"].double() * 5, (layer.weight * gradient).detach())
-
-
-def test_dropped_weights_are_whole_while_relevance_is_collected() -> None:
-    """Dropout is off, also of weights."""
-    model, x = (
-        _model(Using(lambda weight: F.dropout(weight, 0.5, training=True))),
-        torch.randn(5, 8, dtype=torch.float64),
-    )
-    plain = _model()
-    plain.load_state_dict(model.state_dict())
-    found, expected = (lrp_prune.attribute(entry, [x], target=_target) for entry in (model, plain))
-    torch.testing.assert_close(found["0.weight"], expected["0.weight"])
-
-
-class Positions(nn.Module):
-    """Attention of queries to positions that a layer of their own, or that of the keys, goes over first."""
-
-    def __init__(self, shared: bool) -> None:
-        super().__init__()
-        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.position_table = nn.Parameter(torch.randn(5, 8))
-        self.of_positions = self.key if shared else nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k = self.query(x), self.key(x)
-        positions = self.of_positions(self.position_table).expand(len(x), -1, -1)
-        return torch.bmm(q, k.transpose(1, 2)) + torch.bmm(q, positions.transpose(1, 2))
-
-
-def _sum_of_squares(model: nn.Module, batch: Tensor) -> Tensor:
-    value: Tensor = model(batch).square().sum()
-    return value
-
-
-def test_a_layer_over_positions_is_told_of_and_not_refused() -> None:
-    torch.manual_seed(0)
-    model, x = Positions(shared=False).double(), torch.randn(3, 5, 8, dtype=torch.float64)
-    relevance = lrp_prune.attribute(model, [x], target=_sum_of_squares)
-    assert set(relevance) == {"query.weight", "key.weight"}
-    assert relevance.unscored == {"of_positions.weight": CONSTANTS}
-    assert check_uses(model, x) == {}
-    with pytest.warns(UnscoredWeightsWarning, match="of_positions"):
-        masks = lrp_prune.prune(copy.deepcopy(model), [x], sparsity=0.5, method=lrp_prune.LRP(target=_sum_of_squares))
-    assert (masks.num_pruned, masks.num_entries) == (96, 192)
-    scores = scorer("wanda", model)
-    scores.update(x)
-    norms = scores.compute()
-    expected = model.of_positions.weight.abs() * model.position_table.norm(dim=0) / 3**0.5
-    torch.testing.assert_close(norms["of_positions.weight"].double(), expected.detach(), rtol=1e-5, atol=1e-8)
-    assert not norms.unscored
-
-
-def test_a_layer_that_goes_over_both_is_scored_by_what_relevance_goes_through() -> None:
-    torch.manual_seed(0)
-    model, x = Positions(shared=True).double(), torch.randn(3, 5, 8, dtype=torch.float64)
-    options = {"target": _sum_of_squares, "statistic": "signed", "composite": "gradient"}
-    relevance = lrp_prune.attribute(model, [x], **options)
-    assert set(relevance) == {"query.weight", "key.weight"} and not relevance.unscored
-    held = copy.deepcopy(model)
-    held.of_positions = copy.deepcopy(model.key)  # the same values, and no use of the key's weight
-    expected = lrp_prune.attribute(held, [x], **options)["key.weight"]
-    torch.testing.assert_close(relevance["key.weight"], expected)
