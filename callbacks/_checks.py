@@ -28,7 +28,7 @@ from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
-from lrp_prune.selection.scopes import Structure, layout_of, parse_scope
+from lrp_prune.selection.scopes import Structure, check_reachable, layout_of, parse_scope
 from lrp_prune.wrapper.internals import starts_processes
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
@@ -151,9 +151,13 @@ def check_schedule(
         targets = sparsity_schedule(schedule, sparsity, rounds)
         structure = parse_scope(scope.compared or "global")
     if isinstance(structure, Structure):
-        only = 1 - structure.kept / structure.size
         for target in targets:
             for value in target.values() if isinstance(target, dict) else [target]:
+                if structure.kept is None:
+                    with misconfiguration():
+                        check_reachable(structure, value)
+                    continue
+                only = 1 - structure.kept / structure.size
                 if abs(value - only) > 1e-6:
                     raise MisconfigurationException(
                         f"scope {scope.compared!r} prunes {only:g} of the weights, so that a total sparsity of {value:g} "

@@ -19,7 +19,8 @@ class Scope:
 
     Args:
         compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one output), ``"column"`` (the
-            outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept); None for the method's best.
+            outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept: ``"2:4"``; or ``"N:8"``, of each 8 as many as
+            the tensor's sparsity says, which is a multiple of 1/8 then); None for the method's best.
         floor: of ``"global"``, and weights: the share that each tensor keeps of the average density, in [0, 1]. 0 is one ranking
             of all weights, 1 is (up to rounding) ``"layer"``. None for the best, 0.5: no tensor is pruned below half of the
             average density, so that a ranking by relevance cannot empty a layer that a saturated output hardly depends on.

@@ -64,9 +64,9 @@ def select(
             together, a tensor belongs to the first pattern that matches its name, and one that none matches gets no
             mask.
         scope: what is compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one
-            output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept); or a
-            :class:`Scope`, which also has the floor, the order and the normalization. Units are compared ``"global"`` or by
-            ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
+            output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept; ``"N:8"``: as
+            many as the tensor's sparsity says); or a :class:`Scope`, which also has the floor, the order and the normalization.
+            Units are compared ``"global"`` or by ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
             :data:`lrp_prune.selection.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over, and what they prune beyond a tensor's ``floor`` is not given back.
@@ -251,7 +251,7 @@ def _select_rows(
     stack, rows = view.shape[:2]
     entries = math.prod(view.shape[2:])
     length = scope.size if isinstance(scope, Structure) else entries
-    k = scope.size - scope.kept if isinstance(scope, Structure) else number_to_prune(rate, entries)
+    k = scope.pruned(rate) if isinstance(scope, Structure) else number_to_prune(rate, entries)
     step = max((CHUNK if values.device.type == "cpu" else DEVICE_CHUNK) // max(entries, 1), 1)
     for number in range(stack):
         for start in range(0, rows, step):

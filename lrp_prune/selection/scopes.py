@@ -15,35 +15,53 @@ LAYOUTS: tuple[str, ...] = ("linear", "transposed", "stacked", "stacked_transpos
 
 
 class Structure(NamedTuple):
-    """N:M sparsity: of each ``size`` consecutive inputs of an output, ``kept`` are kept."""
+    """N:M sparsity: of each ``size`` consecutive inputs of an output, ``kept`` are kept; None: as many as a sparsity says."""
 
-    kept: int
+    kept: int | None
     size: int
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        return f"{'N' if self.kept is None else self.kept}:{self.size}"
+
+    def pruned(self, sparsity: float) -> int:
+        """How many of ``size`` go."""
+        return round(sparsity * self.size) if self.kept is None else self.size - self.kept
 
 
 def parse_scope(scope: str) -> str | Structure:
     """A scope's name, or what ``"N:M"`` says.
 
     Example:
-        >>> parse_scope("row"), parse_scope("2:4")
-        ('row', Structure(kept=2, size=4))
+        >>> parse_scope("row"), parse_scope("2:4"), parse_scope("N:8")
+        ('row', Structure(kept=2, size=4), Structure(kept=None, size=8))
     """
     if scope in SCOPES[:-1]:
         return scope
-    if isinstance(scope, str) and (match := re.fullmatch(r"(\d+):(\d+)", scope)):
-        structure = Structure(int(match[1]), int(match[2]))
-        if 0 < structure.kept <= structure.size:
+    if isinstance(scope, str) and (match := re.fullmatch(r"(\d+|N):(\d+)", scope)):
+        structure = Structure(None if match[1] == "N" else int(match[1]), int(match[2]))
+        if structure.size > 1 if structure.kept is None else 0 < structure.kept <= structure.size:
             return structure
     raise ValueError(
-        f"scope must be 'global', 'layer', 'row', 'column' or 'N:M' with 0 < N <= M ('2:4', say), got {scope!r}"
+        f"scope must be 'global', 'layer', 'row', 'column' or 'N:M' with 0 < N <= M ('2:4', say; or 'N:8' for as many as the "
+        f"sparsity says), got {scope!r}"
     )
 
 
 def check_reachable(scope: str | Structure, sparsity: float) -> None:
-    """Refuse a sparsity that is not the one of an ``N:M`` scope."""
-    if isinstance(scope, Structure) and not math.isclose(sparsity, 1 - scope.kept / scope.size, abs_tol=1e-6):
+    """Refuse a sparsity that is not the one of an ``N:M`` scope, or no whole number of M."""
+    if not isinstance(scope, Structure):
+        return
+    if scope.kept is None:
+        if not math.isclose(sparsity, scope.pruned(sparsity) / scope.size, abs_tol=1e-6):
+            raise ValueError(
+                f"sparsity {sparsity} is no multiple of 1/{scope.size}, which scope '{scope.name}' prunes: round it, as "
+                f"Budget.in_steps({scope.size}) of lrp_prune.pruning.budgets does"
+            )
+    elif not math.isclose(sparsity, 1 - scope.kept / scope.size, abs_tol=1e-6):
         raise ValueError(
-            f"sparsity {sparsity} is unreachable with scope '{scope.kept}:{scope.size}', which prunes exactly "
+            f"sparsity {sparsity} is unreachable with scope '{scope.name}', which prunes exactly "
             f"{1 - scope.kept / scope.size:.6g}: use sparsity={1 - scope.kept / scope.size:.6g} or another scope"
         )
 
@@ -185,7 +203,7 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
         if view.shape[-1] % scope.size:
             raise ValueError(
                 f"{name} has {view.shape[-1]} inputs, which {scope.size} does not divide: "
-                f"scope '{scope.kept}:{scope.size}' cannot be applied to it"
+                f"scope '{scope.name}' cannot be applied to it"
             )
     return view
 
