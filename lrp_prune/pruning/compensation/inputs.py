@@ -1,6 +1,7 @@
 """What a stage's layers are, in groups that read the same input, and what one of them gets."""
 
-from collections.abc import Collection, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -29,13 +30,14 @@ class Grouped(PlacedUses):
     def __init__(self, masks: Masks, groups: list[Group], inside: Collection[str]) -> None:
         super().__init__(masks)
         self._groups, self._inside = groups, inside
-        self._input: Tensor | None = None
+        self._input: Callable[[], Tensor | None] = lambda: None  # not the tensor itself, which would hold its graph
         self._known = {place for group in groups for place in group}
 
     def _seen(self, part: Part, found: Product, result: Tensor) -> None:
         super()._seen(part, found, result)
-        shares = found.activation is self._input and part.rows is None and len(part.place.layout.size) == 2
-        self._input = found.activation if len(part.place.layout.size) == 2 and part.rows is None else None
+        whole = len(part.place.layout.size) == 2 and part.rows is None
+        shares = whole and found.activation is self._input()
+        self._input = weakref.ref(found.activation) if whole else lambda: None
         if part.place in self._known or part.place.name not in self._inside:
             return
         self._known.add(part.place)

@@ -26,13 +26,18 @@ def laid_in_few(batches: list[Any], largest: int, outputs: Outputs) -> list[Any]
         largest: entries of the largest output of a layer, of the first batch.
         outputs: runs the model.
     """
-    number = ENTRIES // max(largest, 1)
-    if number < 2 or len(batches) < 2:
+    number = laid_number(largest, len(batches))
+    if number < 2:
         return batches
     both = laid_together(*batches[:2])
     if both is None or not _alike(outputs(both), outputs(batches[0]), outputs(batches[1]), samples_in(batches[0])):
         return batches
     return [batch for batch, _ in in_groups(batches, number)]
+
+
+def laid_number(largest: int, batches: int) -> int:
+    """How many batches are run as one, where they fit."""
+    return max(1, min(ENTRIES // max(largest, 1), batches))
 
 
 def _alike(both: list[Tensor], first: list[Tensor], second: list[Tensor], samples: int) -> bool:
