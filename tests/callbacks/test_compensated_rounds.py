@@ -12,11 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lrp_prune
 from lrp_prune.callbacks import RelevancePruning
 from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon
 from lrp_prune.pruning.compensation import Compensated, compensate_
+from tests.support.compensation import check_closed_form
+from tests.support.small_models import build
 
 EXACT = LeastSquares(steps=500, tolerance=1e-9)
 
@@ -329,3 +332,71 @@ def test_all_batches_are_read_once_more_and_no_random_number_is_drawn(
         pruning = RelevancePruning(method="magnitude", compensation="obs", max_batches=limit, reference=loader)
         make_trainer(callbacks=[pruning], max_epochs=2).fit(make_module(), make_loader(), None)
     assert counted == [(640, True), (60, True)]
+
+
+class Images(nn.Sequential):
+    """Filters, in groups among them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 8, 2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 2, groups=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32, 4),
+        )  # fmt: skip
+
+
+class Language(LightningModule):
+    """A transformer, with heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = build("llama")
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**batch, labels=batch["input_ids"]).loss
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vectors", {"scope": "2:4"}),
+        ("vectors", {"granularity": "neuron"}),
+        ("images", {"granularity": "neuron"}),
+        ("images", {"scope": "row"}),
+        ("language", {"granularity": "head"}),
+        ("language", {"scope": "2:4"}),
+    ],
+    ids=str,
+)
+def test_each_layer_is_its_closed_form_after_every_kind_of_mask(
+    kind: str, options: dict[str, Any], make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    way, loader = LeastSquares(damping=0.05, steps=1000, tolerance=1e-12), make_loader(seed=2)
+    module = Language() if kind == "language" else make_module()
+    if kind == "images":
+        module.net = Images()
+    if kind == "language":
+        ids = torch.randint(2, 50, (24, 12), generator=torch.Generator().manual_seed(0))
+        loader = DataLoader([{"input_ids": entry} for entry in ids], 8)
+    pruning, before, after = RelevancePruning(0.5, compensation=way, **options), States(), States()
+    trainer = make_trainer(callbacks=[before, pruning, after], max_epochs=2, precision="64-true")
+    trainer.fit(module, loader if kind == "language" else make_loader(), loader)
+    dense, pruned = before.modules[1], after.modules[1]
+
+    if kind == "language":
+        dense, pruned = dense.model, pruned.model
+
+    def run(model: nn.Module) -> None:
+        model(torch.cat([batch["input_ids"] if kind == "language" else batch[0].double() for batch in loader]))
+
+    checked = check_closed_form(dense, pruned, pruning.masks, run, way, 1e-6)
+    masked = {name for name in pruning.masks if pruning.masks.pruned_in(name)}
+    assert checked == {name for name in masked if dense.get_parameter(name).dim() > 1} and len(checked) >= 2
