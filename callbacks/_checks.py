@@ -23,7 +23,9 @@ from lrp_prune.arguments import check_flag, check_integer, check_patterns
 from lrp_prune.models import check_batches
 from lrp_prune.names import named_parameters
 from lrp_prune.progress import number_of
-from lrp_prune.pruning import Method, Scope, sparsity_schedule
+from lrp_prune.pruning import Compensation, Method, Scope, sparsity_schedule
+from lrp_prune.pruning.adjusting import check_alone
+from lrp_prune.pruning.compensation import compensation_of
 from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
@@ -282,6 +284,23 @@ def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: b
     if not allow_untested:
         raise MisconfigurationException(f"{message}: {remedy}, or pass allow_untested=True to try")
     rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
+
+
+def checked_compensation(compensation: Any, recalibrate: bool) -> Compensation | None:
+    """How what is kept is updated; refuses what is none of the ways, and one beside recalibration."""
+    with misconfiguration():
+        found = compensation_of(compensation)
+        check_alone(found, recalibrate)
+    return found
+
+
+def check_compensated_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that divide weights, of which no process could update a layer."""
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"compensation works on whole weights, and {type(trainer.strategy).__name__} divides them: use strategy='ddp', or "
+            "recalibrate=True in place of compensation, which works on divided weights"
+        )
 
 
 def warn_monitors(trainer: Trainer, names: Collection[str]) -> None:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from lrp_prune.attribution.observers import check_included
 from lrp_prune.callbacks._batches import batches_of, number_of_batches, validation_batches
@@ -23,6 +24,7 @@ from lrp_prune.callbacks._checks import (
 )
 from lrp_prune.callbacks._distributed import agree, agreeing, check_targets, gathered, merged
 from lrp_prune.callbacks._progress import CollectionProgress
+from lrp_prune.models.batches import mapped
 from lrp_prune.pruning import METHODS, UNIT_METHODS, Method, Scorer, scorer
 from lrp_prune.pruning.checking import check_prunable
 from lrp_prune.pruning.methods import collected_by
@@ -260,10 +262,15 @@ class Collection:
             raise
         return self.finish(trainer)
 
-    def batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
+    def batches(self, trainer: Trainer, pl_module: LightningModule, every: bool = False) -> list[Any]:
         """The first of the batches that are collected on, as many as a recalibration looks at, on the device.
 
         They are of the reference data, else of the validation's loaders; what is beyond is neither read nor moved.
+
+        Args:
+            trainer: the run.
+            pl_module: its module.
+            every: all that are collected on, and in the host's memory, as they are of any number.
         """
         with isolate_rng():
             if self.data is not None:
@@ -272,14 +279,19 @@ class Collection:
                 trainer.fit_loop.epoch_loop.val_loop.setup_data()
                 batches = validation_batches(trainer, self.loader)
             taken = islice(batches, self.max_batches)
-            return enough(to_device(batch, trainer, pl_module, index) for batch, index in taken)
+            moved = (to_device(batch, trainer, pl_module, index) for batch, index in taken)
+            return [mapped(batch, Tensor.cpu) for batch in moved] if every else enough(moved)
 
-    def check_batches(self, trainer: Trainer) -> None:
-        """Raise now if there will be no :meth:`batches`: a method that needs no data does not ask for any."""
+    def check_batches(self, trainer: Trainer, what: str) -> None:
+        """Raise now if there will be no :meth:`batches`: a method that needs no data does not ask for any.
+
+        Args:
+            trainer: the training that begins.
+            what: needs them.
+        """
         if self.data is None and not trainer.enable_validation:
             raise MisconfigurationException(
-                "recalibrate=True needs batches: a validation loader (with a validation_step, and limit_val_batches > 0), or "
-                "reference="
+                f"{what} needs batches: a validation loader (with a validation_step, and limit_val_batches > 0), or reference="
             )
         if self.data is None:
             self._check_index(trainer)

@@ -1,13 +1,14 @@
 """Applying masks to a model in training, and telling about it."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
@@ -17,8 +18,9 @@ from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.distributed.sharding import sharding_of
 from lrp_prune.models.subject import subject_of
-from lrp_prune.names import resolve
+from lrp_prune.names import named_parameters, resolve
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
+from lrp_prune.pruning.compensation import Compensated, Compensation, compensate_
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
@@ -148,6 +150,51 @@ class Pruner:
                     recalibration.apply_(module)
             self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
 
+    def compensate(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any,
+        compensation: Compensation,
+    ) -> Compensated:  # fmt: skip
+        """Prune by these masks, update what is kept by the batches of all processes together, and count the round.
+
+        Averages of weights move by what the weights move by: the average of shifted weights is the shifted average.
+
+        If an error is raised, the weights, and averages of them, are as they were.
+
+        Raises:
+            RuntimeError: the processes of the run have different masks; no weight has changed.
+        """
+        check_equal(trainer, masks)
+        with uncorrected(pl_module), undone_on_error() as undo:
+            model, before, averages = inner(pl_module), dict[int, Tensor](), list(averaged_models(trainer))
+            undo += [values_under(average, masks) for average in averages]
+
+            def changing(parameters: Sequence[nn.Parameter]) -> None:
+                undo.append(remembered(model, parameters))
+                for entry in parameters if averages else ():
+                    if id(entry) not in before:  # a bias may be in several stages
+                        before[id(entry)] = entry.detach().to("cpu", copy=True)
+
+            with agreeing(trainer), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+                done = compensate_(
+                    model,
+                    masks,
+                    batches(),
+                    compensation,
+                    target,
+                    partial(beside, trainer),
+                    changing,
+                    together=trainer.world_size > 1,
+                )
+            changed = named_parameters(subject_of(model).module)
+            changed = {name: entry for name, entry in changed.items() if id(entry) in before}
+            for average in averages:
+                theirs = named_parameters(subject_of(inner(average)).module)
+                undo.append(remembered(average, [theirs[name] for name in changed]))
+                for name, entry in changed.items():
+                    _shift_(theirs[name], before[id(entry)], entry)
+            self.apply(trainer, pl_module, masks)
+        return done
+
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""
         if self._keeper is not None:
@@ -170,6 +217,13 @@ class Pruner:
         for group, each in figures_by_kind(masks).items():
             figures[f"{self.name}/sparsity/{group.replace('*.', '')}"] = each.sparsity
         _log(pl_module, figures)
+
+
+@torch.no_grad()
+def _shift_(average: Tensor, before: Tensor, after: Tensor) -> None:
+    """Move an average by what the values that it is of were moved by."""
+    wide, device = torch.promote_types(average.dtype, torch.float32), average.device
+    average.copy_(average.to(wide) + (after.to(device, wide) - before.to(device, wide)))
 
 
 def _mask_averages(trainer: Trainer, masks: Masks) -> None:

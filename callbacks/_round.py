@@ -1,5 +1,6 @@
 """What a round does: from relevance to masks, from masks to a pruned model, and the table that tells of it."""
 
+import logging
 from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,9 +11,12 @@ from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._summary import preview, round_table, show
 from lrp_prune.pruning import Masks
 from lrp_prune.pruning.compared import asked_of
+from lrp_prune.pruning.compensation import Compensated, Compensation
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import in_words
+
+_logger = logging.getLogger("lrp_prune")
 
 
 class Round:
@@ -23,12 +27,17 @@ class Round:
         pruner: what selects masks, applies them, and has the state that checkpoints keep.
         count: of all rounds.
         recalibrate: scale what is kept after each.
+        compensation: how what is kept is updated after each; None: it is not.
         summary: print a table after each.
     """
 
-    def __init__(self, collection: Collection, pruner: Pruner, count: int, recalibrate: bool, summary: bool) -> None:
+    def __init__(
+        self, collection: Collection, pruner: Pruner, count: int, recalibrate: bool, compensation: Compensation | None,
+        summary: bool,
+    ) -> None:  # fmt: skip
         self._collection, self._pruner, self._count = collection, pruner, count
-        self._recalibrate, self._summary = recalibrate, summary
+        self._recalibrate, self._compensation, self._summary = recalibrate, compensation, summary
+        self._told = ""
         self.previewed: Masks | None = None
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,8 +57,9 @@ class Round:
             preview: whether the round will change nothing.
         """
         self._collection.check_loader(trainer)
-        if self._recalibrate and not preview and not self._collection.uses_validation:
-            self._collection.check_batches(trainer)
+        asked = "recalibrate=True" if self._recalibrate else "" if self._compensation is None else "compensation"
+        if asked and not preview and not self._collection.uses_validation:
+            self._collection.check_batches(trainer, asked)
         relevance = self._collection.rehearse(trainer, pl_module)
         if relevance is not None:
             self._pruner.check_scored(relevance)
@@ -80,7 +90,11 @@ class Round:
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
         recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None
-        pruner.apply(trainer, pl_module, masks, recalibration)
+        compensated = None
+        if self._compensation is None:
+            pruner.apply(trainer, pl_module, masks, recalibration)
+        else:
+            compensated = self._compensate(trainer, pl_module, masks, explained, self._compensation)
         if log:
             pruner.log_round(pl_module, previous, samples)
         if self._summary and trainer.is_global_zero:
@@ -93,6 +107,7 @@ class Round:
                 method=str(self._collection.method),
                 samples=samples,
                 recalibration=recalibration,
+                compensated=compensated,
                 explains=self._explains(explained),
             )
             show(trainer, table)
@@ -103,6 +118,19 @@ class Round:
         batches = partial(self._collection.batches, trainer, pl_module)
         target = asked_of(self._collection.method.target, explained)
         return self._pruner.recalibration(trainer, pl_module, masks, batches, target)
+
+    def _compensate(
+        self, trainer: Trainer, pl_module: LightningModule, masks: Masks, explained: str, compensation: Compensation
+    ) -> Compensated:
+        batches = partial(self._collection.batches, trainer, pl_module, every=True)
+        target = asked_of(self._collection.method.target, explained)
+        done = self._pruner.compensate(trainer, pl_module, masks, batches, target, compensation)
+        if trainer.is_global_zero:
+            _logger.info("%s: round %d: %s", self._pruner.name, self._pruner.state.round, done)
+            if done.left_out and done.masked_only != self._told:
+                _logger.warning("not compensated, only masked: %s", done.masked_only)
+                self._told = done.masked_only
+        return done
 
     def _explains(self, target: str) -> str:
         return in_words(target) if self._collection.explains and target else ""

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from lrp_prune.pruning import Masks
+from lrp_prune.pruning.compensation import Compensated
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.pruning.report import WIDTH, layer_table, unscored_lines
@@ -23,6 +24,7 @@ def round_table(
     samples: int,
     explains: str = "",
     recalibration: Recalibration | None = None,
+    compensated: Compensated | None = None,
     width: int = WIDTH,
 ) -> str:
     """A round's table as text.
@@ -36,7 +38,8 @@ def round_table(
         method: how weights were scored.
         samples: reference samples that relevance was collected on; 0 if none was needed.
         explains: what is explained, in words; empty if nothing is.
-        recalibration: what was done to the weights that are kept, if it was.
+        recalibration: how the weights that are kept were scaled, if they were.
+        compensated: what came of updating them, if they were updated.
         width: characters in a line.
     """
     aim = f"{target:.2%}" if isinstance(target, float) else ", ".join(f"{p} {v:.2%}" for p, v in target.items())
@@ -53,6 +56,8 @@ def round_table(
         lines += f"\nexplains: {explains}"
     if recalibration is not None:
         lines += f"\nrecalibrated: {recalibration}"
+    if compensated is not None:
+        lines += f"\ncompensated: {compensated}"
     earlier = figures_by_kind(previous) if previous is not None else {}
     newly = {
         group: each.pruned - (earlier[group].pruned if group in earlier else 0)

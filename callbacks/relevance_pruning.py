@@ -15,7 +15,7 @@ from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._round import Round
 from lrp_prune.callbacks._rounds import Rounds
 from lrp_prune.callbacks._state import PruningState
-from lrp_prune.pruning import Masks, Method, Scope
+from lrp_prune.pruning import Compensation, Masks, Method, Scope
 from lrp_prune.pruning.schedules import ScheduleName
 from lrp_prune.relevance import Granularity, Relevance
 
@@ -30,8 +30,8 @@ class RelevancePruning(CollectingCallback):
 
     What happens in which hook:
 
-    - ``setup``: the strategy is checked, that no other pruning callback logs under the same name, and that Lightning's own
-      ``ModelPruning`` is none of the callbacks.
+    - ``setup``: the strategy is checked (also whether ``compensation`` goes with it), that no other pruning callback logs under
+      the same name, and that Lightning's own ``ModelPruning`` is none of the callbacks.
     - ``on_sanity_check_start`` or ``on_train_start``, whichever is first: it is checked that patterns match, that the scope
       fits, and that the weights to prune are used as they are; after a resume the masks take effect again.
     - ``on_train_start``: it is checked that all rounds fit into the training; and one batch, of the sanity check or the
@@ -79,6 +79,11 @@ class RelevancePruning(CollectingCallback):
             before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
             that relevance was collected on, which are read once more. Off by default: where training goes on, it makes no
             difference that could be measured.
+        compensation: after each round, before the training goes on, update all that is kept in place of scaling it, to the least
+            squares of what each layer gave right before the round, as it was trained until then (see
+            :func:`lrp_prune.prune`): ``"exact"``, ``"obs"``, or an object such as :class:`lrp_prune.pruning.LeastSquares`. It
+            takes some forward passes a layer over all batches that relevance was collected on (``max_batches`` limits them),
+            which are read once more. Optimizer states stay as they are. Not for models that are divided by ``fully_shard``.
         monitor: name of a metric logged in ``validation_step``; ``<name>/<monitor>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         monitor_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
@@ -109,6 +114,7 @@ class RelevancePruning(CollectingCallback):
         max_batches: int | None = None,
         accumulate_on: str | None = None,
         recalibrate: bool = False,
+        compensation: Literal["exact", "obs"] | Compensation | None = None,
         monitor: str | None = None,
         monitor_mode: Literal["min", "max"] = "min",
         summary: bool = True,
@@ -131,11 +137,13 @@ class RelevancePruning(CollectingCallback):
         )
         planned = rounds if isinstance(rounds, Rounds) else Rounds(rounds)
         self._times = self._planned = planned.times(schedule, collection.uses_validation)
+        compensation = _checks.checked_compensation(compensation, recalibrate)
         scope = _checks.checked_scope(scope, collection.method, collection.kinds)
         targets = _checks.check_schedule(sparsity, self._times.count, schedule, scope)
         self._pruner = Pruner(targets, scope, name)
-        self._round = Round(collection, self._pruner, self._times.count, recalibrate, summary)
+        self._round = Round(collection, self._pruner, self._times.count, recalibrate, compensation, summary)
         self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
+        self._compensates = compensation is not None and not preview
         self._allow_untested = allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}
         if name != "pruning":
@@ -182,6 +190,8 @@ class RelevancePruning(CollectingCallback):
         _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
+        if self._compensates:
+            _checks.check_compensated_strategy(trainer)
         _checks.check_other_pruning(trainer, type(self).__name__)
         _checks.check_names(_checks.names_of(trainer, RelevancePruning))
         known = self._module() if self._module is not None else None

@@ -25,7 +25,7 @@ def is_shape(batch: Any) -> bool:
     return isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(entry, int) for entry in batch)
 
 
-def kept_by_a_forward(runner: "Collecting | Comparing", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
+def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -63,7 +63,13 @@ def kept_by_a_forward(runner: "Collecting | Comparing", batch: Any, dtype: torch
         return total, logits.untyped_storage().nbytes()
 
 
-class Collecting(nn.Module):
+class Running(nn.Module):
+    """Runs :attr:`module` in some way."""
+
+    module: nn.Module
+
+
+class Collecting(Running):
     """Runs a module as a collection does."""
 
     def __init__(self, module: nn.Module, collected: Collects, options: Mapping[str, Any]) -> None:
@@ -80,7 +86,7 @@ class Collecting(nn.Module):
             return run(self.module, batch)
 
 
-class Comparing(nn.Module):
+class Comparing(Running):
     """Runs a module as recalibration does, and counts what it keeps of the outputs."""
 
     def __init__(self, module: nn.Module, names: set[str]) -> None:

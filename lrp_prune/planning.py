@@ -14,6 +14,8 @@ from lrp_prune.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
+from lrp_prune.planned_compensation import CompensationPlan, planned
+from lrp_prune.pruning.compensation import Compensation, compensation_of
 from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Method, collected_by, method_of
 from lrp_prune.pruning.prune import gains_by_a_second_round
@@ -58,6 +60,9 @@ class Estimate:
     many batches as are run as one; where weights are sharded, one module's whole ones. Without a batch, the rest."""
     recalibration_passes: int
     """Forward passes over a batch that recalibration takes (and no backward pass); a collection takes one of each a batch."""
+    compensation: int = 0
+    """What compensation takes in place of recalibration, if it was asked for: a stage's dense weights, one group's Gram matrices,
+    and what a forward holds or a solution takes; what stages gave to reference batches is on the :attr:`host`."""
 
     @property
     def collecting(self) -> int:
@@ -70,6 +75,11 @@ class Estimate:
         return self.weights + self.recalibration
 
     @property
+    def compensating(self) -> int:
+        """The peak while a model is compensated that is not being trained."""
+        return self.weights + self.compensation
+
+    @property
     def training(self) -> int:
         """The peak of a training with kept zeros and with collections between its steps."""
         training = self.weights + self.gradients + self.optimizer + self.masks
@@ -77,9 +87,11 @@ class Estimate:
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "relevance", "masks", "activations", "temporary")
-        peaks = ("collecting", "recalibrating", "training", "host")
-        rows = [f"{name:13} {_readable(getattr(self, name)):>10}" for name in (*names, "recalibration", *peaks)]
-        return "\n".join([*rows, f"recalibration takes {self.recalibration_passes} forward passes"])
+        kept = ("compensation", "compensating") if self.compensation else ("recalibration", "recalibrating")
+        shown = (*names, kept[0], "collecting", kept[1], "training", "host")
+        rows = [f"{name:13} {_readable(getattr(self, name)):>10}" for name in shown]
+        passes = f"recalibration takes {self.recalibration_passes} forward passes"
+        return "\n".join(rows if self.compensation else [*rows, passes])
 
 
 def estimate(
@@ -98,13 +110,13 @@ def estimate(
     accumulate_on: str | None = None,
     sparsity: float = 0.5,
     batches: int = LOOKED_AT,
+    compensation: str | Compensation | None = None,
 ) -> Estimate:
     r"""Bytes that collecting relevance and pruning take in each of ``world_size`` processes.
 
     Nothing is loaded or computed: sizes are taken from the shapes of the parameters, activations from a forward without
     data. With :math:`n` weights of :math:`b` bytes, :math:`s` of them scored, on :math:`p` processes, relevance takes
-    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided). What
-    ``compensation`` keeps is not counted.
+    :math:`4 s / p` bytes, masks :math:`s / p`, weights :math:`b n / p` (``fsdp``; with ``ddp`` nothing is divided).
 
     Args:
         model: a module, on any device (``meta`` as well), or a Hugging Face configuration, of which the causal language
@@ -121,10 +133,12 @@ def estimate(
         include, exclude, trainable_only, accumulate_on: as for :func:`lrp_prune.prune`.
         sparsity: to which is pruned; only what recalibration keeps depends on it.
         batches: how many reference batches a process has, of which recalibration looks at no more than the first 16 (of as many
-            samples, at 256 of them).
+            samples, at 256 of them), and compensation at all.
+        compensation: as for :func:`lrp_prune.prune`, in place of recalibration; it takes a batch.
 
     Raises:
-        ValueError: for an argument that is not possible, or a model that cannot be run without data.
+        ValueError: for an argument that is not possible, or a model that cannot be run without data; for a compensation without a
+            batch, or of weights that are divided.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
@@ -133,6 +147,7 @@ def estimate(
         (1061900, 1077248, 265216)
     """
     states = _checked(world_size, strategy, optimizer, dtype, accumulate_on, batches)
+    way = _checked_compensation(compensation, batch, strategy, world_size)
     method, kinds = method_of(method), granularities_of(granularity)
     collected = collected_by(method, kinds)
     check_sparsity(sparsity)
@@ -172,10 +187,13 @@ def estimate(
     temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
     passes, fitted = _passes(min(batches, LOOKED_AT))
     zeroed = round(sparsity * sum(part(entry) * size(entry) for entry in scored.values()))
-    compared = 0 if batch is None else _compared(Comparing(module, set(scored)), batch, dtype, fitted)
+    compared = (
+        0 if batch is None or way is not None else _compared(Comparing(module, set(scored)), batch, dtype, fitted)
+    )
     if parts > 1:
         compared += _one_module(module, {}, size)
         temporary += _one_module(module, scored if whole else {}, size)
+    plan = CompensationPlan(0, 0) if way is None else planned(module, scored, batch, dtype, way, batches)
     again = gains_by_a_second_round(kinds, settled(None, method, kinds), sparsity)
     on_host = accumulate_on is not None and torch.device(accumulate_on).type == "cpu"
     return Estimate(
@@ -186,10 +204,20 @@ def estimate(
         masks=masks,
         activations=activations,
         temporary=temporary,
-        host=-(-masks // 8) + (sums if on_host else 0) + (weights if again else scaled),
-        recalibration=zeroed + compared,
-        recalibration_passes=passes,
+        host=-(-masks // 8) + (sums if on_host else 0) + (weights if again else scaled) + plan.host,
+        recalibration=zeroed + compared if way is None else 0,
+        recalibration_passes=passes if way is None else 0,
+        compensation=plan.device,
     )
+
+
+def _checked_compensation(compensation: Any, batch: Any, strategy: str, world_size: int) -> Compensation | None:
+    way = compensation_of(compensation)
+    if way is not None and batch is None:
+        raise ValueError("what compensation takes depends on the reference batches: pass batch=, or compensation=None")
+    if way is not None and strategy == "fsdp" and world_size > 1:
+        raise ValueError("compensation works on whole weights: pass strategy='ddp', or compensation=None")
+    return way
 
 
 def _checked(world_size: Any, strategy: Any, optimizer: Any, dtype: Any, accumulate_on: Any, batches: Any) -> float:

@@ -8,12 +8,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
-from lrp_prune.pruning import recalibrate, scorer
+from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon, recalibrate, scorer
+from lrp_prune.pruning.compensation import compensate_
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.training.keeping import MaskKeeper
 from tests.support.live_bytes import Live, allocated
 from tests.support.sharding import device_type, sharded, together
-from tests.support.small_models import build
+from tests.support.small_models import batch_for, build
 
 SIZES = [
     {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 500},
@@ -225,3 +226,76 @@ def test_what_is_impossible_is_said(arguments, message):
 def test_no_model():
     with pytest.raises(ValueError, match="must be a module or a Hugging Face configuration, got str"):
         lrp_prune.estimate("meta-llama/Llama-2-7b-hf")
+
+
+def _compensated(name, ways):
+    """A model, its reference batches, and one of them as it is given to the plan."""
+    torch.manual_seed(0)
+    if name == "images":
+        model = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, groups=2), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 16, 10),
+        ).eval()  # fmt: skip
+        batches = [torch.randn(16, 3, 8, 8) for _ in range(3)]
+        return model, batches, batches[0]
+    if name == "t5":
+        batches = [batch_for("t5", 8, 12) for _ in range(3)]
+        return build("t5"), batches, batches[0]
+    number, samples, tokens = ways
+    model = _llama(SIZES[name == "large vocabulary"])
+    return model, [{"input_ids": torch.randint(0, 500, (samples, tokens))} for _ in range(number)], (samples, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "batches", "way"),
+    [
+        ("small vocabulary", (5, 2, 128), LeastSquares()),
+        ("large vocabulary", (12, 1, 16), LeastSquares(dense=0.0)),
+        ("images", None, LeastSquares()),
+        ("images", None, OptimalBrainSurgeon()),
+        ("t5", None, LeastSquares()),
+    ],
+    ids=str,
+)
+def test_compensating_stays_within_what_is_planned(name, batches, way):
+    """And not by far: what is laid together, one group's Gram matrices, a stage's weights, and what stages gave."""
+    model, reference, batch = _compensated(name, batches)
+    masks = lrp_prune.select(scorer("random", model).compute(), 0.5)
+    plan = lrp_prune.estimate(model, batch=batch, batches=len(reference), compensation=way)
+    with Live() as live:
+        compensate_(model, masks, reference, way)
+    kept = plan.host - lrp_prune.estimate(model).host
+    assert live.peak < plan.compensation + kept < 2 * live.peak
+    assert (
+        plan.compensating == plan.weights + plan.compensation and plan.recalibration == plan.recalibration_passes == 0
+    )
+    assert "compensating" in str(plan) and "recalib" not in str(plan)
+
+
+@pytest.mark.slow
+def test_what_stages_gave_grows_with_batches_and_nothing_else_does_with_large_ones(monkeypatch):
+    monkeypatch.setattr("lrp_prune.pruning.compensation.together.ENTRIES", 0)
+    plans = [
+        lrp_prune.estimate(_llama(SIZES[0]), batch=(2, 64), batches=number, compensation="exact")
+        for number in (1, 4, 7)
+    ]
+    assert len({plan.compensation for plan in plans}) == 1
+    # A stage's outputs of the dense model, before and now, and of the pruned one before.
+    assert plans[2].host - plans[1].host == plans[1].host - plans[0].host == 3 * 3 * 2 * 64 * 128 * 4
+
+
+def test_a_compensation_that_cannot_be_planned():
+    model = nn.Linear(2, 2)
+    for options, message in (
+        ({"compensation": "best"}, "compensation must be one of"),
+        ({"compensation": "exact"}, "pass batch="),
+        (
+            {"compensation": "exact", "batch": torch.zeros(4, 2), "world_size": 2},
+            "works on whole weights: pass strategy='ddp'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lrp_prune.estimate(model, **options)
+    ddp = lrp_prune.estimate(model, 2, strategy="ddp", batch=torch.zeros(4, 2), compensation="exact")
+    assert ddp == lrp_prune.estimate(model, batch=torch.zeros(4, 2), compensation="exact") and ddp.compensation > 0

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,24 @@ def laid_together(first: Any, second: Any) -> Any:
     if any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in zip(mine, theirs, strict=True)):
         return None
     return pytree.tree_unflatten([torch.cat(pair) for pair in zip(mine, theirs, strict=True)], structure)
+
+
+def in_groups(batches: Sequence[Any], size: int) -> Iterator[tuple[Any, int]]:
+    """Batches laid together, no more than so many each, as far as they fit; with how many each is made of.
+
+    Example:
+        >>> [(tuple(batch.shape), number) for batch, number in in_groups([torch.ones(2, 3)] * 3 + [torch.ones(1, 4)], 2)]
+        [((4, 3), 2), ((2, 3), 1), ((1, 4), 1)]
+    """
+    while batches:
+        together, number = batches[0], 1
+        for batch in batches[1:size]:
+            both = laid_together(together, batch)
+            if both is None:
+                break
+            together, number = both, number + 1
+        batches = batches[number:]
+        yield together, number
 
 
 def with_fields(batch: Any, named: Mapping[str, Any]) -> Any:

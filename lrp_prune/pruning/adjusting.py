@@ -41,12 +41,8 @@ class Adjusting:
         self._recalibrating = recalibrates(recalibrate, reference)
         self._asked = recalibrate is True
         self._told = ""
+        check_alone(self._compensation, self._asked)
         if self._compensation is not None:
-            if self._asked:
-                raise ValueError(
-                    "recalibrate=True and a compensation: the least squares of all kept weights have scale and offset of each "
-                    "channel in them, so leave recalibrate as it is"
-                )
             if empty:
                 raise ValueError(_NO_BATCHES.format("compensation", "compensation=None"))
             self._recalibrating = False
@@ -107,6 +103,19 @@ class Adjusting:
                 raise
             _logger.warning("not recalibrated: %s", error)
             return None
+
+
+def check_alone(compensation: Compensation | None, recalibrate: bool) -> None:
+    """Refuse a compensation where recalibration is asked for as well.
+
+    Raises:
+        ValueError: and says why.
+    """
+    if compensation is not None and recalibrate:
+        raise ValueError(
+            "recalibrate=True and a compensation: the least squares of all kept weights have scale and offset of each channel in "
+            "them, so leave recalibrate as it is"
+        )
 
 
 def recalibrates(asked: bool | None, reference: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.models.batches import laid_together, to_device
+from lrp_prune.models.batches import in_groups, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.masks import Masks
@@ -96,16 +96,7 @@ class Runs:
         with self.processes.agreeing():
             uses = DenseOutputs(self.masks)
             outputs_of(self.model, to_device(batches[0], self.device), uses, self.target, Choices())
-        size = min(self.processes.gathered(max(1, ENTRIES // max(uses.entries, 1))))
-        while batches:
-            together, number = batches[0], 1
-            for batch in batches[1:size]:
-                both = laid_together(together, batch)
-                if both is None:
-                    break
-                together, number = both, number + 1
-            batches = batches[number:]
-            yield together, number
+        yield from in_groups(batches, min(self.processes.gathered(max(1, ENTRIES // max(uses.entries, 1)))))
 
     def _in_step(self, groups: list[tuple[Any, int]]) -> Iterator[tuple[Any, int, bool]]:
         """The same number in each process: one that has no more runs its last again, which does not count."""

@@ -38,12 +38,17 @@ class PlacedUses(WeightUses):
 
     def is_alone(self, place: Place) -> bool:
         """Whether nothing else uses these entries, so that scaling them changes these outputs and no others."""
+        return place not in self.tied
+
+    @property
+    def tied(self) -> set[Place]:
+        """Places of which something else uses entries; to be asked for once the forward is done."""
         if self._tied is None:
             self._tied = set()
             for name, used in self._used.items():
                 if name in self.looked_up or len(used) > 1:
                     self._tied |= _tied(used, self._whole[name], name in self.looked_up)
-        return place not in self._tied
+        return self._tied
 
     def observed(self, call: Call) -> Any:
         """Run a product, and note what it uses."""

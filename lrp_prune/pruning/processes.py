@@ -27,20 +27,21 @@ class Processes:
 
     Args:
         mesh: of those that a model is divided among, or that have one each; None: this one works alone.
+        what: they do, as errors call it.
     """
 
-    def __init__(self, mesh: "DeviceMesh | None") -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: "DeviceMesh | None", what: str = "recalibrating") -> None:
+        self._mesh, self._what = mesh, what
 
     @classmethod
-    def of_run(cls, device: torch.device) -> "Processes":
+    def of_run(cls, device: torch.device, what: str = "recalibrating") -> "Processes":
         """All of a run, each with a whole model on a device."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return cls(None)
+            return cls(None, what)
         from torch.distributed.device_mesh import init_device_mesh
 
         kind = "cpu" if torch.distributed.get_backend() == "gloo" else device.type
-        return cls(init_device_mesh(kind, (torch.distributed.get_world_size(),)))
+        return cls(init_device_mesh(kind, (torch.distributed.get_world_size(),)), what)
 
     @property
     def alone(self) -> bool:
@@ -52,12 +53,12 @@ class Processes:
         return [value] if self._mesh is None else all_gathered(value, self._mesh)
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum of small tensors."""
+        """The sum of tensors, the same in each."""
         return values if self._mesh is None else all_reduced(values, self._mesh)
 
     def agreeing(self) -> AbstractContextManager[None]:
         """What fails in one of them fails in all, see :func:`lrp_prune.distributed.sharding.agreeing`."""
-        return agreeing(self._mesh, "recalibrating")
+        return agreeing(self._mesh, self._what)
 
 
 class Turns:

@@ -9,6 +9,7 @@ import yaml
 
 from lrp_prune import Composite, Random, Scope
 from lrp_prune.callbacks import CircuitDiscovery, ContrastiveCorrection, RelevanceCollector, RelevancePruning
+from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon
 
 pytest.importorskip("jsonargparse")
 
@@ -132,5 +133,39 @@ def test_a_composite_is_a_file_or_stands_in_the_configuration(given, make_module
 def test_only_two_arguments_are_positional_and_few_are_needed(callback: Any) -> None:
     parameters = list(inspect.signature(callback).parameters.values())
     positional = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    assert len(positional) == 2 and len(parameters) < 20
+    assert len(positional) == 2 and len(parameters) <= 20
     assert sum(one.default is one.empty for one in parameters) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("obs", OptimalBrainSurgeon()),
+        (
+            {"class_path": "lrp_prune.pruning.LeastSquares", "init_args": {"dense": 0.25, "steps": 50}},
+            LeastSquares(dense=0.25, steps=50),
+        ),
+        ({"class_path": "lrp_prune.pruning.OptimalBrainSurgeon"}, OptimalBrainSurgeon()),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_a_compensation_is_a_name_or_a_class(given, expected, make_module) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    def cli(compensation: Any) -> LightningCLI:
+        pruning = {
+            "class_path": "lrp_prune.callbacks.RelevancePruning",
+            "init_args": {"sparsity": 0.5, "compensation": compensation},
+        }
+        trainer = {"callbacks": [pruning], "logger": False, "accelerator": "cpu"}
+        return LightningCLI(type(make_module()), run=False, args={"trainer": trainer}, save_config_callback=None)
+
+    first = cli(given)
+    text = first.parser.dump(first.config, skip_none=False)
+    (written,) = yaml.safe_load(text)["trainer"]["callbacks"]
+    second = cli(written["init_args"]["compensation"])
+    assert second.parser.dump(second.config, skip_none=False) == text
+    for made in (first, second):
+        assert made.trainer.callbacks[0]._round._compensation == expected

@@ -1,64 +1,39 @@
 """Going through a model stage by stage: inputs from what is pruned and compensated before, kept weights from least squares."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.engine.call import Call
 from lrp_prune.engine.uses import Product, WeightUses
-from lrp_prune.models.batches import to_device
+from lrp_prune.models.batches import samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters, resolve
 from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.compensation.compensated import Compensated
+from lrp_prune.pruning.compensation.inputs import Group, Grouped, Inputs, merged
 from lrp_prune.pruning.compensation.matrices import Matrix
-from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, stages_of
-from lrp_prune.pruning.compensation.systems import Systems, rows_of
+from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, made_of, stages_of
+from lrp_prune.pruning.compensation.systems import Systems
+from lrp_prune.pruning.compensation.together import laid_in_few
 from lrp_prune.pruning.compensation.ways import Compensation
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.pairs import Part, PlacedUses, computed, given, parts_of
+from lrp_prune.pruning.pairs import Part, PlacedUses
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
-from lrp_prune.relevance.unscored import patterns_of
+from lrp_prune.pruning.processes import Processes
 
+_WHAT = "compensating"
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
-
-
-@dataclass
-class Compensated:
-    """What was compensated.
-
-    Args:
-        errors: of each weight, the squared error of its outputs that the mask adds to the least squares without one, before and
-            after.
-        left_out: weights that are only masked, each with the reason.
-    """
-
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        shares = sorted(after / before for before, after in self.errors.values() if before > 0)
-        what = f"{len(self.errors)} weights compensated"
-        if shares:
-            what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
-        return f"{what}; only masked: {self.masked_only}" if self.left_out else what
-
-    @property
-    def masked_only(self) -> str:
-        """What was left out, with each reason."""
-        told = []
-        for reason in dict.fromkeys(self.left_out.values()):
-            names = patterns_of(name for name, why in self.left_out.items() if why == reason)
-            told.append(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})")
-        return "; ".join(told)
 
 
 def compensate_(
@@ -69,6 +44,7 @@ def compensate_(
     target: Any = None,
     progress: bool | Progress = False,
     changing: Callable[[Sequence[nn.Parameter]], object] | None = None,
+    together: bool = False,
 ) -> Compensated:
     """Apply masks to a dense model in place, and update what they keep so that each layer gives what it gave.
 
@@ -76,6 +52,9 @@ def compensate_(
     with inputs from what is pruned and compensated before. In memory are at a time the products of one group's inputs, a stage's
     dense weights, and what stages gave to each batch as far as others are made of it. No mask changes. If an error is raised,
     weights that are done keep their new values: who wants them back keeps them when ``changing`` names them.
+
+    Small batches are laid together as far as they fit and the model's outputs stay the same to rounding. Processes that do this
+    together sum their products, whatever batches each of them has, and solve the same systems.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -85,9 +64,12 @@ def compensate_(
         target: what is explained; a function of model and batch is run in the model's place.
         progress: show a progress bar, or what shows another.
         changing: is told which parameters are about to change.
+        together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
+            result.
 
     Raises:
         ValueError: there is no batch, or the model is divided among processes.
+        RuntimeError: another process has an error.
         FloatingPointError: a layer's inputs are not finite.
 
     Example:
@@ -100,100 +82,107 @@ def compensate_(
         >>> compensate_(model, masks, batches, LeastSquares()).left_out
         {}
     """
-    module = subject_of(model).module
+    subject = subject_of(model)
+    module = subject.module
     if shardings_of(module):
         raise ValueError(
             "a model that fully_shard has divided cannot be compensated: pass compensation=None, or prune the whole model"
         )
-    reference = list(batches)
-    if not reference:
-        raise ValueError("no batch was seen: compensation needs reference samples")
+    device = next(module.parameters()).device
+    processes = Processes.of_run(device, _WHAT) if together else Processes(None, _WHAT)
+    with processes.agreeing():
+        reference = list(batches)
+        if not reference:
+            raise ValueError("no batch was seen: compensation needs reference samples")
+        samples = sum(map(samples_in, reference))
     shown = progress if callable(progress) else bar if progress else no_bar
-    return _Compensating(module, masks, reference, compensation, target, changing or (lambda _: None)).run(shown)
+    target = subject.own_target if subject.own_target is not None and not callable(target) else target
+    begun = time.perf_counter()
+    found = _Compensating(module, masks, reference, compensation, target, processes, changing or (lambda _: None)).run(
+        shown
+    )
+    found.samples = sum(processes.gathered(samples))
+    found.seconds = time.perf_counter() - begun
+    return found
 
 
-class _Inputs(WeightUses):
-    """Shows what the layers of one group get."""
+@dataclass(frozen=True)
+class _Stage:
+    """A stage, and what its dense weights were."""
 
-    def __init__(self, masks: Masks, group: list[Place], counted: Tensor | None) -> None:
-        super().__init__(lambda use: [])
-        self._masks, self._group, self._counted = masks, group, counted
-        self.rows: list[list[Tensor]] = []
-        self.unknown = False
+    module: nn.Module
+    held: Mapping[str, nn.Parameter]
+    before: Mapping[str, Tensor]
 
-    def observed(self, call: Call) -> Any:
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
-        for part in parts_of(found, call, result, self._masks):
-            if part.place == self._group[0]:
-                rows = rows_of(found, part, self._counted)
-                self.unknown = self.unknown or rows is None
-                self.rows.append(rows or [])
-        return given(found.activation, lambda: result)
-
-
-class _Planned(PlacedUses):
-    """The layers of a stage, in groups that read the same input."""
-
-    def __init__(self, masks: Masks, groups: list[list[Place]], inside: Collection[str]) -> None:
-        super().__init__(masks)
-        self._groups, self._inside = groups, inside
-        self._input: Tensor | None = None
-        self._known = {place for group in groups for place in group}
-
-    def _seen(self, part: Part, found: Product, result: Tensor) -> None:
-        super()._seen(part, found, result)
-        shares = found.activation is self._input and part.rows is None and len(part.place.layout.size) == 2
-        self._input = found.activation if len(part.place.layout.size) == 2 and part.rows is None else None
-        if part.place in self._known or part.place.name not in self._inside:
-            return
-        self._known.add(part.place)
-        if shares and self._groups:
-            self._groups[-1].append(part.place)
-        else:
-            self._groups.append([part.place])
+    @property
+    def dense(self) -> dict[nn.Parameter, Tensor]:
+        """Its parameters, with their values in the dense model."""
+        return {self.held[name]: value for name, value in self.before.items()}
 
 
 class _Compensating:
     """One run through a model."""
 
     def __init__(
-        self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any,
+        self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any, processes: Processes,
         changing: Callable[[Sequence[nn.Parameter]], object],
     ) -> None:  # fmt: skip
         self._module, self._masks, self._batches, self._way, self._target = module, masks, batches, way, target
-        self._changing = changing
+        self._processes, self._changing = processes, changing
         self._parameters = named_parameters(module)
         self._pruned = {name: weight for name, weight in resolve(masks, module).items() if masks.pruned_in(name)}
         self._device = next(module.parameters()).device
         self._outside: dict[nn.Parameter, Tensor] = {}
+        self._tied: set[Place] = set()
         self._result = Compensated()
 
     def run(self, shown: Progress) -> Compensated:
         candidates = stages_of(self._module, self._pruned)
-        watched, ties = self._watch(candidates)
-        stages = {name: candidates[name] for name in watched.order if watched.calls[name] == 1}
+        with self._processes.agreeing():
+            forwards = self._watch(candidates)
+        stages = self._stages(candidates, forwards)
+        needed = made_of(forwards, stages)
         self._zero_outside(stages)
-        dense, pruned = (Given(stages, watched.made_of(stages), "cpu") for _ in range(2))
+        dense, pruned = (Given(stages, needed, "cpu") for _ in range(2))
         with shown("Compensating", len(stages)) as advance:
             for name, stage in stages.items():
-                self._stage(name, stage, dense, pruned, ties)
+                self._stage(name, stage, dense, pruned)
                 advance(1)
         self._name_the_rest()
         return self._result
 
-    def _watch(self, candidates: Mapping[str, nn.Module]) -> tuple[Watched, PlacedUses]:
-        """A dense forward of the first batch: what runs when, and what is used elsewhere as well."""
-        watched, uses = Watched(candidates), PlacedUses(self._masks)
-        with watched.watching():
-            outputs_of(self._module, to_device(self._batches[0], self._device), uses, self._target, Choices())
+    def _watch(self, candidates: Mapping[str, nn.Module]) -> list[Watched]:
+        """Dense forwards until every stage was run: what runs when, what is used elsewhere as well, and how large outputs are."""
+        forwards, uses = list[Watched](), _Sized(self._masks)
+        for batch in self._batches:
+            watched = Watched(candidates)
+            with watched.watching():
+                self._outputs(batch, uses, Choices())
+            forwards.append(watched)
+            if all(any(entry.calls[name] for entry in forwards) for name in candidates):
+                break
+        self._tied = uses.tied
+        self._batches = laid_in_few(
+            self._batches, uses.largest, lambda batch: self._outputs(batch, PlacedUses(self._masks), Choices())
+        )
+        return forwards
+
+    def _outputs(self, batch: Any, uses: WeightUses, choices: Choices) -> list[Tensor]:
+        return outputs_of(self._module, to_device(batch, self._device), uses, self._target, choices)
+
+    def _stages(self, candidates: Mapping[str, nn.Module], forwards: list[Watched]) -> dict[str, nn.Module]:
+        """The stages that run once, in the order of execution, the same in each process; the rest is named."""
+        seen = [(watched.order, dict(watched.calls)) for watched in forwards]
+        everyone = self._processes.gathered((seen, self._tied))
+        self._tied = set().union(*(tied for _, tied in everyone))
+        every = [forward for theirs, _ in everyone for forward in theirs]
+        calls = {name: max(theirs.get(name, 0) for _, theirs in every) for name in candidates}
         for name, stage in candidates.items():
-            reason = {0: "is never run", 1: None}.get(watched.calls[name], "is in a module that is run several times")
+            reason = {0: "is never run", 1: None}.get(calls[name], "is in a module that is run several times")
             if reason:
                 self._leave_out(stage, reason)
-        return watched, uses
+        order = merged([[[name] for name in theirs] for theirs, _ in every])
+        return {name: candidates[name] for (name,) in order if calls[name] == 1}
 
     def _leave_out(self, stage: nn.Module, reason: str) -> None:
         inside = {id(parameter) for parameter in stage.parameters()}
@@ -201,56 +190,57 @@ class _Compensating:
             if id(weight) in inside:
                 self._result.left_out.setdefault(name, reason)
 
-    def _stage(self, name: str, stage: nn.Module, dense: Given, pruned: Given, ties: PlacedUses) -> None:
-        inside = {id(parameter) for parameter in stage.parameters()}
+    def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
+        inside = {id(parameter) for parameter in module.parameters()}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
-        before = {key: weight.detach().clone() for key, weight in held.items()}
-        groups: list[list[Place]] = []
+        stage = _Stage(module, held, {key: weight.detach().clone() for key, weight in held.items()})
         both = self._way.dense > 0
-        choices = []
-        outputs = []
-        for index in range(len(self._batches)):
-            made = Choices()
-            planned = _Planned(self._masks, groups, held)
-            with _holding(self._outside if both else {}):
-                outputs.append(self._run(index, stage, dense if both else pruned, planned, made))
-            choices.append(made.made)
+        groups, planned, outputs = list[Group](), list[_Planned](), []
+        with self._processes.agreeing():
+            for index in range(len(self._batches)):
+                made, seen = Choices(), Grouped(self._masks, groups, held)
+                with _holding(self._outside if both else {}):
+                    outputs.append(self._run(index, module, dense if both else pruned, seen, made))
+                planned.append(_Planned(Counter(place for place, _ in seen.order), made.made))
+        groups = merged(self._processes.gathered(groups))
         written = [place.bias.name for group in groups for place in group if place.bias is not None]
         masked = [weight for weight in resolve(self._masks, self._module).values() if id(weight) in inside]
         self._changing([*masked, *(self._parameters[key] for key in written)])
         self._zero(held)
         for group in groups:
-            alone = [place for place in group if ties.is_alone(place)]
-            for place in group:
-                if place not in alone and place.name in self._pruned:
+            wanted = [place for place in group if place.name in self._pruned]
+            for place in wanted:
+                if place in self._tied:
                     self._result.left_out[place.name] = "is used by something else as well"
-            if any(place.name in self._pruned for place in alone):
-                systems = self._summed(stage, group, dense, pruned, held, before, choices)
+            alone = [place for place in wanted if place not in self._tied]
+            if alone:
+                with self._processes.agreeing():
+                    systems = self._summed(stage, group[0], dense, pruned, planned)
+                systems.over(self._processes, self._device)
                 with torch.autocast(self._device.type, enabled=False):
                     for place in alone:
-                        if place.name in self._pruned:
-                            self._update(place, systems, before)
+                        self._update(place, systems, stage.before)
         if both:
             dense.keep(name, outputs)
-        pruned.keep(name, [self._run(index, stage, pruned, None, None) for index in range(len(self._batches))])
+        with self._processes.agreeing():
+            pruned.keep(name, [self._run(index, module, pruned, None, None) for index in range(len(self._batches))])
 
-    def _summed(
-        self, stage: nn.Module, group: list[Place], dense: Given, pruned: Given, held: Mapping[str, nn.Parameter],
-        before: Mapping[str, Tensor], choices: list[list[Tensor]],
-    ) -> Systems | None:  # fmt: skip
-        """The inputs of a group, over all batches; None where they are not known."""
+    def _summed(self, stage: _Stage, place: Place, dense: Given, pruned: Given, planned: "list[_Planned]") -> Systems:
+        """The inputs of a layer, over all batches of this process."""
         systems = Systems()
         for index, batch in enumerate(self._batches):
+            plan = planned[index]
+            if not plan.uses[place]:
+                continue
             counted = counted_tokens(self._module, to_device(batch, self._device), 0)
             theirs = None
             if self._way.dense > 0:
-                theirs = _Inputs(self._masks, group, counted)
-                with _holding({**self._outside, **{held[key]: value for key, value in before.items()}}):
-                    self._run(index, stage, dense, theirs, Choices(choices[index]))
-            ours = _Inputs(self._masks, group, counted)
-            self._run(index, stage, pruned, ours, Choices(choices[index]))
-            if ours.unknown:
-                return None
+                theirs = Inputs(self._masks, place, plan.uses[place], counted)
+                with _holding({**self._outside, **stage.dense}):
+                    self._run(index, stage.module, dense, theirs, Choices(plan.choices))
+            ours = Inputs(self._masks, place, plan.uses[place], counted)
+            self._run(index, stage.module, pruned, ours, Choices(plan.choices))
+            systems.known = systems.known and not ours.unknown
             for number, rows in enumerate(ours.rows):
                 systems.add(rows, theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None)
         return systems
@@ -258,7 +248,6 @@ class _Compensating:
     def _run(self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None) -> Any:
         """Run a batch until the stage is done, and return what that gives, to be kept."""
         kept: list[Any] = []
-        batch = to_device(self._batches[index], self._device)
         uses = PlacedUses(self._masks) if uses is None else uses
         torch.clear_autocast_cache()  # which may have weights as they were
         with (
@@ -266,12 +255,12 @@ class _Compensating:
             leaving_after(stage, lambda output: kept.append(known.taken(output))),
             suppress(StageReached),
         ):
-            outputs_of(self._module, batch, uses, self._target, Choices() if choices is None else choices)
+            self._outputs(self._batches[index], uses, Choices() if choices is None else choices)
         return kept[0] if kept else None
 
-    def _update(self, place: Place, systems: Systems | None, before: Mapping[str, Tensor]) -> None:
+    def _update(self, place: Place, systems: Systems, before: Mapping[str, Tensor]) -> None:
         """Solve for one layer, and write what comes out."""
-        if systems is None or systems.gram is None:
+        if not systems.known or systems.gram is None:
             self._result.left_out[place.name] = "is in no product whose inputs can be laid out as rows"
             return
         if systems.count < FEWEST:
@@ -327,6 +316,24 @@ class _Compensating:
         for name in self._pruned:
             if name not in self._result.errors:
                 self._result.left_out.setdefault(name, "is in no product of a stage that was run")
+
+
+class _Sized(PlacedUses):
+    """Also notes how large outputs are."""
+
+    largest = 0
+
+    def _seen(self, part: Part, found: Product, result: Tensor) -> None:
+        super()._seen(part, found, result)
+        self.largest = max(self.largest, result.numel())
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What a stage did with a batch."""
+
+    uses: Mapping[Hashable, int]
+    choices: list[Tensor]
 
 
 def _distance(weight: Tensor, best: Tensor, gram: Tensor) -> float:

@@ -7,7 +7,7 @@ it is.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ class Given:
 
     Args:
         stages: all, in the order of execution.
-        needed: for each stage those whose outputs it is made of, see :meth:`Watched.made_of`.
+        needed: for each stage those whose outputs it is made of, see :func:`made_of`.
         keep_on: where outputs are kept.
     """
 
@@ -190,18 +190,6 @@ class Watched:
             stack.enter_context(lineage)
             yield
 
-    def made_of(self, stages: Collection[str]) -> dict[str, set[str]]:
-        """For each of these stages those of them whose outputs it is made of, directly or by what is none of them."""
-
-        def behind(name: str, seen: set[str]) -> set[str]:
-            new = self.needed[name] - seen
-            seen |= new
-            return {entry for entry in new if entry in stages}.union(
-                *(behind(entry, seen) for entry in new if entry not in stages)
-            )
-
-        return {name: behind(name, set()) for name in stages}
-
     def _read(self, sources: frozenset[str], value: Any) -> None:
         """Something was computed from these stages' outputs."""
         for name in self._running:
@@ -228,3 +216,21 @@ class Watched:
             return output
 
         return hook
+
+
+def made_of(forwards: Sequence[Watched], stages: Collection[str]) -> dict[str, set[str]]:
+    """For each of these stages those of them whose outputs it is made of, directly or by what is none of them.
+
+    Args:
+        forwards: in each of which it may have been made of others.
+        stages: what counts as one.
+    """
+
+    def behind(name: str, seen: set[str]) -> set[str]:
+        new = set().union(*(watched.needed[name] for watched in forwards)) - seen
+        seen |= new
+        return {entry for entry in new if entry in stages}.union(
+            *(behind(entry, seen) for entry in new if entry not in stages)
+        )
+
+    return {name: behind(name, set()) for name in stages}

@@ -9,6 +9,7 @@ from torch import Tensor
 from lrp_prune.engine.forms import Convolution, TransposedConvolution
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.pairs import Part
+from lrp_prune.pruning.processes import Processes
 
 _ENTRIES = 1 << 26
 """Entries of rows that are laid out at a time: patches of a convolution repeat each of its inputs."""
@@ -76,6 +77,8 @@ class Systems:
         self.crossed: Tensor | None = None
         self.paired = True
         """Whether there was a dense input for each."""
+        self.known = True
+        """Whether all inputs could be laid out as rows."""
 
     def add(self, rows: list[Tensor], dense: list[Tensor] | None) -> None:
         """Add inputs, and the dense model's for the same places."""
@@ -87,6 +90,25 @@ class Systems:
             self.gram = _added(self.gram, pruned, pruned)
             if alike and dense is not None:
                 self.crossed = _added(self.crossed, _with_ones(dense[index]), pruned)
+
+    def over(self, processes: Processes, device: torch.device) -> None:
+        """Add what others have, so that all have the same sums, bit for bit; one that saw no input takes part with nothing."""
+        if processes.alone:
+            return
+        shape = None if self.gram is None else (tuple(self.gram.shape), self.gram.dtype)
+        everyone = processes.gathered((self.count, self.paired, self.known, shape))
+        counts, paired, known, shapes = zip(*everyone, strict=True)
+        self.count, self.paired, self.known = sum(counts), all(paired), all(known)
+        there = next((entry for entry in shapes if entry is not None), None)
+        if there is None:
+            return
+        crossed = any(processes.gathered(self.crossed is not None))
+        nothing = torch.zeros(there[0], dtype=there[1], device=device)
+        self.gram = processes.summed(nothing if self.gram is None else self.gram)
+        if crossed and self.paired:
+            self.crossed = processes.summed(nothing if self.crossed is None else self.crossed)
+        else:
+            self.crossed = None
 
 
 def _with_ones(rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Ways to make up for what is pruned in a layer, as objects; a name stands for each with its defaults."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,7 @@ from torch import Tensor
 from lrp_prune.pruning.compensation.solving import least_squares, optimal_brain_surgeon
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compensation:
+class Compensation(ABC):
     r"""How kept weights are updated: :math:`\min_W \lVert W X' - T \rVert^2 + \delta \lVert W - W_0 \rVert^2` under the mask.
 
     The inputs :math:`X'` are those that the layer gets behind the layers before it, as these are pruned and compensated. The
@@ -25,10 +25,11 @@ class Compensation:
         ValueError: a share outside [0, 1], or a damping that is not positive.
     """
 
-    dense: float = 0.5
-    damping: float = 0.01
+    dense: float
+    damping: float
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise what is said above, as soon as it is made."""
         if not 0 <= self.dense <= 1:
             raise ValueError(
                 f"dense is the share of the dense model's inputs in the targets, in [0, 1], got {self.dense!r}"
@@ -36,6 +37,7 @@ class Compensation:
         if not self.damping > 0:
             raise ValueError(f"damping must be positive (0.01 is usual), got {self.damping!r}")
 
+    @abstractmethod
     def solve(self, gram: Tensor, cross: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
         """The weights ``[out, in]`` of one layer, zero where nothing is kept.
 
@@ -45,7 +47,6 @@ class Compensation:
             kept: boolean ``[out, in]``.
             weight: as they are in the dense model, ``[out, in]``.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,13 @@ class LeastSquares(Compensation):
         0.5
     """
 
+    dense: float = 0.5
+    damping: float = 0.01
     steps: int = 100
     tolerance: float = 1e-3
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.check()
         if self.steps < 1 or not self.tolerance > 0:
             raise ValueError(f"steps and tolerance must be positive, got {self.steps!r} and {self.tolerance!r}")
 
@@ -93,12 +96,18 @@ class OptimalBrainSurgeon(Compensation):
         0.5
     """
 
+    dense: float = 0.5
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.check()
+
     def solve(self, gram: Tensor, cross: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
         unmasked = weight if self.dense == 0 else torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
         return optimal_brain_surgeon(gram, unmasked, kept)
 
 
-WAYS: dict[str, type[Compensation]] = {"exact": LeastSquares, "obs": OptimalBrainSurgeon}
+WAYS: dict[str, type[LeastSquares | OptimalBrainSurgeon]] = {"exact": LeastSquares, "obs": OptimalBrainSurgeon}
 
 
 def compensation_of(given: "str | Compensation | None") -> Compensation | None:

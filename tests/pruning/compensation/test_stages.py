@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrp_prune.names import named_parameters
-from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, stages_of
+from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, made_of, stages_of
 from tests.support.small_models import batch_for, build
 
 STAGES = {
@@ -71,7 +71,7 @@ def test_a_forward_is_watched() -> None:
     assert found.needed["layers.0"] == set() and found.needed["layers.1"] == {"layers.0"}
     assert found.needed["layers.3"] == {"layers.0", "layers.2"}
     once = {name: found.needed[name] for name in ("layers.0", "layers.1")}
-    assert found.made_of(["layers.0", "layers.1", "layers.3"]) == {**once, "layers.3": {"layers.0", "layers.1"}}
+    assert made_of([found], ["layers.0", "layers.1", "layers.3"]) == {**once, "layers.3": {"layers.0", "layers.1"}}
 
 
 def test_what_a_stage_returns_as_it_got_it_is_not_taken_for_its_own() -> None:

@@ -1,0 +1,41 @@
+"""What a compensation came to, in figures and in words."""
+
+from dataclasses import dataclass, field
+
+from lrp_prune.relevance.unscored import patterns_of
+
+
+@dataclass
+class Compensated:
+    """What was compensated.
+
+    Args:
+        errors: of each weight, the squared error of its outputs that the mask adds to the least squares without one, before and
+            after.
+        left_out: weights that are only masked, each with the reason.
+        samples: reference samples that were gone through, of all processes.
+        seconds: how long it took.
+    """
+
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        shares = sorted(after / before for before, after in self.errors.values() if before > 0)
+        what = f"{len(self.errors)} weights compensated"
+        if self.samples:
+            what += f" on {self.samples:,} samples in {self.seconds:.3g} s"
+        if shares:
+            what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
+        return f"{what}; only masked: {self.masked_only}" if self.left_out else what
+
+    @property
+    def masked_only(self) -> str:
+        """What was left out, with each reason."""
+        told = []
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = patterns_of(name for name, why in self.left_out.items() if why == reason)
+            told.append(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})")
+        return "; ".join(told)

@@ -1,0 +1,60 @@
+"""Small reference batches laid together: what a run costs beside its arithmetic is paid once for several."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_prune.models.batches import in_groups, laid_together, samples_in
+
+ENTRIES = 1 << 20
+"""Entries of the largest output of a layer up to which batches are laid together; beyond, there is nothing to save."""
+
+Outputs = Callable[[Any], list[Tensor]]
+"""From a batch to what the model says of it."""
+
+
+def laid_in_few(batches: list[Any], largest: int, outputs: Outputs) -> list[Any]:
+    """The same samples in fewer batches, where the model's outputs are the same to rounding.
+
+    They are not where samples of a batch see each other (a batch normalization in training mode, time along the first
+    dimension, losses that contrast samples): two batches, run alone and as one, show it.
+
+    Args:
+        batches: as they are.
+        largest: entries of the largest output of a layer, of the first batch.
+        outputs: runs the model.
+    """
+    number = laid_number(largest, len(batches))
+    if number < 2:
+        return batches
+    both = laid_together(*batches[:2])
+    if both is None or not _alike(outputs(both), outputs(batches[0]), outputs(batches[1]), samples_in(batches[0])):
+        return batches
+    return [batch for batch, _ in in_groups(batches, number)]
+
+
+def laid_number(largest: int, batches: int) -> int:
+    """How many batches are run as one, where they fit."""
+    return max(1, min(ENTRIES // max(largest, 1), batches))
+
+
+def _alike(both: list[Tensor], first: list[Tensor], second: list[Tensor], samples: int) -> bool:
+    """Whether outputs of two batches are those of each, one below the other."""
+    if not both or not len(both) == len(first) == len(second):
+        return False
+    for together, above, below in zip(both, first, second, strict=True):
+        if above.dim() == 0 or len(above) != samples or together.shape != (len(above) + len(below), *above.shape[1:]):
+            return False
+        apart = torch.cat([above, below])
+        if not bool((together - apart).norm() <= _precision(apart) ** 0.5 * apart.norm()):
+            return False
+    return True
+
+
+def _precision(outputs: Tensor) -> float:
+    """Of what outputs were computed in."""
+    kind = outputs.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else outputs.dtype
+    return torch.finfo(dtype).eps

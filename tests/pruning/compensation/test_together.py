@@ -1,0 +1,105 @@
+"""Small batches laid together: faster, and the same."""
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.pruning import LeastSquares, scorer
+from lrp_prune.pruning.compensation import compensate_, together
+from lrp_prune.pruning.compensation.together import laid_in_few
+from tests.support.small_models import build
+
+EXACT = LeastSquares(steps=500, tolerance=1e-12)
+
+
+def both_ways(
+    model: nn.Module, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[nn.Module], list[float]]:
+    """The model compensated with batches laid together, and as they are; and how long each took."""
+    masks = lrp_prune.select(scorer("random", model).compute(), 0.5, scope="layer")
+    found, seconds = [], []
+    for entries in (together.ENTRIES, 0):
+        monkeypatch.setattr(together, "ENTRIES", entries)
+        mine, begun = copy.deepcopy(model), time.process_time()
+        result = compensate_(mine, masks, batches, EXACT)
+        seconds.append(time.process_time() - begun)
+        assert result.samples == sum(len(batch["input_ids"]) for batch in batches)
+        found.append(mine)
+    return found, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_padded_batches_of_several_lengths_come_to_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batches = []
+    for index in range(6):
+        ids = torch.randint(2, 50, (2, 9 + index // 3))
+        batches.append(
+            {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < 7 + index % 2).expand_as(ids).long()}
+        )
+    (laid, apart), _ = both_ways(build(name).double(), batches, monkeypatch)
+    for (entry, ours), theirs in zip(laid.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=entry)
+
+
+@pytest.mark.slow
+def test_many_small_batches_cost_a_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(2, 50, (1, 12))} for _ in range(12)]
+    _, (laid, apart) = both_ways(build("llama"), batches, monkeypatch)
+    assert laid < apart / 3
+
+
+def outputs(model: nn.Module) -> Any:
+    return lambda batch: [model(batch).detach()]
+
+
+class Contrasting(nn.Module):
+    """Samples of a batch see each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
+
+
+class TimeFirst(nn.Module):
+    """What looks like samples are steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)[0]
+        return result
+
+
+class Summed(nn.Module):
+    """One value for all samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+@pytest.mark.parametrize("kind", [Contrasting, TimeFirst, Summed, lambda: nn.BatchNorm1d(3).train()])
+def test_batches_whose_samples_are_not_alone_stay_as_they_are(kind: Any) -> None:
+    torch.manual_seed(0)
+    shape = (4, 5, 3) if kind is TimeFirst else (4, 3)
+    batches = [torch.randn(shape) for _ in range(4)]
+    assert laid_in_few(batches, 60, outputs(kind())) is batches
+    (laid,) = laid_in_few(batches, 60, outputs(nn.Linear(3, 3)))
+    assert torch.equal(laid, torch.cat(batches))
+
+
+def test_large_batches_and_those_that_do_not_fit_stay_as_they_are() -> None:
+    model = nn.Linear(3, 3)
+    batches = [torch.randn(4, 3) for _ in range(5)]
+    assert laid_in_few(batches, together.ENTRIES // 2 + 1, outputs(model)) is batches
+    assert [len(batch) for batch in laid_in_few(batches, together.ENTRIES // 2, outputs(model))] == [8, 8, 4]
+    other = [torch.randn(4, 3), torch.randn(4, 2, 3)]
+    assert laid_in_few(other, 12, outputs(model)) is other
