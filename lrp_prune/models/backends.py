@@ -1,6 +1,6 @@
-"""Attention backends that are no torch function, swapped for the time of a pass."""
+"""Attention backends, swapped for the time of a pass: where they are no torch function, or to compare with the plain one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,32 @@ _VISIBLE = ("eager", "sdpa", None)
 @contextmanager
 def traceable_attention(model: nn.Module) -> Iterator[None]:
     """Let Hugging Face models with flash or flex attention use ``sdpa``, or ``eager`` where they have no other."""
+    with _attention(model, lambda name: name not in _VISIBLE, lambda module: getattr(module, "_supports_sdpa", False)):
+        yield
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[bool]:
+    """Let Hugging Face models compute attention by products and a softmax; yields whether any of them did it otherwise."""
+    with _attention(model, lambda name: name not in ("eager", None), lambda module: False) as swapped:
+        yield swapped
+
+
+@contextmanager
+def _attention(
+    model: nn.Module, swapped: Callable[[str | None], bool], fused: Callable[[nn.Module], bool]
+) -> Iterator[bool]:
     holders: list[Any] = [
         module
         for module in model.modules()
         if hasattr(module, "set_attn_implementation")
-        and getattr(getattr(module, "config", None), "_attn_implementation", None) not in _VISIBLE
+        and swapped(getattr(getattr(module, "config", None), "_attn_implementation", None))
     ]
     before = [(module, module.config._attn_implementation) for module in holders]
     try:
         for module, _ in before:
-            module.set_attn_implementation("sdpa" if getattr(module, "_supports_sdpa", False) else "eager")
-        yield
+            module.set_attn_implementation("sdpa" if fused(module) else "eager")
+        yield bool(holders)
     finally:
         for module, implementation in before:
             module.set_attn_implementation(implementation)

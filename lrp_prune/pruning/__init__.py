@@ -23,6 +23,7 @@ from lrp_prune.pruning.methods import (
 )
 from lrp_prune.pruning.prune import prune
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
+from lrp_prune.pruning.saving import Saved, check_saved, save_pruned
 from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
 from lrp_prune.pruning.scope import Scope
 from lrp_prune.pruning.scorers import Scorer, scorer
@@ -47,6 +48,7 @@ __all__ = [
     "OptimalBrainSurgeon",
     "Random",
     "Recalibration",
+    "Saved",
     "Schedule",
     "Scope",
     "Scorable",
@@ -54,10 +56,12 @@ __all__ = [
     "Taylor",
     "UnitMethod",
     "Wanda",
+    "check_saved",
     "check_uses",
     "merge_adapters",
     "prune",
     "recalibrate",
+    "save_pruned",
     "scorer",
     "select",
     "sparsity_schedule",

@@ -74,6 +74,11 @@ def layer_table(masks: "Masks", newly: Mapping[str, int] | None = None, width: i
         shares = [each.sparsity, each.lowest, each.highest]
         cells = [*(f"{count:,}" for count in counts), *(f"{value:.2%}" for value in shares)]
         table.add_row(names[group], *cells)
+    return as_text(table, width)
+
+
+def as_text(table: Table, width: int = WIDTH) -> str:
+    """A table as plain lines."""
     buffer = io.StringIO()
     Console(file=buffer, width=width).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())

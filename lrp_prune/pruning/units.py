@@ -71,16 +71,15 @@ def weight_norms(model: nn.Module, members: Iterable[Member], units: int) -> Ten
     for member in members:
         parameter = parameters[member.parameter]
         sharding, here = sharding_of(parameter, member.parameter), local_part(parameter)
-        owners = sharding.part(member.owners)
+        owners = sharding.part(member.owners).long().remainder(units + 1)  # those of nobody are the last
         shared = [axis for axis, size in enumerate(owners.shape) if size == 1]
         own = here.to(torch.float32).square().sum(shared, keepdim=True) if shared else here.to(torch.float32).square()
         found = torch.zeros(units + 1, dtype=torch.float64, device="cpu")
-        found.index_add_(0, owners.reshape(-1).long(), own.cpu().double().reshape(-1))  # those of nobody are the last
+        found.index_add_(0, owners.reshape(-1), own.cpu().double().reshape(-1))
         squares += sharding.all_reduced(found)
         repeats = math.prod(size for axis, size in enumerate(parameter.shape) if member.owners.shape[axis] == 1)
-        counts.index_add_(
-            0, member.owners.reshape(-1).long(), torch.full((member.owners.numel(),), repeats, device="cpu").double()
-        )
+        all_owners = member.owners.reshape(-1).long().remainder(units + 1)
+        counts.index_add_(0, all_owners, torch.full((len(all_owners),), repeats, device="cpu").double())
     return (squares[:units] / counts[:units].clamp(min=1)).sqrt().float()
 
 

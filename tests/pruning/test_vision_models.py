@@ -135,3 +135,40 @@ def test_as_many_units_go_as_were_asked_for_and_stay_gone_in_training(name: str)
     for parameter, kept in masks.items():
         assert not weights[parameter][~kept].any()
     assert any(not torch.equal(weights[parameter], before[parameter]) for parameter in masks)
+
+
+SHRUNK = {
+    "torchvision resnext": (1.0, None),  # groups of a convolution, of which few are dead alike
+    "torchvision densenet": (1.0, None),
+    "torchvision efficientnet": (1.0, None),
+    "torchvision vit": (1.0, 0.0),  # nn.MultiheadAttention needs as many rows as its width
+    "timm resnet": (1.0, None),
+    "timm convnext": (1.0, None),
+    "timm regnet": (0.6, None),
+    "timm vit": (1.0, 1.0),
+    "timm swin": (1.0, 1.0),
+    "transformers vit": (1.0, 1.0),
+    "transformers deit": (1.0, 1.0),
+}
+"""The share of pruned filters and neurons, and of heads, that can be taken out, at least; all but a hundredth."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHRUNK)
+def test_what_is_pruned_is_taken_out_and_the_outputs_stay(name: str) -> None:
+    for granularity, share in zip(("neuron", "head"), SHRUNK[name], strict=True):
+        if share is None:
+            continue
+        model, x, _ = built(name)
+        masks = lrp_prune.select(units_of(name, granularity)[0], 0.5, scope="layer")
+        if not share:
+            with pytest.raises(ValueError, match="the model does not run without them"):
+                lrp_prune.shrink(model, masks, [x])
+            continue
+        pruned = built(name)[0]
+        masks.apply_(pruned)
+        shrunk = lrp_prune.shrink(model, masks, [x])
+        torch.testing.assert_close(logits_of(model, x), logits_of(pruned, x), rtol=1e-10, atol=1e-10)
+        assert shrunk.taken >= (share - 0.01) * sum(layer.pruned for layer in shrunk.layers)
+        assert all("is in groups" in why for why in shrunk.left.values())
+        assert shrunk.after.parameters == sum(each.numel() for each in model.parameters()) < shrunk.before.parameters

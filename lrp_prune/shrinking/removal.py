@@ -1,0 +1,301 @@
+"""Which of the dead units can be taken out together: what is left must be matrices again, and layers that fit each other."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.pruning.kinds import layer_group
+from lrp_prune.relevance.members import NOBODY, Member
+from lrp_prune.shrinking.heads import Slices
+from lrp_prune.shrinking.units import Group
+
+
+class Grouped(NamedTuple):
+    """A convolution in groups: units of its rows, and of the channels that a group has along the other axis.
+
+    Args:
+        rows: ``(group of units, unit)`` of each row, int ``[groups, rows of a group, 2]``; -1 where there is no unit.
+        width: of the channels of each group, int ``[groups, width, 2]``.
+    """
+
+    rows: Tensor
+    width: Tensor
+
+
+@dataclass
+class Removal:
+    """Which units go, and why the other dead ones do not.
+
+    Args:
+        groups: all groups of the model.
+        slices: what heads are made by, by the name of the group.
+        grouped: convolutions in groups, by the name of their weight.
+        gone: bool ``[units]`` for each group.
+        why: for groups of which less goes than is dead, the reasons.
+    """
+
+    groups: Sequence[Group]
+    slices: Mapping[str, Sequence[Slices]]
+    grouped: Mapping[str, Grouped]
+    gone: list[Tensor]
+    why: dict[int, list[str]] = field(default_factory=dict)
+
+    def keep(self, index: int, units: Tensor, reason: str) -> bool:
+        """Leave units of a group where they are; whether some of them were to go."""
+        if not bool((self.gone[index] & units).any()):
+            return False
+        self.gone[index] = self.gone[index] & ~units
+        reasons = self.why.setdefault(index, [])
+        if reason not in reasons:
+            reasons.append(reason)
+        return True
+
+    def only(self, parts: Iterable[int]) -> "Removal":
+        """The same of some of the groups; nothing of the others goes."""
+        chosen = set(parts)
+        gone = [each if index in chosen else torch.zeros_like(each) for index, each in enumerate(self.gone)]
+        return Removal(self.groups, self.slices, self.grouped, gone, self.why)
+
+
+def removal_of(
+    groups: Sequence[Group],
+    slices: Mapping[str, Sequence[Slices]],
+    parameters: Mapping[str, Tensor],
+    owners: Mapping[str, nn.Module],
+    uniform: bool,
+) -> Removal:
+    """All that can go, of what is dead.
+
+    Args:
+        groups: of the model.
+        slices: what heads are made by.
+        parameters: of the model, by canonical name.
+        owners: the module that has each of them.
+        uniform: take the same number out of each layer of a kind.
+    """
+    grouped = _grouped(groups, parameters, owners)
+    removal = Removal(groups, slices, grouped, [group.dead.clone() for group in groups])
+    for index, group in enumerate(groups):
+        why = _untold(group, slices, grouped)
+        if why:
+            removal.keep(index, group.dead, why)
+    changed = True
+    while changed:  # what stays on one side stays on all others: less and less goes, until it fits everywhere
+        changed = any([_keep_one(removal), _fit_heads(removal), _fit_convolutions(removal)])
+        if not changed and uniform:
+            changed = _fit_kinds(removal)
+    return removal
+
+
+def coupled(removal: Removal) -> list[list[int]]:
+    """The indices of groups that units go of, those together that can only go together."""
+    active = [index for index, gone in enumerate(removal.gone) if bool(gone.any())]
+    parts = [{index} for index in active]
+    names = {removal.groups[index].name: index for index in active if removal.groups[index].kind == "head"}
+    shared: dict[str, set[int]] = {}
+    for name, found in removal.slices.items():
+        for each in found:
+            if name in names:
+                shared.setdefault(each.parameter, set()).add(names[name])
+    for name, layer in removal.grouped.items():
+        numbers = {int(value) for table in layer for value in torch.unique(table[..., 0]).tolist()}
+        shared[f"{name} in groups"] = numbers & set(active)
+    for together in shared.values():
+        touching = [part for part in parts if part & together]
+        if len(touching) > 1:
+            parts = [part for part in parts if not part & together] + [set().union(*touching)]
+    return sorted(sorted(part) for part in parts)
+
+
+def _untold(group: Group, slices: Mapping[str, Sequence[Slices]], grouped: Mapping[str, Grouped]) -> str:
+    """Why nothing of a group can go."""
+    if group.kind == "head" and not slices.get(group.name):
+        return "nothing tells which rows of query, key and value its heads are made by"
+    for member in group.members:
+        if member.dim is None and member.parameter not in grouped and member.owners.numel() > 1:
+            return f"its units own single entries of {member.parameter}, and no whole rows"
+    return ""
+
+
+def _keep_one(removal: Removal) -> bool:
+    """A layer of no channels is none."""
+    changed = False
+    for index, gone in enumerate(removal.gone):
+        if len(gone) and bool(gone.all()):
+            first = torch.zeros_like(gone)
+            first[0] = True
+            changed |= removal.keep(index, first, "one of its units stays, as a zero: a layer has to have one")
+    return changed
+
+
+def _fit_heads(removal: Removal) -> bool:
+    """Of heads that share a key, either all go, or as many as of any others that share one."""
+    changed = False
+    dependents: dict[str, list[tuple[int, Slices]]] = {}
+    for index, group in enumerate(removal.groups):
+        if group.kind == "head":
+            for each in removal.slices.get(group.name, ()):
+                dependents.setdefault(each.parameter, []).append((index, each))
+    for parameter, users in dependents.items():
+        free = removable(removal, users)
+        for index, each in users:
+            others = [removal.groups[other].name for other, _ in users if other != index]
+            changed |= removal.keep(
+                index,
+                each.depends[:, ~free & (each.depends.sum(0) == 1)].any(1),
+                f"{parameter} is shared with {', '.join(others[:2])}, where they stay",
+            )
+            if each.sets is not None:
+                whole = torch.stack([bool(free[_like(each, row)].all()) * row for row in each.sets]).any(0)
+                changed |= _even(removal, index, [row for row in each.sets if not bool((row & whole).any())], parameter)
+    return changed
+
+
+def _like(each: Slices, row: Tensor) -> Tensor:
+    return (each.depends == row[:, None]).all(0)
+
+
+def _even(removal: Removal, index: int, sets: Sequence[Tensor], parameter: str) -> bool:
+    """As many heads go of each of these sets as of that of which fewest are dead."""
+    if not sets:
+        return False
+    gone = removal.gone[index]
+    fewest = min(int((gone & row).sum()) for row in sets)
+    fewest = min(fewest, min(int(row.sum()) for row in sets) - 1)
+    changed = False
+    for row in sets:
+        surplus = torch.zeros_like(gone)
+        surplus[(gone & row).nonzero().view(-1)[fewest:]] = True
+        changed |= removal.keep(
+            index,
+            surplus,
+            f"heads that share rows of {parameter} go together, or the same number of each such set",
+        )
+    return changed
+
+
+def removable(removal: Removal, users: Sequence[tuple[int, Slices]]) -> Tensor:
+    """Which indices of a parameter no head that stays depends on, bool ``[size]``."""
+    size = users[0][1].depends.shape[1]
+    used, needed = (torch.zeros(size, dtype=torch.bool, device="cpu") for _ in range(2))
+    for index, each in users:
+        used |= each.depends.any(0)
+        needed |= each.depends[~removal.gone[index]].any(0)
+    return used & ~needed
+
+
+def _grouped(
+    groups: Sequence[Group], parameters: Mapping[str, Tensor], owners: Mapping[str, nn.Module]
+) -> dict[str, Grouped]:
+    found = {}
+    for name in {member.parameter for group in groups for member in group.members}:
+        layer = owners[name]
+        if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and parameters[name] is layer.weight:
+            shape = tuple(layer.weight.shape)
+            table = Grouped(
+                torch.full((shape[0], 1, 2), NOBODY, device="cpu"),
+                torch.full((shape[0], shape[1], 2), NOBODY, device="cpu"),
+            )
+            passes = shape[0] == layer.groups and shape[1] == 1
+            for index, group in enumerate(groups):
+                for member in group.members:
+                    if member.parameter == name:
+                        along_width = passes or member.reads != layer.transposed
+                        _note(table.width if along_width else table.rows, index, member)
+                        if passes:
+                            _note(table.rows, index, member)
+            rows = table.rows.reshape(layer.groups, -1, 2)
+            width = table.width.reshape(layer.groups, -1, shape[1], 2)[:, 0]
+            found[name] = Grouped(rows, width)
+    return found
+
+
+def _note(table: Tensor, index: int, member: Member) -> None:
+    owners = member.owners.flatten(2)[:, :, 0] if member.owners.dim() > 2 else member.owners
+    owners = owners.expand(table.shape[:2]).long()
+    mine = owners != NOBODY
+    table[..., 0][mine] = index
+    table[..., 1][mine] = owners[mine]
+
+
+def looked_up(removal: Removal, table: Tensor) -> Tensor:
+    """Which entries of a table of units go."""
+    found = torch.zeros(table.shape[:-1], dtype=torch.bool, device="cpu")
+    for index in torch.unique(table[..., 0]).tolist():
+        if index != NOBODY:
+            here = table[..., 0] == index
+            found[here] = removal.gone[index][table[..., 1][here]]
+    return found
+
+
+def _fit_convolutions(removal: Removal) -> bool:
+    """Whole groups go, and of the others as many rows and channels of each."""
+    changed = False
+    for name, layer in removal.grouped.items():
+        rows, width = looked_up(removal, layer.rows), looked_up(removal, layer.width)
+        whole = rows.all(1) & width.all(1)
+        if bool(whole.all()):
+            whole[0] = False
+        for table, gone in ((layer.rows, rows), (layer.width, width)):
+            fewest = min(int(gone[~whole].sum(1).min()), gone.shape[1] - 1)
+            counted = gone.cumsum(1)
+            surplus = gone & (counted > fewest) & ~whole[:, None]
+            for index in torch.unique(table[surplus][:, 0]).tolist():
+                units = torch.zeros_like(removal.gone[index])
+                units[table[surplus][table[surplus][:, 0] == index][:, 1]] = True
+                changed |= removal.keep(
+                    index, units, f"{name} is in groups: whole groups go, or the same number of channels of each"
+                )
+    return changed
+
+
+def _fit_kinds(removal: Removal) -> bool:
+    """The same number of units goes of each layer of a kind; of heads that share keys also in the same way."""
+    kinds: dict[tuple[str, str, int], list[int]] = {}
+    for index, group in enumerate(removal.groups):
+        kinds.setdefault((group.kind, layer_group(group.name), len(group.dead)), []).append(index)
+    changed = False
+    for indices in kinds.values():
+        sets = {index: _sets(removal, index) for index in indices}
+        if all(each is not None for each in sets.values()):
+            chosen = _same_of_sets(removal, {index: each for index, each in sets.items() if each is not None})
+        else:
+            fewest = min(int(removal.gone[index].sum()) for index in indices)
+            chosen = {index: _first(removal.gone[index], fewest) for index in indices}
+        for index, units in chosen.items():
+            changed |= removal.keep(
+                index, removal.gone[index] & ~units, "uniform: no more goes than of the other layers of its kind"
+            )
+    return changed
+
+
+def _first(units: Tensor, number: int) -> Tensor:
+    """The first of some units, bool ``[units]``."""
+    return units & (units.cumsum(0) <= number)
+
+
+def _sets(removal: Removal, index: int) -> Tensor | None:
+    """Which heads share keys, bool ``[sets, heads]``; None where each has its own, or they share in no such way."""
+    group = removal.groups[index]
+    slices = removal.slices.get(group.name, ()) if group.kind == "head" else ()
+    return next((each.sets for each in slices if each.sets is not None), None)
+
+
+def _same_of_sets(removal: Removal, sets: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """As many whole sets of each layer, or as many heads of each of its sets, whichever is more."""
+    gone = {index: removal.gone[index] for index in sets}
+    whole = {index: each[(each & ~gone[index]).sum(1) == 0] for index, each in sets.items()}
+    number = min(len(each) for each in whole.values())
+    width = min(int((each & gone[index]).sum(1).min()) for index, each in sets.items())
+    largest, count = (
+        max(values) for values in zip(*((int(e.sum(1).max()), len(e)) for e in sets.values()), strict=True)
+    )
+    if number * largest >= min(width, largest - 1) * count:
+        return {index: each[:number].any(0) for index, each in whole.items()}
+    width = min(width, largest - 1)
+    return {
+        index: torch.stack([_first(gone[index] & row, width) for row in each]).any(0) for index, each in sets.items()
+    }
