@@ -21,6 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode
 
 from lrp_prune.engine.call import is_activation
+from lrp_prune.engine.endings import ending_of
 from lrp_prune.engine.nested import tensors_in
 
 _modes: Callable[[], list[TorchFunctionMode]] = torch.overrides._get_current_function_mode_stack
@@ -60,7 +61,7 @@ def opening(mode: TorchFunctionMode, acting: Callable[[], bool]) -> Iterator[Non
         if is_open(cls) and acting() and torch.is_grad_enabled() and mode in _modes():
             active = any(map(is_activation, tensors_in((args, kwargs))))
             result = _run(cls, args, kwargs) if active else None
-            if any(map(is_activation, tensors_in(result))):
+            if any(map(_goes_on, tensors_in(result))):
                 return result
         return before(cls)(*args, **kwargs)
 
@@ -79,6 +80,12 @@ def opening(mode: TorchFunctionMode, acting: Callable[[], bool]) -> Iterator[Non
             del base.apply
         else:
             base.apply = own
+
+
+def _goes_on(value: Any) -> bool:
+    """Whether relevance goes through, or a rule has stopped it; else the function's own backward may know a way (past steps)."""
+    ending = ending_of(value)
+    return is_activation(value) or (ending is not None and ending.cause in ("rule", "registered"))
 
 
 def _run(cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -172,6 +172,8 @@ ROWS: dict[str, Operation] = {
     **_rows("linalg_solve linalg_solve_ex linalg_solve_triangular", "solution", ((1, "B"), (0, "A"))),
     **_rows("triangular_solve", "solution", ((0, "input"), (1, "A"))),
     **_rows("cholesky_solve", "solution", ((0, "input"), (1, "input2"))),
+    # Where something is looked up divides nothing, but is a constant beside it in the same way.
+    **_rows("grid_sampler grid_sampler_2d grid_sampler_3d", "division", ((0, "input"), (1, "grid"))),
     **_rows("prod cumprod", "factors"),
     "linear": Operation("linear", _INPUT_AND_WEIGHT, added=_BIAS),
     **_rows(

@@ -233,6 +233,25 @@ def test_a_matrix_that_divides_is_a_constant_beside_what_it_divides() -> None:
         assert not relevance["matrix"].any()
 
 
+def test_positions_that_are_sampled_are_constants() -> None:
+    """Bilinear interpolation by hand: of each of the four neighbours its share."""
+
+    class Sampled(nn.Module):
+        def forward(self, image: Tensor, grid: Tensor) -> Tensor:
+            return F.grid_sample(image, grid, align_corners=True)
+
+    image, grid = torch.randn(1, 1, 3, 3), torch.tensor([[[[0.5, -0.25]]]])
+    for composite in ("attnlrp", "cp_lrp"):
+        with lrp_prune.attributing(model := Sampled(), composite, unruled="error") as propagation:
+            relevance = propagation.relevance(model(image, grid).sum())
+        share = torch.zeros(3, 3)
+        share[:2, 1:] = torch.outer(torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]))
+        torch.testing.assert_close(relevance["image"][0, 0], share * image[0, 0])
+        assert not relevance["grid"].any()
+    with lrp_prune.attributing(model, "gradient") as propagation:
+        assert propagation.relevance(model(image, grid).sum())["grid"].any()
+
+
 @pytest.mark.parametrize("function", [lambda x: F.log_softmax(x, -1), lambda x: torch.special.log_softmax(x, -1)])
 def test_the_logarithm_of_a_softmax_is_what_it_is_of_less_a_sum_that_has_the_rule_of_softmax(
     function: Callable[[Tensor], Tensor],

@@ -51,6 +51,28 @@ class Reversed(Function):
         return -gradient
 
 
+class MaskedSoftmax(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1).masked_fill_(~mask, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        raise AssertionError("never run")
+
+
+class Step(Function):
+    """Has no gradient of its own, but one that it comes with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x > 1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class NewStyle(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -143,7 +165,18 @@ def test_weights_in_a_custom_function_are_scored() -> None:
     torch.testing.assert_close(relevance["weight"], model.weight.detach() * x.sum(0) / 5)
 
 
-@pytest.mark.parametrize("function", [CallsOthers, CallsAnOperator])
+def test_a_softmax_in_a_custom_function_is_a_pattern() -> None:
+    def attention(x: Tensor) -> Tensor:
+        return MaskedSoftmax.apply(x @ x.T, torch.ones(3, 3, dtype=torch.bool).tril()) @ x
+
+    output, relevance = _explained(attention, "cp_lrp")
+    torch.testing.assert_close(relevance.sum(), output.sum())
+    x = torch.linspace(0.2, 2.0, 12).view(3, 4)
+    pattern = torch.softmax((x @ x.T).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf), -1)
+    torch.testing.assert_close(relevance, pattern.sum(0)[:, None] * x)
+
+
+@pytest.mark.parametrize("function", [CallsOthers, CallsAnOperator, Step])
 def test_what_calls_more_than_torch_stays_closed_and_is_named(function: type[Function]) -> None:
     with pytest.raises(UnruledOperationError, match=function.__name__):
         _explained(function.apply, "attnlrp")

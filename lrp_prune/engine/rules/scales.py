@@ -80,7 +80,9 @@ class PlainScale(Rule):
 class StopDenominator(Rule):
     """A divisor is a statistic, hence a constant; the dividend keeps the plain gradient.
 
-    The reciprocal of an activation, or a constant divided by one, is a statistic itself: see :class:`Scale`.
+    The reciprocal of an activation, or a constant divided by one, is a statistic itself: see :class:`Scale`. The positions at
+    which a grid is sampled are constants as well, whatever is sampled: where they are counted from means nothing, so that a
+    position times its gradient does not either.
     """
 
     kinds: ClassVar[tuple[str, ...] | None] = ("division",)
@@ -90,6 +92,8 @@ class StopDenominator(Rule):
         if is_activation(numerator) or not is_activation(denominator):
             # Also of a system of equations, with the matrix as denominator.
             return call.with_operands([numerator, detached(denominator)]).run()
+        if call.function.__name__.startswith("grid_sampler"):
+            return call.with_operands([numerator, denominator.detach()]).run()
         stand_in = numerator * functional.identity_rule(denominator, torch.reciprocal)
         result = functional.replaced(stand_in, call.with_operands([numerator, denominator.detach()]).run)
         set_tag(result, _STATISTIC)
