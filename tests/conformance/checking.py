@@ -32,6 +32,7 @@ def check(mapping: str, name: str, columns: list[str] | None = None) -> dict[str
     case = Case(mapping, name)
     try:
         entry["variants"] = [variant.name for variant in case.variants]
+        entry["inputs"] = sorted(case.first.batch)
         entry["class"] = type(case.first.model).__name__
     except Exception as error:
         return {**entry, "built": _described(error), "seconds": round(time.perf_counter() - began, 2)}

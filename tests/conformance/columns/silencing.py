@@ -34,7 +34,20 @@ def reading_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
         args[read] = args[read].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0)
         return function(*args, **kwargs)
 
-    with _changed(set(channels), change):
+    def blinded(weight: Tensor) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.add(id(weight))
+            return args[0].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0), *args[1:]
+
+        return hook
+
+    with ExitStack() as stack:
+        for member in members:
+            path, _, own = member.parameter.rpartition(".")
+            module, weight = model.get_submodule(path), parameters[member.parameter]
+            if own == "weight" and not list(module.children()):  # a layer, whatever it calculates by
+                stack.callback(module.register_forward_pre_hook(blinded(weight)).remove)
+        stack.enter_context(_changed(set(channels), change))
         yield
     if seen != set(channels):
         raise RuntimeError(f"{members[0].parameter} is used in no function whose input could be set to zero")

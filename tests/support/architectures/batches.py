@@ -5,6 +5,7 @@ tried, and the first batch that the model accepts is taken.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from lrp_prune.models import run
 from tests.support.architectures.pictures import pictures
 from tests.support.architectures.shrinking import WORDS
+from tests.support.architectures.sizes import HIDDEN
 from tests.support.architectures.sounds import sounds
 
-SAMPLES, TOKENS, PLACES = 2, 9, 80
-"""Samples, tokens of each, and how many tokens an image or a sound may at most take."""
+SAMPLES, TOKENS, PLACES, LONGEST = 2, 9, 40, 400
+"""Samples, tokens of each, how many tokens of an image or a sound are tried, and how many it may have."""
 
 
 class NoBatchError(ValueError):
@@ -77,20 +79,22 @@ def batch_for(mapping: str, model: nn.Module) -> dict[str, Any]:
         NoBatchError: if none of those that are tried is accepted; says why the first was not.
     """
     batch, first = Batch(mapping, model), None
-    for entries in _possible(batch):
+    hints: list[int] = []
+    for entries in _possible(batch, hints):
         label(batch, entries)
         try:
             with torch.no_grad():
                 run(model, entries)
         except Exception as error:
             first = first or error
+            hints += _places_in(str(error))
             continue
         return entries
     raise NoBatchError(f"{type(model).__name__}: {type(first).__name__}: {first}") from first
 
 
-def _possible(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Batches to try."""
+def _possible(batch: Batch, hints: list[int]) -> Iterator[dict[str, Any]]:
+    """Batches to try; ``hints`` grows meanwhile by how many places the model asked for."""
     texts = {name: value for name, make in TEXTS.items() if batch.takes(name) and (value := make(batch)) is not None}
     media = [*pictures(batch), *sounds(batch)] or [{}]
     for entries in media:
@@ -98,11 +102,24 @@ def _possible(batch: Batch) -> Iterator[dict[str, Any]]:
     token = batch.setting(
         "image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "image_patch_id"
     )
-    if "input_ids" not in texts or token is None or media == [{}]:
+    if "input_ids" not in texts or media == [{}]:
         return
-    for places in range(1, PLACES):
-        for entries in media:
-            yield {**texts, **entries, **_with_places(batch, texts["input_ids"], token, places)}
+    if token is not None:
+        for places in dict.fromkeys([*hints, *range(1, PLACES)]):
+            for entries in media:
+                yield {**texts, **entries, **_with_places(batch, texts["input_ids"], token, places)}
+    yield texts
+
+
+def _places_in(message: str) -> list[int]:
+    """How many places for an image an error speaks of: of all samples together, or counting every channel."""
+    found = [int(number) for number in re.findall(r"features:? (\d+)", message)]
+    return [
+        places
+        for number in found
+        for places in (number // SAMPLES, number // SAMPLES // HIDDEN, number)
+        if 0 < places < LONGEST
+    ]
 
 
 def _with_places(batch: Batch, ids: Tensor, token: int, places: int) -> dict[str, Any]:

@@ -22,6 +22,12 @@ UNSET: dict[str, Any] = {
     "upsample_out_channels": [16, 16],
     "conv_out_channels": [16],
     "deepstack_layer_map": [[0, 0]],
+    "image_token_index": VOCABULARY - 1,
+    "video_token_index": VOCABULARY - 2,
+    "video_temporal_patch_size": 2,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "top_k_experts": 2,
 }
 """Values of attributes that are None in a default configuration although models need them."""
 
@@ -46,6 +52,24 @@ TYPES: dict[str, dict[str, Any]] = {
     "canine": {"num_hash_buckets": 64, "local_transformer_stride": 4, "downsampling_rate": 2},
     "lxmert": {"num_qa_labels": 5},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 2]}},
+    "aria": {"projector_patch_to_query_dict": {64: 8}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 60, **{f"IMGIMG{letter}Z": 41 + index for index, letter in enumerate("ABCDEFGH")}}
+    },
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 48},
+    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 48},
+    "mllama_vision_model": {"vision_output_dim": 64},
+    "paddleocr_vl_text": {"rope_parameters": {**_ROTARY, "mrope_section": [2, 1, 1]}},
+    "blip_2_qformer": {"num_attention_heads": 4},
+    "llama4_vision_model": {
+        "intermediate_size": 128,
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    },
     # Widths of convolutions.
     "bit": {"num_groups": 4},
     "mobilenet_v1": {"depth_multiplier": 0.1},
@@ -64,6 +88,10 @@ TYPES: dict[str, dict[str, Any]] = {
 def missing(config: PreTrainedConfig) -> dict[str, Any]:
     """Attributes that are given to a configuration beside those that are made small."""
     found = {name: value for name, value in UNSET.items() if vars(config).get(name, 0) is None}
+    if getattr(config, "sliding_window", 0) is None and "sliding_attention" in (
+        getattr(config, "layer_types", 0) or ()
+    ):
+        found["sliding_window"] = 4
     return {**found, **TYPES.get(config.model_type, {})}
 
 

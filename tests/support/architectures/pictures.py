@@ -43,6 +43,8 @@ def pictures(batch: "Batch") -> list[dict[str, Any]]:
         found.append({"pixel_values": whole, "high_res_pixel_values": batch.normal(batch.samples, *shape)})
     if batch.takes("image_grid_thw"):
         return found
+    if batch.takes("image_attention_mask"):
+        found.append({"pixel_values": several, "image_attention_mask": torch.ones(batch.samples, batch.tokens, 1)})
     found += [{"pixel_values": whole}, {"pixel_values": several}]
     if batch.takes("pixel_attention_mask"):
         seen = torch.ones(batch.samples, 1, *shape[1:], dtype=torch.bool)
@@ -69,7 +71,7 @@ def _patches(batch: "Batch") -> list[dict[str, Any]]:
     side = 2 * (merge if isinstance(merge, int) else 2)
     grid = torch.tensor([[1, side, side]] * batch.samples)
     found: list[dict[str, Any]] = []
-    for depth in (frames, 1):
+    for depth in dict.fromkeys((frames, 1, 2)):
         rows = batch.normal(batch.samples * side * side, 3 * depth * size * size)
         extra = {"image_merge_sizes": torch.full((batch.samples,), 2)} if batch.takes("image_merge_sizes") else {}
         found.append({"pixel_values": rows, "image_grid_thw": grid, **extra})

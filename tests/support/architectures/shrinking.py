@@ -67,12 +67,23 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
             changes[name] = _value(name, value, attributes)
     changed = {name: value for name, value in changes.items() if not _same(value, attributes[name])}
     changed = _by_field(config, changed)
+    changed |= _with_sections(config, changes.get("rope_parameters"))
     if "_heterogeneity_spec" in attributes:
         changed["per_layer_config"] = _per_layer(attributes, kept)
     if "_out_features" in attributes:
         last = changes.get(next((name for name in _DEPTHS if name in changes), ""), len(attributes["stage_names"]))
         changed["out_indices"] = sorted({min(index, last) for index in attributes["_out_indices"]})
     return changed
+
+
+def _with_sections(config: PreTrainedConfig, rope: Any) -> dict[str, Any]:
+    """Rotary positions in three axes, where a type has them, whose shares its code gives by itself."""
+    sections = "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    plain = isinstance(rope, Mapping) and not any(isinstance(entry, Mapping) for entry in rope.values())
+    if not sections or not plain:
+        return {}
+    half = int(HEAD * rope.get("partial_rotary_factor", 1)) // 2
+    return {"rope_parameters": {**rope, "mrope_section": _shared([2, 1, 1], half)}}
 
 
 def _by_field(config: PreTrainedConfig, changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +98,9 @@ def _per_layer(attributes: dict[str, Any], kept: Sequence[int]) -> dict[int, dic
     """What single layers have of their own."""
     of_layers = attributes["_heterogeneity_spec"].per_layer_overrides
     return {
-        index: {name: _element(name, value, attributes) for name, value in of_layers.get(layer, {}).items()}
+        index: {name: _element(name, value, {**attributes, **own}) for name, value in own.items()}
         for index, layer in enumerate(kept)
+        if (own := of_layers.get(layer, {}))
     }
 
 
@@ -175,10 +187,14 @@ def _shared(parts: Sequence[int], total: int) -> list[int]:
 
 def _sequence(name: str, value: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """Of lists with an entry for each stage."""
+    if name == "image_grid_pinpoints":
+        return [[IMAGE, IMAGE]]
     if not value or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
         if value and all(isinstance(entry, list | tuple) for entry in value):
             return type(value)(_sequence(name, entry, attributes) for entry in value)
         return value
+    if name.startswith("vision_feature_layer"):
+        return type(value)(max(layer, -LAYERS) if layer < 0 else min(layer, LAYERS - 1) for layer in value)
     if re.fullmatch(_OF_LAYERS, name):
         return type(value)(sorted({min(layer, LAYERS - 1) for layer in value}))
     if re.fullmatch(r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths", name):
@@ -202,9 +218,7 @@ def _width(rank: int) -> int:
 
 
 def _is_token(name: str) -> bool:
-    return bool(
-        re.fullmatch(r".*token_(id|index|ids)|.*_token|image_patch_id|(boi|eoi)_token_index|unk_index|.*_index", name)
-    )
+    return bool(re.fullmatch(r".*token_(id|index|ids)|image_patch_id", name))
 
 
 _SPECIAL: dict[str, int] = {}
