@@ -2,16 +2,15 @@
 
 import math
 import re
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from tests.support.architectures.mappings import auto_class
+from tests.support.architectures.mappings import auto_class, class_for
 from tests.support.architectures.shrinking import shrunk
 
-LARGEST = 3_000_000
+LARGEST = 8_000_000
 """A model that is to be tiny has fewer parameters, else something in its configuration was not seen to be a size."""
 
 
@@ -24,35 +23,49 @@ def tiny_config(name: str, mapping: str | None = None) -> transformers.PreTraine
     config = shrunk(transformers.CONFIG_MAPPING[name]())
     if mapping == "causal-lm" and getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
+    if mapping is not None:
+        config.architectures = [class_for(mapping, config).__name__]
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     return config
 
 
-def build(mapping: str, name: str, attention: str | None = None) -> nn.Module:
+def build(
+    mapping: str,
+    name: str,
+    attention: str | None = None,
+    *,
+    biases: bool = False,
+    dtype: torch.dtype = torch.float64,
+    experts: str | None = "eager",
+) -> nn.Module:
     """A tiny model in evaluation mode, in float64, with biases of zero, so that nothing absorbs relevance.
 
     Args:
         mapping: the task, one of :data:`~tests.support.architectures.mappings.MAPPINGS`.
         name: the type, as transformers calls it.
         attention: ``"eager"``, ``"sdpa"``, or None for the model's own choice.
+        biases: whether there are any that are not zero.
+        dtype: of the weights.
+        experts: the implementation of experts; all but ``"eager"`` are for single precision. None for the model's own choice.
 
     Raises:
         NotTinyError: if it would have more than :data:`LARGEST` parameters.
     """
-    config = tiny_config(name, mapping)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    chosen["experts_implementation"] = "eager"  # the others have no double precision
+    chosen = {"attn_implementation": attention, "experts_implementation": experts}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     auto = auto_class(mapping)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in auto.from_config(config, **chosen).parameters())
+        size = number_of_parameters(auto.from_config(tiny_config(name, mapping), **chosen))
     if size > LARGEST:
         raise NotTinyError(f"{name} for {mapping} has {size:,} parameters")
     torch.manual_seed(0)
     model: nn.Module = auto.from_config(tiny_config(name, mapping), **chosen)
-    return randomized(model).eval().double()
+    return randomized(model, biases).eval().to(dtype)
 
 
-def randomized(model: nn.Module) -> nn.Module:
-    """Weights of a size that keeps activations as large as they are, scales that differ, and no biases.
+def randomized(model: nn.Module, biases: bool = False) -> nn.Module:
+    """Weights of a size that keeps activations as large as they are, scales that differ, and no biases unless they are asked for.
 
     What models begin with is too small, or zero, for differences to be seen.
     """
@@ -60,10 +73,10 @@ def randomized(model: nn.Module) -> nn.Module:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if is_bias(name):
-                parameter.zero_()
-                continue
             noise = torch.randn(parameter.shape, generator=generator)
+            if is_bias(name):
+                parameter.copy_(0.3 * noise if biases else torch.zeros_like(noise))
+                continue
             if parameter.dim() < 2:
                 parameter.add_(0.1 * noise)
             else:
@@ -97,8 +110,3 @@ def attentions(mapping: str, name: str) -> list[str | None]:
 def number_of_parameters(model: nn.Module) -> int:
     """How many there are, each counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-__all__: list[Any] = [
-    "LARGEST", "NotTinyError", "attentions", "build", "is_bias", "number_of_parameters", "randomized", "tiny_config",
-]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from tests.support.architectures.particulars import backbone, missing
 from tests.support.architectures.sizes import HEAD, HEADS, HIDDEN, IMAGE, LAYERS, PATCH, VOCABULARY, small
 
 WORDS = range(5, 41)
@@ -19,7 +20,12 @@ WORDS = range(5, 41)
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "num_encoder_layers", "depth")
 _SORTS = 6
 """At most as many sorts of layers are kept."""
-_LEFT = frozenset("id2label label2id _name_or_path transformers_version architectures _heterogeneity_spec".split())
+_LEFT = frozenset("id2label label2id _name_or_path transformers_version architectures".split())
+_OF_LAYERS = (
+    r"(\w+_)?out_indices|\w*attn_indexes|\w+_layers_indices|\w+_visual_indexes|cross_attention_layers"
+    r"|\w+_ind(ic|ex)es|\w+_idxs"
+)
+"""Names of lists of layers."""
 
 
 def shrunk(config: PreTrainedConfig, **given: Any) -> PreTrainedConfig:
@@ -29,7 +35,7 @@ def shrunk(config: PreTrainedConfig, **given: Any) -> PreTrainedConfig:
         config: the default one.
         **given: attributes that are known already.
     """
-    changes = {**_changes(config), **given}
+    changes = {**_changes(config), **missing(config), **given}
     try:
         return type(config)(**changes)
     except Exception as error:
@@ -46,11 +52,11 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
     """The attributes that become others."""
     attributes = {name: value for name, value in vars(config).items() if name not in _LEFT}
     kept = _kept_layers(attributes)
-    depth = next((attributes[name] for name in _DEPTHS if isinstance(attributes.get(name), int)), None)
+    depth = _depth_of(attributes)
     changes: dict[str, Any] = {}
     for name, value in attributes.items():
         if isinstance(value, PreTrainedConfig):
-            changes[name] = shrunk(value)
+            changes[name] = backbone(value) if value.model_type.startswith("timm") else shrunk(value)
         elif _is_token(name):
             changes[name] = _token(name, value)
         elif kept and isinstance(value, list | tuple) and len(value) == depth:
@@ -60,18 +66,58 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
         else:
             changes[name] = _value(name, value, attributes)
     changed = {name: value for name, value in changes.items() if not _same(value, attributes[name])}
-    # What a type computes from others it computes again.
-    known = set(type(config).__dataclass_fields__) if hasattr(type(config), "__dataclass_fields__") else set(changed)
-    return {name: value for name, value in changed.items() if name in known}
+    changed = _by_field(config, changed)
+    changed |= _with_sections(config, changes.get("rope_parameters"))
+    if "_heterogeneity_spec" in attributes:
+        changed["per_layer_config"] = _per_layer(attributes, kept)
+    if "_out_features" in attributes:
+        last = changes.get(next((name for name in _DEPTHS if name in changes), ""), len(attributes["stage_names"]))
+        changed["out_indices"] = sorted({min(index, last) for index in attributes["_out_indices"]})
+    return changed
+
+
+def _with_sections(config: PreTrainedConfig, rope: Any) -> dict[str, Any]:
+    """Rotary positions in three axes, where a type has them, whose shares its code gives by itself."""
+    sections = "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    plain = isinstance(rope, Mapping) and not any(isinstance(entry, Mapping) for entry in rope.values())
+    if not sections or not plain:
+        return {}
+    half = int(HEAD * rope.get("partial_rotary_factor", 1)) // 2
+    return {"rope_parameters": {**rope, "mrope_section": _shared([2, 1, 1], half)}}
+
+
+def _by_field(config: PreTrainedConfig, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a constructor takes; what a type computes from others it computes again."""
+    fields = set(getattr(type(config), "__dataclass_fields__", changed))
+    aliases = {name: alias for alias, name in type(config).attribute_map.items() if alias in fields}
+    named = {name if name in fields else aliases.get(name): value for name, value in changed.items()}
+    return {name: value for name, value in named.items() if name is not None}
+
+
+def _per_layer(attributes: dict[str, Any], kept: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """What single layers have of their own."""
+    of_layers = attributes["_heterogeneity_spec"].per_layer_overrides
+    return {
+        index: {name: _element(name, value, {**attributes, **own}) for name, value in own.items()}
+        for index, layer in enumerate(kept)
+        if (own := of_layers.get(layer, {}))
+    }
 
 
 def _same(new: Any, old: Any) -> bool:
     return type(new) is type(old) and not isinstance(new, PreTrainedConfig) and bool(new == old)
 
 
+def _depth_of(attributes: Mapping[str, Any]) -> int | None:
+    """How many layers there are, where they are no stages with layers of their own."""
+    if "depths" in attributes:
+        return None
+    return next((attributes[name] for name in _DEPTHS if isinstance(attributes.get(name), int)), None)
+
+
 def _kept_layers(attributes: Mapping[str, Any]) -> list[int]:
     """Of the layers that lists tell apart, the first of each sort, and at least as many as a tiny model has."""
-    depth = next((attributes[name] for name in _DEPTHS if isinstance(attributes.get(name), int)), None)
+    depth = _depth_of(attributes)
     lists = [
         value
         for name, value in attributes.items()
@@ -79,9 +125,10 @@ def _kept_layers(attributes: Mapping[str, Any]) -> list[int]:
     ]
     if not lists or depth is None:
         return []
+    own = getattr(attributes.get("_heterogeneity_spec"), "per_layer_overrides", {})
     sorts: dict[str, int] = {}
     for layer in range(depth):
-        sorts.setdefault(repr([value[layer] for value in lists]), layer)
+        sorts.setdefault(repr([[value[layer] for value in lists], own.get(layer)]), layer)
     kept = sorted(sorts.values())[:_SORTS]
     return sorted({*kept, *range(LAYERS)}) if len(kept) < LAYERS else kept
 
@@ -140,10 +187,16 @@ def _shared(parts: Sequence[int], total: int) -> list[int]:
 
 def _sequence(name: str, value: Sequence[Any], attributes: dict[str, Any]) -> Any:
     """Of lists with an entry for each stage."""
+    if name == "image_grid_pinpoints":
+        return [[IMAGE, IMAGE]]
     if not value or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
         if value and all(isinstance(entry, list | tuple) for entry in value):
             return type(value)(_sequence(name, entry, attributes) for entry in value)
         return value
+    if name.startswith("vision_feature_layer"):
+        return type(value)(max(layer, -LAYERS) if layer < 0 else min(layer, LAYERS - 1) for layer in value)
+    if re.fullmatch(_OF_LAYERS, name):
+        return type(value)(sorted({min(layer, LAYERS - 1) for layer in value}))
     if re.fullmatch(r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths", name):
         return type(value)(min(entry, 1) for entry in value)
     if re.fullmatch(r"(num_)?(attention_)?heads|num_attention_heads", name):
@@ -165,9 +218,7 @@ def _width(rank: int) -> int:
 
 
 def _is_token(name: str) -> bool:
-    return bool(
-        re.fullmatch(r".*token_(id|index|ids)|.*_token|image_patch_id|(boi|eoi)_token_index|unk_index|.*_index", name)
-    )
+    return bool(re.fullmatch(r".*token_(id|index|ids)|image_patch_id", name))
 
 
 _SPECIAL: dict[str, int] = {}

@@ -18,7 +18,12 @@ def _key_value_heads(value: int, attributes: dict[str, Any]) -> int:
     heads = [
         attributes[name] for name in ("num_attention_heads", "n_head", "n_heads", "num_heads") if name in attributes
     ]
-    return HEADS if value in heads else 1 if value == 1 else HEADS // 2
+    return HEADS if value >= max(heads, default=value) else 1 if value == 1 else HEADS // 2
+
+
+def _window(value: int, attributes: dict[str, Any]) -> int:
+    """Of pixels where patches are merged, else of tokens or patches."""
+    return min(value, 4 * PATCH if "spatial_merge_size" in attributes else 4)
 
 
 def _inner(value: int, attributes: dict[str, Any]) -> int:
@@ -68,6 +73,7 @@ SIZES: list[tuple[str, Size]] = [
     (r".*shared_experts", _at_most(1)),
     (r".*experts|zero_expert_num|.*expert_num|num_local_experts", _at_most(4)),
     # Widths
+    (r"attention_hidden_size", _inner),
     (r".*lora_(rank|dim)|.*_rank|rank", _at_most(16)),
     (r".*(state_size|d_state|state_dim)", _at_most(8)),
     (
@@ -82,11 +88,15 @@ SIZES: list[tuple[str, Size]] = [
         _at_most(HIDDEN),
     ),
     # Windows
+    (r"window_size", _window),
     (r"sliding_window(_\w+)?|attention_window(_size)?|local_attention|window_size|.*_window", _at_most(4)),
     (r"attention_chunk_size|chunk_size|.*chunk_length|block_size|(mamba_)?chunk_size", _at_most(4)),
     # Images
+    (r"mm_tokens_per_image", _at_most(16)),
+    (r"base_channels", _at_most(HIDDEN)),
     (r".*image_size|img_size|crop_size", _at_most(IMAGE)),
     (r".*patch_size", _at_most(PATCH)),
+    (r"latent_query_num", _at_most(4)),
     # Detection
     (r"num_queries|num_proposals|num_detection_tokens|two_stage_num_proposals", _at_most(5)),
 ]
