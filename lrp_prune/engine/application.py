@@ -4,10 +4,12 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lrp_prune.engine.composed import PARTS
 from lrp_prune.engine.composites import Composite
+from lrp_prune.engine.forms import as_in_the_model
 from lrp_prune.engine.functional import replaced
 from lrp_prune.engine.origins import marked
 from lrp_prune.engine.resolving import resolved
@@ -106,7 +108,13 @@ class Application:
         result = self._uses.observed(call)
         if result is not None:
             return result
-        return call.ruled() if any(map(is_activation, call.operands())) else call.run()
+        operands = call.operands()
+        active = [index for index, value in enumerate(operands) if is_activation(value)]
+        if not active:
+            return call.run() if len(operands) != 2 else _of_constants(call)
+        if len(active) == 1 and len(operands) == 2 and call.rule == gradient:
+            return _as_in_the_model(call, active[0]).run()
+        return call.ruled()
 
     def shares(self, call: Call) -> bool:
         """Whether a call is a sum of activations that may have a rule."""
@@ -150,6 +158,18 @@ class Application:
     def leaves(self, call: Call) -> bool:
         """Whether a call keeps the plain gradient."""
         return self.ruled(call).rule == gradient
+
+
+def _as_in_the_model(call: Call, place: int) -> Call:
+    operands = call.operands()
+    operands[1 - place] = as_in_the_model(operands[place], operands[1 - place], place)
+    return call.with_operands(operands)
+
+
+@torch.no_grad()
+def _of_constants(call: Call) -> Any:
+    first, second = call.operands()
+    return _as_in_the_model(call, 0 if first.dim() >= second.dim() else 1).run()
 
 
 def _run(application: Application, call: Call) -> Any:

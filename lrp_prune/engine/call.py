@@ -31,6 +31,9 @@ class Call(NamedTuple):
     did; None where no rule asks for it."""
     rule: "Rule | None" = None
     """What the composite has chosen for it."""
+    absorbing: Callable[[Tensor], Tensor] | None = None
+    """Makes a root of one, after a tensor's kind, for what is not the operand's but comes from a constant; None where such
+    relevance is not asked for."""
 
     def run(self) -> Any:
         """Compute the operation as the model asked for it: the plain gradient."""

@@ -26,10 +26,17 @@ def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 
     return input + value * (tensor1 / tensor2)
 
 
+def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    wide = input if dtype is None else input.to(dtype)
+    return wide - torch.logsumexp(wide, dim, keepdim=True)
+
+
 PARTS: dict[str, Callable[..., Any]] = {
     "glu": _glu,
     "cosine_similarity": _cosine_similarity,
     "lerp": _lerp,
     "addcdiv": _addcdiv,
+    "log_softmax": _log_softmax,
+    "special_log_softmax": _log_softmax,
 }
 """Function's name -> the same in simpler operations, equal up to rounding."""

@@ -1,4 +1,8 @@
-"""Constants that enter as data: tables of positions, and whatever else a model adds to or joins with its activations."""
+"""Constants that enter as data: tables of positions, and whatever else a model adds to or joins with its activations.
+
+Where rules conserve, that includes numbers (``up + 1``, ``1 - gate``) and constants with one dimension, which otherwise would
+absorb relevance without a trace, and what a function makes of zero (half of a gate that is not told anything).
+"""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -10,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lrp_prune.engine.endings import ending_of
 from lrp_prune.names import canonical_name
 
-_HUGE = -1e4
-"""From here on an entry among zeros masks something."""
+HUGE = 1e4
+"""From here on, below zero, an entry among zeros masks something; so large a number does."""
 
 
 class Constants:
@@ -19,10 +23,11 @@ class Constants:
 
     Args:
         model: whose buffers they may be.
+        absorbing: whether numbers and constants with one dimension are roots as well.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, absorbing: bool = False) -> None:
+        self._model, self.absorbing = model, absorbing
         self._masks: dict[Any, tuple[Tensor, bool]] = {}
         # Not on the tensors, which may be the model's own; and none is kept alive.
         self._makers: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
@@ -39,10 +44,11 @@ class Constants:
         Args:
             value: what an activation meets.
             module: the module that runs.
-            extent: along how many dimensions it must have several entries. A scalar is no data; nor is a mask, or nothing but
-                zeros.
+            extent: along how many dimensions it must have several entries, unless all that absorbs is wanted. A mask is no
+                data, nor is nothing but zeros.
         """
-        if value.dim() == 0 or sum(size > 1 for size in value.shape) < extent or self._is_mask(value):
+        small = value.dim() == 0 or sum(size > 1 for size in value.shape) < extent
+        if (small and not self.absorbing) or self._is_mask(value):
             return None
         return self.name_of(value, module)
 
@@ -73,6 +79,6 @@ class Constants:
 
 def _masks(value: Tensor) -> bool:
     lowest = torch.finfo(value.dtype).min / 2
-    forbidden = value <= max(_HUGE, lowest)
+    forbidden = value <= max(-HUGE, lowest)
     never = ~torch.isfinite(value) | (value <= max(lowest, -1e30))
     return bool(never.any() | (forbidden | (value == 0)).all())

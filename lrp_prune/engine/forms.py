@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.operations import Place
+from lrp_prune.engine.origins import marked
 
 
 class Form:
@@ -36,6 +37,8 @@ class Form:
     def forward(self, activation: Tensor, weight: Tensor) -> Tensor:
         """The operation, exactly as the model called it."""
         operands = self.call.operands()
+        if not torch.is_grad_enabled():
+            weight = as_in_the_model(activation, weight, self._activation)
         operands[self._activation], operands[self._weight] = activation, weight
         result: Tensor = self.call.with_operands(operands).run()
         return result
@@ -84,6 +87,23 @@ class Form:
             result = self.product(activation, leaf)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
+
+
+def as_in_the_model(activation: Tensor, weight: Tensor, place: int) -> Tensor:
+    """The weight, requiring a gradient if the model's does and that tells how torch multiplies it, in the last bit.
+
+    An activation of several dimensions is seen as one matrix, or else as many; of one that does not lie in memory as it would by
+    default, the weight's need of a gradient decides.
+
+    Args:
+        activation: what it multiplies.
+        weight: without a history.
+        place: which operand the activation is.
+    """
+    if activation.dim() < 3 or weight.dim() > 2 or (place == 0 and activation.is_contiguous()):
+        return weight
+    origin = marked(weight)
+    return weight.detach().requires_grad_() if origin is not None and origin.trained else weight
 
 
 class Linear(Form):

@@ -66,6 +66,53 @@ class IdentityRule(Function):
             return ratio.mul_(gradient).to(ctx.dtype), None, None
 
 
+class AbsorbingIdentity(Function):
+    """:class:`IdentityRule` of a function that is not zero at zero: what it makes of zeros is a constant's.
+
+    Args (of ``apply``):
+        x: the input.
+        one: a tensor of one, which gets the relevance of entries that are zero.
+        function: computes the output from the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, one: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with _bypass(), torch.autocast(x.device.type, enabled=False):
+            made = ctx.function(x)
+            absorbed = (made * gradient).masked_fill_(x != 0, 0.0).sum()
+            ratio = (made / x).nan_to_num_(0.0, 0.0, 0.0).masked_fill_(x == 0, 0.0)
+            return ratio.mul_(gradient).to(x.dtype), absorbed.to(x.dtype), None
+
+
+class BesideConstant(Function):
+    """The identity on what a constant is added to, whose gradient tells the constant's. For operands, never for results.
+
+    Args (of ``apply``):
+        x: an operand.
+        leaf: the constant, a scalar.
+        factor: by what the gradient of the operand is multiplied to be that of the constant, entry by entry.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        with _bypass():
+            return gradient, gradient.sum() * ctx.factor, None
+
+
 class ConstantStatistic(Function):
     r"""A normalisation whose standard deviation is a constant (AttnLRP, arXiv 2402.05602, prop. 3.4).
 
@@ -170,6 +217,8 @@ class Replaced(Function):
 
 scaled_gradient: Callable[[Tensor, float], Tensor] = ScaledGradient.apply
 identity_rule: Callable[..., Tensor] = IdentityRule.apply
+absorbing_identity: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] = AbsorbingIdentity.apply
+beside_constant: Callable[[Tensor, Tensor, float], Tensor] = BesideConstant.apply
 constant_statistic: Callable[..., Tensor] = ConstantStatistic.apply
 affine: Callable[[Tensor, Callable[[Tensor], Tensor], Tensor], Tensor] = Affine.apply
 contiguous_gradient: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] = ContiguousGradient.apply

@@ -85,7 +85,7 @@ class PropagationMode(TorchFunctionMode):
         self._origins = {id(parameter): origin_of_parameter(name, parameter) for name, parameter in parameters.items()}
         self._parameters = parameters
         self._places = places
-        self._roots = roots
+        self._roots, self._absorbing = roots, roots.absorbing
         self._uses = uses
         self._endings = endings
         self._tracing, self._tracer = tracing, tracer
@@ -179,7 +179,9 @@ class PropagationMode(TorchFunctionMode):
     def _called(
         self, func: Callable[..., Any], operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call:
-        return Call(func, operation, args, kwargs, self.kept, *self._places.innermost)
+        name, module = self._places.innermost
+        absorbing = self._absorbing and partial(self._absorbing, module=name)
+        return Call(func, operation, args, kwargs, self.kept, name, module, absorbing=absorbing)
 
     def whole(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The result of an activation module of several operations, by the rule for activations.
@@ -214,7 +216,7 @@ class PropagationMode(TorchFunctionMode):
         target, functional = call.operand(0), call.operation.functional
         if call.operation.drops:
             return target, call
-        if call.operation.enters and not self._application.shares(call):
+        if call.operation.enters and not self._application.shares(call) and not self._roots.absorbs(call):
             call, before = self._roots.with_data(call, written=True), call
             if self._tracer is not None and call.operation.adds and is_activation(target):
                 copy = target.clone()  # what it was made of is seen from its node, and it is about to get another
@@ -232,7 +234,9 @@ class PropagationMode(TorchFunctionMode):
         self.carry(target, before)
         args = tuple(before if arg is target else arg for arg in call.args)
         result = self._application.apply(call._replace(function=functional, operation=twin, args=args))
-        return target.copy_(result), call._replace(args=args)
+        written = target.copy_(result)
+        tags.set_tag(written, tags.tag_of(result))
+        return written, call._replace(args=args)
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args and not kwargs:

@@ -8,7 +8,7 @@ from lrp_prune.engine.operations import PLAIN_ROWS, ROWS
 _OTHER_NODES = """
     AccumulateGrad UnsafeView ReshapeAlias Slice SelectBackwardAutogradNestedTensor ToCopy CopyBackwards CopySlices Copy
     AsStrided Lift LiftFresh SplitCopy Clamp ClampMin ClampMax PackPaddedSequence MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D
-    MkldnnMaxPool3D GridSampler2D
+    MkldnnMaxPool3D
 """.split()
 """Autograd nodes that go by other names than functions do, or are part of one; a clip picks the entry or a bound."""
 

@@ -74,9 +74,9 @@ class Operation(NamedTuple):
 
     Args:
         kind: one of :data:`KINDS` (a ``sum`` enters as it is, and may be data), or what has no rule because it needs none:
-            ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``factors`` (products of
-            many) and ``clip`` are one or another of these, as their operands tell, ``norm_pool`` is homogeneous, and
-            ``composed`` is propagated as the simpler operations that it stands for.
+            ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``solution`` (of linear
+            equations), ``factors`` (products of many) and ``clip`` are one or another of these, as their operands tell,
+            ``norm_pool`` is homogeneous, and ``composed`` is propagated as the simpler operations that it stands for.
         functional: the twin that changes nothing in place.
         channels: ``"copied"`` (entries keep their places), ``"moved"`` (or are put elsewhere), ``"entrywise"`` (a function of
             each entry), ``"pooled"`` (within a channel), ``"reduced"`` (over some dimensions); empty where they mix.
@@ -155,9 +155,11 @@ ROWS: dict[str, Operation] = {
     ),
     **_rows("sqrt rsqrt reciprocal", "statistic", channels="entrywise"),
     **_rows("var std", "statistic", channels="reduced"),
+    **_rows("inverse linalg_inv linalg_inv_ex linalg_pinv cholesky linalg_cholesky linalg_cholesky_ex", "statistic"),
     **_rows("var_mean std_mean linalg_vector_norm linalg_norm norm_except_dim", "statistic", channels="entrywise"),
     **_rows("pow", "power", _TWO, channels="entrywise"),
     **_rows("softmax _softmax softmin", "softmax"),
+    **_rows("logsumexp", "softmax", channels="reduced"),
     **_rows("dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout", "dropout", channels="copied"),
     "batch_norm": _normalized(f"input {_RUNNING} training momentum eps cudnn_enabled", "batch"),
     "instance_norm": _normalized(f"input {_RUNNING} use_input_stats momentum eps cudnn_enabled", "positions"),
@@ -166,6 +168,12 @@ ROWS: dict[str, Operation] = {
     "group_norm": _normalized("input num_groups weight bias eps", "groups"),
     **_rows("mul multiply", "product", _TWO),
     **_rows("div divide true_divide", "division", _TWO),
+    # Division by a matrix.
+    **_rows("linalg_solve linalg_solve_ex linalg_solve_triangular", "solution", ((1, "B"), (0, "A"))),
+    **_rows("triangular_solve", "solution", ((0, "input"), (1, "A"))),
+    **_rows("cholesky_solve", "solution", ((0, "input"), (1, "input2"))),
+    # Where something is looked up divides nothing, but is a constant beside it in the same way.
+    **_rows("grid_sampler grid_sampler_2d grid_sampler_3d", "division", ((0, "input"), (1, "grid"))),
     **_rows("prod cumprod", "factors"),
     "linear": Operation("linear", _INPUT_AND_WEIGHT, added=_BIAS),
     **_rows(
@@ -189,7 +197,7 @@ ROWS: dict[str, Operation] = {
     **_rows(_named("avg"), "average_pooling", linear=True, channels="pooled"),
     **_rows(_named("max"), "max_pooling", linear=True, channels="pooled"),
     **_rows("lp_pool1d lp_pool2d lp_pool3d", "norm_pool", channels="pooled"),
-    **_rows("glu cosine_similarity addcdiv", "composed"),
+    **_rows("glu cosine_similarity addcdiv log_softmax", "composed"),
     **_rows("lerp", "composed", channels="entrywise"),
     **_rows("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", "recurrent", ()),
     # Sums, and distances: norms of a difference, whose relevance is that of both sides together.
@@ -315,6 +323,8 @@ def _build() -> dict[Callable[..., Any], Operation]:
             table[function] = row._replace(functional=twin)
     for function in (torch.linalg.vector_norm, torch.linalg.norm, torch.linalg.matrix_norm):
         table[function] = ROWS["linalg_norm"]
+    for name in "solve solve_ex solve_triangular inv inv_ex pinv cholesky cholesky_ex".split():
+        table[getattr(torch.linalg, name)] = ROWS[f"linalg_{name}"]
     for function in (torch.pow, Tensor.pow):
         table[function] = ROWS["pow"]
     table[Tensor.pow_] = ROWS["pow"]._replace(functional=torch.pow)

@@ -64,6 +64,7 @@ class Origin(NamedTuple):
         others: further parameters that went into it.
         arithmetic: whether more than views, copies and picking of entries did, if ``layout`` is None.
         product: whether a product of matrices did.
+        trained: whether the parameter requires a gradient, by which torch chooses how it multiplies.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Origin(NamedTuple):
     others: tuple[str, ...] = ()
     arithmetic: bool = False
     product: bool = False
+    trained: bool = False
 
     def dim(self, axis: int) -> int | None:
         """The parameter's dimension that an axis of the tensor is, where the tensor is the parameter up to a transposition."""
@@ -101,7 +103,7 @@ class Origin(NamedTuple):
 def origin_of_parameter(name: str, parameter: Tensor) -> Origin:
     """The origin of the whole parameter."""
     layout = Layout(tuple(parameter.size()), tuple(parameter.stride()), 0)
-    return Origin(name, layout, layout)
+    return Origin(name, layout, layout, trained=parameter.requires_grad)
 
 
 _ORIGIN: Fact[Origin] = Fact("origin")

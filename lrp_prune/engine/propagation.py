@@ -18,6 +18,7 @@ from lrp_prune.engine.entries import check_places
 from lrp_prune.engine.latent import latent_modules, recorded
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
+from lrp_prune.engine.opened import opening
 from lrp_prune.engine.places import Places
 from lrp_prune.engine.registry import MODULE_RULES, any_placed
 from lrp_prune.engine.roots import Root, Roots
@@ -219,7 +220,8 @@ def propagating(
     model, modules = unwrap(model), named_modules(model)
     check_places(composite.name, composite.entries, modules)
     wanted = latent_modules(modules, latent)
-    data = Constants(model) if constants else None
+    # Where statistics are features, what keeps them from zero would have relevance as well.
+    data = Constants(model, absorbing=composite.needs("statistics")) if constants else None
     roots, places, endings = Roots(data, share), Places(model), Endings(class_name(model), composite.name)
     audit = Audit(places, unruled, composite) if not composite.is_plain and unruled != "ignore" else None
     known = (composite, named_parameters(model), places, roots, uses, endings, tracer is not None or composite.traced)
@@ -246,6 +248,8 @@ def propagating(
             stack.callback(handle.remove)
         _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
         stack.enter_context(mode)
+        if not composite.is_plain:
+            stack.enter_context(opening(mode, lambda: mode.is_acting))
         yield propagation
 
 

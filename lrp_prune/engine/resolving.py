@@ -52,6 +52,14 @@ def _clip(call: Call) -> Call:
     return _of_kind(call, "plain" if bounded else "activation")
 
 
+def _solution(call: Call) -> Call:
+    """``A X = B``: a division by the matrix; where that alone is an activation, a statistic, as the reciprocal of one is."""
+    right, matrix = call.operation.operands
+    if is_activation(call.argument(*right)):
+        return _of_kind(call, "division")
+    return call._replace(operation=call.operation._replace(kind="statistic", operands=(matrix,)))
+
+
 RESOLVERS: dict[str, Callable[[Call], Call]] = {
     "power": _power,
     "einsum": _einsum,
@@ -59,6 +67,7 @@ RESOLVERS: dict[str, Callable[[Call], Call]] = {
     "linear": _contraction,
     "convolution": _contraction,
     "clip": _clip,
+    "solution": _solution,
 }
 """Kind of a row -> what a call of it is."""
 

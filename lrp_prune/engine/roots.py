@@ -2,18 +2,19 @@
 
 Which parameters and constants are data follows from their use. What is joined with activations, concatenated or put into
 some positions, is data like any input: class tokens, learned queries. What is added is data where it has two dimensions or
-more (learned positions, tables made of sines); of one dimension it is a bias, which absorbs relevance.
+more (learned positions, tables made of sines); a parameter of one dimension is a bias, which absorbs relevance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine import functional
 from lrp_prune.engine.beside import beside
-from lrp_prune.engine.constants import Constants
+from lrp_prune.engine.constants import HUGE, Constants
 from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.origins import marked, note_source, source_of
 from lrp_prune.engine.rules import Call, is_activation
@@ -22,6 +23,8 @@ from lrp_prune.names import layer_of
 
 _ADDING = frozenset({"sum", "matmul"})
 """Kinds of operation that add what enters them; the others join."""
+_SIGNS = {"add": 1, "add_": 1, "sub": -1, "sub_": -1, "subtract": -1, "subtract_": -1, "rsub": 0}
+"""Sums in which a number may take part, and its sign there; 0 where the activation is subtracted from it."""
 
 
 @dataclass
@@ -104,6 +107,8 @@ class Roots:
         """
         places = call.operation.data
         values = [call.argument(*place) for place in places]
+        if self.absorbs(call):
+            return self._with_number(call, values)
         if not any(map(_may_be_data, values)) or not any(map(is_activation, tensors_in((values, call.operands())))):
             return call
         joined = call.operation.kind not in _ADDING
@@ -111,10 +116,36 @@ class Roots:
             if isinstance(values[0], Tensor) and not values[0].requires_grad:
                 self._adopt(values[0], call.name, joined)
             places, values = places[1:], values[1:]
-        made = [self._data(value, call.name, joined) for value in values]
+        active = next(value for value in tensors_in((values, call.operands())) if is_activation(value))
+        made = [self._data(value, call.name, joined, active.dtype) for value in values]
         if all(new is old for new, old in zip(made, values, strict=True)):
             return call
         return call.with_arguments(dict(zip(places, made, strict=True)))
+
+    def absorbs(self, call: Call) -> bool:
+        """Whether a number is added to an activation, or that is subtracted from it, and may have relevance of its own."""
+        if self._constants is None or not self._constants.absorbing or call.function.__name__ not in _SIGNS:
+            return False
+        x, number = call.operands()
+        return isinstance(number, int | float) and number != 0 and abs(number) < HUGE and is_activation(x)
+
+    def _with_number(self, call: Call, values: list[Any]) -> Call:
+        """The call of a sum with a number, which stays what it is: its relevance is told by the gradient of the activation."""
+        (x, number), alpha = values, call.kwargs.get("alpha", 1)
+        sign = _SIGNS[call.function.__name__]
+        leaf = torch.full((), number, dtype=x.dtype, device=x.device).requires_grad_()
+        self._record(Root(f"{call.name or 'model'}.constant", leaf, constant=True))
+        return call.with_operands([functional.beside_constant(x, leaf, sign * alpha if sign else -1 / alpha), number])
+
+    @property
+    def absorbing(self) -> Callable[..., Tensor] | None:
+        """Makes a root of one for what is not an operand's, but comes from a constant; None where that is not asked for."""
+        return self._one if self._constants is not None and self._constants.absorbing else None
+
+    def _one(self, like: Tensor, module: str) -> Tensor:
+        leaf = torch.ones((), dtype=like.dtype, device=like.device).requires_grad_()
+        self._record(Root(f"{module or 'model'}.constant", leaf, constant=True))
+        return leaf
 
     def _adopt(self, target: Tensor, module: str, joined: bool) -> None:
         """Let a constant that activations are written into be a root; what is overwritten gets no relevance."""
@@ -126,6 +157,8 @@ class Roots:
             root.leaf = whole.detach().clone().requires_grad_()
             self._record(root)
             whole.copy_(root.leaf)
+            # A view hears of it when it is asked; until then autograd takes it for a leaf, which nothing may be written into.
+            _ = target.grad_fn
 
     def written(self, target: Any, value: Any) -> None:
         """A constant was written into another one, which is then made of what it was made of."""
@@ -133,13 +166,17 @@ class Roots:
         if self._constants is not None and origin is not None and isinstance(target, Tensor):
             note_source(target if target._base is None else target._base, origin)
 
-    def _data(self, value: Any, module: str, joined: bool) -> Any:
+    def _data(self, value: Any, module: str, joined: bool, dtype: torch.dtype) -> Any:
         if isinstance(value, tuple | list):
-            entries = [self._data(entry, module, joined) for entry in value]
+            entries = [self._data(entry, module, joined, dtype) for entry in value]
             same = all(new is old for new, old in zip(entries, value, strict=True))
             return value if same else type(value)(entries)
-        if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.requires_grad:
             return value
+        if not value.is_floating_point():
+            if joined or value.is_complex() or self._constants is None or not self._constants.absorbing:
+                return value
+            value = value.to(dtype)  # as it will be for the sum
         root = self._root_of(value, module, joined)
         if root is None:
             return value
@@ -170,7 +207,7 @@ class Roots:
             # What was made in inference mode, as batches of a validation are, cannot require grad; a copy can.
             leaf = self._scaled(value.clone() if value.is_inference() else value.detach()).requires_grad_()
             self._record(Root(name, leaf))
-            return leaf.clone()
+            return _copied(leaf)
         if isinstance(value, Mapping) and type(value).__module__ != "transformers.cache_utils":
             converted = {
                 key: self.inputs(entry, f"{name}.{key}" if name else str(key), adopt) for key, entry in value.items()
@@ -188,6 +225,14 @@ class Roots:
         """The roots so far; the next forward starts anew."""
         entries, self.entries = self.entries, []
         return entries
+
+
+def _copied(leaf: Tensor) -> Tensor:
+    """A copy that lies in memory as the tensor does, as the last bit of what is computed of it depends on that."""
+    copy = leaf.clone()
+    if copy.stride() == leaf.stride() or 0 in leaf.stride():
+        return copy
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 def _may_be_data(value: Any) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor, nn
 
 import lrp_prune
@@ -21,11 +20,16 @@ class Digamma(nn.Module):
         return torch.digamma(x.abs() + 1)
 
 
+def _kernel(x: Tensor) -> Tensor:
+    """Stands for what is not torch's, so that nobody looks into what calls it."""
+    return torch.sigmoid(x)
+
+
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.sigmoid(x)
+        return _kernel(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -116,19 +120,6 @@ def test_a_model_that_hides_everything_behind_one_function_is_reported() -> None
 
     with pytest.warns(UnruledOperationWarning, match=r"_Sigmoid in <model> \(Whole\)"):
         _run(Whole())
-
-
-def test_the_square_root_of_recurrent_gemma_is_reported() -> None:
-    config = tf.RecurrentGemmaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, lru_width=32
-    )
-    model = tf.RecurrentGemmaForCausalLM(config).eval()
-    with lrp_prune.attributing(model, unruled="error") as propagation:
-        value = forward(model, batch_for("llama")).sum()
-        with pytest.raises(
-            UnruledOperationError, match=r"SqrtBoundDerivative in model\.layers\.\d\.temporal_block\.rg_lru"
-        ):
-            propagation.relevance(value)
 
 
 def test_only_what_the_explained_value_depends_on_is_reported() -> None:

@@ -23,6 +23,11 @@ def explained(function: Callable[[Tensor], Tensor], x: Tensor, composite: str) -
         return output.sum().detach(), propagation.relevance(output.sum())
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """A matrix with a good condition."""
+    return x[:, :5, :5] + 6 * torch.eye(5)
+
+
 CONSERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "length": lambda x: x.norm(dim=-1),
     "length by hand": lambda x: x.pow(2).sum(-1).sqrt(),
@@ -78,6 +83,20 @@ CONSERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "quantile": lambda x: x.quantile(0.3, dim=-1),
     "vectors' product": lambda x: torch.linalg.vecdot(x, x.flip(1)),
     "contraction": lambda x: torch.tensordot(x, PROTOTYPES, dims=([2], [1])),
+    "inverse": lambda x: torch.linalg.inv(_matrix(x)),
+    "inverse by another name": lambda x: torch.inverse(_matrix(x)),
+    "inverse with what else is told": lambda x: torch.linalg.inv_ex(_matrix(x)).inverse,
+    "pseudoinverse": lambda x: torch.linalg.pinv(x),
+    "solution": lambda x: torch.linalg.solve(_matrix(x), x[..., 5:]),
+    "solution of a constant": lambda x: torch.linalg.solve(_matrix(x), PROTOTYPES[:1, :5].T),
+    "triangular solution": lambda x: torch.linalg.solve_triangular(_matrix(x), x[..., 5:], upper=True),
+    "triangular solution with ones": lambda x: torch.linalg.solve_triangular(
+        _matrix(x), x[..., 5:], upper=False, unitriangular=True
+    ),
+    "roots of a matrix": lambda x: torch.linalg.cholesky(x @ x.mT),
+    "solution by roots": lambda x: torch.cholesky_solve(x[..., 5:], torch.linalg.cholesky(x @ x.mT)),
+    "solution of a constant by roots": lambda x: torch.cholesky_solve(torch.ones(5, 1), _matrix(x).tril()),
+    "scaled by an inverse": lambda x: torch.linalg.inv(_matrix(x)) @ x,
     "divided and added": lambda x: torch.addcdiv(x, x, x.abs() + x.flip(1).abs()),
 }
 
@@ -197,16 +216,67 @@ def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
         torch.testing.assert_close(one, two)
 
 
+def test_a_matrix_that_divides_is_a_constant_beside_what_it_divides() -> None:
+    """``A X = B``: B has all relevance, its own entries times what comes back by the transposed matrix."""
+
+    class Solved(nn.Module):
+        def forward(self, matrix: Tensor, right: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(matrix, right, upper=False)
+
+    matrix, right = torch.randn(2, 5, 5).tril() + 6 * torch.eye(5), torch.randn(2, 5, 3)
+    for composite in ("attnlrp", "cp_lrp"):
+        with lrp_prune.attributing(model := Solved(), composite, unruled="error") as propagation:
+            output = model(matrix, right)
+            relevance = propagation.relevance(output.square().sum() / 2)
+        expected = right * torch.linalg.solve_triangular(matrix.mT, output.detach(), upper=True)
+        torch.testing.assert_close(relevance["right"], expected)
+        assert not relevance["matrix"].any()
+
+
+def test_positions_that_are_sampled_are_constants() -> None:
+    """Bilinear interpolation by hand: of each of the four neighbours its share."""
+
+    class Sampled(nn.Module):
+        def forward(self, image: Tensor, grid: Tensor) -> Tensor:
+            return F.grid_sample(image, grid, align_corners=True)
+
+    image, grid = torch.randn(1, 1, 3, 3), torch.tensor([[[[0.5, -0.25]]]])
+    for composite in ("attnlrp", "cp_lrp"):
+        with lrp_prune.attributing(model := Sampled(), composite, unruled="error") as propagation:
+            relevance = propagation.relevance(model(image, grid).sum())
+        share = torch.zeros(3, 3)
+        share[:2, 1:] = torch.outer(torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]))
+        torch.testing.assert_close(relevance["image"][0, 0], share * image[0, 0])
+        assert not relevance["grid"].any()
+    with lrp_prune.attributing(model, "gradient") as propagation:
+        assert propagation.relevance(model(image, grid).sum())["grid"].any()
+
+
+@pytest.mark.parametrize("function", [lambda x: F.log_softmax(x, -1), lambda x: torch.special.log_softmax(x, -1)])
+def test_the_logarithm_of_a_softmax_is_what_it_is_of_less_a_sum_that_has_the_rule_of_softmax(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    x, chosen = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    for composite in ("attnlrp", "cp_lrp"):
+        with lrp_prune.attributing(model := Single(function), composite, unruled="error") as propagation:
+            output = model(x)
+            assert torch.equal(output, function(x))
+            relevance = propagation.relevance(output[torch.arange(4), chosen].sum())
+        constant = composite == "cp_lrp"
+        expected = x * (F.one_hot(chosen, 6) - (0 if constant else x.softmax(-1)))
+        torch.testing.assert_close(relevance["x"], expected)
+        if constant:
+            torch.testing.assert_close(relevance["model.detached"], -x.logsumexp(-1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("function", "operation"),
     [
-        (lambda x: x.logsumexp(-1), "logsumexp"),
-        (lambda x: F.log_softmax(x, -1), "log_softmax"),
         (lambda x: torch.logaddexp(x, x.flip(1)), "logaddexp"),
         (lambda x: torch.atan2(x, x.flip(1)), "atan2"),
         (lambda x: x % 2, "remainder"),
         (lambda x: torch.linalg.det(x[:, :5, :5]), "linalg_det"),
-        (lambda x: torch.linalg.inv(x[:, :5, :5]), "linalg_inv"),
+        (lambda x: torch.linalg.matrix_exp(x[:, :5, :5]), "linalg_matrix_exp"),
     ],
 )
 def test_what_does_not_conserve_is_reported_by_name(function: Callable[[Tensor], Tensor], operation: str) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+import lrp_prune
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution, Form, form_of
 from lrp_prune.engine.operations import OPERATIONS
@@ -54,3 +56,39 @@ def test_the_precision_is_that_of_the_activation() -> None:
     form, x, weight = form_of(call, 0, 1), torch.randn(2, 3, 6), torch.randn(4, 3, 2, dtype=torch.bfloat16)
     d = torch.randn(2, 4, 5, dtype=torch.bfloat16)
     assert form.input_gradient(d, x, weight).dtype == form.contract(x, d, weight).dtype == torch.float32
+
+
+class Turned(nn.Module):
+    """Multiplies an activation that lies in memory in another order, or a constant that does."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], trained: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(16, 16, dtype=torch.float64), requires_grad=trained)
+        self.table = nn.Parameter(torch.randn(1, 5, 16, dtype=torch.float64))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(1, 2)
+        return self.function(turned, self.weight) + self.function(self.table.expand(2, -1, -1), self.weight).sum()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("function", [F.linear, torch.matmul, lambda x, weight: weight @ x.mT])
+def test_the_last_bit_does_not_depend_on_how_an_activation_lies_in_memory(
+    function: Callable[[Tensor, Tensor], Tensor], trained: bool
+) -> None:
+    """Whether torch multiplies it as one matrix or as many is told by whether the weight requires a gradient."""
+    model, x = Turned(function, trained), torch.randn(2, 16, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    with lrp_prune.attributing(model, "cp_lrp"):
+        assert torch.equal(model(x), expected)
+    seen: list[Tensor] = []
+
+    def target(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(model(x))
+        return seen[0].sum()
+
+    lrp_prune.attribute(model, [x], target, "attnlrp", include=["weight"])
+    assert torch.equal(seen[0], expected)

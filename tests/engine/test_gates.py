@@ -36,6 +36,10 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "one less": lambda x: 1 - torch.sigmoid(x),
     "one more": lambda x: torch.tanh(x) + 1,
     "in place": lambda x: (x * 1).sigmoid_()[:, :],
+    "scaled": lambda x: 2.5 * torch.sigmoid(x) * torch.arange(1.0, 7.0) / 3,
+    "in its share of all": lambda x: torch.sigmoid(x) / torch.sigmoid(x).sum(-1, keepdim=True),
+    "the largest": lambda x: torch.sigmoid(x).topk(6, -1).values,
+    "sorted": lambda x: torch.sigmoid(x).sort(-1)[0],
     "cast": lambda x: torch.sigmoid(x).double().float(),
 }
 

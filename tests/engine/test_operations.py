@@ -72,6 +72,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "upsample_bicubic2d": lambda x: torch._C._nn.upsample_bicubic2d(_images(x), [8, 8], False),
     "upsample_trilinear3d": lambda x: torch._C._nn.upsample_trilinear3d(_images(x)[None], [2, 8, 8], False),
     "upsample_nearest3d": lambda x: torch._C._nn.upsample_nearest3d(_images(x)[None], [2, 8, 8]),
+    "cholesky": lambda x: torch.cholesky(x @ x.mT + torch.eye(4)),
+    "linalg_cholesky": lambda x: torch.linalg.cholesky(x @ x.mT + torch.eye(4)),
+    "linalg_cholesky_ex": lambda x: torch.linalg.cholesky_ex(x @ x.mT + torch.eye(4)).L,
     "prelu": lambda x: F.prelu(x, torch.tensor([0.2])),
     "_softmax": lambda x: torch._softmax(x, 0, False),
 }

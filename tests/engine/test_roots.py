@@ -54,6 +54,15 @@ def _filled(hidden: Tensor, token: Tensor) -> Tensor:
     return whole
 
 
+def _written_into_nothing(hidden: Tensor, token: Tensor) -> Tensor:
+    """Memory without values, of which all that is read is written by what is copied into its parts."""
+    whole = hidden.new_empty(len(hidden), hidden.shape[1] + 1, 4)
+    whole.fill_(7.0)  # whatever was there
+    whole[:, :1].copy_(token)
+    whole[:, 1:].copy_(hidden)
+    return whole
+
+
 def _masked_scatter(hidden: Tensor, token: Tensor) -> Tensor:
     mask = torch.zeros(hidden.shape, dtype=torch.bool)
     mask[:, 0] = True
@@ -73,6 +82,7 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "set by a mask": _set_masked,
     "copied": _copied,
     "written into zeros": _filled,
+    "written into nothing": _written_into_nothing,
     "masked_scatter": _masked_scatter,
     "index_put": lambda h, t: h.index_put((torch.arange(len(h)), torch.zeros(len(h), dtype=torch.long)), t),
     "index_copy": lambda h, t: h.index_copy(1, INDEX, t.expand(len(h), 1, -1)),
@@ -181,9 +191,6 @@ def test_constants_that_enter_as_data_are_roots_of_their_own(use: str) -> None:
 
 
 NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "a scalar": lambda m, h: h + 0.5,
-    "a scalar tensor": lambda m, h: h + torch.tensor(0.5),
-    "one number for each channel": lambda m, h: h + _sines()[0][None, None],
     "zeros": lambda m, h: h + torch.zeros(TOKENS, 4),
     "truth values": lambda m, h: h.masked_fill(torch.ones(TOKENS, 4, dtype=torch.bool).triu(3), 1.0),
     "a mask of infinities": lambda m, h: (h + torch.full((TOKENS, 4), -math.inf).triu(1)).clamp(min=-1),
@@ -198,8 +205,58 @@ NO_DATA: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("use", NO_DATA)
-def test_masks_scalars_and_biases_are_no_data(use: str) -> None:
+def test_masks_are_no_data(use: str) -> None:
     assert set(_explained(Constant(NO_DATA[use]))[1]) == {"x"}
+
+
+def _set_in_place(hidden: Tensor) -> Tensor:
+    hidden += 2
+    return hidden
+
+
+NUMBERS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "added": (lambda h: h + 0.5, lambda h: torch.full_like(h, 0.5)),
+    "added to": (lambda h: 3 + h, lambda h: torch.full_like(h, 3.0)),
+    "added several times": (lambda h: torch.add(h, 2, alpha=0.25), lambda h: torch.full_like(h, 0.5)),
+    "added in place": (_set_in_place, lambda h: torch.full_like(h, 2.0)),
+    "subtracted": (lambda h: h - 0.5, lambda h: torch.full_like(h, -0.5)),
+    "subtracted from": (lambda h: 1 - h, lambda h: torch.ones_like(h)),
+    "subtracted from, in parts": (lambda h: torch.rsub(h, 1, alpha=2), lambda h: torch.ones_like(h)),
+    "a tensor": (lambda h: h + torch.tensor(0.5), lambda h: torch.full_like(h, 0.5)),
+    "a tensor of another type": (lambda h: h + torch.tensor(2), lambda h: torch.full_like(h, 2.0)),
+    "truth values": (lambda h: h + (torch.arange(4) > 1), lambda h: (torch.arange(4) > 1).expand_as(h).to(h.dtype)),
+    "one number for each channel": (lambda h: h + _sines()[0][None, None], lambda h: _sines()[0].expand_as(h)),
+    "of a gate at zero": (lambda h: torch.sigmoid(h * 0), lambda h: torch.full_like(h, 0.5)),
+    "of an exponential at zero": (lambda h: torch.exp(h - h), torch.ones_like),
+    "of a cosine at zero": (lambda h: torch.cos(h.masked_fill(_UPPER, 0.0)), lambda h: _UPPER.to(h.dtype).expand_as(h)),
+    "of a bound that is met at zero": (lambda h: (h * 0).clamp(min=0.25), lambda h: torch.full_like(h, 0.25)),
+}
+_UPPER = torch.ones(TOKENS, 4, dtype=torch.bool).triu(1)
+"""What is done to activations, and the part of the result that is a constant's."""
+
+
+@pytest.mark.parametrize("composite", ["cp_lrp", "attnlrp"])
+@pytest.mark.parametrize("use", NUMBERS)
+def test_numbers_that_absorb_are_roots_of_their_own(use: str, composite: str) -> None:
+    function, constant = NUMBERS[use]
+    model = Constant(lambda m, h: function(h))
+    value, relevance = _explained(model, composite)
+    assert set(relevance) == {"x", "model.constant"}
+    x = torch.randn(2, TOKENS, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.head(constant(model.patch(x))).sum(1)[:, 0].sum()
+    assert float(relevance["model.constant"].sum()) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    assert float(relevance["x"].sum()) == pytest.approx(value - float(expected), rel=1e-4, abs=1e-5)
+
+
+def test_numbers_are_no_roots_where_the_plain_gradient_is_taken_nor_where_a_statistic_is_kept_from_zero() -> None:
+    def normalised(model: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-3)
+
+    for composite in ("gradient", "epsilon"):
+        assert set(_explained(Constant(lambda m, h: h + 0.5), composite)[1]) == {"x"}
+    for composite in ("attnlrp", "cp_lrp", "gradient"):
+        assert set(_explained(Constant(normalised), composite)[1]) == {"x"}
 
 
 def test_constants_are_let_go_after_the_forward() -> None:

@@ -1,5 +1,6 @@
 """Rules for elementwise functions and for products of activations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,12 +11,20 @@ from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.rule import Rule
 from lrp_prune.engine.rules.scales import share_of_power
-from lrp_prune.engine.tags import is_gate, is_statistic
+from lrp_prune.engine.tags import DECAYS, Tag, is_decay, is_gate, is_statistic, set_tag
+
+_ZERO_AT_ZERO = frozenset(
+    "relu gelu silu tanh elu selu celu leaky_relu relu6 hardswish mish softsign prelu erf sin square sign".split()
+)
+"""Functions of which that need not be tried."""
 
 
 @dataclass(frozen=True)
 class Identity(Rule):
-    """Relevance out = relevance in (AttnLRP, eq. 9): the gradient becomes f(x)/x, and 0 where x is 0."""
+    """Relevance out = relevance in (AttnLRP, eq. 9): the gradient becomes f(x)/x, and 0 where x is 0.
+
+    Where x is 0 and f(x) is not, as of a sigmoid, relevance is a constant's: see :class:`~lrp_prune.engine.constants.Constants`.
+    """
 
     kinds: ClassVar[tuple[str, ...] | None] = (
         "activation",
@@ -29,7 +38,8 @@ class Identity(Rule):
 
     def __call__(self, call: Call) -> Any:
         x, *others = call.operands()
-        if not is_activation(x) or call.function.__name__.startswith("rrelu"):
+        name = call.function.__name__
+        if not is_activation(x) or name.startswith("rrelu") or call.operation.channels == "reduced":
             return call.run()  # a random slope is f(x)/x already, and must not be drawn again
         if others and isinstance(others[0], int | float):
             # Of a power f(x)/x is the plain gradient over the exponent, and nothing has to be kept.
@@ -41,15 +51,22 @@ class Identity(Rule):
             result: Tensor = of_nothing.with_operands([value, *rest]).run()
             return result
 
-        return functional.identity_rule(x, function, call.kept)
+        if call.absorbing is None or name in _ZERO_AT_ZERO or not _absorbs(function, x):
+            result = functional.identity_rule(x, function, call.kept)
+        else:
+            result = functional.absorbing_identity(x, call.absorbing(x), function)
+        if name in DECAYS:
+            set_tag(result, Tag(decay=True))
+        return result
 
 
 @dataclass(frozen=True)
 class Shares(Rule):
     """Relevance in equal shares to all factors (AttnLRP, prop. 3.2 and 3.3): each side's gradient is halved.
 
-    A statistic is no factor, but scales the other one, which keeps all. Of ``prod`` and ``cumprod``, products of n entries,
-    each gets one n-th.
+    A statistic is no factor, but scales the other one, which keeps all. Nor is an exponential: it is by how much a state decays
+    (MambaLRP, Jafari et al. 2024, arXiv 2406.07592), and if it were one, a state had :math:`2^{-n}` of its
+    relevance left n steps before. Of ``prod`` and ``cumprod``, products of n entries, each gets one n-th.
 
     Args:
         gates: whether gates are factors. Else all relevance goes to the gated side (CP-LRP), and the side that comes out
@@ -68,7 +85,7 @@ class Shares(Rule):
         return not self.gates
 
     def __call__(self, call: Call) -> Any:
-        values = _without_statistics(call.operands())
+        values = _without(is_decay, _without(is_statistic, call.operands()))
         active = [index for index, value in enumerate(values) if is_activation(value)]
         gates = [] if self.gates else [index for index in active if is_gate(values[index])]
         if len(active) == 2 and len(gates) == 1:
@@ -86,12 +103,20 @@ class Shares(Rule):
         return share_of_power(call) if len(call.operands()) == 2 else share_of_factors(call)
 
 
-def _without_statistics(values: list[Any]) -> list[Any]:
-    """The factors, with statistics detached where something else is a factor."""
+def _absorbs(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a function is not zero at zero; also where that cannot be told from a single entry."""
+    try:
+        return bool((function(torch.zeros((1,) * x.dim(), dtype=x.dtype, device=x.device)) != 0).any())
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return True
+
+
+def _without(is_scale: Callable[[Any], bool], values: list[Any]) -> list[Any]:
+    """The factors, with what scales them detached where something else is a factor."""
     active = [value for value in values if is_activation(value)]
-    if len(active) < 2 or not 0 < sum(map(is_statistic, active)) < len(active):
+    if len(active) < 2 or not 0 < sum(map(is_scale, active)) < len(active):
         return values
-    return [detached(value) if is_statistic(value) else value for value in values]
+    return [detached(value) if is_scale(value) else value for value in values]
 
 
 def share_of_factors(call: Call) -> Any:

@@ -3,6 +3,9 @@
 A square root, a norm, a deviation or a reciprocal normalises something where it divides or multiplies an activation, and is a
 constant there (AttnLRP, prop. 3.4). Elsewhere, as the length of a vector or a signed square root, it is a feature, and its
 relevance goes on to what it was computed from.
+
+The same goes for matrices: the solution of :math:`A X = B` is :math:`B` divided by :math:`A`. It is linear in :math:`B`, which
+has all relevance if :math:`A` is a constant; as a factor :math:`A` would have minus as much, as it is homogeneous of degree -1.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,14 @@ from lrp_prune.engine.tags import Tag, set_tag
 _STATISTIC = Tag(statistic=True)
 _ELEMENTWISE = frozenset({"sqrt", "rsqrt", "reciprocal", "pow"})
 _WITH_MEAN = frozenset({"var_mean", "std_mean"})
+_DEGREES = {
+    "var": 2.0,
+    **dict.fromkeys(("cholesky", "linalg_cholesky", "linalg_cholesky_ex"), 0.5),
+    **dict.fromkeys(("inverse", "linalg_inv", "linalg_inv_ex", "linalg_pinv"), -1.0),
+    **dict.fromkeys(("linalg_solve", "linalg_solve_ex", "linalg_solve_triangular", "triangular_solve"), -1.0),
+    "cholesky_solve": -2.0,
+}
+"""Of what degree functions are that are homogeneous, but not of degree one; of equations in the matrix."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class Scale(Rule):
         result: Any
         if name in _ELEMENTWISE:
             result = functional.identity_rule(x, _elementwise(call))
-        elif name == "var":
-            result = call.with_operands([functional.scaled_gradient(x, 0.5)]).run()
+        elif name in _DEGREES:
+            result = call.with_operands([functional.scaled_gradient(x, 1 / _DEGREES[name])]).run()
         elif name == "var_mean":  # the mean is linear
             result = (call.with_operands([functional.scaled_gradient(x, 0.5)]).run()[0], call.run()[1])
         else:
@@ -69,7 +80,9 @@ class PlainScale(Rule):
 class StopDenominator(Rule):
     """A divisor is a statistic, hence a constant; the dividend keeps the plain gradient.
 
-    The reciprocal of an activation, or a constant divided by one, is a statistic itself: see :class:`Scale`.
+    The reciprocal of an activation, or a constant divided by one, is a statistic itself: see :class:`Scale`. The positions at
+    which a grid is sampled are constants as well, whatever is sampled: where they are counted from means nothing, so that a
+    position times its gradient does not either.
     """
 
     kinds: ClassVar[tuple[str, ...] | None] = ("division",)
@@ -77,7 +90,10 @@ class StopDenominator(Rule):
     def __call__(self, call: Call) -> Any:
         numerator, denominator = call.operands()
         if is_activation(numerator) or not is_activation(denominator):
+            # Also of a system of equations, with the matrix as denominator.
             return call.with_operands([numerator, detached(denominator)]).run()
+        if call.function.__name__.startswith("grid_sampler"):
+            return call.with_operands([numerator, denominator.detach()]).run()
         stand_in = numerator * functional.identity_rule(denominator, torch.reciprocal)
         result = functional.replaced(stand_in, call.with_operands([numerator, denominator.detach()]).run)
         set_tag(result, _STATISTIC)

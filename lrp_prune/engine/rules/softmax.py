@@ -26,7 +26,7 @@ from lrp_prune.engine.rule import Rule
 class SoftmaxZPlus(Rule):
     r"""z+ for softmax: :math:`R_i = \sum_j (x_i J_{ji})^+ / \sum_{i'} (x_{i'} J_{ji'})^+ \, R_j`, with the Jacobian J.
 
-    Relevance is conserved where an entry has a positive term.
+    Relevance is conserved where an entry has a positive term. Of ``logsumexp`` the plain gradient, which is a softmax.
     """
 
     kinds: ClassVar[tuple[str, ...] | None] = ("softmax",)
@@ -34,7 +34,7 @@ class SoftmaxZPlus(Rule):
     def __call__(self, call: Call) -> Any:
         x = call.operand(0)
         dim = call.argument(1, "dim")
-        if not is_activation(x) or dim is None:
+        if not is_activation(x) or dim is None or "softm" not in call.function.__name__:
             return call.run()
         of_nothing = call.with_operands([None])
         return softmax_z_plus(x, lambda value: of_nothing.with_operands([value]).run(), dim)

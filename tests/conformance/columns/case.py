@@ -1,0 +1,97 @@
+"""A type for a task: its models, one for each implementation of attention, and its batch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.support.architectures.batches import NoBatchError, batch_for
+from tests.support.architectures.building import attentions, build
+from tests.support.architectures.explaining import logits_of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build a type.
+
+    Args:
+        name: of the implementation, empty where there is no choice.
+        model: in evaluation mode, without biases.
+        batch: that it accepts.
+        limit: how much of the value may be lost in its precision.
+        attention: its implementation; None for the model's own.
+    """
+
+    name: str
+    model: nn.Module
+    batch: dict[str, Any]
+    limit: float
+    attention: str | None = None
+
+
+class Case:
+    """A type for a task, built when it is asked for; always in the same way."""
+
+    def __init__(self, mapping: str, name: str) -> None:
+        self.mapping, self.name = mapping, name
+
+    @cached_property
+    def variants(self) -> list[Variant]:
+        """One for each implementation of attention, in double precision; and with grouped experts, which have none, in single."""
+        found = []
+        for attention in attentions(self.mapping, self.name):
+            try:
+                model = build(self.mapping, self.name, attention)
+                found.append(Variant(attention or "", model, batch_for(self.mapping, model), 1e-4, attention))
+            except NoBatchError:  # some types cannot be run in double precision by their own code
+                model = build(self.mapping, self.name, attention, dtype=torch.float32)
+                name = f"{attention} in float32" if attention else "float32"
+                found.append(Variant(name, model, batch_for(self.mapping, model), 1e-4, attention))
+        if "experts" in type(found[-1].model.config).__module__ or _has_experts(found[-1].model):
+            model = build(self.mapping, self.name, dtype=torch.float32, experts=None)
+            if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+                name = f"{model.config._experts_implementation} experts in float32"
+                found.append(Variant(name, model, _single(found[-1].batch), 1e-3))
+        return found
+
+    @property
+    def first(self) -> Variant:
+        """The one that whatever does not depend on attention is tried on."""
+        return [variant for variant in self.variants if variant.limit < 1e-3][-1]
+
+    def with_biases(self) -> nn.Module:
+        """A model whose biases are not zero, so that it is seen where they are forgotten."""
+        return build(self.mapping, self.name, self.first.attention, biases=True, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the first."""
+        return next(self.first.model.parameters()).dtype
+
+    def logits(self, model: nn.Module) -> list[Tensor]:
+        """What a model puts out for the batch."""
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return logits_of(model, self.first.batch)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(parameter.dim() == 3 and "experts" in name for name, parameter in model.named_parameters())
+
+
+def _single(batch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+
+
+def difference(ones: list[Tensor], others: list[Tensor]) -> float:
+    """The largest difference, of what is as large as the largest of all."""
+    largest = max((float(one.abs().max()) for one in ones if one.numel()), default=0.0)
+    apart = max(
+        (float((one - other).abs().max()) for one, other in zip(ones, others, strict=True) if one.numel()), default=0.0
+    )
+    return apart / max(largest, 1e-12)

@@ -1,0 +1,104 @@
+"""A model that runs with some activations set to zero, whatever its weights are."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lrp_prune.relevance.members import Member
+
+_FUNCTIONS = ((F, "linear", 0, 1), (F, "conv1d", 0, 1), (F, "conv2d", 0, 1), (torch, "addmm", 1, 2))
+"""Where a function that layers call is, its name, and which arguments are what it reads and the weight."""
+
+
+@contextmanager
+def reading_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Iterator[None]:
+    """What reads the unit reads zeros.
+
+    Raises:
+        RuntimeError: if a weight that reads it is used in none of the functions that are known here.
+    """
+    parameters = dict(model.named_parameters())
+    channels = {
+        id(parameters[member.parameter]): (member.owners.reshape(-1) == unit).nonzero().view(-1) for member in members
+    }
+    seen: set[int] = set()
+
+    def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
+        seen.add(id(weight))
+        args[read] = args[read].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0)
+        return function(*args, **kwargs)
+
+    def blinded(weight: Tensor) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.add(id(weight))
+            return args[0].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0), *args[1:]
+
+        return hook
+
+    with ExitStack() as stack:
+        for member in members:
+            path, _, own = member.parameter.rpartition(".")
+            module, weight = model.get_submodule(path), parameters[member.parameter]
+            if own == "weight" and not list(module.children()):  # a layer, whatever it calculates by
+                stack.callback(module.register_forward_pre_hook(blinded(weight)).remove)
+        stack.enter_context(_changed(set(channels), change))
+        yield
+    if seen != set(channels):
+        raise RuntimeError(f"{members[0].parameter} is used in no function whose input could be set to zero")
+
+
+@contextmanager
+def writing_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Iterator[None]:
+    """The layers that have the unit's weights put out zeros.
+
+    Raises:
+        RuntimeError: if one of them is called neither as a module nor as a function that is known here.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameters[member.parameter]): member.parameter.rpartition(".")[0] for member in members}
+    called: set[str] = set()
+
+    def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
+        called.add(names[id(weight)])
+        return torch.zeros_like(function(*args, **kwargs))
+
+    def silenced(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            called.add(name)
+            return tree_map(lambda value: torch.zeros_like(value) if isinstance(value, Tensor) else value, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in set(names.values()):
+            stack.callback(model.get_submodule(name).register_forward_hook(silenced(name)).remove)
+        stack.enter_context(_changed(set(names), change))
+        yield
+    missing = set(names.values()) - called
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} is called in no way in which it could be silenced")
+
+
+@contextmanager
+def _changed(weights: set[int], change: Callable[..., Any]) -> Iterator[None]:
+    """Calls of functions with some weights, by their ids, go through ``change``."""
+
+    def changed(function: Callable[..., Any], read: int, by: int) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            weight = args[by] if len(args) > by else kwargs.get("weight")
+            if id(weight) not in weights:
+                return function(*args, **kwargs)
+            return change(weight, function, list(args), read, kwargs)
+
+        return called
+
+    with ExitStack() as stack:
+        for place, name, read, by in _FUNCTIONS:
+            stack.enter_context(patch.object(place, name, changed(getattr(place, name), read, by)))
+        yield

@@ -1,0 +1,155 @@
+"""The page and the file that say what was found."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.checking import COLUMNS
+from tests.conformance.record import Entries, failures, passed
+from tests.support.architectures.mappings import MAPPINGS
+
+HEADINGS = {
+    "forward": "values of the forward are bit for bit the same in the mode",
+    "conserves": "CP-LRP conserves: relevance of all roots sums up to the value to 1e-4 of it, in float64, without biases",
+    "attnlrp": "AttnLRP has a rule for every operation, and relevance is finite",
+    "weights": "every prunable weight has relevance, or is named with the reason why not",
+    "neurons": "hidden units and filters: one goes with what makes it and all that reads it; or they are refused by name",
+    "heads": "attention heads, likewise",
+    "blocks": "layers that write onto a residual stream, likewise",
+    "prunes": "pruned to 50 % exactly, and zeros outlast a step of AdamW with decay",
+    "loads": "the pruned model is saved, and loaded by `from_pretrained` alone, as it was",
+}
+
+
+def totals(entries: Entries) -> dict[str, tuple[int, int, int]]:
+    """Mapping -> how many types passed everything, were built, and are there."""
+    found = {}
+    for mapping in MAPPINGS:
+        own = [entry for entry in entries.values() if entry["mapping"] == mapping]
+        found[mapping] = sum(map(passed, own)), sum("columns" in entry for entry in own), len(own)
+    return {mapping: counts for mapping, counts in found.items() if counts[2]}
+
+
+def write(folder: Path, entries: Entries, about: dict[str, Any]) -> None:
+    """Write ``architectures.md`` and ``architectures.json``.
+
+    Args:
+        folder: of the pages.
+        entries: what was found.
+        about: versions, date and command.
+    """
+    kept = {key: _short(entry) for key, entry in sorted(entries.items())}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in kept.items())
+    (folder / "architectures.json").write_text(f'{{"about": {json.dumps(about)},\n"entries": {{\n{lines}\n}}}}\n')
+    (folder / "architectures.md").write_text(_page(entries, about))
+
+
+def read(path: Path) -> Entries:
+    """What :func:`write` stored."""
+    found = json.loads(path.read_text())["entries"]
+    return {
+        key: {"mapping": key.partition("/")[0], "type": key.partition("/")[2], **entry} for key, entry in found.items()
+    }
+
+
+def _short(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is compared later, and figures."""
+    if "columns" not in entry:
+        return {"built": entry["built"]}
+    return {
+        "class": entry["class"],
+        "variants": entry["variants"],
+        "columns": {
+            name: {
+                key: _rounded(value) for key, value in verdict.items() if key != "why" or verdict["status"] == "failed"
+            }
+            for name, verdict in entry["columns"].items()
+        },
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _page(entries: Entries, about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    whole = tuple(map(sum, zip(*totals(entries).values(), strict=True)))
+    parts = [
+        "# Architectures",
+        "There is no code about any architecture in the library. Whether it works on those that `transformers` has is looked at "
+        "by a tiny model of every type, with random weights, for each task that it has a class for:",
+        "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items()),
+        "Of each with eager attention and with `scaled_dot_product_attention` where it has both, and of mixtures of experts with "
+        "the grouped kernel in float32 as well. A type passes if nothing is wrong in any column, in any of these.",
+        _table(entries, whole),
+        f"`{about['command']}`; {about['date']}; {versions}. Every entry, with its figures, is in "
+        "[architectures.json](architectures.json).",
+        "## What does not pass",
+        _exceptions(entries),
+        "## What is not built",
+        _not_built(entries),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(entries: Entries, whole: tuple[int, ...]) -> str:
+    head = ["task", "passed", "built", "all", *COLUMNS]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for mapping, counts in totals(entries).items():
+        built = [entry for entry in entries.values() if entry["mapping"] == mapping and "columns" in entry]
+        good = Counter(name for entry in built for name in COLUMNS if name not in failures(entry))
+        rows.append([mapping, *map(str, counts), *(str(good[name]) for name in COLUMNS)])
+    built = [entry for entry in entries.values() if "columns" in entry]
+    good = Counter(name for entry in built for name in COLUMNS if name not in failures(entry))
+    rows.append(["**all**", *(f"**{count}**" for count in whole), *(f"**{good[name]}**" for name in COLUMNS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _exceptions(entries: Entries) -> str:
+    """By column, then by reason, the types that have it."""
+    parts = []
+    for column in COLUMNS:
+        reasons: dict[str, list[str]] = {}
+        for key, entry in entries.items():
+            if "columns" in entry and column in failures(entry):
+                reasons.setdefault(_reason(failures(entry)[column]), []).append(key)
+        if reasons:
+            parts.append(f"**{column}**: {HEADINGS[column]}")
+            parts.append("\n".join(f"* {_named(keys)}: {why}" for why, keys in _most_first(reasons)))
+    return "\n\n".join(parts) or "Everything passes."
+
+
+def _not_built(entries: Entries) -> str:
+    reasons: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        if "columns" not in entry:
+            reasons.setdefault(_reason(entry["built"]), []).append(key)
+    return "\n".join(f"* {_named(keys)}: {why}" for why, keys in _most_first(reasons)) or "All are."
+
+
+def _most_first(reasons: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    return sorted(reasons.items(), key=lambda item: -len(item[1]))
+
+
+def _named(keys: list[str]) -> str:
+    """Types, each with the tasks of it."""
+    tasks: dict[str, list[str]] = {}
+    for key in keys:
+        mapping, _, name = key.partition("/")
+        tasks.setdefault(name, []).append(mapping)
+    return ", ".join(f"`{name}` ({', '.join(mappings)})" for name, mappings in tasks.items())
+
+
+def _reason(why: str) -> str:
+    """A reason without what differs from type to type: names of layers, and figures of the same order."""
+    why = re.sub(r"\b[\w.]*\.\d+\.[\w.]+", "a layer", why)
+    why = re.sub(r"\bunit \d+ of [\w.]+", "a unit", why)
+    why = re.sub(r"\d\.?\d*e[-+]\d+|\d+\.\d+", lambda match: _magnitude(float(match[0])), why)
+    return re.sub(r"[<>|]", "", why)[:300]
+
+
+def _magnitude(figure: float) -> str:
+    return f"{figure:.0e}" if figure and figure < 1e-3 else f"{figure:.1g}"
