@@ -1,0 +1,128 @@
+"""Learning rates begin anew after each round, whatever scheduler there is, also where a training is resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lrp_prune.callbacks import LearningRateRewinding, RelevancePruning, Rounds
+
+
+class Rates(Callback):
+    """The learning rate (and momentum) of each batch."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.momenta: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        self.momenta.append(group.get("momentum", 0.0))
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        torch.manual_seed(trainer.global_step)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        if not self.rates or trainer.is_last_batch is None or len(self.rates[-1]) == trainer.num_training_batches:
+            self.rates.append([])
+        self.rates[-1].append(rate)
+
+
+def configured(make: Callable[[Any], Any], interval: str) -> Callable[[Any], Any]:
+    def configure(module: Any) -> Any:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), "interval": interval}}
+
+    return configure
+
+
+SCHEDULES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "by steps": (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "step"),
+    "by epochs": (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "epoch"),
+    "two after each other": (
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
+                torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+            ],
+            [3],
+        ),
+        "step",
+    ),
+    "momentum as well": (
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=1000),
+        "step",
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_round_has_the_schedule_from_its_beginning(make_module, make_loader, make_trainer, schedule: str) -> None:
+    module = make_module(optimizer=configured(*SCHEDULES[schedule]))
+    pruning, rates = RelevancePruning(0.7, Rounds(2, every_n_epochs=2)), Rates()
+    trainer = make_trainer(callbacks=[pruning, LearningRateRewinding(), rates], max_epochs=5)
+    trainer.fit(module, make_loader(), make_loader(seed=2))
+    before, first, beside, second, last = rates.rates
+    assert len(set(before)) > 1 or len(set(first + beside)) > 1
+    assert first == before and second == first and last == beside  # rounds at the start of epochs 1 and 3
+    assert beside != first
+    momenta = [rates.momenta[len(before) * epoch : len(before) * (epoch + 1)] for epoch in range(5)]
+    assert momenta[1] == momenta[0] == momenta[3]
+
+
+def test_without_it_they_go_on_falling(make_module, make_loader, make_trainer) -> None:
+    rates = Rates()
+    module = make_module(optimizer=configured(*SCHEDULES["by steps"]))
+    trainer = make_trainer(callbacks=[RelevancePruning(0.7, 1), rates], max_epochs=2)
+    trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert rates.rates[1][0] < rates.rates[0][-1]
+
+
+@pytest.mark.slow
+def test_a_resumed_training_equals_the_uninterrupted_one(
+    make_module, make_loader, make_trainer, same_weights, tmp_path: Path
+) -> None:
+    def callbacks() -> list[Any]:
+        pruning = RelevancePruning(0.7, Rounds(2, every_n_epochs=2))
+        checkpoint = ModelCheckpoint(dirpath=tmp_path / "c", save_top_k=-1, filename="{epoch}")
+        return [pruning, LearningRateRewinding(), checkpoint, Rates()]
+
+    def run(path: Path | None = None) -> Any:
+        module = make_module(optimizer=configured(*SCHEDULES["by steps"]))
+        trainer = make_trainer(callbacks=callbacks(), max_epochs=5, enable_checkpointing=True)
+        trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=path)
+        return module
+
+    whole = run()
+    for path in sorted((tmp_path / "c").glob("*.ckpt"))[:4]:
+        assert same_weights(whole, run(path)), path
+
+
+def test_it_is_refused_without_a_pruning_before_it(make_module, make_loader, make_trainer) -> None:
+    for callbacks in ([LearningRateRewinding()], [LearningRateRewinding(), RelevancePruning(0.5)]):
+        with pytest.raises(MisconfigurationException, match="none before it"):
+            make_trainer(callbacks=callbacks, max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
+
+
+def test_a_training_without_a_scheduler_is_told(make_module, make_loader, make_trainer) -> None:
+    callbacks = [RelevancePruning(0.5), LearningRateRewinding()]
+    with pytest.warns(UserWarning, match="nothing to rewind"):
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
+
+
+def test_further_groups_of_parameters_are_refused(make_module, make_loader, make_trainer) -> None:
+    class Adding(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1})
+
+    callbacks = [RelevancePruning(0.5), LearningRateRewinding(), Adding()]
+    module = make_module(
+        optimizer=configured(lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer), "epoch")
+    )
+    with pytest.raises(MisconfigurationException, match="2 groups of parameters and had 1"):
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
