@@ -173,6 +173,11 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits[:, -1] if logits.dim() == 3 else logits
 
 
+def largest_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The largest logits of all samples, as a value to explain."""
+    return forward(model, batch).amax(-1).sum()
+
+
 class Single(nn.Module):
     """A function as a model."""
 

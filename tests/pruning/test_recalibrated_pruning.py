@@ -1,0 +1,181 @@
+"""What a pruning recalibrates: which weights, when, how often, and what it tells."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import Tensor, nn
+
+import lrp_prune
+from lrp_prune.pruning.recalibration import enough, recalibrate
+from tests.support.recalibrated import MODELS, applied, masks_of
+from tests.support.small_models import batch_for, build
+
+
+def test_padding_is_not_fitted_to() -> None:
+    model = build("bert").eval()
+    batch = {key: value.repeat(8, 1) for key, value in batch_for("bert").items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][:, -3:] = 0
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, -3:] = 1
+    masks = masks_of(model, 0.5)
+    one, two = (recalibrate(model, masks, [each], "token", strengths=(1.0,)) for each in (batch, other))
+    assert one.scales.keys() == two.scales.keys() and one.scales
+    # The tokens there are not attended to, and do not count themselves.
+    for place in one.scales:
+        torch.testing.assert_close(one.scales[place], two.scales[place], rtol=1e-3, atol=1e-3)
+
+
+def test_prune_recalibrates_and_leaves_kept_weights_alone_if_told_so() -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    masks = lrp_prune.prune(one, batches, sparsity=0.6)
+    same = lrp_prune.prune(other, batches, sparsity=0.6, recalibrate=False)
+    assert all(torch.equal(masks[name], same[name]) for name in masks)
+    expected = applied(model, masks, recalibrate(model, masks, batches, "class"))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in one.state_dict().items())
+    for key, mask in same.items():
+        assert torch.equal(other.get_parameter(key)[mask], model.get_parameter(key)[mask])
+    assert not torch.equal(one[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize(("sparsity", "rounds"), [(0.6, 1), ({"0": 0.3, "2": 0.7}, 2), (0.8, 2)])
+def test_beyond_sixty_percent_it_is_scored_twice(sparsity: Any, rounds: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    alone, other = copy.deepcopy(model), copy.deepcopy(model)
+    with caplog.at_level("INFO", "lrp_prune"):
+        masks = lrp_prune.prune(model, batches, sparsity=sparsity)
+    assert sum("recalibrated" in record.message or "strength" in record.message for record in caplog.records) == rounds
+    expected = lrp_prune.prune(other, batches, sparsity=sparsity, rounds=rounds)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+    caplog.clear()
+    with caplog.at_level("INFO", "lrp_prune"):
+        lrp_prune.prune(alone, batches, sparsity=sparsity, recalibrate=False)
+    assert not any(record.message.startswith("round") for record in caplog.records)
+
+
+def test_rounds_begin_with_the_dense_weights_and_errors_leave_them() -> None:
+    torch.manual_seed(0)
+    model, batches = MODELS["mlp"]()
+    batches = [(x[0], torch.randint(5, (64,))) for x in batches]
+    sparse = copy.deepcopy(model)
+    masks = lrp_prune.prune(sparse, batches, sparsity=0.8, rounds=2)
+    expected = applied(model, masks, recalibrate(model, masks, batches, "class"))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in sparse.state_dict().items())
+
+    calls: list[int] = []
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 20:
+            raise RuntimeError("out of luck")
+        return F.cross_entropy(model(batch[0]), batch[1]).neg()
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of luck"):
+        lrp_prune.prune(model, batches, sparsity=0.8, rounds=3, method=lrp_prune.LRP(target=failing))
+    assert len(calls) == 21
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_progress_is_that_of_all_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = MODELS["mlp"]()
+    masks = masks_of(model, 0.6)
+    steps: list[int] = []
+
+    @contextmanager
+    def shown(what: str, total: float) -> Iterator[Callable[[int], None]]:
+        assert (what, total) == ("Recalibrating", 3 * (1 + 2) + 1 * (1 + 3))
+        yield steps.append
+        steps.append(0)
+
+    recalibrate(model, masks, batches, "regression", progress=shown)
+    assert steps == [3, 3, 3, 1, 1, 1, 1, 0]
+    labelled = [(x[0], torch.randint(5, (64,))) for x in batches]
+    for progress, expected in ((True, ["Collecting relevance", "Recalibrating"]), (False, [])):
+        capsys.readouterr()
+        lrp_prune.prune(copy.deepcopy(model), labelled, sparsity=0.5, progress=progress)
+        found = capsys.readouterr().err
+        assert [what for what in ("Collecting relevance", "Recalibrating") if what in found] == expected
+        assert bool(found) == progress
+
+
+def test_without_batches_nothing_is_recalibrated() -> None:
+    model, _ = MODELS["mlp"]()
+    before = model[0].weight.clone()
+    masks = lrp_prune.prune(model, method="magnitude", sparsity=0.5)
+    assert torch.equal(model[0].weight, before * masks["0.weight"])
+    with pytest.raises(ValueError, match="recalibrate=True needs batches"):
+        lrp_prune.prune(model, method="magnitude", recalibrate=True)
+
+
+@pytest.mark.slow
+def test_a_saturated_classifier_does_not_collapse() -> None:
+    """A small BERT that is sure of itself: half of it, and 80 % of it, can go in one shot."""
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=32, num_labels=2,
+    )  # fmt: skip
+    model = tf.BertForSequenceClassification(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(number: int) -> dict[str, Tensor]:
+        ids = torch.randint(2, 64, (number, 24), generator=generator)
+        labels = torch.randint(2, (number,), generator=generator)
+        ids[torch.arange(number), torch.randint(24, (number,), generator=generator)] = torch.where(labels == 1, 1, 0)
+        return {"input_ids": ids, "labels": labels}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(150):
+        loss = model(**drawn(64)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    held_out, batches = drawn(512), [drawn(32) for _ in range(4)]
+
+    def accuracy(entry: nn.Module) -> float:
+        with torch.no_grad():
+            logits = entry(input_ids=held_out["input_ids"]).logits
+        return float((logits.argmax(-1) == held_out["labels"]).float().mean())
+
+    assert accuracy(model) == 1.0
+    for sparsity in (0.5, 0.8):
+        sparse = copy.deepcopy(model)
+        lrp_prune.prune(sparse, batches, sparsity=sparsity)
+        assert accuracy(sparse) > 0.97
+
+
+@pytest.mark.slow
+def test_batches_that_can_be_gone_through_once_are_enough() -> None:
+    torch.manual_seed(0)
+    model, _ = MODELS["mlp"]()
+    batches = [(torch.randn(20, 12), torch.randint(5, (20,))) for _ in range(20)]
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    masks = lrp_prune.prune(one, iter(batches), sparsity=0.7)
+    expected = lrp_prune.prune(other, batches, sparsity=0.7)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    assert len(enough(iter(batches))) == 16
+    assert len(enough(iter([(x[:2], y[:2]) for x, y in batches]))) == 20
+
+
+def test_what_nothing_could_be_fitted_to_is_told_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    masks = masks_of(model, 0.5)
+    few = recalibrate(model, masks, [(torch.randn(4, 8), torch.randint(4, (4,)))])
+    assert not few.strength and str(few).startswith("not recalibrated (divergence ")
+    assert str(few).endswith("; not fitted: *.weight (is reached by fewer than 16 samples or tokens)")
+    enough_of_them = recalibrate(model, masks, [(torch.randn(32, 8), torch.randint(4, (32,)))])
+    assert not enough_of_them.left_out and str(enough_of_them).endswith(")")
