@@ -400,3 +400,26 @@ def test_each_layer_is_its_closed_form_after_every_kind_of_mask(
     checked = check_closed_form(dense, pruned, pruning.masks, run, way, 1e-6)
     masked = {name for name in pruning.masks if pruning.masks.pruned_in(name)}
     assert checked == {name for name in masked if dense.get_parameter(name).dim() > 1} and len(checked) >= 2
+
+
+@pytest.mark.slow
+def test_weights_beside_adapters_are_updated_and_adapters_are_not(make_trainer: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    module = Language()
+    module.model = peft.get_peft_model(module.model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    ids = torch.randint(2, 50, (24, 12), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader([{"input_ids": entry} for entry in ids], 8)
+    pruning = RelevancePruning(0.5, compensation="exact", include=["*.q_proj", "*.down_proj"], scope="row")
+    before, after = States(), States()
+    make_trainer(callbacks=[before, pruning, after], max_epochs=2).fit(module, loader, loader)
+    dense, pruned = (dict(state.modules[1].named_parameters()) for state in (before, after))
+    changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
+    assert changed == {name for name in dense if "base_layer" in name} and any("lora_B" in name for name in dense)
+    assert pruning.masks is not None and pruning.masks.sparsity == 0.5
+    masked = copy.deepcopy(before.modules[1])
+    pruning.masks.apply_(masked)
+    with torch.no_grad():
+        whole, errors = before.modules[1].eval().model(input_ids=ids).logits, []
+        for entry in (after.modules[1], masked):
+            errors.append(float((entry.eval().model(input_ids=ids).logits - whole).square().mean()))
+    assert errors[0] < 0.9 * errors[1]

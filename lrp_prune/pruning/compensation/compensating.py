@@ -25,6 +25,7 @@ from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, 
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.together import laid_in_few
 from lrp_prune.pruning.compensation.ways import Compensation
+from lrp_prune.pruning.compensation.weighing import weights_of_tokens
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses
 from lrp_prune.pruning.passes import outputs_of
@@ -110,6 +111,7 @@ def compensate_(
 class _Stage:
     """A stage, and what its dense weights were."""
 
+    name: str
     module: nn.Module
     held: Mapping[str, nn.Parameter]
     before: Mapping[str, Tensor]
@@ -134,6 +136,7 @@ class _Compensating:
         self._device = next(module.parameters()).device
         self._outside: dict[nn.Parameter, Tensor] = {}
         self._tied: set[Place] = set()
+        self._weights: list[dict[str, Tensor]] = []
         self._result = Compensated()
 
     def run(self, shown: Progress) -> Compensated:
@@ -142,6 +145,9 @@ class _Compensating:
             forwards = self._watch(candidates)
         stages = self._stages(candidates, forwards)
         needed = made_of(forwards, stages)
+        if self._way.weights is not None:
+            with self._processes.agreeing():
+                self._weigh(list(stages))
         self._zero_outside(stages)
         dense, pruned = (Given(stages, needed, "cpu") for _ in range(2))
         with shown("Compensating", len(stages)) as advance:
@@ -184,6 +190,12 @@ class _Compensating:
         order = merged([[[name] for name in theirs] for theirs, _ in every])
         return {name: candidates[name] for (name,) in order if calls[name] == 1}
 
+    def _weigh(self, stages: list[str]) -> None:
+        """Weights of tokens, from relevance in the dense model."""
+        for batch in self._batches:
+            found = weights_of_tokens(self._module, to_device(batch, self._device), self._target, stages)
+            self._weights.append({name: weights.cpu() for name, weights in found.items()})
+
     def _leave_out(self, stage: nn.Module, reason: str) -> None:
         inside = {id(parameter) for parameter in stage.parameters()}
         for name, weight in self._pruned.items():
@@ -193,7 +205,7 @@ class _Compensating:
     def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
         inside = {id(parameter) for parameter in module.parameters()}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
-        stage = _Stage(module, held, {key: weight.detach().clone() for key, weight in held.items()})
+        stage = _Stage(name, module, held, {key: weight.detach().clone() for key, weight in held.items()})
         both = self._way.dense > 0
         groups, planned, outputs = list[Group](), list[_Planned](), []
         with self._processes.agreeing():
@@ -216,6 +228,8 @@ class _Compensating:
             if alone:
                 with self._processes.agreeing():
                     systems = self._summed(stage, group[0], dense, pruned, planned)
+                if self._way.weights is not None and not systems.weighed:
+                    self._result.unweighed += dict.fromkeys(place.name for place in alone)
                 systems.over(self._processes, self._device)
                 with torch.autocast(self._device.type, enabled=False):
                     for place in alone:
@@ -233,16 +247,18 @@ class _Compensating:
             if not plan.uses[place]:
                 continue
             counted = counted_tokens(self._module, to_device(batch, self._device), 0)
+            weights = self._weights[index].get(stage.name) if self._weights else None
             theirs = None
             if self._way.dense > 0:
                 theirs = Inputs(self._masks, place, plan.uses[place], counted)
                 with _holding({**self._outside, **stage.dense}):
                     self._run(index, stage.module, dense, theirs, Choices(plan.choices))
-            ours = Inputs(self._masks, place, plan.uses[place], counted)
+            ours = Inputs(self._masks, place, plan.uses[place], counted, weights)
             self._run(index, stage.module, pruned, ours, Choices(plan.choices))
             systems.known = systems.known and not ours.unknown
             for number, rows in enumerate(ours.rows):
-                systems.add(rows, theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None)
+                dense_rows = theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None
+                systems.add(rows, dense_rows, ours.weights[number])
         return systems
 
     def _run(self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None) -> Any:
