@@ -210,10 +210,13 @@ def test_a_preview_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", [None, "relevance"])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_half_precision(precision: str, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]) -> None:
-    pruning, before, after = RelevancePruning(sparsity=0.6, compensation="exact"), States(), States()
-    loader = make_loader(seed=2)
+def test_half_precision(
+    precision: str, weights: Any, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    way = LeastSquares(weights=weights)
+    pruning, before, after, loader = RelevancePruning(0.6, compensation=way), States(), States(), make_loader(seed=2)
     trainer = make_trainer(callbacks=[before, pruning, after], max_epochs=2, precision=precision)
     trainer.fit(make_module(), make_loader(), loader)
     dense, pruned, masks = before.modules[1], after.modules[1], pruning.masks
