@@ -166,7 +166,6 @@ class Pruner:
         check_equal(trainer, masks)
         with uncorrected(pl_module), undone_on_error() as undo:
             model, before, averages = inner(pl_module), dict[int, Tensor](), list(averaged_models(trainer))
-            undo += [values_under(average, masks) for average in averages]
 
             def changing(parameters: Sequence[nn.Parameter]) -> None:
                 undo.append(remembered(model, parameters))

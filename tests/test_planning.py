@@ -276,13 +276,14 @@ def test_compensating_stays_within_what_is_planned(name, batches, way):
 @pytest.mark.slow
 def test_what_stages_gave_grows_with_batches_and_nothing_else_does_with_large_ones(monkeypatch):
     monkeypatch.setattr("lrp_prune.pruning.compensation.together.ENTRIES", 0)
-    plans = [
-        lrp_prune.estimate(_llama(SIZES[0]), batch=(2, 64), batches=number, compensation="exact")
-        for number in (1, 4, 7)
-    ]
-    assert len({plan.compensation for plan in plans}) == 1
-    # A stage's outputs of the dense model, before and now, and of the pruned one before.
-    assert plans[2].host - plans[1].host == plans[1].host - plans[0].host == 3 * 3 * 2 * 64 * 128 * 4
+    # A stage's outputs of the dense model, before and now, and of the pruned one before; without the dense one before and now.
+    for dense, kept in ((0.5, 3), (0.0, 2)):
+        plans = [
+            lrp_prune.estimate(_llama(SIZES[0]), batch=(2, 64), batches=number, compensation=LeastSquares(dense=dense))
+            for number in (1, 4, 7)
+        ]
+        assert len({plan.compensation for plan in plans}) == 1
+        assert plans[2].host - plans[1].host == plans[1].host - plans[0].host == kept * 3 * 2 * 64 * 128 * 4
 
 
 def test_a_compensation_that_cannot_be_planned():

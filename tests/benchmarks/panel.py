@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp, not recalibrated": {"recalibrate": False},
     "lrp, compensated": {"compensation": "exact"},
     "lrp, compensated column by column": {"compensation": "obs"},
+    "lrp, compensated by weighted tokens": {"compensation": pruning.LeastSquares(weights="relevance")},
     "lrp, no floor, not recalibrated": {"scope": Scope(floor=0.0), "recalibrate": False},
     "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},
     "gradient": {"method": "gradient"},

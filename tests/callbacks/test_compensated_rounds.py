@@ -210,10 +210,13 @@ def test_a_preview_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", [None, "relevance"])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_half_precision(precision: str, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]) -> None:
-    pruning, before, after = RelevancePruning(sparsity=0.6, compensation="exact"), States(), States()
-    loader = make_loader(seed=2)
+def test_half_precision(
+    precision: str, weights: Any, make_module: Any, make_loader: Any, make_trainer: Callable[..., Any]
+) -> None:
+    way = LeastSquares(weights=weights)
+    pruning, before, after, loader = RelevancePruning(0.6, compensation=way), States(), States(), make_loader(seed=2)
     trainer = make_trainer(callbacks=[before, pruning, after], max_epochs=2, precision=precision)
     trainer.fit(make_module(), make_loader(), loader)
     dense, pruned, masks = before.modules[1], after.modules[1], pruning.masks
@@ -400,3 +403,26 @@ def test_each_layer_is_its_closed_form_after_every_kind_of_mask(
     checked = check_closed_form(dense, pruned, pruning.masks, run, way, 1e-6)
     masked = {name for name in pruning.masks if pruning.masks.pruned_in(name)}
     assert checked == {name for name in masked if dense.get_parameter(name).dim() > 1} and len(checked) >= 2
+
+
+@pytest.mark.slow
+def test_weights_beside_adapters_are_updated_and_adapters_are_not(make_trainer: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    module = Language()
+    module.model = peft.get_peft_model(module.model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    ids = torch.randint(2, 50, (24, 12), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader([{"input_ids": entry} for entry in ids], 8)
+    pruning = RelevancePruning(0.5, compensation="exact", include=["*.q_proj", "*.down_proj"], scope="row")
+    before, after = States(), States()
+    make_trainer(callbacks=[before, pruning, after], max_epochs=2).fit(module, loader, loader)
+    dense, pruned = (dict(state.modules[1].named_parameters()) for state in (before, after))
+    changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
+    assert changed == {name for name in dense if "base_layer" in name} and any("lora_B" in name for name in dense)
+    assert pruning.masks is not None and pruning.masks.sparsity == 0.5
+    masked = copy.deepcopy(before.modules[1])
+    pruning.masks.apply_(masked)
+    with torch.no_grad():
+        whole, errors = before.modules[1].eval().model(input_ids=ids).logits, []
+        for entry in (after.modules[1], masked):
+            errors.append(float((entry.eval().model(input_ids=ids).logits - whole).square().mean()))
+    assert errors[0] < 0.9 * errors[1]

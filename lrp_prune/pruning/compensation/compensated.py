@@ -1,5 +1,6 @@
 """What a compensation came to, in figures and in words."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lrp_prune.relevance.unscored import patterns_of
@@ -13,12 +14,14 @@ class Compensated:
         errors: of each weight, the squared error of its outputs that the mask adds to the least squares without one, before and
             after.
         left_out: weights that are only masked, each with the reason.
+        unweighed: weights for which all tokens counted alike although relevance was to weigh them, as theirs is not known there.
         samples: reference samples that were gone through, of all processes.
         seconds: how long it took.
     """
 
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    unweighed: list[str] = field(default_factory=list)
     samples: int = 0
     seconds: float = 0.0
 
@@ -29,6 +32,8 @@ class Compensated:
             what += f" on {self.samples:,} samples in {self.seconds:.3g} s"
         if shares:
             what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
+        if self.unweighed:
+            what += f"; tokens count alike for {_listed(self.unweighed)}"
         return f"{what}; only masked: {self.masked_only}" if self.left_out else what
 
     @property
@@ -36,6 +41,10 @@ class Compensated:
         """What was left out, with each reason."""
         told = []
         for reason in dict.fromkeys(self.left_out.values()):
-            names = patterns_of(name for name, why in self.left_out.items() if why == reason)
-            told.append(f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})")
+            told.append(f"{_listed([name for name, why in self.left_out.items() if why == reason])} ({reason})")
         return "; ".join(told)
+
+
+def _listed(names: Sequence[str]) -> str:
+    found = patterns_of(names)
+    return f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"

@@ -20,11 +20,12 @@ from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.compensated import Compensated
 from lrp_prune.pruning.compensation.inputs import Group, Grouped, Inputs, merged
-from lrp_prune.pruning.compensation.matrices import Matrix
 from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, made_of, stages_of
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.together import laid_in_few
+from lrp_prune.pruning.compensation.updating import update_
 from lrp_prune.pruning.compensation.ways import Compensation
+from lrp_prune.pruning.compensation.weighing import weights_of_tokens
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses
 from lrp_prune.pruning.passes import outputs_of
@@ -32,8 +33,6 @@ from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
 
 _WHAT = "compensating"
-FEWEST = 16
-"""Rows that a layer has to get to be compensated."""
 
 
 def compensate_(
@@ -110,6 +109,7 @@ def compensate_(
 class _Stage:
     """A stage, and what its dense weights were."""
 
+    name: str
     module: nn.Module
     held: Mapping[str, nn.Parameter]
     before: Mapping[str, Tensor]
@@ -134,6 +134,7 @@ class _Compensating:
         self._device = next(module.parameters()).device
         self._outside: dict[nn.Parameter, Tensor] = {}
         self._tied: set[Place] = set()
+        self._weights: list[dict[str, Tensor]] = []
         self._result = Compensated()
 
     def run(self, shown: Progress) -> Compensated:
@@ -142,6 +143,9 @@ class _Compensating:
             forwards = self._watch(candidates)
         stages = self._stages(candidates, forwards)
         needed = made_of(forwards, stages)
+        if self._way.weights is not None:
+            with self._processes.agreeing():
+                self._weigh(list(stages))
         self._zero_outside(stages)
         dense, pruned = (Given(stages, needed, "cpu") for _ in range(2))
         with shown("Compensating", len(stages)) as advance:
@@ -184,6 +188,12 @@ class _Compensating:
         order = merged([[[name] for name in theirs] for theirs, _ in every])
         return {name: candidates[name] for (name,) in order if calls[name] == 1}
 
+    def _weigh(self, stages: list[str]) -> None:
+        """Weights of tokens, from relevance in the dense model."""
+        for batch in self._batches:
+            found = weights_of_tokens(self._module, to_device(batch, self._device), self._target, stages)
+            self._weights.append({name: weights.cpu() for name, weights in found.items()})
+
     def _leave_out(self, stage: nn.Module, reason: str) -> None:
         inside = {id(parameter) for parameter in stage.parameters()}
         for name, weight in self._pruned.items():
@@ -193,7 +203,7 @@ class _Compensating:
     def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
         inside = {id(parameter) for parameter in module.parameters()}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
-        stage = _Stage(module, held, {key: weight.detach().clone() for key, weight in held.items()})
+        stage = _Stage(name, module, held, {key: weight.detach().clone() for key, weight in held.items()})
         both = self._way.dense > 0
         groups, planned, outputs = list[Group](), list[_Planned](), []
         with self._processes.agreeing():
@@ -216,10 +226,14 @@ class _Compensating:
             if alone:
                 with self._processes.agreeing():
                     systems = self._summed(stage, group[0], dense, pruned, planned)
+                if self._way.weights is not None and not systems.weighed:
+                    self._result.unweighed += dict.fromkeys(place.name for place in alone)
                 systems.over(self._processes, self._device)
-                with torch.autocast(self._device.type, enabled=False):
+                with self._processes.agreeing(), torch.autocast(self._device.type, enabled=False):
                     for place in alone:
-                        self._update(place, systems, stage.before)
+                        self._note(
+                            place, update_(place, systems, self._parameters, stage.before, self._masks, self._way)
+                        )
         if both:
             dense.keep(name, outputs)
         with self._processes.agreeing():
@@ -233,16 +247,18 @@ class _Compensating:
             if not plan.uses[place]:
                 continue
             counted = counted_tokens(self._module, to_device(batch, self._device), 0)
+            weights = self._weights[index].get(stage.name) if self._weights else None
             theirs = None
             if self._way.dense > 0:
                 theirs = Inputs(self._masks, place, plan.uses[place], counted)
                 with _holding({**self._outside, **stage.dense}):
                     self._run(index, stage.module, dense, theirs, Choices(plan.choices))
-            ours = Inputs(self._masks, place, plan.uses[place], counted)
+            ours = Inputs(self._masks, place, plan.uses[place], counted, weights)
             self._run(index, stage.module, pruned, ours, Choices(plan.choices))
             systems.known = systems.known and not ours.unknown
             for number, rows in enumerate(ours.rows):
-                systems.add(rows, theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None)
+                dense_rows = theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None
+                systems.add(rows, dense_rows, ours.weights[number])
         return systems
 
     def _run(self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None) -> Any:
@@ -258,44 +274,13 @@ class _Compensating:
             self._outputs(self._batches[index], uses, Choices() if choices is None else choices)
         return kept[0] if kept else None
 
-    def _update(self, place: Place, systems: Systems, before: Mapping[str, Tensor]) -> None:
-        """Solve for one layer, and write what comes out."""
-        if not systems.known or systems.gram is None:
-            self._result.left_out[place.name] = "is in no product whose inputs can be laid out as rows"
-            return
-        if systems.count < FEWEST:
-            self._result.left_out[place.name] = f"is reached by fewer than {FEWEST} samples or tokens"
-            return
-        weight = Matrix(place, self._parameters, self._masks, len(systems.gram))
-        found = weight.values({**self._parameters, **before})  # a bias may be another module's
-        gram, crossed = systems.gram.to(found.dtype), systems.crossed
-        if not bool(torch.isfinite(gram).all()):
-            raise FloatingPointError(f"the inputs of {place.name} are not finite: check the batches and the precision")
-        share = self._way.dense if systems.paired and crossed is not None else 0.0
-        mixed = gram if crossed is None or share == 0 else gram.lerp(crossed.to(found.dtype), share)
-        if not weight.has_bias:
-            gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
-        solved = []
-        errors = torch.zeros(2, dtype=torch.float64, device="cpu")
-        for group in range(len(gram)):
-            own = gram[group].diagonal()
-            inputs = own[:-1] if weight.has_bias else own
-            damping = self._way.damping * float(inputs.mean())
-            if damping == 0:  # nothing ever comes in
-                solved.append(found[group] * weight.kept[group])
-                continue
-            damped = gram[group] + torch.eye(len(own), dtype=gram.dtype, device=gram.device) * damping
-            cross = found[group] @ mixed[group] + damping * found[group]
-            update = self._way.solve(damped, cross, weight.kept[group], found[group])
-            best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
-            masked = found[group] * weight.kept[group]
-            errors += torch.tensor(
-                [_distance(entry, best, damped) for entry in (masked, update)], dtype=torch.float64, device="cpu"
-            )
-            solved.append(update)
-        weight.write_(torch.stack(solved))
-        known = self._result.errors.get(place.name, (0.0, 0.0))
-        self._result.errors[place.name] = (known[0] + float(errors[0]), known[1] + float(errors[1]))
+    def _note(self, place: Place, done: tuple[float, float] | str) -> None:
+        """Errors of a layer before and after, or why it was left out; of a stack they add up."""
+        if isinstance(done, str):
+            self._result.left_out[place.name] = done
+        else:
+            before, after = self._result.errors.get(place.name, (0.0, 0.0))
+            self._result.errors[place.name] = (before + done[0], after + done[1])
 
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage, and remember the dense model's values."""
@@ -334,12 +319,6 @@ class _Planned:
 
     uses: Mapping[Hashable, int]
     choices: list[Tensor]
-
-
-def _distance(weight: Tensor, best: Tensor, gram: Tensor) -> float:
-    """The squared error of outputs beyond that of the least squares without a mask."""
-    apart = weight - best
-    return float(((apart @ gram) * apart).sum())
 
 
 @contextmanager

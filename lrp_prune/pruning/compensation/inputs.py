@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lrp_prune.engine.call import Call
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.uses import Product, WeightUses
 from lrp_prune.pruning.compensation.stages import StageReached
 from lrp_prune.pruning.compensation.systems import rows_of
+from lrp_prune.pruning.compensation.weighing import weights_of_rows
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses, computed, given, parts_of
 from lrp_prune.pruning.places import Place
@@ -55,16 +57,22 @@ class Inputs(WeightUses):
         place: the layer.
         uses: how often it is used in this forward.
         counted: ``[samples, tokens]``, which are no padding; None for all.
+        weights: of tokens, likewise; None where each counts for one.
 
     Raises:
         StageReached: out of the forward.
     """
 
-    def __init__(self, masks: Masks, place: Place, uses: int, counted: Tensor | None) -> None:
+    def __init__(
+        self, masks: Masks, place: Place, uses: int, counted: Tensor | None, weights: Tensor | None = None
+    ) -> None:
         super().__init__(lambda use: [])
         self._masks, self._place, self._uses, self._counted = masks, place, uses, counted
+        self._weights = weights
         self.rows: list[list[Tensor]] = []
         """Of each use, see :func:`rows_of`."""
+        self.weights: list[Tensor | None] = []
+        """Of each use, see :func:`weights_of_rows`."""
         self.unknown = False
         """Whether there was a use whose inputs cannot be laid out as rows."""
 
@@ -79,9 +87,16 @@ class Inputs(WeightUses):
                 rows = rows_of(found, part, self._counted)
                 self.unknown = self.unknown or rows is None
                 self.rows.append(rows or [])
+                self.weights.append(self._weights_of(found, part))
                 if len(self.rows) == self._uses:
                     raise StageReached
         return given(found.activation, lambda: result)
+
+    def _weights_of(self, found: Product, part: Part) -> Tensor | None:
+        if self._weights is None or part.rows is not None:  # which tokens an expert gets, nobody knows here
+            return None
+        by_place = isinstance(found.form, Convolution)
+        return weights_of_rows(self._weights, found.activation, self._counted, by_place)
 
 
 _Entry = TypeVar("_Entry", bound=Hashable)

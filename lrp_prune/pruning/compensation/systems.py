@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrp_prune.engine.forms import Convolution, TransposedConvolution
 from lrp_prune.engine.uses import Product
+from lrp_prune.pruning.compensation.weighing import roots_of_weights
 from lrp_prune.pruning.pairs import Part
 from lrp_prune.pruning.processes import Processes
 
@@ -79,17 +80,20 @@ class Systems:
         """Whether there was a dense input for each."""
         self.known = True
         """Whether all inputs could be laid out as rows."""
+        self.weighed = True
+        """Whether each row has a weight of its own."""
 
-    def add(self, rows: list[Tensor], dense: list[Tensor] | None) -> None:
-        """Add inputs, and the dense model's for the same places."""
+    def add(self, rows: list[Tensor], dense: list[Tensor] | None, weights: Tensor | None = None) -> None:
+        """Add inputs, and the dense model's for the same places; each row counts as often as its weight says."""
         alike = dense is not None and [entry.shape for entry in dense] == [entry.shape for entry in rows]
         self.paired = self.paired and alike
-        for index, entry in enumerate(rows):
-            pruned = _with_ones(entry)
+        for index, (entry, root) in enumerate(zip(rows, roots_of_weights(weights, rows), strict=True)):
+            pruned = _with_ones(entry, root)
+            self.weighed = self.weighed and isinstance(root, Tensor)
             self.count += entry.shape[1]
             self.gram = _added(self.gram, pruned, pruned)
             if alike and dense is not None:
-                self.crossed = _added(self.crossed, _with_ones(dense[index]), pruned)
+                self.crossed = _added(self.crossed, _with_ones(dense[index], root), pruned)
 
     def over(self, processes: Processes, device: torch.device) -> None:
         """Add what others have, so that all have the same sums, bit for bit; one that saw no input takes part with nothing."""
@@ -111,9 +115,10 @@ class Systems:
             self.crossed = None
 
 
-def _with_ones(rows: Tensor) -> Tensor:
+def _with_ones(rows: Tensor, root: Tensor | float) -> Tensor:
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.pad(rows, (0, 1), value=1.0)
+    padded = F.pad(rows, (0, 1), value=1.0)
+    return padded.mul_(root) if isinstance(root, Tensor) else padded
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Compensation(ABC):
             before; 1: it gives what the dense model's layer gives, and makes up for the layers before as well.
         damping: :math:`\delta`, as a fraction of the mean of :math:`X'^2` over inputs: what reference samples do not tell stays
             as it is.
+        weights: ``"relevance"``: tokens (of what has none, samples) count by the root of the absolute relevance of what the block
+            gives there, from one backward pass over each batch. None: all alike, which was as good.
 
     Raises:
         ValueError: a share outside [0, 1], or a damping that is not positive.
@@ -27,6 +30,7 @@ class Compensation(ABC):
 
     dense: float
     damping: float
+    weights: Literal["relevance"] | None
 
     def check(self) -> None:
         """Raise what is said above, as soon as it is made."""
@@ -36,6 +40,8 @@ class Compensation(ABC):
             )
         if not self.damping > 0:
             raise ValueError(f"damping must be positive (0.01 is usual), got {self.damping!r}")
+        if self.weights not in (None, "relevance"):
+            raise ValueError(f"weights must be 'relevance' or None, got {self.weights!r}")
 
     @abstractmethod
     def solve(self, gram: Tensor, cross: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
@@ -56,6 +62,7 @@ class LeastSquares(Compensation):
     Args:
         dense: see :class:`Compensation`.
         damping: see :class:`Compensation`.
+        weights: see :class:`Compensation`.
         steps: at most so many conjugate gradient steps a layer.
         tolerance: what is left of each row's gradient when it is done.
 
@@ -70,6 +77,7 @@ class LeastSquares(Compensation):
 
     dense: float = 0.5
     damping: float = 0.01
+    weights: Literal["relevance"] | None = None
     steps: int = 100
     tolerance: float = 1e-3
 
@@ -89,6 +97,7 @@ class OptimalBrainSurgeon(Compensation):
     Args:
         dense: see :class:`Compensation`.
         damping: see :class:`Compensation`.
+        weights: see :class:`Compensation`.
 
     Example:
         >>> from lrp_prune.pruning import OptimalBrainSurgeon
@@ -98,6 +107,7 @@ class OptimalBrainSurgeon(Compensation):
 
     dense: float = 0.5
     damping: float = 0.01
+    weights: Literal["relevance"] | None = None
 
     def __post_init__(self) -> None:
         self.check()

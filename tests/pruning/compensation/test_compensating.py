@@ -272,6 +272,19 @@ class AddedTwice(nn.Module):
         return x
 
 
+def test_what_follows_a_layer_is_not_run_for_its_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(AddedTwice(False), AddedTwice(False))
+    runs = [0, 0]
+    for place, layer in enumerate((model[0].a, model[0].b)):
+        layer.register_forward_pre_hook(lambda *_, place=place: runs.__setitem__(place, runs[place] + 1))
+    compensate_(
+        model, half(model, ["0.a.weight", "0.b.weight", "1.a.weight"]), [torch.randn(64, 8)], LeastSquares(dense=0.0)
+    )
+    # What there is, what the stage does, each layer's inputs, and what it gives in the end.
+    assert runs == [5, 4]
+
+
 class Written(nn.Module):
     """Adds to what it has, in place or not."""
 

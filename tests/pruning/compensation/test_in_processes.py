@@ -50,7 +50,11 @@ def check_equal(
             torch.testing.assert_close(values[name], value.detach(), rtol=tolerance, atol=tolerance / 100, msg=name)
 
 
-@pytest.mark.parametrize("way", [EXACT, OptimalBrainSurgeon(dense=0.0)], ids=["exact", "obs"])
+@pytest.mark.parametrize(
+    "way",
+    [EXACT, OptimalBrainSurgeon(dense=0.0), LeastSquares(steps=500, tolerance=1e-12, weights="relevance")],
+    ids=["exact", "obs", "weighted"],
+)
 def test_whatever_batches_each_has(tmp_path: Path, way: Compensation) -> None:
     """One has more of them, and of other sizes."""
     model, batches = mlp()
