@@ -152,6 +152,17 @@ def test_a_configuration_says_how_many_heads_are_left(tmp_path: Any) -> None:
     assert torch.equal(*generated)  # with its cache of keys and values
 
 
+@pytest.mark.slow
+def test_shapes_alone_do_not_make_a_configuration(tmp_path: Any) -> None:
+    """Half as many heads have the shapes of as many heads of half the width."""
+    model, batch = build("mixtral"), batch_for("mixtral")
+    kept = {"0.self_attn.o_proj": [2, 3], "1.self_attn.o_proj": [0, 1]}
+    shrunk = lrp_prune.shrink(model, keeping(model, batch, "head", kept), [batch])
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 8)
+    shrunk.save(tmp_path)
+    assert torch.equal(forward(type(model).from_pretrained(tmp_path).eval(), batch), forward(model, batch))
+
+
 class Grouped:
     """What becomes of a Llama with two sets of two heads, by which of its heads are left."""
 
@@ -191,6 +202,19 @@ def test_heads_that_share_position_biases_go_where_they_are_dead_in_all_layers()
     assert [(each.q.out_features, each.n_heads) for each in encoder] == [(24, 3)] * 2  # head 2 is gone
     assert tuple(encoder[0].relative_attention_bias.weight.shape) == (32, 3)
     assert all("is shared with" in why for why in shrunk.left.values()) and len(shrunk.left) == 2
+
+
+@pytest.mark.slow
+def test_numbers_that_no_output_depends_on_are_those_of_a_model_of_the_new_sizes() -> None:
+    model, batch = (
+        build("t5"),
+        batch_for("t5"),
+    )  # inner_dim is the number of heads times their width, and the width of the stream
+    groups = [name for name in lrp_prune.attribute(model, [batch], target=value, granularity="head")]
+    shrunk = lrp_prune.shrink(model, keeping(model, batch, "head", {name: [0, 2, 3] for name in groups}), [batch])
+    assert shrunk.loads_plainly and model.config.num_heads == 3
+    attentions = [module for module in model.modules() if hasattr(module, "inner_dim")]
+    assert {(each.n_heads, each.inner_dim, each.d_model) for each in attentions} == {(3, 24, 32)}
 
 
 @pytest.mark.slow
