@@ -15,6 +15,7 @@ from lrp_prune.models.batches import tensors
 from lrp_prune.models.calling import run
 from lrp_prune.shrinking.proof import Proof
 from tests.attribution.test_channels import NETS, Net, conv_bn, pooled
+from tests.support.sharding import sharded, together
 from tests.support.small_models import CAUSAL, batch_for, build, forward, llama
 from tests.support.units import randomized
 
@@ -566,3 +567,56 @@ def test_forward_says_how_the_model_is_run() -> None:
     entries["net.2.weight"][:, dead] = False
     shrunk = lrp_prune.shrink(model, lrp_prune.Masks(entries), [batch], forward=run)
     assert shrunk.taken == 2 and model.net[0].out_features == 4
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_divided_and_copied_models_are_refused_by_name(tmp_path: Any) -> None:
+    def refused(mesh: Any) -> list[str]:
+        found = []
+        model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+        masks = masks_of(model, batch, "neuron")
+        for wrapped in (nn.parallel.DistributedDataParallel(copy.deepcopy(model)), sharded(model, mesh)):
+            with pytest.raises(ValueError) as error:
+                lrp_prune.shrink(wrapped, masks, [batch])
+            found.append(str(error.value))
+        return found
+
+    copied, divided = together(refused, 2, tmp_path)[0]
+    assert "shrink the model before it is wrapped" in copied
+    assert "is divided among processes" in divided
+
+
+def test_adapters_that_were_merged_under_the_masks_are_no_obstacle() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+    masks = masks_of(model, batch, "neuron")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj", "down_proj"], init_lora_weights=False))
+    merged = lrp_prune.merge_adapters(adapted, masks)
+    expected = masked(merged, masks)(**batch).logits
+    assert lrp_prune.shrink(merged, masks, [batch]).taken == 24
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shrunk_model_is_pruned_and_shrunk_again() -> None:
+    model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+    for left in (12, 6):
+        masks = masks_of(model, batch, "neuron")
+        expected = masked(model, masks)(**batch).logits
+        lrp_prune.shrink(model, masks, [batch])
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        assert model.config.intermediate_size == left
+
+
+def test_masks_by_the_callbacks_and_by_relevance_are_taken_out_alike() -> None:
+    """What decides is what is left of a unit, and not how masks were made."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batch = (torch.randn(16, 4), torch.randint(3, (16,)))
+    masks = lrp_prune.prune(model, [batch], 0.5, granularity="neuron", recalibrate=True, progress=False)
+    loaded = lrp_prune.Masks.from_state_dict(masks.state_dict())
+    expected = model(batch[0])
+    assert lrp_prune.shrink(model, loaded, [batch]).taken == 4
+    torch.testing.assert_close(model(batch[0]), expected)
