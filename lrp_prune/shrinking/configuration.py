@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import chain, combinations
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from lrp_prune.names import class_name
 from lrp_prune.shrinking.attributes import Size
 from lrp_prune.shrinking.proof import Proof
 
-_PAIRS = 128
+_PAIRS = 192
 
 
 class Configured(NamedTuple):
@@ -167,17 +167,19 @@ class _Search:
         Step by step those are taken that make most of the shapes right.
         """
         steps: list[dict[Entry, int]] = [{key: value} for key, values in choices.items() for value in values]
-        # Two at once only where no single one helps: the number of heads, and how wide they are.
-        pairs = [{**one, **other} for one, other in combinations(steps, 2) if set(one) != set(other)][:_PAIRS]
         found: dict[Entry, int] = {}
         wrong = self._wrong(found)
         if wrong is None:
             return None, list(self._wanted)
         if not wrong and self._computes(found):
             return found, []
+        as_it_is = self._shapes(found)
+        telling = [step for step in steps if self._shapes(step) != as_it_is]
+        # Two at once only where no single one helps: the number of heads, and how wide they are, which it was by that number.
+        pairs = [{**one, **other} for one in telling for other in steps if set(one) != set(other)][:_PAIRS]
         while True:
             best: tuple[dict[Entry, int], list[str]] | None = None
-            for step in chain(steps, [None], pairs):
+            for step in chain(telling, [None], pairs):
                 if step is None:
                     if best is not None:
                         break
@@ -203,15 +205,16 @@ class _Search:
             return None
         return made
 
+    def _shapes(self, entries: Mapping[Entry, int]) -> dict[str, tuple[int, ...]]:
+        made = self._changed(entries)
+        return {} if made is None else _shapes(made)
+
     def _wrong(self, entries: Mapping[Entry, int]) -> list[str] | None:
         """The parameters of such a model with other shapes than are wanted; None if it has others."""
-        made = self._changed(entries)
-        shapes = {} if made is None else _shapes(made)
-        return (
-            [name for name in shapes if shapes[name] != self._wanted[name]]
-            if set(shapes) == set(self._wanted)
-            else None
-        )
+        shapes = self._shapes(entries)
+        if set(shapes) != set(self._wanted):
+            return None
+        return [name for name in shapes if shapes[name] != self._wanted[name]]
 
     def _computes(self, entries: Mapping[Entry, int]) -> bool:
         """Whether such a model puts out the same when it has the tensors of this one: shapes alone do not tell all sizes."""
