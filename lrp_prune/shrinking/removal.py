@@ -134,12 +134,12 @@ def _keep_one(removal: Removal) -> bool:
 def _fit_heads(removal: Removal) -> bool:
     """Of heads that share a key, either all go, or as many as of any others that share one."""
     changed = False
-    dependents: dict[str, list[tuple[int, Slices]]] = {}
+    dependents: dict[tuple[str, int], list[tuple[int, Slices]]] = {}
     for index, group in enumerate(removal.groups):
         if group.kind == "head":
             for each in removal.slices.get(group.name, ()):
-                dependents.setdefault(each.parameter, []).append((index, each))
-    for parameter, users in dependents.items():
+                dependents.setdefault((each.parameter, each.axis), []).append((index, each))
+    for (parameter, _), users in dependents.items():
         free = removable(removal, users)
         for index, each in users:
             others = [removal.groups[other].name for other, _ in users if other != index]

@@ -117,9 +117,10 @@ def shrink(
         _check_taken(module, layers, strict)
         difference = taking.finish(undo)
         speed = measured(module, taking.swaps, proof, run, measure) if measure else None
-        configuration = configured(module, taking.sizes())
+        configuration = configured(module, taking.sizes(), proof)
         undo.append(configuration.back)
-        if configuration.says_it:
+        if configuration.made is not None:
+            taking.settle(configuration.made, undo)
             proof.check(module, "with its configuration changed")
     return Shrunk(
         model=module,

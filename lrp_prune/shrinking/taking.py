@@ -9,7 +9,15 @@ from torch import nn
 from lrp_prune.models.profile import profile_of
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning.kinds import layer_group
-from lrp_prune.shrinking.attributes import Site, Size, layer_slots, number_slots, numbers_to_try
+from lrp_prune.shrinking.attributes import (
+    Site,
+    Size,
+    attribute_slot,
+    integers,
+    layer_slots,
+    number_slots,
+    numbers_to_try,
+)
 from lrp_prune.shrinking.cuts import Slot, Swap, cuts_of, tensors_cut
 from lrp_prune.shrinking.proof import Proof
 from lrp_prune.shrinking.removal import Removal, coupled
@@ -167,6 +175,33 @@ class Taking:
             undo.append(swap.back)
             swap.put()
         return self._proof.check(self._module, "with all that goes taken out")
+
+    def settle(self, made: nn.Module, undo: list[Callable[[], None]]) -> None:
+        """Give modules the numbers that they have in a model of the new sizes, where outputs have not told which are right.
+
+        Args:
+            made: that model; its modules are called as those of the Hugging Face model.
+            undo: gets what puts everything back.
+        """
+        inner = profile_of(self._module).inner
+        assert inner is not None
+        there = dict(made.named_modules())
+        names = {id(module): name for name, module in inner.named_modules()}
+        slots = []
+        for module in {
+            id(site.module): site.module for part in self._accepted for site in self._all_sites(part)
+        }.values():
+            other = there.get(names.get(id(module), ""))
+            if other is not None and type(other) is type(module):
+                wanted = dict(integers(other))
+                slots += [
+                    attribute_slot(module, name, wanted[name])
+                    for name, value in integers(module)
+                    if wanted.get(name, value) != value
+                ]
+        self.swaps.append(Swap(slots))
+        undo.append(self.swaps[-1].back)
+        self.swaps[-1].put()
 
     def sizes(self) -> list[Size]:
         """All sizes that have changed."""

@@ -9,10 +9,12 @@ from PIL import Image
 @pytest.mark.slow
 def test_half_of_the_filters_go_and_an_epoch_brings_most_of_it_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     picture = tmp_path / "filters.png"
-    found = prune_cnn.main(["--epochs", "4", "--output", str(picture)])
+    found = prune_cnn.main(["--epochs", "4", "--runs", "3", "--output", str(picture)])
     printed = capsys.readouterr().out
     assert "108 of 216 filters put out anything" in printed and "rate that keeps 95 %" in printed
     assert found["dense"] > 0.8 and found["after one epoch"] > 0.8 * found["dense"]
+    assert "108 of 216 neurons taken out" in " ".join(printed.split())
+    assert found["shrunk"] == found["after one epoch"] and found["times faster"] > 1
     assert Image.open(picture).size == (1650, 660)
 
 

@@ -15,6 +15,7 @@ from lrp_prune.models.batches import tensors
 from lrp_prune.models.calling import run
 from lrp_prune.shrinking.proof import Proof
 from tests.attribution.test_channels import NETS, Net, conv_bn, pooled
+from tests.support.sharding import sharded, together
 from tests.support.small_models import CAUSAL, batch_for, build, forward, llama
 from tests.support.units import randomized
 
@@ -152,6 +153,17 @@ def test_a_configuration_says_how_many_heads_are_left(tmp_path: Any) -> None:
     assert torch.equal(*generated)  # with its cache of keys and values
 
 
+@pytest.mark.slow
+def test_shapes_alone_do_not_make_a_configuration(tmp_path: Any) -> None:
+    """Half as many heads have the shapes of as many heads of half the width."""
+    model, batch = build("mixtral"), batch_for("mixtral")
+    kept = {"0.self_attn.o_proj": [2, 3], "1.self_attn.o_proj": [0, 1]}
+    shrunk = lrp_prune.shrink(model, keeping(model, batch, "head", kept), [batch])
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 8)
+    shrunk.save(tmp_path)
+    assert torch.equal(forward(type(model).from_pretrained(tmp_path).eval(), batch), forward(model, batch))
+
+
 class Grouped:
     """What becomes of a Llama with two sets of two heads, by which of its heads are left."""
 
@@ -167,7 +179,8 @@ class Grouped:
 @pytest.mark.parametrize(("kept", "taken", "queries", "keys"), Grouped.CASES)
 def test_heads_that_share_a_key_go_together_or_evenly(kept: list[int], taken: int, queries: int, keys: int) -> None:
     model, batch = build("llama"), batch_for("llama")
-    masks = keeping(model, batch, "head", {"0.self_attn.o_proj": kept, "1.self_attn.o_proj": [1, 3]})
+    other = {} if taken else {"1.self_attn.o_proj": [1, 3]}  # so that layers differ, which no configuration says
+    masks = keeping(model, batch, "head", {"0.self_attn.o_proj": kept, **other})
     expected = forward(masked(model, masks), batch)
     shrunk = lrp_prune.shrink(model, masks, [batch])
     torch.testing.assert_close(forward(model, batch), expected, rtol=1e-4, atol=1e-5)
@@ -191,6 +204,19 @@ def test_heads_that_share_position_biases_go_where_they_are_dead_in_all_layers()
     assert [(each.q.out_features, each.n_heads) for each in encoder] == [(24, 3)] * 2  # head 2 is gone
     assert tuple(encoder[0].relative_attention_bias.weight.shape) == (32, 3)
     assert all("is shared with" in why for why in shrunk.left.values()) and len(shrunk.left) == 2
+
+
+@pytest.mark.slow
+def test_numbers_that_no_output_depends_on_are_those_of_a_model_of_the_new_sizes() -> None:
+    model, batch = (
+        build("t5"),
+        batch_for("t5"),
+    )  # inner_dim is the number of heads times their width, and the width of the stream
+    groups = [name for name in lrp_prune.attribute(model, [batch], target=value, granularity="head")]
+    shrunk = lrp_prune.shrink(model, keeping(model, batch, "head", {name: [0, 2, 3] for name in groups}), [batch])
+    assert shrunk.loads_plainly and model.config.num_heads == 3
+    attentions = [module for module in model.modules() if hasattr(module, "inner_dim")]
+    assert {(each.n_heads, each.inner_dim, each.d_model) for each in attentions} == {(3, 24, 32)}
 
 
 @pytest.mark.slow
@@ -542,3 +568,56 @@ def test_forward_says_how_the_model_is_run() -> None:
     entries["net.2.weight"][:, dead] = False
     shrunk = lrp_prune.shrink(model, lrp_prune.Masks(entries), [batch], forward=run)
     assert shrunk.taken == 2 and model.net[0].out_features == 4
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_divided_and_copied_models_are_refused_by_name(tmp_path: Any) -> None:
+    def refused(mesh: Any) -> list[str]:
+        found = []
+        model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+        masks = masks_of(model, batch, "neuron")
+        for wrapped in (nn.parallel.DistributedDataParallel(copy.deepcopy(model)), sharded(model, mesh)):
+            with pytest.raises(ValueError) as error:
+                lrp_prune.shrink(wrapped, masks, [batch])
+            found.append(str(error.value))
+        return found
+
+    copied, divided = together(refused, 2, tmp_path)[0]
+    assert "shrink the model before it is wrapped" in copied
+    assert "is divided among processes" in divided
+
+
+def test_adapters_that_were_merged_under_the_masks_are_no_obstacle() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+    masks = masks_of(model, batch, "neuron")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj", "down_proj"], init_lora_weights=False))
+    merged = lrp_prune.merge_adapters(adapted, masks)
+    expected = masked(merged, masks)(**batch).logits
+    assert lrp_prune.shrink(merged, masks, [batch]).taken == 24
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shrunk_model_is_pruned_and_shrunk_again() -> None:
+    model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+    for left in (12, 6):
+        masks = masks_of(model, batch, "neuron")
+        expected = masked(model, masks)(**batch).logits
+        lrp_prune.shrink(model, masks, [batch])
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        assert model.config.intermediate_size == left
+
+
+def test_masks_by_the_callbacks_and_by_relevance_are_taken_out_alike() -> None:
+    """What decides is what is left of a unit, and not how masks were made."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batch = (torch.randn(16, 4), torch.randint(3, (16,)))
+    masks = lrp_prune.prune(model, [batch], 0.5, granularity="neuron", recalibrate=True, progress=False)
+    loaded = lrp_prune.Masks.from_state_dict(masks.state_dict())
+    expected = model(batch[0])
+    assert lrp_prune.shrink(model, loaded, [batch]).taken == 4
+    torch.testing.assert_close(model(batch[0]), expected)
