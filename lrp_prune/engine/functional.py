@@ -33,7 +33,7 @@ class ScaledGradient(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return x.detach()  # a view would have other strides along dimensions of size one
 
     @staticmethod
     @once_differentiable
@@ -104,7 +104,7 @@ class BesideConstant(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return x.detach()  # a view would have other strides along dimensions of size one
 
     @staticmethod
     @once_differentiable

@@ -75,8 +75,9 @@ class Operation(NamedTuple):
     Args:
         kind: one of :data:`KINDS` (a ``sum`` enters as it is, and may be data), or what has no rule because it needs none:
             ``join`` (which enters so as well), ``embedding``, ``plain``; ``power``, ``einsum``, ``solution`` (of linear
-            equations), ``factors`` (products of many) and ``clip`` are one or another of these, as their operands tell,
-            ``norm_pool`` is homogeneous, and ``composed`` is propagated as the simpler operations that it stands for.
+            equations), ``reduction`` (of what meets at one place), ``factors`` (products of many) and ``clip`` are one or
+            another of these, as their operands tell, ``norm_pool`` is homogeneous, and ``composed`` is propagated as the
+            simpler operations that it stands for.
         functional: the twin that changes nothing in place.
         channels: ``"copied"`` (entries keep their places), ``"moved"`` (or are put elsewhere), ``"entrywise"`` (a function of
             each entry), ``"pooled"`` (within a channel), ``"reduced"`` (over some dimensions); empty where they mix.
@@ -175,6 +176,8 @@ ROWS: dict[str, Operation] = {
     # Where something is looked up divides nothing, but is a constant beside it in the same way.
     **_rows("grid_sampler grid_sampler_2d grid_sampler_3d", "division", ((0, "input"), (1, "grid"))),
     **_rows("prod cumprod", "factors"),
+    "scatter_reduce": Operation("reduction", ((0, "input"), (3, "src")), linear=True),
+    "index_reduce": Operation("reduction", ((0, "input"), (3, "source")), linear=True),
     "linear": Operation("linear", _INPUT_AND_WEIGHT, added=_BIAS),
     **_rows(
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -183,7 +186,8 @@ ROWS: dict[str, Operation] = {
         added=_BIAS,
     ),
     **_rows("matmul vdot cross inner kron", "matmul", _TWO),
-    **_rows("mm bmm _grouped_mm grouped_mm", "matmul", ((0, "input"), (1, "mat2"))),
+    **_rows("mm bmm smm hspmm _grouped_mm grouped_mm", "matmul", ((0, "input"), (1, "mat2"))),
+    **_rows("_sparse_mm", "matmul", ((0, "sparse"), (1, "dense"))),
     **_rows("mv", "matmul", ((0, "input"), (1, "vec"))),
     **_rows("dot", "matmul", ((0, "input"), (1, "tensor"))),
     **_rows("vecdot", "matmul", ((0, "x"), (1, "y"))),
@@ -266,7 +270,7 @@ PLAIN_ROWS: dict[str, Operation] = {
     ),
     **_rows(
         """
-        index index_fill masked_select scatter_reduce diag trace col2im reflection_pad1d reflection_pad2d
+        index index_fill masked_select diag trace col2im reflection_pad1d reflection_pad2d
         replication_pad1d replication_pad2d topk sort kthvalue aminmax fill zero fft_r2c fft_c2c fft_c2r conj
         conj_physical real imag complex view_as_complex fractional_max_pool2d fractional_max_pool3d segment_reduce
         embedding_bag nested_tensor_from_mask
@@ -333,6 +337,7 @@ def _build() -> dict[Callable[..., Any], Operation]:
     table[Tensor.__setitem__] = _joined(((0, "input"), (2, "value")))
     table[Tensor.copy_] = _joined(((0, "input"), (1, "src")))
     table[torch.einsum] = Operation("einsum")
+    table[torch.sparse.mm], table[torch.sparse.addmm] = ROWS["_sparse_mm"], ROWS["addmm"]
     table[F.softsign] = ROWS["softsign"]
     for function in (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d):
         table[function] = ROWS[function.__name__]

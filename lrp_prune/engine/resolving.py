@@ -60,6 +60,11 @@ def _solution(call: Call) -> Call:
     return call._replace(operation=call.operation._replace(kind="statistic", operands=(matrix,)))
 
 
+def _reduction(call: Call) -> Call:
+    """A product of what meets at one place is one of factors; sums, means and extremes have their plain gradient."""
+    return _of_kind(call, "factors" if call.argument(4, "reduce") == "prod" else "plain")
+
+
 RESOLVERS: dict[str, Callable[[Call], Call]] = {
     "power": _power,
     "einsum": _einsum,
@@ -68,6 +73,7 @@ RESOLVERS: dict[str, Callable[[Call], Call]] = {
     "convolution": _contraction,
     "clip": _clip,
     "solution": _solution,
+    "reduction": _reduction,
 }
 """Kind of a row -> what a call of it is."""
 

@@ -23,6 +23,9 @@ def explained(function: Callable[[Tensor], Tensor], x: Tensor, composite: str) -
         return output.sum().detach(), propagation.relevance(output.sum())
 
 
+_PLACES = torch.tensor([0, 2, 2, 0, 2])[None, :, None].expand(2, 5, 6)
+
+
 def _matrix(x: Tensor) -> Tensor:
     """A matrix with a good condition."""
     return x[:, :5, :5] + 6 * torch.eye(5)
@@ -64,6 +67,17 @@ CONSERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "product of all": lambda x: x.prod(-1),
     "product of everything": lambda x: (3 * x[:, :2]).prod(),
     "running product": lambda x: x.cumprod(1),
+    "product of what meets": lambda x: torch.ones(2, 2, 6).scatter_reduce(1, _PLACES // 2, x, "prod"),
+    "product of what meets, and of what was there": lambda x: x[:, :3].scatter_reduce(1, _PLACES, x.flip(1), "prod"),
+    "product of what meets in place of what was there": lambda x: (
+        x[:, :3].clone().scatter_reduce_(1, _PLACES, x.flip(1), "prod", include_self=False)
+    ),
+    "product of rows": lambda x: x[:, :3].index_reduce(1, _PLACES[0, :, 0], x, "prod"),
+    "mean of rows": lambda x: torch.zeros(2, 3, 6).index_reduce(1, _PLACES[0, :, 0], x, "mean", include_self=False),
+    "largest of what meets": lambda x: torch.zeros(2, 3, 6).scatter_reduce(1, _PLACES, x, "amax", include_self=False),
+    "sparse product": lambda x: torch.sparse.mm(PROTOTYPES.T[:, :2].to_sparse(), x[:, 0]),
+    "sparse layout": lambda x: PROTOTYPES.T[:, :2].to_sparse_csr() @ x[:, 0],
+    "sparse product and sum": lambda x: torch.sparse.addmm(x[0, :, :2], torch.eye(5).to_sparse(), x[1, :, :2]),
     "gated linear unit": lambda x: F.glu(x, 1) if x.shape[1] % 2 == 0 else F.glu(x, -1),
     "parametric relu": lambda x: F.prelu(x, torch.tensor([0.3])),
     "softsign": F.softsign,

@@ -296,3 +296,15 @@ def test_a_scale_that_the_model_computes_is_a_factor_like_any_other(training: bo
         torch.testing.assert_close(relevance["shift"], expected)
         if name != "batch":  # whose mean is a constant, which takes its share
             torch.testing.assert_close(relevance["x"].sum(), (product * plain).sum() / 2)
+
+
+def test_what_a_product_of_two_activations_lies_in_memory_as_is_what_it_would_be_without_rules() -> None:
+    """Along a dimension of size one as well, by which convolutions tell whether channels come last."""
+
+    def product(x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True) + 2
+
+    x = torch.randn(1, *IMAGE).contiguous(memory_format=torch.channels_last)
+    for composite in ("attnlrp", "cp_lrp"):
+        with lrp_prune.attributing(model := Single(product), composite):
+            assert model(x).stride() == product(x).stride() == x.stride()

@@ -42,6 +42,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "scatter_add": lambda x: x.scatter_add(0, _ROWS, x),
     "scatter": lambda x: x.scatter(0, _ROWS, x),
     "scatter_reduce": lambda x: x.scatter_reduce(0, _ROWS, x, "sum"),
+    "index_reduce": lambda x: x.index_reduce(0, _FIRST, x[:1], "mean"),
     "where": lambda x: torch.where(x.detach() > 0.5, x, -x),
     "index_put": lambda x: x.index_put((_FIRST,), x[:1]),
     "index_copy": lambda x: x.index_copy(0, _FIRST, x[:1]),

@@ -100,6 +100,8 @@ class Shares(Rule):
         return True
 
     def of_factors(self, call: Call) -> Any:
+        if call.function.__name__.endswith("_reduce"):
+            return share_of_meeting(call)
         return share_of_power(call) if len(call.operands()) == 2 else share_of_factors(call)
 
 
@@ -128,6 +130,29 @@ def share_of_factors(call: Call) -> Any:
     counts = torch.arange(1, x.shape[dim] + 1, device=x.device, dtype=x.dtype)
     per_entry = counts.reshape([-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())])
     return functional.affine(call.run(), Tensor.clone, per_entry.reciprocal())
+
+
+def share_of_meeting(call: Call) -> Any:
+    """``scatter_reduce`` and ``index_reduce`` by products: of each activation that meets others at one place one n-th."""
+    own, source = call.operands()
+    dim, index, kept = call.argument(1, "dim"), call.argument(2, "index"), call.argument(5, "include_self")
+    if index.dim() < source.dim():
+        index = index.reshape([-1 if axis == dim % source.dim() else 1 for axis in range(source.dim())]).expand_as(
+            source
+        )
+    counts = torch.zeros_like(own).detach()
+    if is_activation(source):
+        counts = counts.scatter_add(dim, index, torch.ones_like(source).detach())
+    if is_activation(own) and (kept is None or kept):
+        counts = counts + 1
+    counts = counts.clamp(min=1)
+    shares = (counts.reciprocal(), counts.gather(dim, index).reciprocal())
+    return call.with_operands(
+        [
+            functional.affine(value, Tensor.clone, share) if is_activation(value) else value
+            for value, share in zip((own, source), shares, strict=True)
+        ]
+    ).run()
 
 
 identity, uniform, stop_gate = Identity(), Shares(), Shares(gates=False)

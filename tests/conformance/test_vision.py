@@ -1,0 +1,48 @@
+"""The table of vision families: a family goes through its columns, a run goes on, and a page says what was found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import vision
+from tests.conformance.record import passed
+from tests.support.vision_families import families, variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timm/xcit", "timm/edgenext", "timm/gcvit", "torchvision/shufflenetv2"])
+def test_families_conserve_and_compute_what_they_did(family: str) -> None:
+    entry = vision.check(*family.split("/"), ["forward", "conserves", "attnlrp"])
+    assert passed(entry), entry
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    record = tmp_path / "vision.jsonl"
+    options = ["--only", "timm/byobnet", "--record", str(record), "--docs", str(tmp_path), "--columns"]
+    vision.main([*options, "conserves"])
+    vision.main([*options, "conserves", "attnlrp"])
+    vision.main([*options, "conserves", "attnlrp"])
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [sorted(line["columns"]) for line in lines] == [["conserves"], ["attnlrp", "conserves"]]
+    assert variant("timm", "byobnet") == "test_byobnet" and ("torchvision", "resnet") in families()
+
+
+def test_the_page_tells_what_failed_and_what_was_refused() -> None:
+    entries = {
+        "timm/good": {"mapping": "timm", "type": "good", "columns": {"conserves": {"status": "passed"}}},
+        "timm/bad": {
+            "mapping": "timm",
+            "type": "bad",
+            "columns": {
+                "conserves": {"status": "failed", "why": "half is missing"},
+                "heads": {"status": "refused", "why": "no heads"},
+            },
+        },
+        "timm/none": {"mapping": "timm", "type": "none", "built": "ValueError: no image"},
+    }
+    page = vision.page(entries)
+    assert "| timm | 1 | 2 | 3 | 0 of 0 | 1 of 2 | 0 of 0 | 0 of 0 | 1 of 1 |" in page
+    assert "* `timm/bad`: **conserves**: half is missing" in page and "refused: no heads" in page
+    assert "* `timm/none`: **built**: ValueError: no image" in page
