@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.architectures.mappings import auto_class, class_for
 from tests.support.architectures.shrinking import shrunk
 
-LARGEST = 8_000_000
+LARGEST = 12_000_000
 """A model that is to be tiny has fewer parameters, else something in its configuration was not seen to be a size."""
 
 
