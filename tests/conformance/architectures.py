@@ -10,6 +10,7 @@ What is found is kept in build/architectures.jsonl, a line a type, for these ver
 """
 
 import argparse
+import signal
 import sys
 import warnings
 from datetime import date
@@ -34,6 +35,7 @@ COMMAND = "python tests/conformance/architectures.py"
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what ends the processes
     chosen = pairs(options.mapping or None, options.only)
     record = Record(options.record)
     if options.fresh:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
@@ -63,7 +63,7 @@ def build(
     return randomized(model, biases).eval().to(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _size(mapping: str, name: str) -> int:
     """How many parameters there would be, without making them."""
     with torch.device("meta"):
