@@ -219,7 +219,9 @@ def _sequence(name: str, value: Sequence[Any], attributes: dict[str, Any]) -> An
         return type(value)(max(layer, -LAYERS) if layer < 0 else min(layer, LAYERS - 1) for layer in value)
     if re.fullmatch(_OF_LAYERS, name):
         return type(value)(sorted({min(layer, LAYERS - 1) for layer in value}))
-    if re.fullmatch(r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths", name):
+    if re.fullmatch(
+        r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths|stage_num\w*|num_block_repeats", name
+    ):
         return type(value)(min(entry, 1) for entry in value)
     if re.fullmatch(r"(num_)?(attention_)?heads|num_attention_heads", name):
         return type(value)(min(entry, 2) for entry in value)
