@@ -1,6 +1,6 @@
 """Looks at every architecture that transformers has, by a tiny model of each, and says what holds of it.
 
-    python tests/conformance/architectures.py                       # all; about an hour; goes on where it was stopped
+    python tests/conformance/architectures.py                       # all; half an hour of one core; goes on where it was stopped
     python tests/conformance/architectures.py --only 'llama*' --mapping causal-lm
     python tests/conformance/architectures.py --again               # once more what did not pass
     python tests/conformance/architectures.py --compare             # with what is stored; ends with 1 where something is worse
@@ -10,6 +10,7 @@ What is found is kept in build/architectures.jsonl, a line a type, for these ver
 """
 
 import argparse
+import signal
 import sys
 import warnings
 from datetime import date
@@ -34,6 +35,7 @@ COMMAND = "python tests/conformance/architectures.py"
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what ends the processes
     chosen = pairs(options.mapping or None, options.only)
     record = Record(options.record)
     if options.fresh:
@@ -94,8 +96,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="types, such as 'llama*', or 'ctc/*'")
     parser.add_argument("--mapping", nargs="+", choices=list(MAPPINGS), default=[], help="tasks")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=180.0, help="that one type may take")
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="that one type may take")
+    parser.add_argument("--seconds", type=int, default=60, help="of the processor that one type may take")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of memory that one type may take")
     parser.add_argument("--again", action="store_true", help="once more what did not pass")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")
     parser.add_argument("--record", type=Path, default=ROOT / "build" / "architectures.jsonl")

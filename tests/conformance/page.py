@@ -40,7 +40,8 @@ def write(folder: Path, entries: Entries, about: dict[str, Any]) -> None:
         entries: what was found.
         about: versions, date and command.
     """
-    kept = {key: _short(entry) for key, entry in sorted(entries.items())}
+    entries = dict(sorted(entries.items()))
+    kept = {key: _short(entry) for key, entry in entries.items()}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in kept.items())
     (folder / "architectures.json").write_text(f'{{"about": {json.dumps(about)},\n"entries": {{\n{lines}\n}}}}\n')
     (folder / "architectures.md").write_text(_page(entries, about))
@@ -61,6 +62,7 @@ def _short(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "class": entry["class"],
         "variants": entry["variants"],
+        "inputs": entry["inputs"],
         "columns": {
             name: {
                 key: _rounded(value) for key, value in verdict.items() if key != "why" or verdict["status"] == "failed"
@@ -83,7 +85,9 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
         "by a tiny model of every type, with random weights, for each task that it has a class for:",
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items()),
         "Of each with eager attention and with `scaled_dot_product_attention` where it has both, and of mixtures of experts with "
-        "the grouped kernel in float32 as well. A type passes if nothing is wrong in any column, in any of these.",
+        "the grouped kernel in float32 as well; types whose own code does not run in float64 are in float32. A type passes if "
+        "nothing is wrong in any column, in any of these. *Refused* counts as right: the library says by itself, with the "
+        "reason, that there is nothing of the kind, or that it could not be taken out.",
         _table(entries, whole),
         f"`{about['command']}`; {about['date']}; {versions}. Every entry, with its figures, is in "
         "[architectures.json](architectures.json).",
@@ -92,6 +96,9 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
         "## What is not built",
         _not_built(entries),
     ]
+    text = [key for key, entry in entries.items() if _is_text_alone(entry)]
+    if text:
+        parts.append(f"Given text alone, since no images were found that they accept: {_named(text)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,13 +106,17 @@ def _table(entries: Entries, whole: tuple[int, ...]) -> str:
     head = ["task", "passed", "built", "all", *COLUMNS]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for mapping, counts in totals(entries).items():
-        built = [entry for entry in entries.values() if entry["mapping"] == mapping and "columns" in entry]
-        good = Counter(name for entry in built for name in COLUMNS if name not in failures(entry))
-        rows.append([mapping, *map(str, counts), *(str(good[name]) for name in COLUMNS)])
-    built = [entry for entry in entries.values() if "columns" in entry]
-    good = Counter(name for entry in built for name in COLUMNS if name not in failures(entry))
-    rows.append(["**all**", *(f"**{count}**" for count in whole), *(f"**{good[name]}**" for name in COLUMNS)])
+        own = [entry for entry in entries.values() if entry["mapping"] == mapping]
+        rows.append([mapping, *map(str, counts), *(_counted(own, name) for name in COLUMNS)])
+    rows.append(["**all**", *map(str, whole), *(_counted(list(entries.values()), name) for name in COLUMNS)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _counted(entries: list[dict[str, Any]], column: str) -> str:
+    """How many are right, and of how many of these there is nothing of the kind, or the library says that it does not do it."""
+    found = Counter(entry["columns"][column]["status"] for entry in entries if column in entry.get("columns", ()))
+    less = found["refused"] + found["absent"]
+    return f"{found['passed'] + less}{f' ({less} refused)' if less else ''}"
 
 
 def _exceptions(entries: Entries) -> str:
@@ -128,6 +139,12 @@ def _not_built(entries: Entries) -> str:
         if "columns" not in entry:
             reasons.setdefault(_reason(entry["built"]), []).append(key)
     return "\n".join(f"* {_named(keys)}: {why}" for why, keys in _most_first(reasons)) or "All are."
+
+
+def _is_text_alone(entry: dict[str, Any]) -> bool:
+    """Whether a model of images and text was tried on text."""
+    known = entry["mapping"] == "image-text-to-text" and "columns" in entry
+    return known and not any("pixel" in name or "patches" in name for name in entry["inputs"])
 
 
 def _most_first(reasons: dict[str, list[str]]) -> list[tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 Task = TypeVar("Task")
-_PAUSE = 0.05
+_PAUSE, _PATIENCE = 0.05, 10
 _GIGABYTE = 2**30
 
 
@@ -36,7 +36,7 @@ def each(
         tasks: what is to be done, in this order.
         work: what does it; its result must be of plain values, as it comes as JSON.
         processes: how many at a time.
-        seconds: a process that takes longer is killed.
+        seconds: of the processor that a process may take, and a few times as many in all, whatever else the machine does.
         gigabytes: of memory that a process may take beyond what this one has.
 
     Yields:
@@ -48,17 +48,17 @@ def each(
             while waiting or running:
                 while waiting and len(running) < processes:
                     task, path = waiting.pop(), Path(folder) / f"{len(waiting)}.json"
-                    running[_started(work, task, path, gigabytes)] = task, path, time.monotonic()
+                    running[_started(work, task, path, seconds, gigabytes)] = task, path, time.monotonic()
                 for pid, (task, path, began) in list(running.items()):
                     done, status = os.waitpid(pid, os.WNOHANG)
-                    late = time.monotonic() - began > seconds
+                    late = time.monotonic() - began > _PATIENCE * seconds
                     if not done and not late:
                         continue
                     if not done:
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
                     del running[pid]
-                    yield task, _result(path, status, seconds if late and not done else None)
+                    yield task, _result(path, status, seconds, late and not done)
                 time.sleep(_PAUSE)
         finally:
             for pid in running:
@@ -66,7 +66,7 @@ def each(
                 os.waitpid(pid, 0)
 
 
-def _started(work: Callable[[Task], Any], task: Task, path: Path, gigabytes: float) -> int:
+def _started(work: Callable[[Task], Any], task: Task, path: Path, seconds: int, gigabytes: float) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -75,6 +75,7 @@ def _started(work: Callable[[Task], Any], task: Task, path: Path, gigabytes: flo
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + int(gigabytes * _GIGABYTE)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
@@ -88,9 +89,11 @@ def _started(work: Callable[[Task], Any], task: Task, path: Path, gigabytes: flo
         os._exit(status)
 
 
-def _result(path: Path, status: int, limit: float | None) -> Any:
-    if limit is not None:
-        return Failure(f"took longer than {limit:g} s")
+def _result(path: Path, status: int, seconds: int, hung: bool) -> Any:
+    if hung:
+        return Failure(f"was not done after {_PATIENCE * seconds} s")
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return Failure(f"took longer than {seconds} s of the processor")
     if not path.exists():
         name = (
             signal.Signals(os.WTERMSIG(status)).name

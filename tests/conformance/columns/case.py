@@ -44,12 +44,12 @@ class Case:
         for attention in attentions(self.mapping, self.name):
             try:
                 model = build(self.mapping, self.name, attention)
-                found.append(Variant(attention or "", model, batch_for(self.mapping, model), 1e-4, attention))
+                found.append(Variant(attention, model, batch_for(self.mapping, model), 1e-4, attention))
             except NoBatchError:  # some types cannot be run in double precision by their own code
                 model = build(self.mapping, self.name, attention, dtype=torch.float32)
-                name = f"{attention} in float32" if attention else "float32"
-                found.append(Variant(name, model, batch_for(self.mapping, model), 1e-4, attention))
-        if "experts" in type(found[-1].model.config).__module__ or _has_experts(found[-1].model):
+                batch = batch_for(self.mapping, model)
+                found.append(Variant(f"{attention} in float32", model, batch, 1e-4, attention))
+        if _has_experts(found[-1].model):
             model = build(self.mapping, self.name, dtype=torch.float32, experts=None)
             if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
                 name = f"{model.config._experts_implementation} experts in float32"
@@ -61,7 +61,8 @@ class Case:
         """The one that whatever does not depend on attention is tried on."""
         return [variant for variant in self.variants if variant.limit < 1e-3][-1]
 
-    def with_biases(self) -> nn.Module:
+    @cached_property
+    def biased(self) -> nn.Module:
         """A model whose biases are not zero, so that it is seen where they are forgotten."""
         return build(self.mapping, self.name, self.first.attention, biases=True, dtype=self.dtype)
 

@@ -43,7 +43,7 @@ def blocks(case: Case) -> Verdict:
 
 
 def _proven(case: Case, kind: str) -> Verdict:
-    model, batch = case.with_biases(), case.first.batch
+    model, batch = case.biased, case.first.batch
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

@@ -157,6 +157,7 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
     "inputs": lambda batch: batch.ids() if not batch.takes("pixel_values", "input_values") else None,
     "visual_feats": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_feat_dim),
     "visual_pos": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_pos_dim),
+    "task_inputs": lambda batch: batch.ids(SAMPLES, batch.config.task_seq_len),
     "qformer_input_ids": lambda batch: batch.ids(),
 }
 """Name of a parameter of forwards -> what is given for it; None for nothing."""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 
 import torch
 import transformers
@@ -10,7 +11,7 @@ from torch import nn
 from tests.support.architectures.mappings import auto_class, class_for
 from tests.support.architectures.shrinking import shrunk
 
-LARGEST = 8_000_000
+LARGEST = 12_000_000
 """A model that is to be tiny has fewer parameters, else something in its configuration was not seen to be a size."""
 
 
@@ -54,14 +55,19 @@ def build(
     """
     chosen = {"attn_implementation": attention, "experts_implementation": experts}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    auto = auto_class(mapping)
-    with torch.device("meta"):
-        size = number_of_parameters(auto.from_config(tiny_config(name, mapping), **chosen))
+    size = _size(mapping, name)
     if size > LARGEST:
         raise NotTinyError(f"{name} for {mapping} has {size:,} parameters")
     torch.manual_seed(0)
-    model: nn.Module = auto.from_config(tiny_config(name, mapping), **chosen)
+    model: nn.Module = auto_class(mapping).from_config(tiny_config(name, mapping), **chosen)
     return randomized(model, biases).eval().to(dtype)
+
+
+@cache
+def _size(mapping: str, name: str) -> int:
+    """How many parameters there would be, without making them."""
+    with torch.device("meta"):
+        return number_of_parameters(auto_class(mapping).from_config(tiny_config(name, mapping)))
 
 
 def randomized(model: nn.Module, biases: bool = False) -> nn.Module:
@@ -93,18 +99,17 @@ def is_bias(name: str) -> bool:
     return bool(re.fullmatch(r"(\w+_)?bias(_[hi]h_l\d+\w*)?", name.rpartition(".")[2]))
 
 
-def attentions(mapping: str, name: str) -> list[str | None]:
-    """The implementations of attention that a type can be built with; one None where there is no choice."""
-    found: list[str | None] = []
-    for attention in ("eager", "sdpa"):
-        try:
-            with torch.device("meta"):
-                model = auto_class(mapping).from_config(tiny_config(name, mapping), attn_implementation=attention)
-        except (ValueError, ImportError):
-            continue
-        if getattr(model.config, "_attn_implementation", attention) == attention:
-            found.append(attention)
-    return found or [None]
+def attentions(mapping: str, name: str) -> list[str]:
+    """The implementations of attention that a type can be built with; eager where there is no attention as well."""
+    config = tiny_config(name, mapping)
+    if not getattr(class_for(mapping, config), "_supports_sdpa", False):
+        return ["eager"]
+    try:
+        with torch.device("meta"):
+            model = auto_class(mapping).from_config(config, attn_implementation="sdpa")
+    except (ValueError, ImportError):
+        return ["eager"]
+    return ["eager", "sdpa"] if model.config._attn_implementation == "sdpa" else ["eager"]
 
 
 def number_of_parameters(model: nn.Module) -> int:

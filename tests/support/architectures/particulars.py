@@ -74,7 +74,31 @@ TYPES: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "mobilenet_v1": {"depth_multiplier": 0.1},
     "mobilenet_v2": {"depth_multiplier": 0.2, "finegrained_output": False},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 32, "image_size": 64},
+    "efficientnet": {
+        "width_coefficient": 1.0,
+        "depth_coefficient": 0.3,
+        "in_channels": (32, *[16] * 6),
+        "out_channels": (16,) * 7,
+        "hidden_dim": 1280,
+        "image_size": 64,
+    },
+    "levit": {"patch_size": 16, "image_size": 64},
+    "mobilevitv2": {"image_size": 64},
+    "pp_lcnet_v4": {"stem_channels": (3, 48, 96)},
+    "detr": {"encoder_attention_heads": 8, "decoder_attention_heads": 8},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "mimi": {"upsample_groups": 32},
+    "shieldgemma2": {"yes_token_index": 6, "no_token_index": 7},
+    "fun_asr_nano": {
+        "adaptor_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "intermediate_size": 8,
+            "projector_hidden_size": 32,
+        }
+    },
+    "pp_doclayout_v3": {"x4_feat_dim": 16},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "cvt": {"depth": (1, 2, 3), "num_heads": (1, 2, 2)},
     # Which layers a head reads.
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},

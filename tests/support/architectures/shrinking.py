@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from tests.support.architectures.particulars import backbone, missing
-from tests.support.architectures.sizes import HEAD, HEADS, HIDDEN, IMAGE, LAYERS, PATCH, VOCABULARY, small
+from tests.support.architectures.sizes import HEAD, HEADS, HIDDEN, IMAGE, LAYERS, PATCH, VOCABULARY, small, stage_width
 
 WORDS = range(5, 41)
 """Ids of ordinary tokens; special ones of tiny models are below and above."""
@@ -63,17 +63,39 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
             changes[name] = type(value)(_element(name, value[layer], attributes) for layer in kept)
         elif kept and name in _DEPTHS and value == depth:
             changes[name] = len(kept)
+        elif name in _DEPTHS and isinstance(attributes.get("depths"), list | tuple):
+            changes[name] = value  # there is one for each stage
         else:
             changes[name] = _value(name, value, attributes)
-    changed = {name: value for name, value in changes.items() if not _same(value, attributes[name])}
+    usual = _usual(config)
+    changed = {name: value for name, value in changes.items() if name not in usual or not _same(value, usual[name])}
     changed = _by_field(config, changed)
+    if "_out_indices" in attributes:
+        changed |= _outputs(attributes, changes)
     changed |= _with_sections(config, changes.get("rope_parameters"))
     if "_heterogeneity_spec" in attributes:
         changed["per_layer_config"] = _per_layer(attributes, kept)
-    if "_out_features" in attributes:
-        last = changes.get(next((name for name in _DEPTHS if name in changes), ""), len(attributes["stage_names"]))
-        changed["out_indices"] = sorted({min(index, last) for index in attributes["_out_indices"]})
     return changed
+
+
+def _usual(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration of this type has by default, which is not what one inside of another has."""
+    try:
+        return vars(type(config)())
+    except Exception:
+        return vars(config)
+
+
+def _outputs(attributes: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a backbone, as many stages or layers as are read of the default one, the last."""
+    wanted = attributes["_out_indices"]
+    if "depths" in attributes:
+        return {"out_indices": list(wanted)}
+    name = next((name for name in _DEPTHS if isinstance(changes.get(name), int)), None)
+    if name is None:
+        return {"out_indices": list(wanted)}
+    depth = max(changes[name], len(wanted))
+    return {name: depth, "out_indices": list(range(depth - len(wanted) + 1, depth + 1))}
 
 
 def _with_sections(config: PreTrainedConfig, rope: Any) -> dict[str, Any]:
@@ -197,24 +219,21 @@ def _sequence(name: str, value: Sequence[Any], attributes: dict[str, Any]) -> An
         return type(value)(max(layer, -LAYERS) if layer < 0 else min(layer, LAYERS - 1) for layer in value)
     if re.fullmatch(_OF_LAYERS, name):
         return type(value)(sorted({min(layer, LAYERS - 1) for layer in value}))
-    if re.fullmatch(r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths", name):
+    if re.fullmatch(
+        r".*depths?|layers|num_layers|num_blocks|n_attn_blocks|layer_depths|stage_num\w*|num_block_repeats", name
+    ):
         return type(value)(min(entry, 1) for entry in value)
     if re.fullmatch(r"(num_)?(attention_)?heads|num_attention_heads", name):
         return type(value)(min(entry, 2) for entry in value)
     if re.fullmatch(r".*(image|img|crop|train)_size.*|max_image_size", name):
-        return type(value)(min(entry, IMAGE) for entry in value)
+        return type(value)(small("image_size", entry, attributes) for entry in value)
     if re.fullmatch(r".*window_size", name):
-        return type(value)(min(entry, 4) for entry in value)
-    if re.fullmatch(r"patch_size", name):
+        return type(value)(small("window_size", entry, attributes) for entry in value)
+    if name == "patch_size" and "patch_stride" not in attributes:
         return type(value)(min(entry, PATCH) for entry in value)
-    if max(value) >= 2 * HIDDEN and re.search(r"dim|size|width|channel|filters", name):
-        ranks = {entry: rank for rank, entry in enumerate(sorted(set(value)))}
-        return type(value)(_width(ranks[entry]) for entry in value)
+    if max(value) >= HIDDEN and re.search(r"dim|size|width|channel|filters", name):
+        return type(value)(map(stage_width, value))
     return value
-
-
-def _width(rank: int) -> int:
-    return min(16 * 2**rank, 64)
 
 
 def _is_token(name: str) -> bool:

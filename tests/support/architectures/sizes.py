@@ -22,8 +22,17 @@ def _key_value_heads(value: int, attributes: dict[str, Any]) -> int:
 
 
 def _window(value: int, attributes: dict[str, Any]) -> int:
-    """Of pixels where patches are merged, else of tokens or patches."""
-    return min(value, 4 * PATCH if "spatial_merge_size" in attributes else 4)
+    """Of pixels where patches are merged, else of tokens or patches; stages halve these until two are left."""
+    return min(value, 4 * PATCH if "spatial_merge_size" in attributes else 2 if "depths" in attributes else 4)
+
+
+def _image(value: int, attributes: dict[str, Any]) -> int:
+    return min(value, 2 * IMAGE if "depths" in attributes else IMAGE)
+
+
+def stage_width(value: int) -> int:
+    """Of a stage's channels, which other lists name as well: by what they were alone."""
+    return value if value < 16 else 16 if value < 256 else 32 if value < 512 else 64
 
 
 def _inner(value: int, attributes: dict[str, Any]) -> int:
@@ -90,11 +99,12 @@ SIZES: list[tuple[str, Size]] = [
     # Windows
     (r"window_size", _window),
     (r"sliding_window(_\w+)?|attention_window(_size)?|local_attention|window_size|.*_window", _at_most(4)),
-    (r"attention_chunk_size|chunk_size|.*chunk_length|block_size|(mamba_)?chunk_size", _at_most(4)),
+    (r"context_size|attention_chunk_size|chunk_size|.*chunk_length|block_size|(mamba_)?chunk_size", _at_most(4)),
     # Images
     (r"mm_tokens_per_image", _at_most(16)),
     (r"base_channels", _at_most(HIDDEN)),
-    (r".*image_size|img_size|crop_size", _at_most(IMAGE)),
+    (r".*image_size|img_size|crop_size", _image),
+    (r"stem_out_channels", lambda value, _: stage_width(value)),
     (r".*patch_size", _at_most(PATCH)),
     (r"latent_query_num", _at_most(4)),
     # Detection

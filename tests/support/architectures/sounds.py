@@ -38,7 +38,7 @@ def _spectrograms(batch: "Batch") -> list[dict[str, Any]]:
     sizes = dict.fromkeys(size for name in names if isinstance(size := batch.setting(name), int))
     positions = batch.setting("max_source_positions", default=FRAMES // 2)
     found = []
-    for bins in [*sizes, 80]:
+    for bins in dict.fromkeys((*sizes, 80, 320)):
         for frames in dict.fromkeys((2 * positions, FRAMES)):
             found += _masked(batch, "input_features", batch.normal(batch.samples, bins, frames), frames)
             found += _masked(batch, "input_features", batch.normal(batch.samples, frames, bins), frames)
