@@ -22,7 +22,7 @@ class Compensation(ABC):
         damping: :math:`\delta`, as a fraction of the mean of :math:`X'^2` over inputs: what reference samples do not tell stays
             as it is.
         weights: ``"relevance"``: tokens (of what has none, samples) count by the root of the absolute relevance of what the block
-            gives there, from one backward pass over each batch. None: all alike, which was as good.
+            gives there, from one backward pass over each batch. None: all alike, which was as good or better.
 
     Raises:
         ValueError: a share outside [0, 1], or a damping that is not positive.
