@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--calibration-windows", type=int, default=8)
     add("--held-out-windows", type=int, default=8)
     add("--window", type=int, default=256, help="tokens in a window")
+    add("--multiple-of", type=int, default=16, help="what the number of neurons that are left is: odd sizes are slow")
     add("--runs", type=int, default=10, help="of the masked and the smaller model, in turn, to measure a forward")
     add("--seed", type=int, default=0, help="of the choice of windows")
     add("--output", type=Path, default=Path("outputs/smollm2-shrunk"), help="folder for the model")
@@ -85,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     found["masked"] = perplexity(model, test, label="masked")
 
     stage("taken out")
-    shrunk = lrp_prune.shrink(model, masks, reference[:1], uniform=True, measure=options.runs)
+    shrunk = lrp_prune.shrink(
+        model, masks, reference[:1], uniform=True, multiple_of=options.multiple_of, measure=options.runs
+    )
     print(shrunk)
     found["shrunk"] = perplexity(model, test, label="shrunk")
     assert shrunk.speed is not None

@@ -26,7 +26,7 @@ def test_what_is_left_is_smaller_and_loads_plainly(
         "windows",
         lambda documents, tokenizer, count, length, seed=0: torch.randint(26, (count, length)),
     )
-    found = shrink_smollm2.main(["--quick", "--output", str(tmp_path)])
+    found = shrink_smollm2.main(["--quick", "--multiple-of", "4", "--output", str(tmp_path)])
     assert found["shrunk"] == pytest.approx(found["masked"], rel=1e-4)
     assert found["loaded"] == found["shrunk"] and found["times faster"] > 0
     assert "24 of 80 neurons taken out" in capsys.readouterr().out
