@@ -66,6 +66,7 @@ def removal_of(
     parameters: Mapping[str, Tensor],
     owners: Mapping[str, nn.Module],
     uniform: bool,
+    multiple_of: int = 1,
 ) -> Removal:
     """All that can go, of what is dead.
 
@@ -75,6 +76,7 @@ def removal_of(
         parameters: of the model, by canonical name.
         owners: the module that has each of them.
         uniform: take the same number out of each layer of a kind.
+        multiple_of: what the number of neurons that are left has to be.
     """
     grouped = _grouped(groups, parameters, owners)
     removal = Removal(groups, slices, grouped, [group.dead.clone() for group in groups])
@@ -87,6 +89,8 @@ def removal_of(
         changed = any([_keep_one(removal), _fit_heads(removal), _fit_convolutions(removal)])
         if not changed and uniform:
             changed = _fit_kinds(removal)
+        if not changed and multiple_of > 1:
+            changed = _fit_multiples(removal, multiple_of)
     return removal
 
 
@@ -269,6 +273,18 @@ def _fit_kinds(removal: Removal) -> bool:
             changed |= removal.keep(
                 index, removal.gone[index] & ~units, "uniform: no more goes than of the other layers of its kind"
             )
+    return changed
+
+
+def _fit_multiples(removal: Removal, number: int) -> bool:
+    """So many neurons of a layer stay that their number can be divided; heads are as wide as they are."""
+    changed = False
+    for index, group in enumerate(removal.groups):
+        gone = removal.gone[index]
+        surplus = -(len(gone) - int(gone.sum())) % number
+        if group.kind == "neuron" and surplus:
+            last = gone & ~_first(gone, int(gone.sum()) - surplus)
+            changed |= removal.keep(index, last, f"multiple_of={number}: their number is one with these")
     return changed
 
 

@@ -26,9 +26,9 @@ def test_what_is_left_is_smaller_and_loads_plainly(
         "windows",
         lambda documents, tokenizer, count, length, seed=0: torch.randint(26, (count, length)),
     )
-    found = shrink_smollm2.main(["--quick", "--output", str(tmp_path)])
+    found = shrink_smollm2.main(["--quick", "--multiple-of", "4", "--output", str(tmp_path)])
     assert found["shrunk"] == pytest.approx(found["masked"], rel=1e-4)
-    assert found["loaded"] == found["shrunk"] and found["times faster"] > 0
+    assert found["loaded"] == found["shrunk"] and found["times faster"] > 0 and found["prompt"] > 0
     assert "24 of 80 neurons taken out" in capsys.readouterr().out
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert again.config.intermediate_size == 28 and again.model.layers[1].mlp.up_proj.out_features == 28

@@ -251,6 +251,20 @@ def test_layers_of_a_kind_lose_the_same_number_if_it_is_to_be_uniform() -> None:
         torch.testing.assert_close(forward(each, batch), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_left_can_be_divided_if_it_is_to_be() -> None:
+    model, batch = llama(), {"input_ids": torch.arange(14).view(2, 7)}
+    masks = keeping(model, batch, "neuron", {"0.mlp.down_proj": list(range(13)), "1.mlp.down_proj": list(range(23))})
+    expected = masked(model, masks)(**batch).logits
+    shrunk = lrp_prune.shrink(model, masks, [batch], multiple_of=8)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [16, 24]
+    assert {name: "multiple_of=8" in why for name, why in shrunk.left.items()} == {
+        f"model.layers.{layer}.mlp.down_proj": True for layer in (0, 1)
+    }
+    with pytest.raises(ValueError, match="multiple_of"):
+        lrp_prune.shrink(model, None, [batch], multiple_of=0)
+
+
 class Lightning(lightning.LightningModule):
     """Holds a model, as a training does."""
 
