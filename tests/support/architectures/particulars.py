@@ -97,6 +97,7 @@ TYPES: dict[str, dict[str, Any]] = {
             "projector_hidden_size": 32,
         }
     },
+    "audio-spectrogram-transformer": {"max_length": 32, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4},
     "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
     "perceiver": {
         "num_latents": 8,
