@@ -61,10 +61,14 @@ class Case:
         """The one that whatever does not depend on attention is tried on."""
         return [variant for variant in self.variants if variant.limit < 1e-3][-1]
 
+    def fresh(self, biases: bool = False) -> nn.Module:
+        """Another model like the first; it is not copied, since some models keep what they computed."""
+        return build(self.mapping, self.name, self.first.attention, biases=biases, dtype=self.dtype)
+
     @cached_property
     def biased(self) -> nn.Module:
         """A model whose biases are not zero, so that it is seen where they are forgotten."""
-        return build(self.mapping, self.name, self.first.attention, biases=True, dtype=self.dtype)
+        return self.fresh(biases=True)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,19 +25,20 @@ def reading_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
     """
     parameters = dict(model.named_parameters())
     channels = {
-        id(parameters[member.parameter]): (member.owners.reshape(-1) == unit).nonzero().view(-1) for member in members
+        _memory(parameters[member.parameter]): (member.owners.reshape(-1) == unit).nonzero().view(-1)
+        for member in members
     }
     seen: set[int] = set()
 
     def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
-        seen.add(id(weight))
-        args[read] = args[read].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0)
+        seen.add(_memory(weight))
+        args[read] = args[read].index_fill(1 if weight.dim() > 2 else -1, channels[_memory(weight)], 0.0)
         return function(*args, **kwargs)
 
     def blinded(weight: Tensor) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen.add(id(weight))
-            return args[0].index_fill(1 if weight.dim() > 2 else -1, channels[id(weight)], 0.0), *args[1:]
+            seen.add(_memory(weight))
+            return args[0].index_fill(1 if weight.dim() > 2 else -1, channels[_memory(weight)], 0.0), *args[1:]
 
         return hook
 
@@ -61,11 +62,11 @@ def writing_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
         RuntimeError: if one of them is called neither as a module nor as a function that is known here.
     """
     parameters = dict(model.named_parameters())
-    names = {id(parameters[member.parameter]): member.parameter.rpartition(".")[0] for member in members}
+    names = {_memory(parameters[member.parameter]): member.parameter.rpartition(".")[0] for member in members}
     called: set[str] = set()
 
     def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
-        called.add(names[id(weight)])
+        called.add(names[_memory(weight)])
         return torch.zeros_like(function(*args, **kwargs))
 
     def silenced(name: str) -> Callable[..., Any]:
@@ -87,12 +88,12 @@ def writing_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
 
 @contextmanager
 def _changed(weights: set[int], change: Callable[..., Any]) -> Iterator[None]:
-    """Calls of functions with some weights, by their ids, go through ``change``."""
+    """Calls of functions with some weights, or views of these, go through ``change``."""
 
     def changed(function: Callable[..., Any], read: int, by: int) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             weight = args[by] if len(args) > by else kwargs.get("weight")
-            if id(weight) not in weights:
+            if not isinstance(weight, Tensor) or _memory(weight) not in weights:
                 return function(*args, **kwargs)
             return change(weight, function, list(args), read, kwargs)
 
@@ -102,3 +103,8 @@ def _changed(weights: set[int], change: Callable[..., Any]) -> Iterator[None]:
         for place, name, read, by in _FUNCTIONS:
             stack.enter_context(patch.object(place, name, changed(getattr(place, name), read, by)))
         yield
+
+
+def _memory(tensor: Tensor) -> int:
+    """What a weight and its views have in common."""
+    return tensor.untyped_storage().data_ptr()

@@ -1,12 +1,11 @@
 """Relevance of weights; pruning, training and files."""
 
-import copy
 import tempfile
 import warnings
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.attribution.candidates import candidates
@@ -62,26 +61,29 @@ def prunes(case: Case) -> Verdict:
 
 
 @lru_cache(maxsize=1)
-def _pruned_once(case: Case) -> tuple[nn.Module, lrp_prune.Masks, list[str]]:
+def _pruned_once(case: Case) -> tuple[dict[str, Tensor], lrp_prune.Masks, list[str]]:
     """Prune; where that is refused since weights have no relevance, without these, as the message says."""
-    model, batches = copy.deepcopy(case.first.model), [case.first.batch]
+    model, batches = case.fresh(), [case.first.batch]
     method, settings = lrp_prune.LRP(target=explained), {"progress": False, "matmul_dtype": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return model, lrp_prune.prune(model, batches, SPARSITY, method, **settings), []
+            return model.state_dict(), lrp_prune.prune(model, batches, SPARSITY, method, **settings), []
         except ValueError as error:
             if "exclude=[" not in str(error):
                 raise
         relevance = lrp_prune.attribute(model, batches, target=explained, matmul_dtype=None)
         excluded = patterns_of(relevance.unscored)
-        return model, lrp_prune.prune(model, batches, SPARSITY, method, exclude=excluded, **settings), excluded
+        masks = lrp_prune.prune(model, batches, SPARSITY, method, exclude=excluded, **settings)
+    return model.state_dict(), masks, excluded
 
 
 def _pruned(case: Case) -> tuple[nn.Module, lrp_prune.Masks, list[str]]:
-    """A pruned copy, its masks, and what was excluded."""
-    model, masks, excluded = _pruned_once(case)
-    return copy.deepcopy(model), masks, excluded
+    """A pruned model, its masks, and what was excluded."""
+    state, masks, excluded = _pruned_once(case)
+    model = case.fresh()
+    model.load_state_dict(state)
+    return model, masks, excluded
 
 
 def _trained(case: Case, model: nn.Module, masks: lrp_prune.Masks) -> str:

@@ -105,7 +105,7 @@ def _possible(batch: Batch, hints: list[int]) -> Iterator[dict[str, Any]]:
     if "input_ids" not in texts or media == [{}]:
         return
     if token is not None:
-        for places in dict.fromkeys([*hints, *range(1, PLACES)]):
+        for places in dict.fromkeys(hints) or range(1, PLACES):
             for entries in media:
                 yield {**texts, **entries, **_with_places(batch, texts["input_ids"], token, places)}
     yield texts
@@ -154,7 +154,7 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
     "input_ids": _input_ids,
     "decoder_input_ids": _decoder_ids,
     "bbox": _boxes,
-    "inputs": lambda batch: batch.ids() if not batch.takes("pixel_values", "input_values") else None,
+    "inputs": lambda batch: batch.ids() if not batch.takes("input_ids", "pixel_values", "input_values") else None,
     "visual_feats": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_feat_dim),
     "visual_pos": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_pos_dim),
     "task_inputs": lambda batch: batch.ids(SAMPLES, batch.config.task_seq_len),

@@ -97,6 +97,14 @@ TYPES: dict[str, dict[str, Any]] = {
             "projector_hidden_size": 32,
         }
     },
+    "audio-spectrogram-transformer": {"max_length": 32, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4},
+    "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    "perceiver": {
+        "num_latents": 8,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "pp_doclayout_v3": {"x4_feat_dim": 16},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "cvt": {"depth": (1, 2, 3), "num_heads": (1, 2, 2)},
