@@ -169,11 +169,9 @@ ROWS: dict[str, Operation] = {
     "group_norm": _normalized("input num_groups weight bias eps", "groups"),
     **_rows("mul multiply", "product", _TWO),
     **_rows("div divide true_divide", "division", _TWO),
-    # Division by a matrix.
     **_rows("linalg_solve linalg_solve_ex linalg_solve_triangular", "solution", ((1, "B"), (0, "A"))),
     **_rows("triangular_solve", "solution", ((0, "input"), (1, "A"))),
     **_rows("cholesky_solve", "solution", ((0, "input"), (1, "input2"))),
-    # Where something is looked up divides nothing, but is a constant beside it in the same way.
     **_rows("grid_sampler grid_sampler_2d grid_sampler_3d", "division", ((0, "input"), (1, "grid"))),
     **_rows("prod cumprod", "factors"),
     "scatter_reduce": Operation("reduction", ((0, "input"), (3, "src")), linear=True),
@@ -329,11 +327,9 @@ def _build() -> dict[Callable[..., Any], Operation]:
         table[function] = ROWS["linalg_norm"]
     for name in "solve solve_ex solve_triangular inv inv_ex pinv cholesky cholesky_ex".split():
         table[getattr(torch.linalg, name)] = ROWS[f"linalg_{name}"]
-    for function in (torch.pow, Tensor.pow):
-        table[function] = ROWS["pow"]
+    table[torch.pow] = table[Tensor.pow] = ROWS["pow"]
     table[Tensor.pow_] = ROWS["pow"]._replace(functional=torch.pow)
     table[Tensor.where] = _joined(((0, "self"), (2, "other")), channels="entrywise")
-    # Assigned to parts of a tensor.
     table[Tensor.__setitem__] = _joined(((0, "input"), (2, "value")))
     table[Tensor.copy_] = _joined(((0, "input"), (1, "src")))
     table[torch.einsum] = Operation("einsum")
@@ -344,9 +340,8 @@ def _build() -> dict[Callable[..., Any], Operation]:
     for name, row in ROWS.items():
         if row.kind == "max_pooling" and not name.endswith("_with_indices"):
             table[getattr(F, name)] = row  # calls one function or another, as it is asked for indices
-    table[torch.embedding] = Operation("embedding", ((0, "weight"), (1, "indices")))
+    table[torch.embedding] = table[torch.embedding_bag] = Operation("embedding", ((0, "weight"), (1, "indices")))
     table[F.embedding] = Operation("embedding", ((1, "weight"), (0, "input")))
-    table[torch.embedding_bag] = Operation("embedding", ((0, "weight"), (1, "indices")))
     table[F.scaled_dot_product_attention] = Operation("attention", ((0, "query"), (1, "key"), (2, "value")))
     return table
 
