@@ -6,7 +6,8 @@
     python tests/conformance/architectures.py --compare             # with what is stored; ends with 1 where something is worse
 
 What is found is kept in build/architectures.jsonl, a line a type, for these versions of lrp-prune, torch and transformers
-(``--fresh`` forgets it). A run over everything writes docs/architectures.md and docs/architectures.json, unless it compares.
+(``--fresh`` forgets it). A run over everything writes docs/architectures.md and docs/architectures.json, unless it compares;
+``--page`` writes them before its end.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         record.clear()
     known = record.entries()
     missing = [pair for pair in chosen if _is_due(known.get("/".join(pair)), options.again)]
-    _run(missing, record, options)
+    if not options.page:
+        _run(missing, record, options)
     found = {"/".join(pair): record.entries().get("/".join(pair)) for pair in chosen}
     entries = {key: entry for key, entry in found.items() if entry is not None}
     whole = len(chosen) == len(pairs())
@@ -53,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(changes)
         return 1 if changes.worse else 0
-    if whole and len(entries) == len(chosen):
-        about = {"versions": versions(), "date": date.today().isoformat(), "command": COMMAND}
+    if whole:
+        about = {"versions": versions(), "date": date.today().isoformat(), "command": COMMAND, "of": len(chosen)}
         page.write(options.docs, entries, about)
     return 0
 
@@ -99,6 +101,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=60, help="of the processor that one type may take")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="of memory that one type may take")
     parser.add_argument("--again", action="store_true", help="once more what did not pass")
+    parser.add_argument("--page", action="store_true", help="look at nothing, and write what is known so far")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")
     parser.add_argument("--record", type=Path, default=ROOT / "build" / "architectures.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")

@@ -86,10 +86,10 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items()),
         "Of each with eager attention and with `scaled_dot_product_attention` where it has both, and of mixtures of experts with "
         "the grouped kernel in float32 as well; types whose own code does not run in float64 are in float32. A type passes if "
-        "nothing is wrong in any column, in any of these. *Refused* counts as right: the library says by itself, with the "
-        "reason, that there is nothing of the kind, or that it could not be taken out.",
+        "nothing is wrong in any column, in any of these. *None* counts as right: there is nothing of the kind to look at, or the "
+        "library says by itself, with the reason, that it could not be taken out.",
         _table(entries, whole),
-        f"`{about['command']}`; {about['date']}; {versions}. Every entry, with its figures, is in "
+        f"`{about['command']}`; {about['date']}; {versions}. {_of_all(about, whole)}Every entry, with its figures, is in "
         "[architectures.json](architectures.json).",
         "## What does not pass",
         _exceptions(entries),
@@ -100,6 +100,12 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
     if text:
         parts.append(f"Given text alone, since no images were found that they accept: {_named(text)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _of_all(about: dict[str, Any], whole: tuple[int, ...]) -> str:
+    """What is said of a run that was written before its end."""
+    number = about.get("of", whole[2])
+    return f"Of {number} types {whole[2]} were looked at so far. " if whole[2] < number else ""
 
 
 def _table(entries: Entries, whole: tuple[int, ...]) -> str:
@@ -116,7 +122,7 @@ def _counted(entries: list[dict[str, Any]], column: str) -> str:
     """How many are right, and of how many of these there is nothing of the kind, or the library says that it does not do it."""
     found = Counter(entry["columns"][column]["status"] for entry in entries if column in entry.get("columns", ()))
     less = found["refused"] + found["absent"]
-    return f"{found['passed'] + less}{f' ({less} refused)' if less else ''}"
+    return f"{found['passed'] + less}{f' ({less} none)' if less else ''}"
 
 
 def _exceptions(entries: Entries) -> str:

@@ -111,14 +111,14 @@ def test_the_page_counts_and_names(tmp_path: Path) -> None:
         _entry("ctc/hubert"), _entry("ctc/sew", "conserves"), _entry("causal-lm/gpt2", "conserves"),
         _entry("causal-lm/other", built="ImportError: no timm"),
     )  # fmt: skip
-    about = {"versions": {"torch": "2"}, "date": "2026-01-02", "command": "python it"}
+    about = {"versions": {"torch": "2"}, "date": "2026-01-02", "command": "python it", "of": 7}
     page.write(tmp_path, entries, about)
     text = (tmp_path / "architectures.md").read_text()
     assert page.totals(entries) == {"causal-lm": (0, 1, 2), "ctc": (1, 2, 2)}
     assert "| ctc | 1 | 2 | 2 | 2 | 1 |" in text and "| **all** | 1 | 3 | 4 | 3 | 1 |" in text
     assert "* `gpt2` (causal-lm), `sew` (ctc): wrong by 0.1" in text
     assert "* `other` (causal-lm): ImportError: no timm" in text
-    assert "`python it`; 2026-01-02; torch 2." in text
+    assert "`python it`; 2026-01-02; torch 2. Of 7 types 4 were looked at so far. Every entry" in text
     stored = page.read(tmp_path / "architectures.json")
     assert {key: failures(entry) for key, entry in stored.items()} == {
         key: failures(entry) for key, entry in sorted(entries.items())
