@@ -86,8 +86,8 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items()),
         "Of each with eager attention and with `scaled_dot_product_attention` where it has both, and of mixtures of experts with "
         "the grouped kernel in float32 as well; types whose own code does not run in float64 are in float32. A type passes if "
-        "nothing is wrong in any column, in any of these. *None* counts as right: there is nothing of the kind to look at, or the "
-        "library says by itself, with the reason, that it could not be taken out.",
+        "nothing is wrong in any column, in any of these. *None* counts as right: there is nothing of the kind to look at, or "
+        "the library says by itself, with the reason, that it could not be taken out.",
         _table(entries, whole),
         f"`{about['command']}`; {about['date']}; {versions}. {_of_all(about, whole)}Every entry, with its figures, is in "
         "[architectures.json](architectures.json).",
