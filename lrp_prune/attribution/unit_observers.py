@@ -176,7 +176,7 @@ class UnitObservers:
                 sums.index_add_(
                     0,
                     torch.tensor([index[roots[place]] for place in here], dtype=torch.int64, device="cpu"),
-                    values[here],
+                    values[here].to(sums.dtype),
                 )
         return sums
 

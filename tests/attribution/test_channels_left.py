@@ -167,3 +167,38 @@ def test_nothing_is_said_where_all_convolutions_have_units() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         units(NETS["grouped"][0]().eval(), torch.randn(2, 4, 6, 6))
+
+
+class _TwoPrecisions(nn.Module):
+    """Hidden units that a layer reads in double precision, and another in single."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.precise, self.rough = nn.Linear(4, 6).double(), nn.Linear(6, 3).double(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.precise(hidden) + self.rough(hidden.to(self.rough.weight.dtype))
+
+
+def test_units_that_are_read_in_two_precisions_have_the_sum_of_both() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def found(model: nn.Module) -> Tensor:
+        relevance = lrp_prune.attribute(
+            model,
+            [x],
+            lambda model, batch: model(batch).sum(),
+            statistic="signed",
+            granularity="neuron",
+            matmul_dtype=None,
+        )
+        (values,) = relevance.values()
+        return values.double()
+
+    model = _TwoPrecisions()
+    expected = found(model.double())
+    assert bool(expected.any())
+    model.rough.float()
+    torch.testing.assert_close(found(model), expected, rtol=1e-5, atol=1e-6)
