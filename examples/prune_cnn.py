@@ -222,6 +222,29 @@ def prepared(given: argparse.Namespace) -> tuple[nn.Module, tuple[DataLoader, Da
     return network, loaders(data, labels, given.seed, batch=50)
 
 
+def compared(network: nn.Module, lrp: LRP, batches: list[Any], held_out: DataLoader) -> lrp_prune.Comparison:
+    """The accuracy by rate and ranking, which is printed."""
+    rankings = {
+        "lrp": lrp,
+        "integrated gradients": "integrated_gradients",
+        "magnitude": "magnitude",
+        "random": "random",
+    }
+    curve = lrp_prune.pruning_curve(
+        network,
+        rankings,
+        lambda network: accuracy(network, held_out),
+        RATES,
+        batches=batches,
+        granularity="neuron",
+        progress=IN_TERMINAL,
+    )
+    print(curve)
+    rows = [f"| {name} | {curve.area(name):.3f} | {curve.top_rate(name):.0%} |" for name in curve.scores]
+    print(aligned("\n".join(["| ranking | mean accuracy over rates | rate that keeps 95 % |", "|---|---|---|", *rows])))
+    return curve
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     given = parse(arguments)
     quiet()
@@ -241,24 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     stage("Filters removed by rate, by several rankings, nothing trained")
     lrp = LRP("epsilon", "pxp", "class")
-    rankings = {
-        "lrp": lrp,
-        "integrated gradients": "integrated_gradients",
-        "magnitude": "magnitude",
-        "random": "random",
-    }
-    curve = lrp_prune.pruning_curve(
-        network,
-        rankings,
-        lambda network: accuracy(network, held_out),
-        RATES,
-        batches=batches,
-        granularity="neuron",
-        progress=IN_TERMINAL,
-    )
-    print(curve)
-    rows = [f"| {name} | {curve.area(name):.3f} | {curve.top_rate(name):.0%} |" for name in curve.scores]
-    print(aligned("\n".join(["| ranking | mean accuracy over rates | rate that keeps 95 % |", "|---|---|---|", *rows])))
+    curve = compared(network, lrp, batches, held_out)
 
     stage(f"{given.sparsity:.0%} of each layer's filters removed by the callback, and one epoch")
     pruning = RelevancePruning(
