@@ -63,8 +63,8 @@ class RelevancePruning(CollectingCallback):
 
     Args:
         sparsity: total sparsity after the last round in [0, 1), or one for each name pattern or tensor (a budget of
-            :mod:`lrp_prune.pruning.budgets`). Of units it is their share, and the sparsity of the weights, which is logged, differs
-            from it: they own unequal numbers, and share some.
+            :mod:`lrp_prune.pruning.budgets`). Of units it is their share, and the sparsity of the weights, which is logged,
+            differs from it: they own unequal numbers, and share some.
         rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are. None: one, or
             one for each number of a list as ``schedule``.
         schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
