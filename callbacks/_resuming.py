@@ -104,3 +104,11 @@ def warn_of_late_begin(trainer: Trainer, callback: str, times: Times, done: int,
         f"pruning begins with round {done + 1} of {times.count}, and "
         f"{f'all rounds are delayed by {delay} {unit}' if delay else 'its rounds keep their times'}"
     )
+
+
+def warn_of_pending(done: int) -> None:
+    """Say that the masks of the round after so many are applied at the end."""
+    rank_zero_warn(
+        f"the training ended after round {done + 1} had collected and before it could prune: its masks are applied now, with no "
+        "training after them and in no checkpoint written so far"
+    )

@@ -47,14 +47,9 @@ class RelevancePruning(CollectingCallback):
 
     Magnitude and random scores need no data, and with ``reference`` the data are at hand: such rounds need no
     validation and score the weights right before they are pruned.
-
-    The zeros are kept by :class:`~lrp_prune.training.keeping.MaskKeeper`. Parameters keep their names, so the
-    checkpoint's state dict is that of the plain model.
+    The zeros are kept by :class:`~lrp_prune.training.keeping.MaskKeeper`. Parameters keep their names.
 
     Example::
-
-        from lightning.pytorch import Trainer
-        from lrp_prune.callbacks import RelevancePruning
 
         pruning = RelevancePruning(sparsity=0.7, rounds=5)
         trainer = Trainer(max_epochs=6, callbacks=[pruning])
@@ -62,9 +57,8 @@ class RelevancePruning(CollectingCallback):
         pruning.masks.save("masks.safetensors")
 
     Args:
-        sparsity: total sparsity after the last round in [0, 1), or one for each name pattern or tensor (a budget of
-            :mod:`lrp_prune.pruning.budgets`). Of units it is their share, and the sparsity of the weights, which is logged,
-            differs from it: they own unequal numbers, and share some.
+        sparsity: total sparsity after the last round in [0, 1), or one for each name pattern (a budget, say). Of units it is
+            their share, and that of weights, which is logged, differs from it: they own unequal numbers, and share some.
         rounds: number of rounds, one an epoch from epoch 1 on; or :class:`Rounds`, which also says when they are. None: one, or
             one for each number of a list as ``schedule``.
         schedule: total sparsity by round, see :func:`lrp_prune.pruning.sparsity_schedule`; a list ends at ``sparsity``.
@@ -78,8 +72,7 @@ class RelevancePruning(CollectingCallback):
         trainable_only: prune only weights that require gradients, and those that ``include`` names.
         recalibrate: after each round, before the training goes on, scale what is kept, channel by channel, to the outputs from
             before the round, as far as that helps (see :func:`lrp_prune.pruning.recalibrate`): forward passes over the batches
-            that relevance was collected on, which are read once more. Off by default: where training goes on, it makes no
-            difference that could be measured.
+            that relevance was collected on, which are read once more. Off by default: training makes up for it.
         compensation: after each round, before the training goes on, update all that is kept in place of scaling it, to the least
             squares of what each layer gave right before the round, as it was trained until then (see
             :func:`lrp_prune.prune`): ``"exact"``, ``"obs"``, or an object such as :class:`lrp_prune.pruning.LeastSquares`. It
@@ -144,8 +137,7 @@ class RelevancePruning(CollectingCallback):
         self._pruner = Pruner(targets, scope, name)
         self._round = Round(collection, self._pruner, self._times.count, recalibrate, compensation, summary)
         self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
-        self._compensates = compensation is not None and not preview
-        self._allow_untested = allow_untested
+        self._compensates, self._allow_untested = compensation is not None and not preview, allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}
         if name != "pruning":
             self._identity["name"] = name
@@ -284,10 +276,7 @@ class RelevancePruning(CollectingCallback):
             if self.previewed is None and self.round < self._times.count:
                 rank_zero_warn("the training ended before the first round had collected: there is no preview")
         elif self._pruner.state.pending is not None:
-            rank_zero_warn(
-                f"the training ended after round {self.round + 1} had collected and before it could prune: its masks "
-                "are applied now, with no training after them and in no checkpoint written so far"
-            )
+            _resuming.warn_of_pending(self.round)
             self._prune(trainer, pl_module, log=False)
         elif self.round < self._times.count and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(f"the training ended after {self.round} of {self._times.count} pruning rounds")
@@ -327,8 +316,8 @@ class RelevancePruning(CollectingCallback):
     def _make_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The uninterrupted training collected in this validation; the weights are still those that it saw.
         epoch = _resuming.skipped_validation(trainer)
-        needed = epoch is not None and self._times.needs_validation(trainer, self.round, epoch)
-        if epoch is not None and needed and self._collection.uses_validation:
+        uses = epoch is not None and self._collection.uses_validation
+        if epoch is not None and uses and self._times.needs_validation(trainer, self.round, epoch):
             self._pend(trainer, self._collection.run(trainer, pl_module), epoch)
 
     def _pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
@@ -356,5 +345,5 @@ class RelevancePruning(CollectingCallback):
     def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.log_progress(pl_module)
         if self._monitor is not None:
-            final = self.round == self._times.count
-            _monitor.log_monitored(trainer, pl_module, self._monitor, self._monitor_mode, final, self.name)
+            done = self.round == self._times.count
+            _monitor.log_monitored(trainer, pl_module, self._monitor, self._monitor_mode, done, self.name)

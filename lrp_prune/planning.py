@@ -172,9 +172,7 @@ def estimate(
 
     weights = sum(part(entry) * size(entry) for entry in parameters.values())
     weights += sum(buffer.numel() * size(buffer) for buffer in module.buffers())
-    # Biases, and statistics of normalizations, are scaled beside the weights.
-    vectors = [entry for entry in (*parameters.values(), *module.buffers()) if entry.dim() == 1]
-    scaled = sum(part(entry) * size(entry) for entry in {*scored.values(), *vectors})
+    scaled = sum(part(entry) * size(entry) for entry in {*scored.values(), *_vectors(module)})
     trainable = sum(part(entry) * size(entry) for entry in parameters.values() if entry.requires_grad)
     inputs = 2 if collected is not None and statistic_of(collected.statistic).contributing else 0
     sums = sum(_SUM * (part(entry) + inputs * _inputs(entry)) for entry in scored.values()) if whole else 0
@@ -187,9 +185,8 @@ def estimate(
     temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
     passes, fitted = _passes(min(batches, LOOKED_AT))
     zeroed = round(sparsity * sum(part(entry) * size(entry) for entry in scored.values()))
-    compared = (
-        0 if batch is None or way is not None else _compared(Comparing(module, set(scored)), batch, dtype, fitted)
-    )
+    compares = batch is not None and way is None
+    compared = _compared(Comparing(module, set(scored)), batch, dtype, fitted) if compares else 0
     if parts > 1:
         compared += _one_module(module, {}, size)
         temporary += _one_module(module, scored if whole else {}, size)
@@ -209,6 +206,11 @@ def estimate(
         recalibration_passes=passes if way is None else 0,
         compensation=plan.device,
     )
+
+
+def _vectors(module: nn.Module) -> list[Tensor]:
+    """Biases, and statistics of normalizations, which are scaled beside the weights."""
+    return [entry for entry in (*named_parameters(module).values(), *module.buffers()) if entry.dim() == 1]
 
 
 def _checked_compensation(compensation: Any, batch: Any, strategy: str, world_size: int) -> Compensation | None:

@@ -105,6 +105,7 @@ def is_open(cls: type[Function]) -> bool:
         ...     def forward(ctx, x):
         ...         ctx.save_for_backward(x)
         ...         return torch.pow(x, 3)
+        >>> Cube.__module__ = "my_model"  # where it would stand
         >>> is_open(Cube)
         True
     """

@@ -126,7 +126,7 @@ class _Graph:
             return []
         direction = torch.zeros(tuple(shape), dtype=near[0].dtype, device=near[0].device)
         generator = torch.Generator().manual_seed(0)
-        random = torch.randn((*shape[:-1], int(chosen.sum())), generator=generator)
+        random = torch.randn((*shape[:-1], int(chosen.sum())), generator=generator, device="cpu")
         direction[..., chosen.to(direction.device)] = random.to(direction)
         output = torch.autograd.graph.GradientEdge(*edge)
         return torch.autograd.grad(output, near, direction, retain_graph=True, allow_unused=True)

@@ -13,7 +13,7 @@ def test_half_of_the_filters_go_and_an_epoch_brings_most_of_it_back(tmp_path: Pa
     printed = capsys.readouterr().out
     assert "108 of 216 filters put out anything" in printed and "rate that keeps 95 %" in printed
     assert found["dense"] > 0.8 and found["after one epoch"] > 0.8 * found["dense"]
-    assert "108 of 216 neurons taken out" in " ".join(printed.split())
+    assert "72 of 144 neurons taken out; 31,434 -> 8,090 parameters" in " ".join(printed.split())
     assert found["shrunk"] == found["after one epoch"] and found["times faster"] > 1
     assert Image.open(picture).size == (1650, 660)
 

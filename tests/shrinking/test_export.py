@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from tests.attribution.test_channels import Net, conv_bn, pooled
 from tests.shrinking.test_shrink import CLASSES, keeping, masks_of
+from tests.support.channel_nets import Net, conv_bn, pooled
 from tests.support.small_models import batch_for, build
 
 

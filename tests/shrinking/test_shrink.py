@@ -14,7 +14,7 @@ import lrp_prune
 from lrp_prune.models.batches import tensors
 from lrp_prune.models.calling import run
 from lrp_prune.shrinking.proof import Proof
-from tests.attribution.test_channels import NETS, Net, conv_bn, pooled
+from tests.support.channel_nets import NETS, Net, conv_bn, pooled
 from tests.support.sharding import sharded, together
 from tests.support.small_models import CAUSAL, batch_for, build, forward, llama
 from tests.support.units import randomized
