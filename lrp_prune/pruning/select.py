@@ -61,8 +61,8 @@ def select(
     Args:
         relevance: values of weights in their parameters' shapes, or of units ``[units]`` by group.
         sparsity: total fraction to prune, in [0, 1); or ``{pattern: fraction}``: tensors of one pattern are selected
-            together, a tensor belongs to the first pattern that matches its name, and one that none matches gets no
-            mask.
+            together, a tensor belongs to the first pattern that matches its name (one that is a tensor's name means this one
+            alone), and one that none matches gets no mask.
         scope: what is compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one
             output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept; ``"N:8"``: as
             many as the tensor's sparsity says); or a :class:`Scope`, which also has the floor, the order and the normalization.

@@ -133,6 +133,8 @@ def groups_by_pattern(
 ) -> list[tuple[str | None, list[str], float]]:
     """The names that are selected together, with their pattern and sparsity; a name belongs to the first that matches it.
 
+    A pattern that is a tensor's name means this one alone, whatever characters it has: a budget's keys are names.
+
     Raises:
         ValueError: if a pattern matches no name, or a sparsity is out of range.
 
@@ -145,13 +147,18 @@ def groups_by_pattern(
     if not sparsity:
         raise ValueError("sparsity has no pattern: give a number in [0, 1) or {pattern: number}")
     groups: dict[str, list[str]] = {pattern: [] for pattern in sparsity}
+    known = set(names)
+
+    def meant(pattern: str, name: str) -> bool:
+        return name == pattern if pattern in known else matches(name, [pattern])
+
     for name in names:
-        pattern = next((pattern for pattern in sparsity if matches(name, [pattern])), None)
+        pattern = next((pattern for pattern in sparsity if meant(pattern, name)), None)
         if pattern is not None:
             groups[pattern].append(name)
     for pattern, rate in sparsity.items():
         check_sparsity(rate, f"sparsity[{pattern!r}]")
-        if not any(matches(name, [pattern]) for name in names):
+        if not any(meant(pattern, name) for name in names):
             raise ValueError(
                 f"sparsity[{pattern!r}] matches no tensor of the relevance, which has {', '.join(names[:3])}, ..."
             )

@@ -47,7 +47,8 @@ class Budget(dict[str, float]):
     @property
     def sparsity(self) -> float:
         """The share of all its tensors together."""
-        return sum(share * self.sizes[name] for name, share in self.items()) / max(sum(self.sizes.values()), 1)
+        entries = sum(self.sizes[name] for name in self)
+        return sum(share * self.sizes[name] for name, share in self.items()) / max(entries, 1)
 
     def in_steps(self, size: int) -> "Budget":
         """The same in multiples of ``1 / size``, for ``scope="N:size"``; the share of all stays as near as steps allow.
@@ -66,7 +67,8 @@ class Budget(dict[str, float]):
             raise ValueError(f"size must be the M of N:M, an integer of at least 2, got {size!r}")
         steps = {name: min(math.floor(share * size + 1e-9), size - 1) for name, share in self.items()}
         lost = sum((share - steps[name] / size) * self.sizes[name] for name, share in self.items())
-        for name in sorted(self, key=lambda name: steps[name] / size - self[name]):
+        short = [name for name, share in self.items() if share * size - steps[name] > 1e-9]
+        for name in sorted(short, key=lambda name: steps[name] / size - self[name]):
             weight = self.sizes[name] / size
             if steps[name] < size - 1 and abs(lost - weight) < abs(lost):
                 steps[name] += 1
@@ -129,11 +131,7 @@ def spread_around(wanted: Sequence[float], sizes: Sequence[int], sparsity: float
         >>> spread_around([0.0, 1.0, 0.5], [10, 10, 10], 0.5, 0.25)
         [0.25, 0.75, 0.5]
     """
-    check_sparsity(sparsity)
-    if sparsity > MOST:
-        raise ValueError(
-            f"a budget leaves each tensor at least {1 - MOST:.0%}: sparsity {sparsity:g} is more than it can be"
-        )
+    check_budgeted(sparsity)
     if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread < 1:
         raise ValueError(f"spread must be a number in [0, 1), got {spread!r}")
     if not all(map(math.isfinite, wanted)):
@@ -155,6 +153,30 @@ def spread_around(wanted: Sequence[float], sizes: Sequence[int], sparsity: float
     return [round(share, 12) for share in shares((below + beyond) / 2)]
 
 
+def check_budgeted(sparsity: float) -> None:
+    """Refuse what no budget can have as the sparsity of all.
+
+    Raises:
+        ValueError: and says why.
+    """
+    if check_sparsity(sparsity) > MOST:
+        raise ValueError(
+            f"a budget leaves each tensor at least {1 - MOST:.0%}: sparsity {sparsity:g} is more than it can be"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose tensors no process has as a whole.
+
+    Raises:
+        ValueError: and says when to make a budget.
+    """
+    if any(sharding.is_divided for sharding in shardings_of(subject_of(model).module).values()):
+        raise ValueError(
+            "a budget is made of whole tensors: make it before the model is divided among processes, and pass it on"
+        )
+
+
 def groups_by(model: nn.Module, names: Sequence[str], by: str) -> list[list[str]]:
     """The tensors that share one number: those of a block (a module that repeats, else a layer), or each alone.
 
@@ -170,13 +192,10 @@ def groups_by(model: nn.Module, names: Sequence[str], by: str) -> list[list[str]
         raise ValueError(f"by must be 'block' or 'tensor', got {by!r}")
     if not names:
         raise ValueError("there is no tensor to make a budget for: was everything excluded, or nothing scored?")
-    module = subject_of(model).module
-    if any(sharding.is_divided for sharding in shardings_of(module).values()):
-        raise ValueError(
-            "a budget is made of whole tensors: make it before the model is divided among processes, and pass it on"
-        )
+    check_whole(model)
     if by == "tensor":
         return [[name] for name in names]
+    module = subject_of(model).module
     parameters = {name: parameter for name, parameter in named_parameters(module).items() if name in set(names)}
     groups, left = [], dict.fromkeys(names)
     for stage in stages_of(module, parameters).values():

@@ -5,11 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from lrp_prune.models.batches import check_batches
-from lrp_prune.progress import Counted, bar, no_bar, number_of
-from lrp_prune.pruning.budgets.budget import Budget, groups_by, of_groups, spread_around
+from lrp_prune.pruning.budgets.budget import Budget, of_groups, spread_around
+from lrp_prune.pruning.budgets.scores import scored_groups
 from lrp_prune.pruning.methods import Method
-from lrp_prune.pruning.scorers import scorer
 from lrp_prune.relevance import Relevance
 
 
@@ -60,15 +58,7 @@ def outlier_weighted(
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold > 1:
         raise ValueError(f"threshold says how many times the mean an outlier is, more than 1, got {threshold!r}")
-    if relevance is None:
-        check_batches(batches)
-        scores = scorer(method, model, include=include, exclude=exclude)
-        with (bar if progress else no_bar)("Collecting scores", number_of(batches)) as advance:
-            scores.collect(Counted(batches, advance))
-        relevance = scores.compute()
-    elif relevance.granularity != "weight":
-        raise ValueError(f"a budget is of weights, and the relevance is about {relevance.granularity}s")
-    groups = groups_by(model, [name for name in relevance if name not in relevance.unscored], by)
+    relevance, groups = scored_groups(model, batches, method, by, include, exclude, relevance, progress)
     sizes = {name: relevance[name].numel() for group in groups for name in group}
     outliers, entries = [], []
     for group in groups:

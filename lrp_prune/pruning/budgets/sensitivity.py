@@ -1,6 +1,6 @@
 """Less from the blocks whose loss is felt most at the outputs: pruned one at a time, and measured."""
 
-import heapq
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,19 +11,19 @@ from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import check_batches, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.subject import subject_of
-from lrp_prune.progress import Counted, bar, no_bar, number_of
-from lrp_prune.pruning.budgets.budget import MOST, Budget, groups_by, of_groups
+from lrp_prune.progress import bar, no_bar
+from lrp_prune.pruning.budgets.budget import MOST, Budget, check_budgeted, of_groups
+from lrp_prune.pruning.budgets.scores import scored_groups
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compared import asked_of, comparing_by
 from lrp_prune.pruning.methods import Method, method_of
 from lrp_prune.pruning.passes import distances, outputs_of
 from lrp_prune.pruning.processes import Processes
-from lrp_prune.pruning.scope import Scope
-from lrp_prune.pruning.scorers import scorer
+from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.select import select
 from lrp_prune.pruning.zeroed import zeroed
 from lrp_prune.relevance import Relevance
-from lrp_prune.selection.scopes import check_sparsity
+from lrp_prune.selection.scopes import Structure, parse_scope
 
 
 def measured(
@@ -72,28 +72,26 @@ def measured(
         >>> round(budgets.measured(model, batches, 0.5, progress=False).sparsity, 6)
         0.5
     """
-    check_sparsity(sparsity)
+    check_budgeted(sparsity)
     if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 < spread < 1:
         raise ValueError(f"spread must be a number in (0, 1), got {spread!r}")
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
         raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")
+    if isinstance(parse_scope(scope_of(scope).compared or "global"), Structure):
+        raise ValueError(
+            f"scope {scope!r} has no shares between: take 'row' or 'layer', and round the budget by in_steps"
+        )
     check_batches(batches)
     batches, method = list(batches), method_of(method)
     if not batches:
         raise ValueError("a measured budget needs batches: pass some")
-    shown = bar if progress else no_bar
-    if relevance is None:
-        scores = scorer(method, model, include=include, exclude=exclude)
-        with shown("Collecting scores", number_of(batches)) as advance:
-            scores.collect(Counted(batches, advance))
-        relevance = scores.compute()
-    groups = groups_by(model, [name for name in relevance if name not in relevance.unscored], by)
+    relevance, groups = scored_groups(model, batches, method, by, include, exclude, relevance, progress)
     sizes = {name: relevance[name].numel() for group in groups for name in group}
     low, high = max(sparsity - spread, 0.0), min(sparsity + spread, MOST)
     tried = [low + (high - low) * number / (levels - 1) for number in range(levels)]
     comparison = _Comparison(model, batches, asked_of(method.target, relevance.target))
     curves = []
-    with shown("Measuring", len(groups) * len(tried)) as advance:
+    with (bar if progress else no_bar)("Measuring", len(groups) * len(tried)) as advance:
         for group in groups:
             curve = []
             for level in tried:
@@ -115,18 +113,19 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], target: Any) -> None:
         subject = subject_of(model)
-        self._module = subject.module
+        self._module, self._batches = subject.module, batches
         self._device = next(self._module.parameters()).device
-        self._batches = [to_device(batch, self._device) for batch in batches]
         own = subject.own_target
-        target = own if own is not None and not callable(own) else target
-        self._target = comparing_by(self._module, self._batches[0], target, Processes(None), None, self._device)
-        self._dense = [self._outputs(batch) for batch in self._batches]
+        target = own if own is not None and not callable(target) else target
+        self._target = comparing_by(self._module, batches[0], target, Processes(None), None, self._device)
+        self._dense = [self._outputs(batch) for batch in batches]
 
     def _outputs(self, batch: Any) -> list[Tensor]:
+        batch = to_device(batch, self._device)
         return outputs_of(self._module, batch, WeightUses(), self._target, Choices())
 
     def distance(self) -> float:
+        """The mean over batches of what the model is from its first outputs now."""
         total = 0.0
         for batch, dense in zip(self._batches, self._dense, strict=True):
             counted = counted_tokens(self._module, batch, 0)
@@ -138,13 +137,18 @@ class _Comparison:
                     "whose values are compared then"
                 )
             total += sum(compared)
+        if not math.isfinite(total):
+            raise ValueError(
+                "outputs of the model, as it is or pruned, are not finite: measure in a wider type (model.float()), or with a "
+                "smaller spread"
+            )
         return total / len(self._batches)
 
 
 def cheapest(
     levels: Sequence[float], curves: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float
 ) -> list[float]:
-    """Shares of least cost: from the lowest level on, what costs least for each entry is pruned next.
+    """Shares of least cost: from the lowest level on, what costs least for each entry is pruned next; what costs alike, alike.
 
     Args:
         levels: shares that were tried, rising.
@@ -157,20 +161,25 @@ def cheapest(
         [0.5, 0.5]
         >>> cheapest([0.25, 0.5, 0.75], [[0.0, 1.0, 1.5], [0.0, 2.0, 8.0]], [10, 10], 0.5)
         [0.75, 0.25]
+        >>> cheapest([0.25, 0.75], [[0.0, 0.0], [0.0, 0.0]], [10, 30], 0.5)
+        [0.5, 0.5]
     """
     shares = [levels[0]] * len(sizes)
     left = (sparsity - levels[0]) * sum(sizes)
-    steps: list[tuple[float, int, int]] = []
-    hulls = [_convex(levels, curve) for curve in curves]
-    for index, hull in enumerate(hulls):
-        for number, ((start, low), (end, high)) in enumerate(pairwise(hull)):
-            heapq.heappush(steps, (_slope((start, low), (end, high)) / sizes[index], index, number))
+    steps = [
+        (_slope(first, second) / sizes[index], index, (second[0] - first[0]) * sizes[index])
+        for index, curve in enumerate(curves)
+        for first, second in pairwise(_convex(levels, curve))
+    ]
     while steps and left > 1e-9:
-        _, index, number = heapq.heappop(steps)
-        start, end = hulls[index][number][0], hulls[index][number + 1][0]
-        taken = min((end - start) * sizes[index], left)
-        shares[index] = start + taken / sizes[index]
-        left -= taken
+        least = min(slope for slope, _, _ in steps)
+        alike = [step for step in steps if math.isclose(step[0], least)]
+        steps = [step for step in steps if step not in alike]
+        room = sum(entries for _, _, entries in alike)
+        part = min(left / room, 1.0)
+        for _, index, entries in alike:
+            shares[index] += part * entries / sizes[index]
+        left -= part * room
     return [round(share, 12) for share in shares]
 
 

@@ -10,6 +10,7 @@ from lrp_prune.attribution.candidates import candidates
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.budgets.budget import Budget, groups_by, of_groups, spread_around
 from lrp_prune.relevance.unscored import patterns_of
+from lrp_prune.selection.scopes import layout_of
 
 _logger = logging.getLogger("lrp_prune")
 
@@ -46,13 +47,18 @@ def heavy_tailed(
         >>> round(budgets.heavy_tailed(model, 0.7).sparsity, 6)
         0.7
     """
-    weights = candidates(subject_of(model).module, include, exclude)
+    module = subject_of(model).module
+    weights = candidates(module, include, exclude)
     groups = groups_by(model, list(weights), by)
-    known = [[tail_exponent(weights[name]) for name in group if _has_tail(weights[name])] for group in groups]
+    convolutions = {id(part.weight) for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)}
+    layouts = {name: "convolution" if id(entry) in convolutions else None for name, entry in weights.items()}
+    without = [name for name, entry in weights.items() if not _has_tail(entry, layouts[name])]
+    known = [
+        [_exponent_of(name, weights[name], layouts[name]) for name in group if name not in without] for group in groups
+    ]
     means = [sum(group) / len(group) for group in known if group]
     if not means:
         raise ValueError("no weight has a spectrum with a tail, as none has two outputs and two inputs")
-    without = [name for name in weights if not _has_tail(weights[name])]
     if without:
         _logger.info(
             "%s: no spectrum with a tail, taken as what the others are in the mean", ", ".join(patterns_of(without))
@@ -64,8 +70,17 @@ def heavy_tailed(
     return of_groups(groups, shares, sizes, sparsity)
 
 
+def _exponent_of(name: str, weight: Tensor, layout: str | None) -> float:
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device, where there are no values: load the model first")
+    try:
+        return tail_exponent(weight, layout)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; leave it out by exclude=[{name!r}]") from error
+
+
 @torch.no_grad()
-def tail_exponent(weight: Tensor) -> float:
+def tail_exponent(weight: Tensor, layout: str | None = None) -> float:
     r"""Hill's estimate of the exponent of the tail of a weight's spectrum.
 
     :math:`\alpha = 1 + k / \sum_{i=1}^{k} \ln(\lambda_{n-i+1} / \lambda_{n-k})` of the eigenvalues :math:`\lambda_1 \leq \dots
@@ -74,6 +89,7 @@ def tail_exponent(weight: Tensor) -> float:
 
     Args:
         weight: ``[out, in]``, ``[out, in, *kernel]``, or ``[stack, out, in]``.
+        layout: ``"convolution"`` of one with three dimensions; None: what they say, of three that matrices are stacked.
 
     Raises:
         ValueError: if it has no two eigenvalues, or is not finite.
@@ -82,12 +98,12 @@ def tail_exponent(weight: Tensor) -> float:
         >>> round(tail_exponent(torch.diag(torch.tensor([1.0, 1.0, 10.0, 10.0]))), 4)  # 1 + 2 / (2 ln 100)
         1.2171
     """
-    if not _has_tail(weight):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has no spectrum with a tail: leave it out by exclude"
-        )
+    if not _has_tail(weight, layout):
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no spectrum with a tail")
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has values that are not finite")
     found = []
-    for matrix in _matrices(weight):
+    for matrix in _matrices(weight, layout):
         values = torch.linalg.svdvals(matrix.detach().float()).square()  # the largest first
         number = len(values) // 2
         # Of a weight that has lost its rank the logarithms are of what float32 can tell from zero.
@@ -95,16 +111,15 @@ def tail_exponent(weight: Tensor) -> float:
         tail = float((values[:number].log() - values[number].log()).sum())
         found.append(1 + number / tail if tail > 0 else float("inf"))
     finite = [exponent for exponent in found if exponent != float("inf")]
-    if not finite or not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} has no tail: its values are all zero, equal or not finite"
-        )
+    if not finite:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no tail: all that is in its spectrum is equal")
     return sum(finite) / len(finite)
 
 
-def _matrices(weight: Tensor) -> list[Tensor]:
-    return [weight] if weight.dim() == 2 else list(weight) if weight.dim() == 3 else [weight.flatten(1)]
+def _matrices(weight: Tensor, layout: str | None) -> list[Tensor]:
+    stacked = (layout or layout_of(tuple(weight.shape))).startswith("stacked")
+    return list(weight) if stacked else [weight.flatten(1)]
 
 
-def _has_tail(weight: Tensor) -> bool:
-    return weight.dim() > 1 and min(_matrices(weight)[0].shape) > 1
+def _has_tail(weight: Tensor, layout: str | None = None) -> bool:
+    return weight.dim() > 1 and min(_matrices(weight, layout)[0].shape) > 1

@@ -67,6 +67,25 @@ def test_steps_are_as_near_as_they_can_be_and_selected_in_groups_of_inputs() -> 
         assert bool((gone <= kept).all())
 
 
+def test_a_tensor_whose_share_is_a_step_keeps_it() -> None:
+    steps = Budget({"large": 0.43, "none": 0.0, "half": 0.5}, {"large": 1000, "none": 30, "half": 20}).in_steps(8)
+    assert (steps["none"], steps["half"]) == (0.0, 0.5)
+
+
+def test_names_are_no_patterns() -> None:
+    torch.manual_seed(0)
+    values = {name: torch.randn(4, 8) for name in ("block[0].weight", "block0.weight", "a", "a.weight")}
+    shares = {"block[0].weight": 0.25, "a": 0.5, "block0.weight": 0.75, "a.weight": 0.125}
+    masks = lrp_prune.select(Relevance(values, statistic="signed"), Budget(shares, dict.fromkeys(shares, 32)))
+    assert {name: masks.pruned_in(name) / 32 for name in shares} == shares
+
+
+def test_sparsity_is_of_what_is_in_it() -> None:
+    budget = Budget({"a": 0.25, "b": 0.75}, {"a": 10, "b": 30})
+    del budget["b"]
+    assert budget.sparsity == 0.25
+
+
 def test_a_share_that_is_no_step_is_refused_with_the_way_out() -> None:
     relevance = Relevance({"a": torch.randn(4, 8)}, statistic="signed")
     with pytest.raises(ValueError, match=r"no multiple of 1/8.*in_steps\(8\)"):

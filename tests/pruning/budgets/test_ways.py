@@ -1,6 +1,7 @@
 """Where budgets come from: outliers, spectra, and what pruning each block alone does."""
 
 import math
+import warnings
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ import lrp_prune
 from lrp_prune.pruning import budgets
 from lrp_prune.pruning.budgets.sensitivity import cheapest
 from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from tests.support.small_models import batch_for, build
 
 
@@ -96,6 +98,29 @@ def test_weights_without_a_tail_are_named() -> None:
         budgets.tail_exponent(torch.ones(1, 5))
     with pytest.raises(ValueError, match="no tail"):
         budgets.tail_exponent(torch.zeros(4, 4))
+    model = stack()
+    model[2].weight.data.fill_diagonal_(float("nan"))  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=r"2.weight: .*not finite; leave it out by exclude=\['2.weight'\]"):
+        budgets.heavy_tailed(model)
+    model[2].weight.data = torch.eye(40)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"2.weight: .*no tail"):
+        budgets.heavy_tailed(model)
+    assert budgets.heavy_tailed(model, exclude=["2.weight"]).sparsity == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"0.weight is on the meta device"):
+        budgets.heavy_tailed(model.to("meta"))
+
+
+def test_a_convolution_over_time_is_no_stack_of_experts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 20, 3), nn.Flatten(), nn.Linear(20, 20))
+    weight = model[0].weight
+    assert budgets.tail_exponent(weight, "convolution") == budgets.tail_exponent(weight.flatten(1))  # type: ignore
+    assert budgets.tail_exponent(weight, "convolution") != budgets.tail_exponent(weight)  # type: ignore[arg-type]
+    found = budgets.heavy_tailed(model, 0.5)
+    wider = budgets.tail_exponent(weight.flatten(1)) > budgets.tail_exponent(model[2].weight)  # type: ignore
+    assert (found["0.weight"] > found["2.weight"]) == wider
+    pointwise = nn.Sequential(nn.Conv1d(6, 20, 1), nn.Conv1d(20, 20, 1))
+    assert budgets.heavy_tailed(pointwise, 0.5).sparsity == pytest.approx(0.5, abs=1e-2)
 
 
 def test_what_costs_least_is_pruned_next() -> None:
@@ -121,6 +146,14 @@ def test_costs_that_are_not_convex_or_fall_are_made_so() -> None:
     # Of the first group the middle level is on no hull: its way goes from 0 to 4 evenly, 4 for 0.5 of 10.
     assert cheapest([0.25, 0.5, 0.75], [[0.0, 3.0, 4.0], [0.0, 1.0, 9.0]], [10, 10], 0.5) == pytest.approx([0.5, 0.5])
     assert cheapest([0.0, 0.5], [[5.0, 1.0], [0.0, 1.0]], [10, 10], 0.25) == pytest.approx([0.5, 0.0])
+
+
+def test_what_costs_alike_goes_alike() -> None:
+    assert cheapest([0.2, 0.8], [[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]], [10, 30, 10], 0.5) == pytest.approx(
+        [0.575, 0.575, 0.2]
+    )
+    # The same for each entry: of the second three times as much, and it is three times as large.
+    assert cheapest([0.2, 0.8], [[0.0, 1.0], [0.0, 3.0]], [10, 30], 0.5) == pytest.approx([0.5, 0.5])
 
 
 class Branches(nn.Module):
@@ -163,6 +196,90 @@ def test_language_models_are_pruned_by_each_budget_exactly(name: str) -> None:
         }
 
 
+class Unused(Branches):
+    """Has a layer that does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(20, 5)
+
+
+def test_what_is_not_scored_is_named_and_not_in_the_budget() -> None:
+    torch.manual_seed(0)
+    for make in (budgets.outlier_weighted, budgets.measured):
+        model = Unused()
+        with pytest.warns(UnscoredWeightsWarning, match=r"100 of 300 weights.*not in the budget.*idle.weight"):
+            found = make(model, batches(), 0.5, progress=False)  # type: ignore[operator]
+        assert set(found) == {"loud.weight", "quiet.weight"} and found.sparsity == pytest.approx(0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(model, batches(), 0.5, exclude=["idle.weight"], progress=False)  # type: ignore[operator]
+
+
+def test_weights_whose_zeros_would_be_none_are_refused() -> None:
+    model = stack()
+    nn.utils.parametrizations.weight_norm(model[2])
+    for make in (budgets.outlier_weighted, budgets.measured):
+        with pytest.raises(ValueError, match=r"cannot prune 2\."):
+            make(model, batches(), 0.5, progress=False)  # type: ignore[operator]
+
+
+class WithTarget(Branches):
+    """Its forward takes what no batch gives, and its own target does."""
+
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+    def relevance_target(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self(batch[0], 2.0).gather(1, batch[1][:, None])[:, 0]
+
+
+def test_a_target_of_the_models_own_is_compared() -> None:
+    torch.manual_seed(0)
+    found = budgets.measured(WithTarget(), iter(batches()), 0.5, method="magnitude", progress=False)
+    assert dict(found) == pytest.approx({"loud.weight": 0.3, "quiet.weight": 0.7})
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, given = Branches().to(kind), [(inputs.to(kind), labels) for inputs, labels in batches()]
+    assert budgets.measured(model, given, 0.5, progress=False)["loud.weight"] == pytest.approx(0.3)
+    for found in (
+        budgets.heavy_tailed(model, 0.5),
+        budgets.outlier_weighted(model, given, 0.5, threshold=2.0, progress=False),
+    ):
+        assert found.sparsity == pytest.approx(0.5)
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
+    model, calls = stack(), [0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def failing(*_: object) -> None:
+        calls[0] += 1
+        if not bool(model[2].weight.all()):  # type: ignore[union-attr, operator]
+            raise KeyError("not today")
+
+    model.register_forward_pre_hook(failing)
+    with pytest.raises(KeyError, match="not today"):
+        budgets.measured(model, batches(), 0.5, progress=False)
+    assert calls[0] > 5 and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    model = stack()
+    model.append(nn.Threshold(-1e9, 0.0)).register_forward_hook(lambda *given: given[-1] / 0)
+    with pytest.raises(ValueError, match="not finite"):
+        budgets.measured(model, batches(), 0.5, method="magnitude", progress=False)
+
+
+def test_a_budget_of_nothing_prunes_nothing() -> None:
+    for make in (budgets.outlier_weighted, budgets.measured):
+        found = make(stack(), batches(), 0.0, spread=0.1, progress=False)  # type: ignore[operator]
+        assert set(found.values()) == {0.0}
+
+
 def test_wrong_arguments_are_refused() -> None:
     model = stack()
     with pytest.raises(ValueError, match="threshold"):
@@ -173,6 +290,11 @@ def test_wrong_arguments_are_refused() -> None:
         budgets.measured(model, batches(), 0.5, levels=1)
     with pytest.raises(ValueError, match="needs batches"):
         budgets.measured(model, [], 0.5)
+    with pytest.raises(ValueError, match="more than it can be"):
+        budgets.measured(model, batches(), 0.995)
+    with pytest.raises(ValueError, match=r"no shares between.*in_steps"):
+        budgets.measured(model, batches(), 0.5, scope="N:8")
     relevance = lrp_prune.attribute(model, batches(), granularity="neuron", target="class")
-    with pytest.raises(ValueError, match="about neurons"):
-        budgets.outlier_weighted(model, (), 0.5, relevance=relevance)
+    for make in (budgets.outlier_weighted, budgets.measured):
+        with pytest.raises(ValueError, match="about neurons"):
+            make(model, batches(), 0.5, relevance=relevance)  # type: ignore[operator]
