@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.wrapper.internals import averages_of, swaps_of
 
 
@@ -14,7 +15,7 @@ def averaged_models(trainer: Trainer) -> Iterator[nn.Module]:
 
     They remember weights from before a pruning, and would bring them back in validation, in checkpoints and at the end.
     """
-    return averages_of(trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    return averages_of(callbacks_of(trainer))
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def trained_weights(trainer: Trainer, pl_module: LightningModule, callback: Call
         callback: who asks in ``on_validation_epoch_end``: those before it in the trainer's list have put back what they
             replaced. ``None`` where all have replaced it, between those hooks.
     """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    callbacks = callbacks_of(trainer)
     later = callbacks if callback is None else callbacks[callbacks.index(callback) + 1 :]
     swapping = swaps_of(later)
     for swap in reversed(swapping):

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 from torch import nn
 
 from lrp_prune.arguments import check_flag, check_integer, check_patterns
+from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.models import check_batches
 from lrp_prune.names import named_parameters
 from lrp_prune.progress import number_of
@@ -225,7 +226,7 @@ def checked_key(callback: Callback, key: str, way_out: str) -> str:
 
 def check_other_pruning(trainer: Trainer, name: str) -> None:
     """Refuse Lightning's own pruning callbacks beside ours: both would keep masks of the same weights."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(
                 f"{type(callback).__name__} of Lightning and {name} would both prune this model, and the former renames weights: "
@@ -235,8 +236,7 @@ def check_other_pruning(trainer: Trainer, name: str) -> None:
 
 def names_of(trainer: Trainer, kind: type[Any]) -> list[str]:
     """The names of all callbacks of a kind."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-    return [callback.name for callback in callbacks if isinstance(callback, kind)]
+    return [callback.name for callback in callbacks_of(trainer) if isinstance(callback, kind)]
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -310,7 +310,7 @@ def warn_monitors(trainer: Trainer, names: Collection[str]) -> None:
         trainer: the run.
         names: of its pruning callbacks, which their metrics begin with.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if monitor is None or monitor.partition("/")[0] in names:
             continue

@@ -8,7 +8,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
+
+_SCHEDULED = ("lr", "momentum", "betas")
+"""What schedulers change in an optimizer's groups; what else is there may be an optimizer's own count or estimate."""
 
 
 class LearningRateRewinding(Callback):
@@ -16,8 +20,8 @@ class LearningRateRewinding(Callback):
 
     A schedule that has come down hardly trains what a later round has pruned. Here each round gets the schedule from its
     beginning (learning-rate rewinding, arXiv 2003.02389; weights are not rewound): make it as long as the time between rounds.
-    Everything in an optimizer's groups that a scheduler may change is rewound (learning rates, momentum); moments and weights
-    stay. The state is in the checkpoint, so that a resumed training equals the uninterrupted one.
+    What schedulers set in their optimizer's groups is rewound (learning rates, momentum); moments and weights stay, and so does
+    an optimizer without a scheduler. The state is in the checkpoint, so that a resumed training equals the uninterrupted one.
 
     Example::
 
@@ -26,8 +30,8 @@ class LearningRateRewinding(Callback):
         Trainer(callbacks=[RelevancePruning(0.9, Rounds(4, every_n_epochs=5)), LearningRateRewinding()])
 
     Raises:
-        MisconfigurationException: in ``fit``, if the trainer has no :class:`RelevancePruning` before it in its list of callbacks;
-            after a round, if an optimizer has been given further groups of parameters.
+        MisconfigurationException: in ``fit``, if the trainer has no :class:`RelevancePruning`, or one after it in its list of
+            callbacks; after a round, if a scheduler's optimizer has been given further groups of parameters.
     """
 
     def __init__(self) -> None:
@@ -39,12 +43,13 @@ class LearningRateRewinding(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
+        callbacks = callbacks_of(trainer)
         own = callbacks.index(self)
-        if not any(isinstance(entry, RelevancePruning) for entry in callbacks[:own]):
+        before, after = _prunings(callbacks[:own]), _prunings(callbacks[own:])
+        if not before or after:
             raise MisconfigurationException(
-                "LearningRateRewinding rewinds after the rounds of a RelevancePruning, and there is none before it in the "
-                "trainer's callbacks: add one, before it"
+                "LearningRateRewinding rewinds after the rounds of each RelevancePruning, and there is "
+                f"{'one after it' if after else 'none before it'} in the trainer's callbacks: put them before it"
             )
         self._schedulers, self._groups, self._rounds = None, [], 0
 
@@ -55,14 +60,21 @@ class LearningRateRewinding(Callback):
                 "there is no learning rate scheduler, so that LearningRateRewinding has nothing to rewind: return one from "
                 "configure_optimizers, or leave the callback out"
             )
+        if self._schedulers is not None and len(self._schedulers) != len(trainer.lr_scheduler_configs):
+            raise MisconfigurationException(
+                f"the checkpoint is of a training with {len(self._schedulers)} schedulers, and this one has "
+                f"{len(trainer.lr_scheduler_configs)}: LearningRateRewinding cannot tell what to rewind them to"
+            )
         if self._schedulers is None:
+            if trainer.ckpt_path and trainer.global_step > 0 and trainer.lr_scheduler_configs:
+                rank_zero_warn(
+                    "the checkpoint has no state of LearningRateRewinding, as the training began without it: learning rates are "
+                    f"rewound to those of step {trainer.global_step}, where it goes on"
+                )
             self._schedulers = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
             self._groups = [
-                [
-                    {name: deepcopy(value) for name, value in group.items() if name != "params"}
-                    for group in optimizer.param_groups
-                ]
-                for optimizer in trainer.optimizers
+                [{name: deepcopy(group[name]) for name in _SCHEDULED if name in group} for group in groups]
+                for groups in _scheduled(trainer)
             ]
             self._rounds = _rounds_of(trainer)
 
@@ -72,13 +84,13 @@ class LearningRateRewinding(Callback):
         if done == self._rounds or self._schedulers is None:
             return
         self._rounds = done
-        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
-            if len(optimizer.param_groups) != len(groups):
+        for groups, known in zip(_scheduled(trainer), self._groups, strict=True):
+            if len(groups) != len(known):
                 raise MisconfigurationException(
-                    f"an optimizer has {len(optimizer.param_groups)} groups of parameters and had {len(groups)} at the start of "
-                    "the training, so that there is nothing to rewind the others to: leave LearningRateRewinding out"
+                    f"an optimizer has {len(groups)} groups of parameters and had {len(known)} at the start of the training, so "
+                    "that there is nothing to rewind the others to: leave LearningRateRewinding out"
                 )
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
+            for group, values in zip(groups, known, strict=True):
                 group.update(deepcopy(values))
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(deepcopy(state))
@@ -95,7 +107,15 @@ class LearningRateRewinding(Callback):
         self._rounds = state_dict["rounds"]
 
 
+def _scheduled(trainer: Trainer) -> list[list[dict[str, Any]]]:
+    """The groups of each scheduler's optimizer."""
+    return [config.scheduler.optimizer.param_groups for config in trainer.lr_scheduler_configs]
+
+
+def _prunings(callbacks: list[Callback]) -> list[RelevancePruning]:
+    return [entry for entry in callbacks if isinstance(entry, RelevancePruning)]
+
+
 def _rounds_of(trainer: Trainer) -> int:
     """Rounds that were pruned, of all callbacks that do."""
-    callbacks: list[Any] = list(getattr(trainer, "callbacks", []))
-    return sum(entry.round for entry in callbacks if isinstance(entry, RelevancePruning))
+    return sum(entry.round for entry in _prunings(callbacks_of(trainer)))
