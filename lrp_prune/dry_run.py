@@ -10,14 +10,14 @@ from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.engine.composites import composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.rules import Call
-from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.uses import Product, WeightUses
 from lrp_prune.models.batches import mapped
 from lrp_prune.models.calling import run
 from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
 from lrp_prune.names import class_name
 from lrp_prune.pruning.methods import Collects
-from lrp_prune.pruning.pairs import computed, given
+from lrp_prune.pruning.products import ComputedUses
 
 
 def is_shape(batch: Any) -> bool:
@@ -100,19 +100,14 @@ class Comparing(Running):
             return run(self.module, batch)
 
 
-class _Outputs(WeightUses):
+class _Outputs(ComputedUses):
     """Products as recalibration makes them."""
 
     def __init__(self, runner: Comparing) -> None:
-        super().__init__(lambda use: [])
+        super().__init__()
         self._runner = runner
 
-    def observed(self, call: Call) -> Any:
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
         if found.origin.name in self._runner.names:
             self._runner.entries += result.numel()
             self._runner.bytes += result.nbytes
-        return given(found.activation, lambda: result)

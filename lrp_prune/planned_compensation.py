@@ -14,12 +14,12 @@ from lrp_prune.engine.call import Call
 from lrp_prune.engine.composites import composite_of
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.propagation import propagating
-from lrp_prune.engine.uses import Product, WeightUses
+from lrp_prune.engine.uses import Product
 from lrp_prune.models.calling import run
 from lrp_prune.pruning.compensation import Compensation
 from lrp_prune.pruning.compensation.stages import Watched, made_of, stages_of
 from lrp_prune.pruning.compensation.together import laid_number
-from lrp_prune.pruning.pairs import computed, given
+from lrp_prune.pruning.products import ComputedUses
 
 _WIDE = 4  # bytes: sums, and what is solved, are in float32
 _GRAMS, _CROSSED = 5, 2
@@ -148,22 +148,17 @@ def _layer_of(found: Product, result: Tensor) -> _Layer:
     return _Layer(1, max(shape), max(shape), found.activation.numel() // max(min(shape), 1), size)
 
 
-class _Products(WeightUses):
+class _Products(ComputedUses):
     """Products as compensation makes them."""
 
     def __init__(self, runner: _Staged) -> None:
-        super().__init__(lambda use: [])
+        super().__init__()
         self._runner = runner
 
-    def observed(self, call: Call) -> Any:
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
         self._runner.keep(result)
         if found.origin.name in self._runner.names:
             self._runner.product(found, result)
-        return given(found.activation, lambda: result)
 
 
 def planned(

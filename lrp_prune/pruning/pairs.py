@@ -5,20 +5,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from lrp_prune.engine.origins import Layout, marked
 from lrp_prune.engine.rules import Call
 from lrp_prune.engine.tracing import channel_axis
-from lrp_prune.engine.uses import Product, RecurrentLayer, WeightUses
+from lrp_prune.engine.uses import Product, RecurrentLayer
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.places import BiasPlace, Place
 from lrp_prune.pruning.processes import Turn, Turns
+from lrp_prune.pruning.products import ComputedUses
 from lrp_prune.pruning.recurrent_gates import Gates, copied, gates_of
 
 
-class PlacedUses(WeightUses):
+class PlacedUses(ComputedUses):
     """Which places of weights a forward uses, in its order, and which of them nothing else uses.
 
     Args:
@@ -26,7 +26,7 @@ class PlacedUses(WeightUses):
     """
 
     def __init__(self, masks: Masks) -> None:
-        super().__init__(lambda use: [])
+        super().__init__()
         self._masks = masks
         self.order: list[Turn] = []
         """Places as they came, and how many channels each has."""
@@ -50,12 +50,8 @@ class PlacedUses(WeightUses):
                     self._tied |= _tied(used, self._whole[name], name in self.looked_up)
         return self._tied
 
-    def observed(self, call: Call) -> Any:
-        """Run a product, and note what it uses."""
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
+        """Note what a product uses."""
         parts = parts_of(found, call, result, self._masks)
         for part in parts:
             self._note(part.place.name, found.origin.parameter, part.place.layout, part.place)
@@ -66,7 +62,6 @@ class PlacedUses(WeightUses):
         origin = None if bias is None else marked(bias)
         if origin is not None:
             self._note(origin.name, origin.parameter, origin.layout, parts[0].place if parts else None)
-        return given(found.activation, lambda: result)
 
     def _seen(self, part: "Part", found: Product, result: Tensor) -> None:
         """A place was used."""
@@ -124,7 +119,7 @@ class DenseOutputs(PlacedUses):
             self.order.append((entry.place, int(made.shape[-1])))
 
 
-class PrunedUses(WeightUses):
+class PrunedUses(ComputedUses):
     """Products of a model that masks are applied to, scaled and shifted by what is known so far.
 
     Args:
@@ -149,7 +144,7 @@ class PrunedUses(WeightUses):
         turns: Turns | None = None,
         adding: bool = True,
     ) -> None:
-        super().__init__(lambda use: [])
+        super().__init__()
         self._masks, self._channels, self._strength = masks, channels, strength
         self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
@@ -157,17 +152,12 @@ class PrunedUses(WeightUses):
         self.uneven: set[str] = set()
         """Weights whose outputs had another shape than the dense ones, so that there are no pairs."""
 
-    def observed(self, call: Call) -> Any:
-        """The product as it will be."""
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
+        """Make it the product as it will be."""
         with torch.no_grad():
             for part in parts_of(found, call, result, self._masks) if self._strength else ():
                 if self._is_alone(part.place):
                     self._scale_(part.place, part.of(result), part.axis)
-        return given(found.activation, lambda: result)
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """The parameters as they will be."""
@@ -220,13 +210,6 @@ class PrunedUses(WeightUses):
 
 def _without_padding(gates: Tensor, valid: Tensor | None) -> Tensor:
     return gates if valid is None else gates[valid]
-
-
-def computed(found: Product) -> Tensor:
-    """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
-    with torch.no_grad():
-        result = found.form.forward(found.activation.detach(), found.weight)
-        return result.clone() if result._is_view() else result
 
 
 class Part(NamedTuple):
@@ -299,21 +282,3 @@ def _tied(used: set[tuple[Layout, Place | None]], whole: Layout, looked_up: bool
     for layout, _ in used:
         layout.once(layout.on(count)).add_(1)
     return {place for layout, place in used if place is not None and bool((layout.on(count) > 1).any())}
-
-
-class _Given(Function):
-    """A value that is computed from an activation, and through which nothing has to go back.
-
-    It comes out of a function, since autograd takes what goes in and comes out as it is for a view, which nobody may write into.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, value: Callable[[], Tensor]) -> Tensor:
-        return value()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-given: Callable[..., Tensor] = _Given.apply

@@ -2,19 +2,20 @@
 
 import weakref
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution
-from lrp_prune.engine.uses import Product, WeightUses
+from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.compensation.stages import StageReached
 from lrp_prune.pruning.compensation.systems import rows_of
 from lrp_prune.pruning.compensation.weighing import weights_of_rows
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.pairs import Part, PlacedUses, computed, given, parts_of
+from lrp_prune.pruning.pairs import Part, PlacedUses, parts_of
 from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.products import ComputedUses
 
 Group = list[Place]
 """Layers that read the same input, and have one system."""
@@ -49,7 +50,7 @@ class Grouped(PlacedUses):
             self._groups.append([part.place])
 
 
-class Inputs(WeightUses):
+class Inputs(ComputedUses):
     """Shows what one layer gets, and leaves the forward after its last use: what follows is not needed.
 
     Args:
@@ -66,7 +67,7 @@ class Inputs(WeightUses):
     def __init__(
         self, masks: Masks, place: Place, uses: int, counted: Tensor | None, weights: Tensor | None = None
     ) -> None:
-        super().__init__(lambda use: [])
+        super().__init__()
         self._masks, self._place, self._uses, self._counted = masks, place, uses, counted
         self._weights = weights
         self.rows: list[list[Tensor]] = []
@@ -76,12 +77,8 @@ class Inputs(WeightUses):
         self.unknown = False
         """Whether there was a use whose inputs cannot be laid out as rows."""
 
-    def observed(self, call: Call) -> Any:
-        """Run a product, and note what the layer's weight is multiplied with."""
-        found = self._product(call)
-        if found is None:
-            return None
-        result = computed(found)
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
+        """Note what the layer's weight is multiplied with."""
         for part in parts_of(found, call, result, self._masks):
             if part.place == self._place:
                 rows = rows_of(found, part, self._counted)
@@ -90,7 +87,6 @@ class Inputs(WeightUses):
                 self.weights.append(self._weights_of(found, part))
                 if len(self.rows) == self._uses:
                     raise StageReached
-        return given(found.activation, lambda: result)
 
     def _weights_of(self, found: Product, part: Part) -> Tensor | None:
         if self._weights is None or part.rows is not None:  # which tokens an expert gets, nobody knows here

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from lrp_prune.names import named_modules
 from lrp_prune.pruning.compensation.lineage import Lineage
-from lrp_prune.pruning.pairs import given
+from lrp_prune.pruning.products import given
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

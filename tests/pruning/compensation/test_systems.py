@@ -12,9 +12,10 @@ from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.systems import Systems, rows_of
-from lrp_prune.pruning.pairs import Part, computed, given
+from lrp_prune.pruning.pairs import Part
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.products import computed, given
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (5, 6)),
