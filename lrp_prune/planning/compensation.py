@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lrp_prune.dry_run import Running, kept_by_a_forward
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.composites import composite_of
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.uses import Product
 from lrp_prune.models.calling import run
+from lrp_prune.planning.dry_run import Running, kept_by_a_forward
 from lrp_prune.pruning.compensation import Compensation
 from lrp_prune.pruning.compensation.stages import Watched, made_of, stages_of
 from lrp_prune.pruning.compensation.together import laid_number

@@ -1,4 +1,4 @@
-"""Planning: how many bytes collecting and pruning take in each process, before anything is loaded."""
+"""What collecting and pruning take in each process, part by part."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lrp_prune.arguments import check_flag, check_integer, check_number, check_patterns
 from lrp_prune.attribution.candidates import candidates
-from lrp_prune.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
-from lrp_prune.planned_compensation import CompensationPlan, planned
+from lrp_prune.planning.compensation import CompensationPlan, planned
+from lrp_prune.planning.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
 from lrp_prune.pruning.compensation import Compensation, compensation_of
 from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Method, collected_by, method_of
