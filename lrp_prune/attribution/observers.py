@@ -284,8 +284,11 @@ class ObserverTable:
             return f"{model} has no block: none of its layers writes onto a residual stream (x + f(x))"
         if what == "head":
             return f"{model} has no head: no layer reads what an attention writes"
-        asked = [f"{layer_of(name)}: {why}" for name, why in left.items() if name in self.parameters]
-        reasons = "; ".join(asked[:3])
+        asked: dict[str, list[str]] = {}
+        for name, why in left.items():
+            if name in self.parameters:
+                asked.setdefault(why, []).append(layer_of(name))
+        reasons = "; ".join(f"{listed(patterns_of(names), 3)}: {why}" for why, names in list(asked.items())[:3])
         return f"{model} has no {what} that could be removed" + (f" ({reasons})" if reasons else "")
 
 

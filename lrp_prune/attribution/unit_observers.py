@@ -12,7 +12,7 @@ from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.shadow import NOTHING
-from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.tracing import STACKED, UnitTracer
 from lrp_prune.engine.unit_table import Group
 from lrp_prune.engine.uses import Observer, Use
 from lrp_prune.models.wording import listed
@@ -218,15 +218,15 @@ class UnitObservers:
         return any(name in chosen for name in makers)
 
     def _tell_left(self, left: Mapping[str, str]) -> None:
-        """Say once which convolutions have no units: of other layers most have none, and are meant to."""
-        named = [
-            f"{layer_of(name)} ({why})"
-            for name, why in left.items()
-            if self._parameters[name].dim() > 2 and self._wanted((name,), ())
-        ]
-        if named:
+        """Say once which convolutions and stacks of layers have no units: of other layers most have none, and are meant to."""
+        kinds: dict[str, list[str]] = {}
+        for name, why in left.items():
+            if self._parameters[name].dim() > 2 and self._wanted((name,), ()):
+                kind = "stacked weight" if why == STACKED else "convolution"
+                kinds.setdefault(kind, []).append(f"{layer_of(name)} ({why})")
+        for kind, named in kinds.items():
             warnings.warn(
-                f"{len(named)} convolution{'s have' if len(named) > 1 else ' has'} no units that could be removed and "
+                f"{len(named)} {kind}{'s have' if len(named) > 1 else ' has'} no units that could be removed and "
                 f"{'are' if len(named) > 1 else 'is'} left alone: {listed(named, 3)}",
                 stacklevel=2,
             )

@@ -24,6 +24,8 @@ from lrp_prune.engine.shadows import Shadows
 from lrp_prune.engine.tags import tag_of
 from lrp_prune.engine.unit_table import UnitTable
 
+STACKED = "it holds several layers, as those of the experts of a mixture, whose channels are not told apart"
+"""Why a weight that is multiplied layer by layer has no units."""
 _LARGEST_TABLE = 1 << 26
 """Entries of a parameter up to which a part of it that is no run of its rows is told apart entry by entry."""
 
@@ -111,6 +113,8 @@ class UnitTracer:
             return
         cast_shadow(result, "neuron", None)
         axis = channel_axis(form, weight, result)
+        if axis is None and weight.dim() > 2:
+            self.table.leave(origin.name, STACKED)
         if axis is None or origin.layout is None or len(origin.parameter.size) != weight.dim():
             return
         channels = int(result.shape[axis])

@@ -46,6 +46,7 @@ class UnitTable:
     _owned: dict[tuple[str, object, bool], _Owned] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _ends: dict[int, str] = field(default_factory=dict)
+    _left: dict[str, str] = field(default_factory=dict)
 
     def numbers_for(self, parameter: str, part: object, channels: int) -> Tensor:
         """The numbers of a layer's output channels ``[channels]``: the same at each of its uses."""
@@ -117,6 +118,10 @@ class UnitTable:
         if not zero:
             self.refuse(numbers, f"{function} still has something of its channels when all that makes them is zero")
 
+    def leave(self, parameter: str, reason: str) -> None:
+        """A layer whose channels get no numbers, and why."""
+        self._left[parameter] = reason
+
     def refuse(self, numbers: Tensor, reason: str) -> None:
         """Units that cannot be removed, and why."""
         for number in numbers.reshape(-1).tolist():
@@ -131,11 +136,14 @@ class UnitTable:
         }
         reads = [self.roots(entry.numbers).reshape(-1) for entry in self._owned.values() if entry.reads]
         read = units_in(torch.cat(reads)) if reads else torch.empty(0, device="cpu")
-        left = {
-            parameter: self._unread(numbers)
-            for (parameter, _), numbers in roots.items()
-            if not bool(torch.isin(numbers, read).any())
-        }
+        left = dict(self._left)
+        left.update(
+            {
+                parameter: self._unread(numbers)
+                for (parameter, _), numbers in roots.items()
+                if not bool(torch.isin(numbers, read).any())
+            }
+        )
         found = []
         for keys in _connected({key: numbers for key, numbers in roots.items() if key[0] not in left}):
             producers = tuple(dict.fromkeys(parameter for parameter, _ in keys))

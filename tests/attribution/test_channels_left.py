@@ -47,6 +47,30 @@ def test_what_cannot_be_traced_is_left_alone_by_name(name: str) -> None:
         units(model, x, include=["a"])
 
 
+class Stacked(nn.Module):
+    """A feed-forward part, and two of them in one weight each, as those of the experts of a mixture are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.experts, self.back = (nn.Parameter(torch.randn(2, *size)) for size in ((4, 5), (5, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(self.up(x).relu())
+        hidden = torch.bmm(x.expand(2, *x.shape), self.experts).relu()
+        return torch.bmm(hidden, self.back).mean(0)
+
+
+def test_neurons_of_experts_are_left_alone_by_name() -> None:
+    torch.manual_seed(0)
+    model, x = Stacked(), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match=r"2 stacked weights have no units .* left alone: experts \(it holds several"):
+        relevance = units(model, x, include=["*"])
+    assert list(relevance) == ["down"]
+    with pytest.raises(ValueError, match=r"no neuron that could be removed \(experts, back: it holds several layers"):
+        units(model, x, include=["experts", "back"])
+
+
 def test_outputs_of_the_model_are_no_units() -> None:
     class Features(nn.Module):
         def __init__(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from tests.shrinking.test_shrink import CLASSES, keeping, masks_of
 from tests.support.channel_nets import Net, conv_bn, pooled
+from tests.support.shrinking import CLASSES, keeping, masks_of
 from tests.support.small_models import batch_for, build
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.shrinking.files import DESCRIPTION
-from tests.shrinking.test_shrink import keeping, masks_of, sizes
+from tests.support.shrinking import keeping, masks_of, sizes
 from tests.support.small_models import batch_for, build, forward
 
 ROWS = torch.zeros(5, dtype=torch.int64)
