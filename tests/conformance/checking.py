@@ -35,18 +35,20 @@ def check(mapping: str, name: str, columns: list[str] | None = None) -> dict[str
         entry["inputs"] = sorted(case.first.batch)
         entry["class"] = type(case.first.model).__name__
     except Exception as error:
-        return {**entry, "built": _described(error), "seconds": round(time.perf_counter() - began, 2)}
-    entry["columns"] = {column: _verdict(COLUMNS[column], case) for column in columns or COLUMNS}
+        return {**entry, "built": described(error), "seconds": round(time.perf_counter() - began, 2)}
+    entry["columns"] = {column: verdict_of(COLUMNS[column], case) for column in columns or COLUMNS}
     return {**entry, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def _verdict(look: Callable[[Case], Verdict], case: Case) -> dict[str, Any]:
+def verdict_of(look: Callable[[Case], Verdict], case: Case) -> dict[str, Any]:
+    """What a column says of a type, also where looking at it ends in an error."""
     try:
         return look(case).to_dict()
     except Exception as error:
-        return Verdict(FAILED, _described(error)).to_dict()
+        return Verdict(FAILED, described(error)).to_dict()
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """An error in a line of the table."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {' '.join(lines)[:400]}"

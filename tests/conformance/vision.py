@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tests.conformance.checking import _described, _verdict
+from tests.conformance.checking import described, verdict_of
 from tests.conformance.columns import relevance, units
 from tests.conformance.columns.case import Case, Variant
 from tests.conformance.columns.verdict import Verdict
@@ -79,9 +79,9 @@ def check(library: str, family: str, columns: list[str]) -> dict[str, Any]:
     try:
         entry["class"] = variant(library, family)
         entry["side"] = case.first.batch.shape[-1]  # type: ignore[attr-defined]
-        entry["columns"] = {column: _verdict(COLUMNS[column], case) for column in columns}
+        entry["columns"] = {column: verdict_of(COLUMNS[column], case) for column in columns}
     except Exception as error:
-        entry["built"] = _described(error)
+        entry["built"] = described(error)
     return {**entry, "seconds": round(time.perf_counter() - began, 1)}
 
 

@@ -29,14 +29,18 @@ class BoundedRoot(Function):
         return gradient / torch.sqrt(torch.clip(4.0 * ctx.saved_tensors[0], min=1e-6))
 
 
-class StraightThrough(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x * SCALE)
+class HandingOn(Function):
+    """Comes with the gradient of the identity."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class StraightThrough(HandingOn):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x * SCALE)
 
 
 class Reversed(Function):
@@ -61,16 +65,12 @@ class MaskedSoftmax(Function):
         raise AssertionError("never run")
 
 
-class Step(Function):
+class Step(HandingOn):
     """Has no gradient of its own, but one that it comes with."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return (x > 1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 class NewStyle(Function):
@@ -92,35 +92,23 @@ def _of_ones_own(x: Tensor) -> Tensor:
     return x * 2
 
 
-class CallsOthers(Function):
+class CallsOthers(HandingOn):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return _of_ones_own(x)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
-
-class CallsAnOperator(Function):
+class CallsAnOperator(HandingOn):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.ops.aten.mul(x, 2)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
-
-class Communicates(Function):
+class Communicates(HandingOn):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         torch.distributed.all_reduce(x)
         return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 def _explained(function: Callable[[Tensor], Tensor], composite: str) -> tuple[Tensor, Tensor]:
@@ -132,11 +120,11 @@ def _explained(function: Callable[[Tensor], Tensor], composite: str) -> tuple[Te
 
 
 @pytest.mark.parametrize("composite", ["attnlrp", "cp_lrp"])
-def test_what_is_in_a_custom_function_has_its_rules(composite: str) -> None:
+@pytest.mark.parametrize("function", [BoundedRoot, StraightThrough, Reversed])
+def test_what_is_in_a_custom_function_has_its_rules(function: type[Function], composite: str) -> None:
     """Roots and roundings hand on what they are, whatever gradient they come with."""
-    for function in (BoundedRoot.apply, StraightThrough.apply, Reversed.apply):
-        output, relevance = _explained(function, composite)
-        torch.testing.assert_close(relevance, output)
+    output, relevance = _explained(function.apply, composite)
+    torch.testing.assert_close(relevance, output)
 
 
 def test_a_root_that_divides_is_a_statistic_also_within_a_function_of_its_own() -> None:
