@@ -7,38 +7,16 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lrp_prune.callbacks import RelevancePruning
 from lrp_prune.pruning import LeastSquares
 from tests.robustness.resumable_training import Classifier
 from tests.support.sharding import results
+from tests.support.still import Uneven, loader
 from tests.support.trainers import sharded_trainer as trainer
 
 pytestmark = pytest.mark.processes
-
-
-class Still(Classifier):
-    """Does not train, so that runs on any number of processes can be compared; a batch normalization in evaluation mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(8, 14),
-            torch.nn.ReLU(),
-            torch.nn.Linear(14, 12),
-            torch.nn.BatchNorm1d(12, momentum=0.0),
-            torch.nn.Linear(12, 4),
-        )
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def loader(samples: int, seed: int, size: int = 4) -> DataLoader[Any]:
-    inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(inputs, (inputs[:, :4] + 0.5 * inputs[:, 4:]).argmax(dim=1)), size)
 
 
 class Seen(Callback):
@@ -65,7 +43,7 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, data: str) -> N
         arguments: dict[str, Any] = {"max_epochs": 2, "callbacks": [pruning, seen]}
         if processes > 1:
             arguments["strategy"] = "ddp"
-        samples, own = 64, Still()
+        samples, own = 64, Uneven()
         if data == "uneven":
             arguments["use_distributed_sampler"] = False
         made = trainer(processes, tmp_path, **arguments)
@@ -82,7 +60,7 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, data: str) -> N
         for name, value in expected.items():
             assert torch.equal(found[name], theirs[0][name])
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    dense = dict(Still().named_parameters())
+    dense = dict(Uneven().named_parameters())
     kept = expected["net.2.weight"] != 0
     assert not torch.equal(expected["net.2.weight"][kept], dense["net.2.weight"][kept])
 

@@ -16,20 +16,7 @@ import lrp_prune
 from lrp_prune.callbacks import RelevancePruning, _progress
 from lrp_prune.pruning import METHODS
 from lrp_prune.pruning.recalibration import Recalibration
-
-
-class States(Callback):
-    """The module, and averages of it, as they are when epoch 1 begins: before pruning where it stands before it, else after."""
-
-    def __init__(self) -> None:
-        self.module: Any = None
-        self.averages: list[dict[str, torch.Tensor]] = []
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            self.module = copy.deepcopy(pl_module)
-            averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
-            self.averages = [copy.deepcopy(entry.module.state_dict()) for entry in averages if entry is not None]
+from tests.support.epoch_states import States, check_as_before
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -42,7 +29,7 @@ def test_a_round_scales_what_it_keeps_as_prune_does(
     before, after = States(), States()
     trained = lrp_prune.CorrectedModule(module) if corrected else module
     make_trainer(callbacks=[before, pruning, after], max_epochs=2).fit(trained, make_loader(), loader)
-    dense, pruned = ((state.module.module if corrected else state.module) for state in (before, after))
+    dense, pruned = ((state.modules[1].module if corrected else state.modules[1]) for state in (before, after))
     masks = lrp_prune.prune(dense, list(loader), 0.6, rounds=1, recalibrate=True)
     assert pruning.masks == masks
     for name, value in dense.state_dict().items():
@@ -61,15 +48,15 @@ def test_an_average_is_scaled_as_what_it_is_an_average_of(
         callbacks = [before, pruning, after, averaging(decay=0.9)]
         trainer = make_trainer(callbacks=callbacks, max_epochs=2)
         trainer.fit(make_module(optimizer), make_loader(), make_loader(seed=2))
-        masks, dense, pruned = pruning.masks, before.module.state_dict(), after.module.state_dict()
-        (average,), (made,) = before.averages, after.averages
+        masks, dense, pruned = pruning.masks, before.modules[1].state_dict(), after.modules[1].state_dict()
+        (average,), (made,) = ([entry.state_dict() for entry in state.averages[1]] for state in (before, after))
         assert masks is not None
         for name, mask in masks.items():
             assert not made[name][~mask].any() and not torch.equal(pruned[name][mask], dense[name][mask])
             found, expected = (made[name] * dense[name])[mask], (pruned[name] * average[name])[mask]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         if optimizer == "none":  # an average of equal weights
-            for name, _ in after.module.named_parameters():
+            for name, _ in after.modules[1].named_parameters():
                 torch.testing.assert_close(made[name], pruned[name])
         else:
             assert any(not torch.equal(average[name], dense[name]) for name in masks)
@@ -130,10 +117,7 @@ def test_an_error_while_it_is_scaled_leaves_weights_and_averages_as_they_were(
     with pytest.raises(KeyError, match="not today"):
         trainer.fit(module, make_loader(), make_loader(seed=2))
     assert calls[0] == failing and (pruning.round, pruning.masks) == (0, None)
-    (average,), made = before.averages, averages._average_model.module
-    for found, expected in ((module, before.module.state_dict()), (made, average)):
-        assert found.state_dict().keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    check_as_before(before, 1, module, averages._average_model.module)
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar, None])

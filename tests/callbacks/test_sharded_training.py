@@ -8,21 +8,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch.utils.data import DataLoader, TensorDataset
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from tests.robustness.resumable_training import Classifier
 from tests.support.sharding import results, whole
+from tests.support.still import Still, Uneven, loader
 from tests.support.trainers import sharded_trainer as trainer
 
 pytestmark = pytest.mark.processes
-
-
-class Still(Classifier):
-    """Does not train, so that runs on any number of processes can be compared."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 class Zeros(Callback):
@@ -49,11 +42,6 @@ class Zeros(Callback):
                 here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
                 self.wrong += int(here[~self.pruning.masks.local(name)].count_nonzero())
                 self.checked += 1
-
-
-def loader(samples: int = 48, seed: int = 1) -> DataLoader:
-    inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(inputs, (inputs[:, :4] + 0.5 * inputs[:, 4:]).argmax(dim=1)), 4)
 
 
 def collected_and_pruned(processes: int, directory: Path, **pruning: Any) -> Any:
@@ -84,31 +72,6 @@ def test_sharded_trainings_prune_what_one_process_prunes(tmp_path: Path, options
                 torch.testing.assert_close(relevance[name], tensor, rtol=1e-2, atol=1e-4)  # products may be bfloat16
             different = sum(int((masks["bits"][n] != bits).sum()) for n, bits in expected[2]["bits"].items())
             assert different == 0
-
-
-class Uneven(Classifier):
-    """Does not train; biases, and sizes that two processes cannot share equally; a batch normalization."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(8, 13),
-            torch.nn.ReLU(),
-            torch.nn.Linear(13, 11),
-            torch.nn.BatchNorm1d(11, momentum=0.0),
-            torch.nn.Linear(11, 4),
-        )
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None:
-            from torch.distributed.fsdp import FSDPModule, fully_shard
-
-            if not isinstance(self.net, FSDPModule):
-                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 def recalibrated(processes: int, directory: Path, strategy: str | None = None, **options: Any) -> Any:
