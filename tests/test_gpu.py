@@ -243,3 +243,21 @@ def test_a_correction_on_a_card_zeroes_and_restores_exactly(tmp_path: Path) -> N
     same, again, changed = on_a_gpu(correct, tmp_path)
     assert same and again
     assert changed == 50
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "head"])
+def test_a_model_on_a_card_is_shrunk_by_batches_that_are_not(granularity: str, tmp_path: Path) -> None:
+    def shrink() -> tuple[int, float, float, set[str]]:
+        model, batch = made("llama")
+        model = model.cuda()
+        options: dict[str, Any] = {"recalibrate": False, "progress": False}
+        masks = lrp_prune.prune(model, [batch], 0.5, "magnitude", "layer", granularity=granularity, **options)
+        with torch.no_grad():
+            expected = model(input_ids=moved(batch["input_ids"])).logits
+        shrunk = lrp_prune.shrink(model, masks, [batch], measure=1)
+        with torch.no_grad():
+            apart = distance(model(input_ids=moved(batch["input_ids"])).logits, expected)
+        return shrunk.taken, apart, shrunk.tolerance, {parameter.device.type for parameter in model.parameters()}
+
+    taken, apart, tolerance, devices = on_a_gpu(shrink, tmp_path)
+    assert taken > 0 and apart < tolerance and devices == {"cuda"}

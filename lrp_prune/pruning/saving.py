@@ -52,9 +52,8 @@ def save_pruned(
         What was found on disk; printed, it says how many weights are zero.
 
     Raises:
-        ValueError: if a pruned weight of the model is not zero; nothing is written then. If the model has no
-        ``save_pretrained``, or
-            is divided among processes.
+        ValueError: if a pruned weight of the model is not zero, it has no ``save_pretrained``, or it is divided among processes;
+            nothing is written then.
         RuntimeError: if a pruned weight is not zero in the files.
         KeyError: if the model has not all parameters that the masks are about.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lrp_prune.distributed.sharding import local_part
-from lrp_prune.names import resolve
+from lrp_prune.pruning.masking import masked_parameters
 from lrp_prune.pruning.masks import Masks
 
 
@@ -15,6 +15,10 @@ def values_under(model: nn.Module, masks: Masks) -> Callable[[], None]:
     """What puts back the values that masks are going to zero, bit for bit; to be asked for before they are applied.
 
     Of a model that is divided among processes each keeps the values of its own part.
+
+    Raises:
+        KeyError: if the model has not all parameters.
+        ValueError: if a shape differs or a parameter is not floating-point.
 
     Example:
         >>> model, masks = nn.Linear(2, 1, bias=False), Masks({"weight": torch.tensor([[True, False]])})
@@ -28,12 +32,13 @@ def values_under(model: nn.Module, masks: Masks) -> Callable[[], None]:
         True
     """
     values = {
-        name: local_part(parameter)[~masks.part(name, parameter)] for name, parameter in resolve(masks, model).items()
+        name: local_part(parameter)[~masks.part(name, parameter)]
+        for name, parameter in masked_parameters(model, masks.shapes).items()
     }
 
     def undo() -> None:
         with torch.no_grad():
-            for name, parameter in resolve(masks, model).items():
+            for name, parameter in masked_parameters(model, masks.shapes).items():
                 local_part(parameter)[~masks.part(name, parameter)] = values[name]
 
     return undo

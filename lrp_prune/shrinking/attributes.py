@@ -69,8 +69,6 @@ def layer_slots(module: nn.Module, cut: Cut, after: Tensor) -> list[Slot]:
         wanted = {"num_features": shape[0]}
     elif isinstance(module, nn.Embedding):
         wanted = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    elif isinstance(module, nn.PReLU):
-        wanted = {"num_parameters": shape[0]}
     return [
         attribute_slot(module, name, value)
         for name, value in wanted.items()
@@ -80,8 +78,7 @@ def layer_slots(module: nn.Module, cut: Cut, after: Tensor) -> list[Slot]:
 
 def is_known(module: nn.Module) -> bool:
     """Whether a module is one of torch's layers, whose numbers :func:`layer_slots` knows."""
-    known = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Embedding, nn.PReLU)
-    return isinstance(module, known)
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase | nn.Embedding)
 
 
 def attribute_slot(module: object, name: str, value: object) -> Slot:

@@ -29,6 +29,8 @@ def save_shrunk(shrunk: "Shrunk", folder: str | os.PathLike[str], max_shard_size
     if shrunk.loads_plainly and profile_of(model).inner is model:
         plainly: Any = model
         plainly.save_pretrained(folder, max_shard_size=max_shard_size)
+        # That of another model that was here would be loaded in place of this one.
+        (folder / DESCRIPTION).unlink(missing_ok=True)
         return
     if shrunk.dense_configuration is not None:  # an architecture of the old sizes is made by it, to be loaded into
         shrunk.dense_configuration.save_pretrained(folder)
@@ -94,6 +96,10 @@ def load_shrunk(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             if set(tensors) != set(names):
                 raise ValueError(f"{folder / file} does not hold what {DESCRIPTION} says: it is another model's")
             for name, tensor in tensors.items():
+                if list(tensor.shape) != list(shapes[name]):
+                    raise ValueError(
+                        f"{folder / file} has {name} in other shapes than {DESCRIPTION} says: it is another model's"
+                    )
                 _fill(own[name], tensor)
     except BaseException:
         swap.back()

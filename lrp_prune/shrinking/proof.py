@@ -57,7 +57,8 @@ class Proof:
         run: how it is run on one.
 
     Raises:
-        ValueError: if there are none, or it puts out nothing that could be compared, or what is not finite.
+        ValueError: if there are none, or it puts out nothing that could be compared, what is not finite, or something else when
+            it is run again.
     """
 
     def __init__(self, module: nn.Module, batches: Iterable[Any], run: Run) -> None:
@@ -76,6 +77,13 @@ class Proof:
                 )
         dtypes = [value.dtype for expected in self._expected for value in expected]
         self.tolerance = max(map(tolerance_for, dtypes), default=0.0)
+        apart = self.difference(module, batches=1)
+        if apart > self.tolerance:
+            raise ValueError(
+                f"{class_name(module)} puts out something else when it is run on the same batch again (apart by {apart:.2g} of "
+                "the largest): nothing could be proved by that. Random numbers of torch are the same in each run, others "
+                "(Python's, NumPy's) are not"
+            )
 
     def with_eager_attention(self, module: nn.Module) -> None:
         """Compare the first batch with plain attention as well: fused kernels do not read all numbers of a module.

@@ -81,7 +81,9 @@ def shrink(
     Raises:
         ValueError: if nothing of what the masks prune is a whole unit, none of these can go, or ``strict`` and not all can; for
             models that are divided among processes, wrapped by ``DistributedDataParallel``, quantized, or with adapters or
-            patches. Nothing has changed then.
+            patches, or that put out something else for the same batch each time; for masks of other shapes than the
+            parameters. Nothing has changed then.
+        RuntimeError: if the outputs for the first batch are right, and those for others are not. Nothing has changed then.
         KeyError: if the model has not all parameters that the masks are about.
 
     Example:
@@ -104,6 +106,7 @@ def shrink(
     check_flag("uniform", uniform)
     check_flag("strict", strict)
     check_integer("multiple_of", multiple_of, 1)
+    check_integer("measure", measure, 0)
     check_batches(batches)
     _check_possible(model)
     reference = list(batches)

@@ -1,7 +1,7 @@
 """The units of a model that could be taken out, and which of them masks leave nothing of."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +45,8 @@ def groups_of(
     found: dict[str, tuple[str, tuple[Member, ...], int]] = {}
     options: dict[str, Any] = {"composite": "gradient", "statistic": "structure", "unruled": "ignore"}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what has no units is no news here: masks of units were made by a trace like this
+        # What has no units is no news here: masks of units were made by a trace like this.
+        warnings.simplefilter("ignore")
         try:
             relevance = attribute(
                 module,
@@ -76,12 +75,3 @@ def _dead(members: Iterable[Member], units: int, kept: Callable[[str], Tensor | 
             return torch.zeros(units, dtype=torch.bool, device="cpu")
         alive |= member.any_kept(mask.cpu(), units)
     return ~alive
-
-
-def by_parameter(groups: Iterable[Group]) -> Mapping[str, list[tuple[int, Member]]]:
-    """The members of all groups by parameter, each with the index of its group."""
-    found: dict[str, list[tuple[int, Member]]] = {}
-    for index, group in enumerate(groups):
-        for member in group.members:
-            found.setdefault(member.parameter, []).append((index, member))
-    return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.shrinking.files import DESCRIPTION
+from lrp_prune.storage import load_tensors, save_tensors
 from tests.support.shrinking import keeping, masks_of, sizes
 from tests.support.small_models import batch_for, build, forward
 
@@ -97,6 +98,14 @@ def test_a_folder_that_is_loaded_plainly_says_so(tmp_path: Path) -> None:
         lrp_prune.load_shrunk(tmp_path, build("llama"))
 
 
+def test_a_folder_holds_what_was_saved_last(tmp_path: Path) -> None:
+    shrunk_convolutional()[0].save(tmp_path)
+    model, batch = build("llama"), batch_for("llama")
+    lrp_prune.shrink(model, masks_of(model, batch, "neuron"), [batch]).save(tmp_path)
+    with pytest.raises(ValueError, match=r"has no shrunk.json.*from_pretrained"):
+        lrp_prune.load_shrunk(tmp_path, Convolutional())
+
+
 def changed(folder: Path, **changes: Any) -> None:
     path = folder / DESCRIPTION
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -123,6 +132,12 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path: Path)
             lrp_prune.load_shrunk(tmp_path, model)
         assert sizes(model) == before and torch.equal(model(x), expected)
     changed(tmp_path, **description)
+    tensors, _ = load_tensors(tmp_path / "shrunk.safetensors", "shrunk")
+    save_tensors(tmp_path / "shrunk.safetensors", "shrunk", {**tensors, "out.bias": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match=r"has out.bias in other shapes than shrunk.json says"):
+        lrp_prune.load_shrunk(tmp_path, model)  # it could be broadcast
+    assert sizes(model) == before and torch.equal(model(x), expected)
+    save_tensors(tmp_path / "shrunk.safetensors", "shrunk", tensors, {})
     with pytest.raises(ValueError, match=r"is in the (model|file) only: it was saved of a Convolutional"):
         lrp_prune.load_shrunk(tmp_path, nn.Linear(2, 2))
     (tmp_path / DESCRIPTION).write_text("{")

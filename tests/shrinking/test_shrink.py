@@ -137,6 +137,9 @@ def test_what_was_measured_is_printed_and_the_smaller_model_is_left() -> None:
     assert shrunk.speed is not None and shrunk.speed.ratio > 1.2
     assert shrunk.speed.memory_after < 0.2 * shrunk.speed.memory_before
     assert f"{shrunk.speed.ratio:.2f} times faster" in " ".join(str(shrunk).split())
+    for times in (-1, True, 1.5):
+        with pytest.raises(ValueError, match="measure must be an integer of at least 0"):
+            lrp_prune.shrink(model, masks, [x], measure=times)
 
 
 def test_numbers_of_modules_change_if_the_outputs_need_it() -> None:

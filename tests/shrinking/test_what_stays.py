@@ -1,7 +1,9 @@
 """What cannot be taken out stays and is told, and what cannot be shrunk is refused, with the model as it was."""
 
 import copy
+import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.shrinking.proof import Proof
-from tests.support.channel_nets import pooled
+from tests.support.channel_nets import Net, pooled
 from tests.support.sharding import sharded, together
 from tests.support.shrinking import CLASSES, keeping, masked, masks_of, sizes, value
 from tests.support.small_models import batch_for, build, llama
@@ -40,6 +42,72 @@ def test_what_would_break_stays_and_is_told() -> None:
     torch.testing.assert_close(model(x), expected)
     assert list(shrunk.left) == ["b"] and model.a.out_channels == 6 and model.b.out_channels == 3
     assert re.search(r"still there, as zeros, in b: the\s+model does not run", str(shrunk).replace("\n  ", " "))
+
+
+class Frozen(nn.Module):
+    """Batch normalization by buffers alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(channels) + 0.5)
+        self.register_buffer("mean", torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean[:, None, None]) * self.scale[:, None, None]
+
+
+@pytest.mark.filterwarnings("ignore:.*no units that could be removed")
+@pytest.mark.parametrize("between", [lambda: nn.BatchNorm2d(8, affine=False), lambda: Frozen(8), lambda: nn.PReLU(8)])
+def test_filters_stay_before_what_has_an_untraced_entry_for_each(between: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    parts = {"a": nn.Conv2d(4, 8, 1), "between": between(), "b": nn.Conv2d(8, 6, 1), "c": nn.Conv2d(6, 4, 1)}
+    model = Net(lambda n, x: pooled(n.c(n.b(n.between(n.a(x)).relu()).relu())), **parts).eval()
+    x = torch.randn(3, 4, 5, 5)
+    masks = masks_of(model, (x, CLASSES), "neuron")
+    expected = masked(model, masks)(x)
+    shrunk = lrp_prune.shrink(model, masks, [x])
+    assert list(shrunk.left) == ["b"] and "does not run without them" in shrunk.left["b"]
+    assert (model.a.out_channels, model.b.out_channels, model.c.in_channels) == (8, 3, 3)
+    torch.testing.assert_close(model(x), expected)
+
+
+class Noisy(nn.Module):
+    """Adds a number that is drawn anew each time."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.draw = nn.Linear(4, 6), nn.Linear(6, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x + self.draw()).relu())
+
+
+def test_outputs_that_differ_from_run_to_run_prove_nothing() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    model = Noisy(random.random).eval()
+    masks = keeping(model, (x, torch.zeros(5, dtype=torch.int64)), "neuron", {"b": [2, 5]})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Noisy puts out something else when it is run .* again.*Python's"):
+        lrp_prune.shrink(model, masks, [x])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.draw = lambda: torch.rand(4)  # the same in each run
+    assert lrp_prune.shrink(model, masks, [x]).taken == 4
+
+
+def test_masks_of_the_model_as_it_was_are_refused() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(5, 4)
+    masks = masks_of(model, (x, torch.zeros(5, dtype=torch.int64)), "neuron")
+    lrp_prune.shrink(model, masks, [x])
+    expected = model(x)
+    with pytest.raises(
+        ValueError, match=r"0\.weight has shape \(4, 4\), its mask \(8, 4\)|2\.weight has shape \(3, 4\)"
+    ):
+        lrp_prune.shrink(model, masks, [x])
+    with pytest.raises(ValueError, match="nothing that is zero is a whole neuron"):
+        lrp_prune.shrink(model, None, [x])
+    assert torch.equal(model(x), expected)
 
 
 def test_outputs_that_would_differ_are_seen() -> None:
