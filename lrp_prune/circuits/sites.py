@@ -139,10 +139,11 @@ def find_sites(
     module = forwarded(model)
     kinds = kinds_of(granularities)
     traced: dict[str, Relevance | str] = {}
+    stacked = _stacked(module)
     if {"attention_block", "head", "attention_neuron"} & set(kinds):
-        traced["attention"] = _traced(module, batch, target, "head")
+        traced["attention"] = _traced(module, batch, target, "head", stacked)
     if {"mlp_block", "mlp_neuron"} & set(kinds):
-        traced["mlp"] = _traced(module, batch, target, "neuron")
+        traced["mlp"] = _traced(module, batch, target, "neuron", stacked)
     found = [
         site
         for part, relevance in traced.items()
@@ -152,7 +153,11 @@ def find_sites(
         and not matches(site.module, exclude)
     ]
     missing = [kind for kind in kinds if not any(site.kind == kind for site in found)]
-    _tell_of_experts(module, kinds, missing, include, exclude)
+    _tell_of_experts(
+        [name for name in stacked if (include is None or matches(name, include)) and not matches(name, exclude)],
+        kinds,
+        missing,
+    )
     if not found or (missing and include is None and exclude is None):
         why = "".join(f": {reason}" for reason in traced.values() if isinstance(reason, str))
         raise ValueError(
@@ -162,23 +167,18 @@ def find_sites(
     return tuple(sorted(found, key=lambda site: (order.index(site.module), NODE_KINDS.index(site.kind))))
 
 
-def _tell_of_experts(
-    model: nn.Module,
-    kinds: Sequence[str],
-    missing: Sequence[str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-) -> None:
-    """Experts whose weights are stacked have no units here: what is read by one expert is no module's whole input."""
+def _stacked(model: nn.Module) -> list[str]:
+    """Weights of several layers, as those of experts, whose units are told of here and not by the trace."""
     filters = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
-    stacked = [
+    return [
         name
         for name, parameter in named_parameters(model).items()
-        if parameter.dim() == 3
-        and id(parameter) not in filters
-        and (include is None or matches(name, include))
-        and not matches(name, exclude)
+        if parameter.dim() == 3 and id(parameter) not in filters
     ]
+
+
+def _tell_of_experts(stacked: Sequence[str], kinds: Sequence[str], missing: Sequence[str]) -> None:
+    """Experts whose weights are stacked have no units here: what is read by one expert is no module's whole input."""
     asked = [kind for kind in kinds if kind.startswith("mlp")]
     if not stacked or not asked:
         return
@@ -191,13 +191,24 @@ def _tell_of_experts(
 
 
 def _traced(
-    model: nn.Module, batch: Any, target: Callable[[nn.Module, Any], Tensor], granularity: str
+    model: nn.Module,
+    batch: Any,
+    target: Callable[[nn.Module, Any], Tensor],
+    granularity: str,
+    stacked: Sequence[str],
 ) -> Relevance | str:
     """Relevance of the units, or why none has any; raises where nothing at all has any."""
     try:
         # Under a composite with a rule for activations those of several operations are seen as one, as hidden units need.
         return attribute(
-            model, [batch], target, "attnlrp", granularity=granularity, statistic="signed", unruled="ignore"
+            model,
+            [batch],
+            target,
+            "attnlrp",
+            granularity=granularity,
+            exclude=stacked or None,
+            statistic="signed",
+            unruled="ignore",
         )
     except NothingScoredError as error:
         return str(error)
