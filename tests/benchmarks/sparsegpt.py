@@ -1,11 +1,11 @@
-"""SparseGPT and Wanda, written from their papers, as independent references for the benchmarks.
+"""SparseGPT, Wanda and RIA, written from their papers, as independent references for the benchmarks.
 
 Sources: E. Frantar and D. Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML
 2023, arXiv 2301.00774 (algorithm 1, section 3); M. Sun, Z. Liu, A. Bair and J. Z. Kolter, "A Simple and Effective
-Pruning Approach for Large Language Models", ICLR 2024, arXiv 2306.11695. Nothing here uses the package that is measured
-against it.
+Pruning Approach for Large Language Models", ICLR 2024, arXiv 2306.11695; Y. Zhang et al., "Plug-and-Play: An Efficient
+Post-training Pruning Method for Large Language Models", ICLR 2024. Nothing here uses the package that is measured against it.
 
-Both go through the blocks of a causal model one after the other: the inputs of a block come from the blocks before it
+All go through the blocks of a causal model one after the other: the inputs of a block come from the blocks before it
 as already pruned, and the linear layers inside a block are solved on the inputs they have while that block is dense.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 Solver = Callable[[str, nn.Linear, Tensor], None]
+Pattern = tuple[int, int]
+"""`(n, m)`: of each `m` inputs that follow each other `n` are kept, in each row."""
 
 
 def sparsegpt_(
@@ -26,6 +28,7 @@ def sparsegpt_(
     mask: Tensor | None = None,
     block: int = 128,
     damping: float = 0.01,
+    pattern: Pattern | None = None,
 ) -> Tensor:
     """Prunes a linear layer's weight in place by optimal brain surgery, column by column, in lazy blocks.
 
@@ -40,6 +43,8 @@ def sparsegpt_(
         mask: Boolean `[out, in]`, True = kept: removes the others and updates these; `sparsity` is then unused.
         block: Columns whose mask is chosen, and whose updates to the right are applied, at once.
         damping: Fraction of the mean of the diagonal that is added to it.
+        pattern: Keeps `n` of each `m`, chosen when the first of them is reached; `sparsity` is then unused, and `block` a
+            multiple of `m`.
 
     Returns:
         The mask, boolean `[out, in]`, True = kept.
@@ -55,7 +60,7 @@ def sparsegpt_(
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         columns, corner = w[:, start:end], factor[start:end, start:end]
-        if mask is None:
+        if mask is None and pattern is None:
             errors = (columns / corner.diagonal()).square().flatten()
             removed = errors.topk(round(sparsity * errors.numel()), largest=False).indices
             choice = torch.ones_like(errors, dtype=torch.bool)
@@ -63,6 +68,10 @@ def sparsegpt_(
             kept[:, start:end] = choice.view(columns.shape)
         residual = torch.zeros_like(columns)
         for j in range(end - start):
+            if mask is None and pattern is not None and j % pattern[1] == 0:
+                group = slice(j, j + pattern[1])
+                errors = (columns[:, group] / corner.diagonal()[group]).square()
+                kept[:, start + j : start + j + pattern[1]] = kept_of_each(errors, pattern)
             residual[:, j] = columns[:, j] * ~kept[:, start + j] / corner[j, j]
             columns[:, j:] -= torch.outer(residual[:, j], corner[j, j:])
         w[:, end:] -= residual @ factor[start:end, end:]
@@ -71,11 +80,40 @@ def sparsegpt_(
     return kept
 
 
-def wanda_(weight: Tensor, gram: Tensor, sparsity: float) -> Tensor:
+def kept_of_each(score: Tensor, pattern: Pattern) -> Tensor:
+    """True for the `n` largest of each `m` of a row; `score` is `[out, in]`."""
+    n, m = pattern
+    groups = score.unflatten(1, (-1, m))
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n, dim=2).indices, True).flatten(1)
+
+
+def wanda_(weight: Tensor, gram: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
     """Prunes, in each row, the smallest `abs(w_ij) * norm(x_j)`; returns the mask, True = kept."""
     score = weight.detach().abs() * gram.diagonal().sqrt()
-    removed = score.topk(round(sparsity * score.shape[1]), dim=1, largest=False).indices
-    kept = torch.ones_like(score, dtype=torch.bool).scatter_(1, removed, False)
+    if pattern is not None:
+        kept = kept_of_each(score, pattern)
+    else:
+        removed = score.topk(round(sparsity * score.shape[1]), dim=1, largest=False).indices
+        kept = torch.ones_like(score, dtype=torch.bool).scatter_(1, removed, False)
+    with torch.no_grad():
+        weight.mul_(kept)
+    return kept
+
+
+def ria_(weight: Tensor, gram: Tensor, sparsity: float, pattern: Pattern | None = None, power: float = 0.5) -> Tensor:
+    """Prunes, in the whole layer, the smallest relative importance and activation; returns the mask, True = kept.
+
+    The score is `(abs(w_ij) / sum_k abs(w_ik) + abs(w_ij) / sum_k abs(w_kj)) * norm(x_j) ** power`.
+    """
+    size = weight.detach().abs()
+    relative = size / size.sum(1, keepdim=True) + size / size.sum(0, keepdim=True)
+    score = relative * gram.diagonal().sqrt() ** power
+    if pattern is not None:
+        kept = kept_of_each(score, pattern)
+    else:
+        removed = score.flatten().topk(round(sparsity * score.numel()), largest=False).indices
+        kept = torch.ones_like(score, dtype=torch.bool)
+        kept.view(-1)[removed] = False
     with torch.no_grad():
         weight.mul_(kept)
     return kept
@@ -145,24 +183,45 @@ def block_by_block(model: nn.Module, ids: Tensor, solve: Solver, label: str = "b
 
 
 def sparsegpt(
-    model: nn.Module, ids: Tensor, sparsity: float = 0.5, masks: dict[str, Tensor] | None = None
+    model: nn.Module,
+    ids: Tensor,
+    sparsity: float = 0.5,
+    masks: dict[str, Tensor] | None = None,
+    pattern: Pattern | None = None,
 ) -> dict[str, Tensor]:
     """Prunes the linear layers in a causal model's blocks by SparseGPT, or updates the weights that `masks` keep."""
     found: dict[str, Tensor] = {}
 
     def solve(name: str, linear: nn.Linear, gram: Tensor) -> None:
-        found[name] = sparsegpt_(linear.weight, gram, sparsity, masks[name] if masks is not None else None)
+        mask = masks[name] if masks is not None else None
+        found[name] = sparsegpt_(linear.weight, gram, sparsity, mask, pattern=pattern)
 
     block_by_block(model, ids, solve, "SparseGPT")
     return found
 
 
-def wanda(model: nn.Module, ids: Tensor, sparsity: float = 0.5) -> dict[str, Tensor]:
+def wanda(model: nn.Module, ids: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None) -> dict[str, Tensor]:
     """Prunes all linear layers in the blocks of a causal model with Wanda, row by row."""
+    return _scored(model, ids, wanda_, "Wanda", sparsity, pattern)
+
+
+def ria(model: nn.Module, ids: Tensor, sparsity: float = 0.5, pattern: Pattern | None = None) -> dict[str, Tensor]:
+    """Prunes all linear layers in the blocks of a causal model with RIA, layer by layer."""
+    return _scored(model, ids, ria_, "RIA", sparsity, pattern)
+
+
+def _scored(
+    model: nn.Module,
+    ids: Tensor,
+    prune_: Callable[[Tensor, Tensor, float, Pattern | None], Tensor],
+    label: str,
+    sparsity: float,
+    pattern: Pattern | None,
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def solve(name: str, linear: nn.Linear, gram: Tensor) -> None:
-        found[name] = wanda_(linear.weight, gram, sparsity)
+        found[name] = prune_(linear.weight, gram, sparsity, pattern)
 
-    block_by_block(model, ids, solve, "Wanda")
+    block_by_block(model, ids, solve, label)
     return found

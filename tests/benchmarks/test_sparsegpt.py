@@ -58,6 +58,31 @@ def test_lazy_blocks_change_nothing_but_the_order_of_the_work():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_patterns_keep_the_best_of_each_group():
+    dense, inputs = layer_problem()
+    gram = inputs.T @ inputs
+    errors = {}
+    for name in ("sparsegpt_", "wanda_", "ria_"):
+        weight = dense.clone()
+        kept = getattr(sparsegpt, name)(weight, gram, 0.0, pattern=(2, 4))
+        assert torch.equal(kept.unflatten(1, (-1, 4)).sum(2), torch.full((64, 24), 2)), name
+        assert torch.equal(weight != 0, kept), name
+        errors[name] = reconstruction_error(dense, weight, inputs)
+    assert errors["sparsegpt_"] < 0.8 * errors["wanda_"], errors
+    free = dense.clone()
+    sparsegpt.sparsegpt_(free, gram, 0.5)
+    assert reconstruction_error(dense, free, inputs) < errors["sparsegpt_"]
+
+
+def test_ria_is_its_formula():
+    weight = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+    gram = torch.tensor([[16.0, 0.0], [0.0, 1.0]])
+    # Relative importance: 1/3 + 1/4, 2/3 + 2/6, 3/7 + 3/4, 4/7 + 4/6; times 2 in the first column, whose inputs have norm 4.
+    # 7/6, 1, 33/14, 26/21: the second is the smallest, then the first.
+    assert sparsegpt.ria_(weight.clone(), gram, 0.25).tolist() == [[True, False], [True, True]]
+    assert sparsegpt.ria_(weight.clone(), gram, 0.5).tolist() == [[False, False], [True, True]]
+
+
 def test_block_by_block_feeds_each_block_with_the_pruned_blocks_before_it():
     model = llama(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=50
