@@ -174,7 +174,7 @@ class SideEffects:
             value, low, high = (100 * number for number in effect.change)
             colour = "#0b6fb8" if effect.directed else "#9aa5b1"
             axes.plot([low, high], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
-            axes.plot([value], [row], marker="o", markersize=5, color=colour)
+            axes.plot([value], [row], marker="o", markersize=5, color=colour, clip_on=False)  # whole at the edge, too
             for number, values in enumerate(effect.beside.values()):
                 axes.plot(
                     [100 * each for each in values],
