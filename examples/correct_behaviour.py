@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     add_model(given)
     add("--answer-tokens", type=int, default=24, help="tokens generated for each prompt")
     add("--reduction", type=float, default=0.5, help="wanted reduction of the share of answers that show it")
-    add_search(given, [0.00005, 0.0002, 0.0004], [0.5])
+    add_search(given, [0.000003, 0.00001, 0.00005], [0.5])
     add_suite(given, windows=3, length=128, samples=16, allowed=["*=0.02", "copying=0.35"])
     add("--lightning", action="store_true", help="by a Lightning validation instead of a call")
     add("--output", type=Path, default=Path("outputs/behaviour"), help="folder for the patch, the report and figures")
