@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._checks import layouts_of
 from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._listening import tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._summary import preview, round_table, show
 from lrp_prune.pruning import Masks
@@ -89,6 +90,7 @@ class Round:
             explained = relevance.target
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
+        tell_before_round(trainer, pl_module, masks, self._recalibrate or self._compensation is not None)
         recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None
         compensated = None
         if self._compensation is None:
