@@ -7,6 +7,7 @@ from lrp_prune.callbacks.distillation import Distillation
 from lrp_prune.callbacks.learning_rate_rewinding import LearningRateRewinding
 from lrp_prune.callbacks.relevance_collector import RelevanceCollector
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
+from lrp_prune.callbacks.round_quality import RoundPoint, RoundQuality
 from lrp_prune.correction import Guard
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "LearningRateRewinding",
     "RelevanceCollector",
     "RelevancePruning",
+    "RoundPoint",
+    "RoundQuality",
     "Rounds",
 ]

@@ -26,7 +26,7 @@ from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.select import check_selection
-from lrp_prune.pruning.sparse_adapters import mask_adapters_of
+from lrp_prune.pruning.sparse_adapters import mask_adapters_of, unmask_adapters
 from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
@@ -196,6 +196,17 @@ class Pruner:
                     _shift_(theirs[name], before[id(entry)], entry)
             self.apply(trainer, pl_module, masks)
         return done
+
+    def go_back(self, pl_module: LightningModule, state: PruningState) -> None:
+        """Let the masks of an earlier round take effect; values that were pruned since are for the caller to put back."""
+        self.state = state
+        unmask_adapters(pl_module)
+        if state.masks is None:
+            self.release()
+        else:
+            assert self._keeper is not None  # later masks were kept by it
+            self._keeper.update(state.masks)
+            mask_adapters_of(pl_module, state.masks)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""

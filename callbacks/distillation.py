@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -59,11 +59,9 @@ class Distillation(RoundListener):
     Args:
         share: of the loss that is the teacher's, in (0, 1]; 1 does without the training step's loss, and so without labels.
         temperature: above 0; larger values show more of what the teacher takes for second best. Not for ``match="values"``.
-        teacher: ``"before"``, the model as it was right before the first round: a copy of the weights that are trained, and of
-            what is pruned of those that are not (with LoRA that is little more than the pruned values). ``"unmasked"``, the
-            weights as they are now, with the pruned values put back: no copy of what is kept, but a teacher that moves with the
-            student, and not for rounds that change what they keep (``compensation``, ``recalibrate``). Or another module that is
-            called as the trained one is, in a training with or without pruning.
+        teacher: None for the model as it was right before the first round: a copy of the weights that are trained, and of what is
+            pruned of those that are not (beside LoRA that is little more than the pruned values). Or another module that is
+            called as the trained one is, in a training with or without rounds of pruning.
         match: ``"logits"``, the divergence of choices, whose classes are the last dimension (of images the second); or
             ``"values"``, the mean squared difference of the outputs, for regressions and several labels at once.
         module: name, in the ``LightningModule``, of the module whose outputs are matched; None: the outermost that gives any.
@@ -79,7 +77,7 @@ class Distillation(RoundListener):
         share: float = 0.5,
         temperature: float = 2.0,
         *,
-        teacher: Literal["before", "unmasked"] | nn.Module = "before",
+        teacher: nn.Module | None = None,
         match: Literal["logits", "values"] = "logits",
         module: str | None = None,
         allow_untested: bool = False,
@@ -88,8 +86,10 @@ class Distillation(RoundListener):
         _check_number("share", share, "in (0, 1]", lambda value: 0 < value <= 1)
         _check_number("temperature", temperature, "above 0", lambda value: 0 < value < float("inf"))
         _checks.check_choice("match", match, ("logits", "values"), optional=False)
-        if not isinstance(teacher, nn.Module):
-            _checks.check_choice("teacher", teacher, ("before", "unmasked"), optional=False)
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise MisconfigurationException(
+                f"teacher must be a module, or None for the model before the first round, got {teacher!r}"
+            )
         if module is not None and (not isinstance(module, str) or not module):
             raise MisconfigurationException(f"module must be None or the name of a module, got {module!r}")
         self.share, self.temperature, self.teacher, self.match = share, temperature, teacher, match
@@ -104,10 +104,10 @@ class Distillation(RoundListener):
             return
         _checks.check_strategy(trainer, type(self).__name__, self._allow_untested)
         prunings = [entry for entry in callbacks_of(trainer) if isinstance(entry, RelevancePruning)]
-        if not prunings and not isinstance(self.teacher, nn.Module):
+        if not prunings and self.teacher is None:
             raise MisconfigurationException(
-                f"Distillation(teacher={self.teacher!r}) learns from the model before the first round of RelevancePruning, "
-                "which is none of the trainer's callbacks: add it, or pass the dense model as teacher="
+                "Distillation learns from the model before the first round of RelevancePruning, which is none of the trainer's "
+                "callbacks: add it, or pass the dense model as teacher="
             )
         known = self._module() if self._module is not None else None
         if known is not pl_module:  # what another model was is no teacher of this one
@@ -129,23 +129,18 @@ class Distillation(RoundListener):
             )
         self._watched(pl_module)
         pruned = any(entry.round for entry in callbacks_of(trainer) if isinstance(entry, RelevancePruning))
-        if pruned and self._earlier is None and not isinstance(self.teacher, nn.Module):
+        if pruned and self._earlier is None and self.teacher is None:
             raise MisconfigurationException(
                 "the model is pruned already and this callback has no state, so that the model before the first round is not "
                 "known: go on from a checkpoint of a training with Distillation, or pass the dense model as teacher="
             )
-        if isinstance(self.teacher, nn.Module):
+        if self.teacher is not None:
             self.teacher.to(pl_module.device)
 
     @override
     def before_round(self, trainer: Trainer, pl_module: LightningModule, masks: Masks, adjusts: bool) -> None:
-        if isinstance(self.teacher, nn.Module):
+        if self.teacher is not None:
             return
-        if adjusts and self.teacher == "unmasked":
-            raise MisconfigurationException(
-                "teacher='unmasked' puts pruned values back among weights as they are now, and compensation= and recalibrate= "
-                "change these in each round, so that the two do not fit together: use teacher='before'"
-            )
         if self._earlier is None:
             self._earlier = EarlierValues(pl_module, self._changing(pl_module, adjusts))
         self._earlier.remember(pl_module, masks)
@@ -184,8 +179,6 @@ class Distillation(RoundListener):
 
     def _changing(self, pl_module: LightningModule, adjusts: bool) -> list[str]:
         """What of the model will not stay as it is now."""
-        if self.teacher == "unmasked":
-            return []
         parameters, buffers = dict(pl_module.named_parameters()), dict(pl_module.named_buffers())
         names = [name for name, entry in parameters.items() if entry.requires_grad or adjusts]
         return [name for name in (*names, *buffers) if {**parameters, **buffers}[name].is_floating_point()]
@@ -200,7 +193,7 @@ class Distillation(RoundListener):
                 raise MisconfigurationException(
                     f"Distillation(module={self._name!r}): {class_name(root)} has no such module"
                 ) from error
-        if isinstance(self.teacher, nn.Module):  # called as the whole model is
+        if self.teacher is not None:  # called as the whole model is
             try:
                 return [forwarded(root)]
             except ValueError as error:
@@ -209,7 +202,7 @@ class Distillation(RoundListener):
         return list({id(entry): entry for entry in (root, *children, *map(unwrap, children))}.values())
 
     def _attach(self, pl_module: LightningModule) -> None:
-        if self._earlier is None and not isinstance(self.teacher, nn.Module):
+        if self._earlier is None and self.teacher is None:
             return  # nothing is pruned yet
         module: Any = inner(pl_module)
         own = vars(module).get("training_step")
@@ -268,13 +261,11 @@ class Distillation(RoundListener):
     @contextmanager
     def _teaching(self, pl_module: LightningModule, module: nn.Module) -> Iterator[nn.Module]:
         """The module that teaches, for a while."""
-        if isinstance(self.teacher, nn.Module):
+        if self.teacher is not None:
             yield self.teacher
             return
         assert self._earlier is not None
-        # What an adapter was, it was before masks; what it is now, it is under them.
-        whole = whole_adapters(pl_module) if self.teacher == "before" else nullcontext()
-        with whole, self._earlier.standing_in(pl_module):
+        with whole_adapters(pl_module), self._earlier.standing_in(pl_module):
             yield module
 
 

@@ -125,19 +125,28 @@ def mask_adapters_of(model: nn.Module, masks: Masks) -> list[str]:
     return list(found)
 
 
+def unmask_adapters(model: nn.Module) -> None:
+    """Take back what :func:`mask_adapters` did: adapters are added to all of their weights again."""
+    for layer in _with_variants(model):
+        for name in [name for name, variant in layer.lora_variant.items() if isinstance(variant, MaskedDelta)]:
+            del layer.lora_variant[name]
+
+
 @contextmanager
 def whole_adapters(model: nn.Module) -> Iterator[None]:
     """Adapters as they are without masks, for the time of a context."""
-    layers: list[Any] = [layer for layer in adapted_layers(unwrap(model)).values() if hasattr(layer, "lora_variant")]
+    layers = _with_variants(model)
     before = [dict(layer.lora_variant) for layer in layers]
     try:
-        for layer in layers:
-            for name in [name for name, variant in layer.lora_variant.items() if isinstance(variant, MaskedDelta)]:
-                del layer.lora_variant[name]
+        unmask_adapters(model)
         yield
     finally:
         for layer, variants in zip(layers, before, strict=True):
             layer.lora_variant.update(variants)
+
+
+def _with_variants(model: nn.Module) -> list[Any]:
+    return [layer for layer in adapted_layers(unwrap(model)).values() if hasattr(layer, "lora_variant")]
 
 
 def _layers(model: nn.Module, masks: Masks) -> Iterator[tuple[str, Any]]:

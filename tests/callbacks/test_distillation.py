@@ -40,7 +40,7 @@ def pruning(**options: Any) -> RelevancePruning:
     return RelevancePruning(0.5, Rounds(1, start=1), method="magnitude", **options)
 
 
-@pytest.mark.parametrize("teacher", ["before", "unmasked", "module"])
+@pytest.mark.parametrize("teacher", ["before", "module"])
 @pytest.mark.parametrize("match", ["logits", "values"])
 def test_the_gradient_is_that_of_the_loss_that_is_written_down(
     make_module, make_loader, make_trainer, teacher: str, match: str
@@ -48,25 +48,15 @@ def test_the_gradient_is_that_of_the_loss_that_is_written_down(
     """By a copy of the model from before the round, and autograd."""
     module, steps, masks = make_module("sgd"), Steps(), pruning()
     other = make_module(seed=4).eval()
-    given: Any = other if teacher == "module" else teacher
+    given: Any = other if teacher == "module" else None
     distillation = Distillation(0.25, 3.0, teacher=given, match=match)
     make_trainer(callbacks=[masks, distillation, steps], max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
     for index in (4, 6):  # the round is before the fifth batch
         student, (inputs, labels) = steps.modules[index], steps.batches[index]
-        if teacher == "module":
-            teaches = other.net
-        elif teacher == "before":
-            teaches = before_the_round(make_module, make_loader, make_trainer)
-        else:
-            teaches, dense = copy.deepcopy(student), before_the_round(make_module, make_loader, make_trainer)
-            for name, mask in masks.masks.items():
-                weights = teaches.get_parameter(name.removeprefix("net."))
-                weights.data[~mask] = dense.get_parameter(name.removeprefix("net.")).data[~mask]
+        own = teacher == "before"
+        teaches = before_the_round(make_module, make_loader, make_trainer) if own else other.net
         torch.manual_seed(index)
         outputs = student.train()(inputs)
-        if teacher == "unmasked":  # with the running statistics that the student has after its forward
-            for buffer, own in zip(teaches.buffers(), student.buffers(), strict=True):
-                buffer.copy_(own)
         soft = teaches.eval()(inputs).detach()
         if match == "logits":
             p, q = (soft / 3).softmax(-1), (outputs / 3).softmax(-1)
@@ -120,14 +110,13 @@ def test_weights_come_out_of_the_teaching_bit_for_bit(make_module, make_loader, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher", ["before", "unmasked"])
 def test_a_resumed_training_equals_the_uninterrupted_one(
-    make_module, make_loader, make_trainer, same_weights, tmp_path: Path, teacher: str
+    make_module, make_loader, make_trainer, same_weights, tmp_path: Path
 ) -> None:
     def run(path: Path | None = None) -> Any:
         callbacks = [
             RelevancePruning(0.7, Rounds(2, every_n_epochs=2)),
-            Distillation(teacher=teacher),
+            Distillation(),
             ModelCheckpoint(dirpath=tmp_path / "c", save_top_k=-1, filename="{epoch}"),
             Steps(),
         ]
@@ -252,8 +241,6 @@ def test_what_it_cannot_do_is_refused_by_name(make_module, make_manual_module, m
         fit(make_manual_module(), pruning(), Distillation())
     with pytest.raises(MisconfigurationException, match=r"module='body'.*Classifier has no such module"):
         fit(make_module(), pruning(), Distillation(module="body"))
-    with pytest.raises(MisconfigurationException, match=r"teacher='unmasked'.*use teacher='before'"):
-        fit(make_module(), pruning(compensation="exact"), Distillation(teacher="unmasked"))
     with pytest.raises(MisconfigurationException, match=r"\(Wrapped, Sequential were looked at\): pass module="):
         make_trainer(callbacks=[early, Distillation()], max_epochs=1).fit(Wrapped("nothing"), make_loader())
     with pytest.raises(MisconfigurationException, match=r"was compiled as a whole.*compile the model"):
@@ -263,7 +250,7 @@ def test_what_it_cannot_do_is_refused_by_name(make_module, make_manual_module, m
         ({"share": True}, "share must be a number in"),
         ({"temperature": 0.0}, "temperature must be a number above 0"),
         ({"match": "labels"}, "match must be one of"),
-        ({"teacher": "dense"}, "teacher must be one of before, unmasked"),
+        ({"teacher": "dense"}, "teacher must be a module, or None"),
         ({"module": ""}, "module must be None or"),
     ):
         with pytest.raises(MisconfigurationException, match=message):
