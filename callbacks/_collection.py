@@ -6,7 +6,6 @@ from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -26,7 +25,8 @@ from lrp_prune.callbacks._distributed import agree, agreeing, check_targets, gat
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.models.batches import mapped
 from lrp_prune.pruning import METHODS, UNIT_METHODS, Method, Scorer, scorer
-from lrp_prune.pruning.checking import check_prunable
+from lrp_prune.pruning.checking import check_uses
+from lrp_prune.pruning.coverage import refuse_unusable
 from lrp_prune.pruning.methods import collected_by
 from lrp_prune.pruning.recalibration import enough
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
@@ -176,10 +176,8 @@ class Collection:
     def check_prunable(self, pl_module: LightningModule) -> None:
         """Raise now if weights that are to be pruned are not used as they are, as far as this shows without data."""
         if self.kinds == ("weight",):
-            with misconfiguration(), warnings.catch_warnings():
-                if getattr(rank_zero_only, "rank", 0) != 0:
-                    warnings.simplefilter("ignore")
-                check_prunable(pl_module, **self.which)
+            with misconfiguration():
+                refuse_unusable(check_uses(pl_module, **self.which))
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a collection over the validation that begins."""

@@ -26,6 +26,7 @@ from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.select import check_selection
+from lrp_prune.pruning.sparse_adapters import mask_adapters_of, unmask_adapters
 from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
@@ -100,6 +101,7 @@ class Pruner:
                 _mask_averages(trainer, self.state.masks)
             else:
                 self._keeper.attach(trainer.optimizers)
+            mask_adapters_of(pl_module, self.state.masks)
 
     def _divide(self, pl_module: LightningModule) -> None:
         """Of masks from a checkpoint, which are whole, keep only this process's part where the weights are sharded."""
@@ -148,6 +150,7 @@ class Pruner:
                     module = subject_of(inner(model)).module
                     undo.append(remembered(module, recalibration.changed(module)))
                     recalibration.apply_(module)
+            mask_adapters_of(pl_module, masks)
             self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
 
     def compensate(
@@ -193,6 +196,17 @@ class Pruner:
                     _shift_(theirs[name], before[id(entry)], entry)
             self.apply(trainer, pl_module, masks)
         return done
+
+    def go_back(self, pl_module: LightningModule, state: PruningState) -> None:
+        """Let the masks of an earlier round take effect; values that were pruned since are for the caller to put back."""
+        self.state = state
+        unmask_adapters(pl_module)
+        if state.masks is None:
+            self.release()
+        else:
+            assert self._keeper is not None  # later masks were kept by it
+            self._keeper.update(state.masks)
+            mask_adapters_of(pl_module, state.masks)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""

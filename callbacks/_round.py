@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._checks import layouts_of
 from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
 from lrp_prune.callbacks._summary import preview, round_table, show
 from lrp_prune.pruning import Masks
@@ -81,6 +82,9 @@ class Round:
     def prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
         """Apply the masks that wait, or those that are collected for now, and tell of it."""
         pruner, previous = self._pruner, self._pruner.state.masks
+        if not is_allowed(trainer, pl_module, trains_on=log):
+            pruner.state.pending = None
+            return
         masks, samples, sparsity = pruner.state.pending, pruner.state.pending_samples, pruner.target
         explained = pruner.state.pending_target
         if masks is None:
@@ -89,6 +93,7 @@ class Round:
             explained = relevance.target
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
+        tell_before_round(trainer, pl_module, masks, self._recalibrate or self._compensation is not None)
         recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None
         compensated = None
         if self._compensation is None:

@@ -1,6 +1,7 @@
 """The weights that adapters (PEFT) are added to: what is used is the sum, as it will be after merging."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,7 +56,11 @@ def _active(layer: nn.Module) -> list[str]:
 
 def _unknown(layer: nn.Module, base: nn.Module, weights: list[nn.Parameter]) -> str | None:
     variants = getattr(layer, "lora_variant", None) or {}
-    rescaled = [type(variants[name]).__name__ for name in _active(layer) if name in variants]
+    rescaled = [
+        type(variants[name]).__name__
+        for name in _active(layer)
+        if name in variants and not hasattr(variants[name], "delta_of")
+    ]
     if rescaled:
         return f"has an adapter that is not simply added to it ({', '.join(rescaled)})"
     if len(weights) != 1 or not isinstance(getattr(base, "weight", None), nn.Parameter):
@@ -68,8 +73,12 @@ def _unknown(layer: nn.Module, base: nn.Module, weights: list[nn.Parameter]) -> 
 def _merged(layer: nn.Module, weight: nn.Parameter) -> Callable[[], Tensor]:
     def values() -> Tensor:
         result = weight.detach().clone()
+        variants: Any = getattr(layer, "lora_variant", None) or {}
         for name in _active(layer):
-            result += layer.get_delta_weight(name).detach().to(result)  # type: ignore[operator]
+            # Of an adapter under masks (lrp_prune.mask_adapters) what is left of it.
+            masked = name in variants
+            delta = variants[name].delta_of(layer, name) if masked else layer.get_delta_weight(name)  # type: ignore[operator]
+            result += delta.detach().to(result)
         return result
 
     return values

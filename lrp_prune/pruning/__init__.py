@@ -28,6 +28,7 @@ from lrp_prune.pruning.schedules import SCHEDULES, Schedule, sparsity_schedule
 from lrp_prune.pruning.scope import Scope
 from lrp_prune.pruning.scorers import Scorer, scorer
 from lrp_prune.pruning.select import select
+from lrp_prune.pruning.sparse_adapters import mask_adapters
 
 __all__ = [
     "LRP",
@@ -58,6 +59,7 @@ __all__ = [
     "Wanda",
     "check_saved",
     "check_uses",
+    "mask_adapters",
     "merge_adapters",
     "prune",
     "recalibrate",

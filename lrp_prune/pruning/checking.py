@@ -79,8 +79,9 @@ def check_prunable(model: nn.Module, batch: Any = None, **which: Any) -> None:
     beside = [name for name in candidates(module, **which) if name in adapted]
     if beside:
         warnings.warn(
-            f"{', '.join(patterns_of(beside))} have adapters, which are added to them also where they are pruned: use "
-            "lrp_prune.merge_adapters(model, masks) in place of merge_and_unload(), which would write over the zeros",
+            f"{', '.join(patterns_of(beside))} have adapters, which are added to them also where they are pruned, and by "
+            "merge_and_unload() as well: lrp_prune.mask_adapters(model, masks) makes them zero there, for a training of the "
+            "adapters; lrp_prune.merge_adapters(model, masks) merges what is left of them",
             UserWarning,
             stacklevel=3,
         )

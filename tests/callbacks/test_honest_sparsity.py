@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
 from lrp_prune.pruning import METHODS
 from lrp_prune.relevance.unscored import UNUSED, UnscoredWeightsWarning
@@ -215,12 +214,16 @@ def test_adapters_alone_are_not_pruned_by_default(method: str, make_trainer: Any
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_beside_adapters_stay_zero_until_they_are_merged(method: str, make_trainer: Any) -> None:
     module, pruning = _adapted(), RelevancePruning(method=method, include=["*.body", "*.o"], scope="global")
-    with pytest.warns(UserWarning, match="merge_adapters"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*have adapters.*")  # they are masked
         _fit(make_trainer, module, pruning)
     assert set(pruning.masks) == {"model.body.weight", "model.o.weight"} and pruning.masks.sparsity == 0.5
     trained = [name for name, value in module.named_parameters() if not torch.equal(value, module.before[name])]
     assert any("lora_B" in name for name in trained)
-    merged = lrp_prune.merge_adapters(module.model, pruning.masks)
+    inputs = next(iter(_loader()))[0]
+    trained_outputs = module.eval()(inputs)
+    merged = module.model.merge_and_unload()  # what was trained is what is merged
+    torch.testing.assert_close(merged(inputs), trained_outputs)
     assert isinstance(merged, Halves)
     assert int((merged.body.weight == 0).sum() + (merged.o.weight == 0).sum()) == 56
     kept = pruning.masks["model.body.weight"]
