@@ -22,7 +22,7 @@ from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
 from lrp_prune.engine.rules.layers import Layer, widened
 from lrp_prune.engine.rules.linear import Terms, Watching, ruled
-from lrp_prune.engine.rules.messages import Message, messages
+from lrp_prune.engine.rules.messages import Message, arrival
 from lrp_prune.engine.tracing import Reading, UnitTracer
 
 
@@ -64,7 +64,7 @@ class Use:
         if not isinstance(rule, Terms):
             return self.coming_back(self.weight)
         activation, weight, d = widened(activation, self.weight, d)
-        return self.coming_back(weight, messages(rule.groups, Layer(self.form, weight), activation, d))
+        return self.coming_back(weight, arrival(rule.groups, Layer(self.form, weight), activation, d).messages())
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Group, Term, Terms, WSquare, ZBox, ZPlus
-from lrp_prune.engine.forms import Form
 from tests.support.written_rules import CONSERVING, LAYERS, RULES, Case, declared
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -54,17 +53,6 @@ def test_of_inputs_without_negative_entries_the_half_that_is_computed_is_all(rul
     torch.testing.assert_close(found, case.of_inputs, **EXACT)
     expected = case.of_weights(case.messages.abs()).sum(0)
     torch.testing.assert_close(case.found(RULES[rule][0], "abs_token"), expected, **EXACT)
-
-
-@pytest.mark.parametrize(("positive", "products"), [(True, 2), (False, 3)])
-def test_no_more_products_are_computed_than_the_signs_of_the_input_ask_for(
-    positive: bool, products: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, made = Case("linear", RULES["gamma"][1], positive), []
-    product = Form.product
-    monkeypatch.setattr(Form, "product", lambda form, *parts: made.append(parts) or product(form, *parts))
-    case.found(Gamma(0.4), "abs_token")
-    assert len(made) == products
 
 
 @pytest.mark.parametrize("layer", LAYERS)

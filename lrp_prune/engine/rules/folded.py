@@ -28,6 +28,8 @@ def followed(layer: Layer, arrived: Arrived) -> Layer:
     if layer.bias is not None:
         bias = bias + layer.bias * scale.reshape(shape)
     output = torch.addcmul(shift.reshape(shape), arrived.y.to(weight.dtype), scale.reshape(shape))
+    if bool((scale > 0).all()):
+        return Layer(form, weight, bias, output, scale.reshape(shape))
     return Layer(form, weight * along(form, weight, scale, form.out_axis), bias, output)
 
 
@@ -39,7 +41,7 @@ def preceded(layer: Layer, scale: Tensor, shift: Tensor, activation: Tensor) -> 
     bias = form.product(one, weight)
     if layer.bias is not None:
         bias = bias + layer.bias
-    return Layer(form, weight * along(form, weight, scale, form.in_axis), bias)
+    return Layer(form, weight * along(form, weight, scale, form.in_axis), bias, layer.output)
 
 
 def along(form: Form, weight: Tensor, values: Tensor, axis: int) -> Tensor:

@@ -125,6 +125,11 @@ def _saving() -> Any:
     return None if hooks is None else weakref.ref(hooks[0])
 
 
+def saves_elsewhere() -> bool:
+    """Whether what is kept for the backward pass is in somebody's care, who computes it again or moves it."""
+    return _saving() is not None
+
+
 def note_parts(tensor: Any, parts: Sequence[Part]) -> None:
     """Remember what a tensor's channels come out of, until it is changed."""
     _FACT.note(tensor, _Parts(tuple(parts), tensor.grad_fn, _saving()))

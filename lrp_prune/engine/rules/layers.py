@@ -1,10 +1,16 @@
 """A layer as a rule sees it: an affine map of an activation, whose weight is taken in parts."""
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrp_prune.engine.forms import Form
 from lrp_prune.engine.rules.terms import Constant, Part, power_of_part
+
+Taken = Part | Literal["absolute"] | float
+"""What is taken of a weight: a part, the absolute value, or all of it with the negative entries multiplied by a number."""
 
 
 class Layer:
@@ -15,27 +21,48 @@ class Layer:
         weight: the weight as it is used.
         bias: what is added to the product, in a shape that broadcasts to the output; None for nothing.
         output: product and bias together, where they are known already.
+        scale: by what the product is multiplied besides, above zero, in a shape that broadcasts to the output. It is a factor
+            of the weight that is left out of it, since weights are often larger than outputs. None for nothing.
     """
 
-    def __init__(self, form: Form, weight: Tensor, bias: Tensor | None = None, output: Tensor | None = None) -> None:
-        self.form, self.weight, self.bias, self.output = form, weight, bias, output
-        self._parts: dict[tuple[Part, int], Tensor] = {}
+    def __init__(
+        self,
+        form: Form,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        output: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.form, self.weight, self.bias, self.output, self.scale = form, weight, bias, output, scale
+        self._taken: dict[tuple[Taken, int], Tensor] = {}
 
-    def part(self, part: Part, power: int = 1) -> Tensor:
-        """A power of some of the weight's entries, with zeros for the others."""
-        if (part, power) == ("whole", 1):
+    def product(self, values: Tensor, taken: Taken = "whole", power: int = 1) -> Tensor:
+        """Values in the activation's place times a power of what is taken of the weight."""
+        product = self.form.product(values, self._weight(taken, power))
+        return product if self.scale is None else product * self.scale.pow(power)
+
+    def input_gradient(self, d: Tensor, activation: Tensor, taken: Taken, power: int = 1) -> Tensor:
+        """The gradient of the activation of a product with what is taken of the weight."""
+        d = d if self.scale is None else d * self.scale.pow(power)
+        return self.form.input_gradient(d, activation, self._weight(taken, power))
+
+    def _weight(self, taken: Taken, power: int) -> Tensor:
+        if (taken, power) == ("whole", 1):
             return self.weight
-        if (part, power) not in self._parts:
-            self._parts[part, power] = power_of_part(self.weight, part, power)
-        return self._parts[part, power]
+        if (taken, power) not in self._taken:
+            self._taken[taken, power] = taken_of(self.weight, taken, power)
+        return self._taken[taken, power]
 
-    def product(self, values: Tensor, part: Part = "whole", power: int = 1) -> Tensor:
-        """Values in the activation's place times a part of the weight."""
-        return self.form.product(values, self.part(part, power))
 
-    def input_gradient(self, d: Tensor, activation: Tensor, part: Part, power: int) -> Tensor:
-        """The gradient of the activation of a product with a part of the weight."""
-        return self.form.input_gradient(d, activation, self.part(part, power))
+def taken_of(tensor: Tensor, taken: Taken, power: int = 1) -> Tensor:
+    """A power of what is taken of a weight, or likewise of a bias."""
+    if isinstance(taken, float):
+        found = F.leaky_relu(tensor, taken)
+    elif taken == "absolute":
+        found = tensor.abs()
+    else:
+        return power_of_part(tensor, taken, power)
+    return found if power == 1 else found.pow(power)
 
 
 def constant_like(activation: Tensor, form: Form, constant: Constant, weight_dims: int) -> Tensor:

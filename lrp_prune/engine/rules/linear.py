@@ -17,7 +17,7 @@ from lrp_prune.engine.rule import Rule
 from lrp_prune.engine.rules import folding
 from lrp_prune.engine.rules.folded import followed, has_channels, preceded, restated
 from lrp_prune.engine.rules.layers import Layer, widened
-from lrp_prune.engine.rules.messages import Message, input_gradient, messages
+from lrp_prune.engine.rules.messages import Message, arrival
 from lrp_prune.engine.rules.terms import Group
 
 
@@ -86,6 +86,25 @@ class Watching(Protocol):
     ) -> None: ...
 
 
+class _Result:
+    """What a product was, for as long as nobody changes it in place: most rules share by it, and need not multiply again."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int] | None = None
+
+    def note(self, result: Tensor) -> None:
+        """Keep it, in the same memory; unless what is kept for backward is in somebody's care, who would save that memory."""
+        if not folding.saves_elsewhere():
+            self._known = result.detach(), result._version
+
+    def taken(self, dtype: torch.dtype) -> Tensor | None:
+        """The result, once, if it is as it was and in the precision of the rule."""
+        known, self._known = self._known, None
+        if known is None or known[0]._version != known[1] or known[0].dtype != dtype:
+            return None
+        return known[0]
+
+
 class _Ruled(Function):
     @staticmethod
     def forward(
@@ -98,9 +117,10 @@ class _Ruled(Function):
         watching: Watching | None,
         before: folding.Before | None,
         after: folding.Handover,
+        result: _Result,
     ) -> Tensor:
         ctx.save_for_backward(activation, weight, *(() if source is None else (source,)))
-        ctx.form, ctx.rule, ctx.watching, ctx.after = form, rule, watching, after
+        ctx.form, ctx.rule, ctx.watching, ctx.after, ctx.result = form, rule, watching, after, result
         ctx.before = None if before is None else (before.scale, before.shift, before.parts)
         return functional.own_memory(form.forward(activation, weight))
 
@@ -111,7 +131,7 @@ class _Ruled(Function):
         source = others[0] if others else activation
         with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
             a, w = widened(source, weight, d)[:2]
-            layer, inward = Layer(ctx.form, w, ctx.form.bias(a, w)), None
+            layer, inward = Layer(ctx.form, w, ctx.form.bias(a, w), ctx.result.taken(w.dtype)), None
             if ctx.before is not None:
                 inward, shift, parts = ctx.before
                 layer = preceded(layer, inward, shift, a)
@@ -121,9 +141,10 @@ class _Ruled(Function):
                 layers.append((layer, rest.to(a.dtype), None))
             gradients = []
             for own, of_output, outward in layers:
-                found = messages(ctx.rule.groups, own, a, of_output)
-                gradient, left = input_gradient(found, own, a, activation.dtype)
+                back = arrival(ctx.rule.groups, own, a, of_output)
+                gradient, left = back.input_gradient(activation.dtype)
                 if ctx.watching is not None:
+                    found = back.messages()
                     if outward is not None or inward is not None:
                         found = restated(found, outward, inward, of_output.dim())
                     ctx.watching(found, a, w, of_output, gradient.to(a.dtype), inward)
@@ -133,7 +154,7 @@ class _Ruled(Function):
             gradient = sum(gradients[1:], gradients[0])
             if ctx.before is not None:
                 gradient = folding.handed_back(gradient, source, activation, parts)
-        return gradient, None, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None, None
 
 
 def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching: Watching | None = None) -> Tensor:
@@ -152,9 +173,10 @@ def ruled(activation: Tensor, weight: Tensor, form: Form, rule: Terms, watching:
     if not rule.groups:
         raise ValueError(f"{rule} declares no group of terms, so that no relevance would go on: give it one at least")
     before = folding.before(activation) if has_channels(form, activation, weight) else None
-    after = folding.Handover()
+    after, known = folding.Handover(), _Result()
     source = None if before is None else before.source
-    result = _ruled(activation, source, weight, form, rule, watching, before, after)
+    result = _ruled(activation, source, weight, form, rule, watching, before, after, known)
+    known.note(result)
     if has_channels(form, result, weight):
         folding.note_parts(result, [folding.Part(result.shape[1], after, from_layer=True)])
     return result

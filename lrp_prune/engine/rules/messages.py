@@ -1,13 +1,13 @@
 """Messages: how relevance comes back from the outputs of a layer to its inputs and weights, by the terms of a rule."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrp_prune.engine.rules.layers import Layer, constant_like, has_negative
-from lrp_prune.engine.rules.signed import Contributions, Factors, factors_of, passed
+from lrp_prune.engine.rules.signed import Contributions, Passed, factors_of, passed
 from lrp_prune.engine.rules.terms import SIGNS, Constant, Group, Part, part_of, power_of_part
 
 
@@ -56,7 +56,20 @@ class _Share(NamedTuple):
         return bool(self.slope or self.constants)
 
 
-def messages(groups: Sequence[Group], layer: Layer, activation: Tensor, d: Tensor) -> list[Message]:
+class Arrival(NamedTuple):
+    """What comes back from the outputs of a layer, computed when it is asked for.
+
+    Args:
+        messages: by the signs of input and weight.
+        input_gradient: the gradient of the input, in the precision that it is handed on in; and what relevance is none of it,
+            since its entry of the input is zero, or it does not fit. Where that is zero otherwise, it is of positive entries.
+    """
+
+    messages: Callable[[], list[Message]]
+    input_gradient: Callable[[torch.dtype], tuple[Tensor, Tensor | None]]
+
+
+def arrival(groups: Sequence[Group], layer: Layer, activation: Tensor, d: Tensor) -> Arrival:
     """What comes back from the outputs of a layer, by groups of terms.
 
     Args:
@@ -69,17 +82,17 @@ def messages(groups: Sequence[Group], layer: Layer, activation: Tensor, d: Tenso
         ValueError: if terms of different kind meet in a way that is no product of input, weight and output.
     """
     signs = SIGNS if has_negative(activation) else SIGNS[:1]
-    factors = [found for group in groups if (found := factors_of(group)) is not None]
+    factors = [entry for group in groups if (entry := factors_of(group)) is not None]
     if len(factors) == len(groups):
-        return _by_sign(groups, factors, Contributions(layer, activation, signs), d, signs)
-    return _by_terms(groups, _Products(groups, layer, activation, signs), d)
+        found = passed(groups, factors, Contributions(layer, activation, signs), d)
+        return Arrival(lambda: _by_sign(found, signs), lambda dtype: (found.to_input().to(dtype), None))
+    made = _by_terms(groups, _Products(groups, layer, activation, signs), d)
+    return Arrival(lambda: made, lambda dtype: _input_gradient(made, layer, activation, dtype))
 
 
-def _by_sign(
-    groups: Sequence[Group], factors: Sequence[Factors], sums: Contributions, d: Tensor, signs: Sequence[Part]
-) -> list[Message]:
+def _by_sign(found: Passed, signs: Sequence[Part]) -> list[Message]:
     """Of groups that look at the sign of contributions alone."""
-    of_positive, of_negative = passed(groups, factors, sums, d)
+    of_positive, of_negative = found.by_sign()
     if of_positive is of_negative:
         return [] if of_positive is None else [Message("whole", "whole", of_positive)]
     made = []
@@ -214,16 +227,10 @@ def _merged(places: list[tuple[Part, Part]]) -> list[tuple[Part, Part]]:
     return places
 
 
-def input_gradient(
+def _input_gradient(
     found: Sequence[Message], layer: Layer, activation: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the input; and what relevance is none of it, since its entry of the input is zero.
-
-    Where the input is zero, and there is no such relevance, it is the gradient of positive entries.
-
-    Args:
-        dtype: in which the gradient is handed on; relevance that does not fit into it is handed back.
-    """
+    """Of messages, whatever they are: see :class:`Arrival`."""
     scaling = [message for message in found if message.constant is None]
     fixed = [message for message in found if message.constant is not None]
     gradient = _gradient(scaling, "whole", layer, activation)
