@@ -96,6 +96,7 @@ SIZES: list[tuple[str, Size]] = [
         r"|.*projection_size|.*proj_size|d_latents|feature_size|.*_hidden_dims?|mask_dim|.*feature_size|.*_pyramid_width",
         _at_most(HIDDEN),
     ),
+    (r"num_filters", _at_most(2)),  # of a wave, doubled or so in each of several stages
     # Windows
     (r"window_size", _window),
     (r"sliding_window(_\w+)?|attention_window(_size)?|local_attention|window_size|.*_window", _at_most(4)),
