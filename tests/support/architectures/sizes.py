@@ -67,6 +67,9 @@ SIZES: list[tuple[str, Size]] = [
         _at_most(1),
     ),
     # Vocabularies and positions
+    (r"coordinate_size", _at_most(HEAD // 2)),  # four of these and two of those are as wide as the stream
+    (r"shape_size", _at_most(HEAD)),
+    (r"num_codebooks", _at_most(2)),
     (r".*vocab_size.*|.*_vocab|n_vocab|vocabulary_size", _at_most(VOCABULARY)),
     (
         r"max_(\w+_)?position(al)?_embeddings|n_positions|max_sequence_length|(max_)?seq(uence)?_len(gth)?|n_ctx|context_length"
