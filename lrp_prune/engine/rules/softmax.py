@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
 
 
@@ -107,7 +108,7 @@ class _SoftmaxZPlus(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.autocast(x.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(x.device):
             wide = torch.promote_types(x.dtype, torch.float32)
             s = ctx.function(x).to(wide)
             rows = x.to(wide).nan_to_num(0.0, 0.0, 0.0)  # what is masked has none
