@@ -50,6 +50,9 @@ class Case:
                 variant = Variant(attention, model, batch_for(self.mapping, model), 1e-4, attention)
             except NoBatchError:  # some types cannot be run in double precision by their own code
                 variant = self._in_single(attention)
+            if not all(bool(logits.isfinite().all()) for logits in _values(variant)):
+                # The smallest number and a score have a sum in single precision, where the score is lost, and none in double.
+                variant = self._in_single(attention)
             if found and not _agree(found[0], variant):
                 # Nor do some compute in it what they do in single: torch's attention misreads a mask in single precision.
                 single = self._in_single(attention)
@@ -92,13 +95,15 @@ class Case:
             return logits_of(model, self.first.batch)
 
 
+def _values(variant: Variant) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [logits.double() for logits in logits_of(variant.model, variant.batch)]
+
+
 def _agree(one: Variant, other: Variant) -> bool:
     """Whether two variants compute the same, but for what single precision tells apart."""
-    found = []
-    for variant in (one, other):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            found.append([logits.double() for logits in logits_of(variant.model, variant.batch)])
+    found = [_values(variant) for variant in (one, other)]
     shapes = [[logits.shape for logits in logits] for logits in found]
     return shapes[0] == shapes[1] and difference(*found) < 1e-4
 
