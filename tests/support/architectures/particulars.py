@@ -104,6 +104,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "bros": {"hidden_size": 64},
     "dots3_note_text": {"head_dim": 16},
     "oneformer": {"conv_dim": 32},
+    "step3p5": {"sliding_window": 4},
     "pp_ocrv5_server_det": {"neck_out_channels": 32},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},

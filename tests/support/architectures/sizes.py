@@ -67,6 +67,7 @@ SIZES: list[tuple[str, Size]] = [
         _at_most(1),
     ),
     # Vocabularies and positions
+    (r"adapter_(in|out)_dim|adapter_input_size", _at_most(HIDDEN)),
     (r"coordinate_size", _at_most(HEAD // 2)),  # four of these and two of those are as wide as the stream
     (r"shape_size", _at_most(HEAD)),
     (r"num_codebooks", _at_most(2)),
