@@ -169,6 +169,11 @@ class RelevanceAccumulator:
         ):
             with agreeing(mesh, COLLECTING), self._forward_context():
                 value = self._target(module, batch)
+                if isinstance(value, Tensor) and value.is_meta:
+                    raise ValueError(
+                        "the explained value is on the meta device, where tensors have shapes and no values: load the weights "
+                        "first (lrp_prune.attributing gives relevance there, by its shapes alone)"
+                    )
                 if sharded is not None:
                     propagation.check_target(value, table.backward_needed)
             roots = propagation.roots()

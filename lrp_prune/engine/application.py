@@ -16,6 +16,7 @@ from lrp_prune.engine.resolving import resolved
 from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.rules import Call, Rule, Terms, detached, gradient, is_activation, norm_pool
 from lrp_prune.engine.rules.folding import forget_parts, note_joined
+from lrp_prune.engine.rules.softmax import without_masked_rows
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.engine.where import LAYER, LAYERS
@@ -128,6 +129,15 @@ class Application:
             forget_parts(result)  # which hold the input, and nobody will ask for them
         return result
 
+    def _softmaxed(self, call: Call) -> Any:
+        if not any(map(is_activation, call.operands())):
+            return call.run()
+        result = self._by_rule(call)
+        dim = call.argument(1, "dim")
+        if dim is not None and "softm" in call.function.__name__:
+            without_masked_rows(result, dim)
+        return result
+
     def _summed(self, call: Call) -> Any:
         return self._by_rule(call) if self.shares(call) else call.run()
 
@@ -191,6 +201,7 @@ _WAYS: Mapping[str, Callable[[Application, Call], Any]] = {
     "plain": _run,
     "sum": Application._summed,
     "normalization": Application._normalized,
+    "softmax": Application._softmaxed,
     "join": _joined,
     **dict.fromkeys(("linear", "convolution", "matmul"), Application._contracted),
     "embedding": Application._looked_up,

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lrp_prune.engine.precision import without_autocast
+
 _bypass = torch._C.DisableTorchFunction
 
 
@@ -60,7 +62,7 @@ class IdentityRule(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        with _bypass(), torch.autocast(x.device.type, enabled=False):
+        with _bypass(), without_autocast(x.device):
             x = x.to(ctx.dtype)  # in which the function was computed, and its own parameters are
             ratio = (ctx.function(x) / x).nan_to_num_(0.0, 0.0, 0.0)  # only x = 0 gives nan or infinity
             return ratio.mul_(gradient).to(ctx.dtype), None, None
@@ -85,7 +87,7 @@ class AbsorbingIdentity(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (x,) = ctx.saved_tensors
-        with _bypass(), torch.autocast(x.device.type, enabled=False):
+        with _bypass(), without_autocast(x.device):
             made = ctx.function(x)
             absorbed = (made * gradient).masked_fill_(x != 0, 0.0).sum()
             ratio = (made / x).nan_to_num_(0.0, 0.0, 0.0).masked_fill_(x == 0, 0.0)

@@ -10,14 +10,16 @@ import builtins
 import dis
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lrp_prune.engine.call import is_activation
@@ -31,6 +33,7 @@ _CLOSED = frozenset(
 )
 """What a forward that names it may do out of the mode's sight, or to others."""
 _READ = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"})
+_STORED = frozenset({"STORE_SUBSCR", "STORE_SLICE", *(name for name in dis.opname if name.startswith("INPLACE_"))})
 
 
 class _Context:
@@ -60,7 +63,8 @@ def opening(mode: TorchFunctionMode, acting: Callable[[], bool]) -> Iterator[Non
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         if is_open(cls) and acting() and torch.is_grad_enabled() and mode in _modes():
             active = any(map(is_activation, tensors_in((args, kwargs))))
-            result = _run(cls, args, kwargs) if active else None
+            with saved_tensors_hooks(_copied, _as_kept) if active and writes(cls) else nullcontext():
+                result = _run(cls, args, kwargs) if active else None
             if any(map(_goes_on, tensors_in(result))):
                 return result
         return before(cls)(*args, **kwargs)
@@ -93,6 +97,38 @@ def _run(cls: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if cls.setup_context is not Function.setup_context:
         return forward(*args, **kwargs)
     return forward(_Context((*args, *kwargs.values())), *args, **kwargs)
+
+
+def _copied(saved: Tensor) -> Tensor:
+    return saved.clone()
+
+
+def _as_kept(saved: Tensor) -> Tensor:
+    return saved
+
+
+@cache
+def writes(cls: type[Function]) -> bool:
+    """Whether the forward of a custom function changes tensors in place.
+
+    Without gradients, as it is meant to run, it may write where a backward pass of its operations would read. Their backward
+    then gets copies.
+
+    Example:
+        >>> class Masked(Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x, mask):
+        ...         return torch.softmax(x, -1).masked_fill_(mask, 0.0)
+        >>> writes(Masked)
+        True
+    """
+    entries = list(dis.get_instructions(cls.forward.__code__))
+    return any(
+        entry.opname in _STORED
+        or (entry.opname == "BINARY_OP" and entry.argrepr.endswith("="))
+        or (isinstance(entry.argval, str) and entry.argval.endswith("_") and not entry.argval.endswith("__"))
+        for entry in entries
+    )
 
 
 @cache

@@ -20,6 +20,7 @@ from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
 from lrp_prune.engine.opened import opening
 from lrp_prune.engine.places import Places
+from lrp_prune.engine.precision import is_finite, without_autocast
 from lrp_prune.engine.registry import MODULE_RULES, any_placed
 from lrp_prune.engine.roots import Root, Roots
 from lrp_prune.engine.rules import gradient as plain_gradient
@@ -84,9 +85,9 @@ class Propagation:
         result: list[tuple[Root, Tensor]] = []
         for root, gradient in zip(entries, gradients, strict=True):
             relevance = root.relevance(gradient)
-            if root.constant and not bool(relevance.any()):
+            if root.constant and not relevance.is_meta and not bool(relevance.any()):
                 continue
-            if not bool(torch.isfinite(relevance.sum())) and not bool(torch.isfinite(relevance).all()):
+            if not is_finite(relevance):
                 raise FloatingPointError(
                     f"the relevance of {root.name!r} is not finite: check the batch and the precision"
                 )
@@ -113,7 +114,7 @@ class Propagation:
         mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
         mode.audit = None
         try:
-            with mode.acting(), torch.autocast(target.device.type, enabled=False):
+            with mode.acting(), without_autocast(target.device):
                 return mode.backward(target.reshape(()), tensors)
         finally:
             self._roots.recording, mode.audit = True, mode_audit
@@ -131,7 +132,7 @@ class Propagation:
             raise ValueError(
                 f"the target must be a scalar tensor, got {_described(target)}: sum it, or explain one value at a time"
             )
-        if not bool(torch.isfinite(target.detach())):
+        if not is_finite(target.detach()):
             raise FloatingPointError(
                 f"the explained value is {target.item()}: the model's output is not finite on this batch"
             )

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.packed import Packing
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rules import Call, is_activation
 from lrp_prune.engine.tags import Tag, set_tag
 from lrp_prune.engine.taps import RecurrentProduct
@@ -148,7 +149,7 @@ def recurrent(call: Call, given: Call, ruled: Callable[[Call], Call], uses: Weig
         for weight in (arguments["w_ih"], arguments["w_hh"]) if cell else arguments["params"]:
             if weight.dim() == 2 and weight.shape[0] != state[0].shape[-1]:  # a projection comes after the gates
                 uses.leave_out(weight, GATES)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         made = _one_step(rules, step, arguments, state) if cell else _all_layers(rules, step, arguments, state)
     if uses.replaces_values:
         return made if len(made) > 1 else made[0]

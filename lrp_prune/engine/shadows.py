@@ -80,13 +80,11 @@ class Shadows:
             numbers = torch.full((), NOTHING if own is None else MIXED, dtype=torch.int32, device=target.device)
             numbers = (numbers if own is None else own.numbers).expand(target.shape).clone()
             if isinstance(value, Tensor):
-                untold = MIXED if value.requires_grad else NOTHING
-                numbers[index] = untold if other is None else other.numbers.expand(value.shape)
+                numbers[index] = _untold(value) if other is None else other.numbers.expand(value.shape)
             else:
-                numbers[index] = NOTHING
+                numbers[index] = NOTHING if value == 0 else MIXED
             zero = all(shadow.zero for shadow in (own, other) if shadow is not None)
-            constant = other is None and (isinstance(value, Tensor) or value != 0)
-            cast_shadow(target, self.space, Shadow(numbers, zero and not constant))
+            cast_shadow(target, self.space, Shadow(numbers, zero))
 
     def _lose(self, shadow: Shadow, numbers: Tensor, call: Call) -> None:
         units = units_in(numbers)
@@ -221,8 +219,7 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
             return value
         shadow = shadow_of(value)
         if shadow is None:
-            other = MIXED if value.requires_grad else NOTHING
-            return torch.full((), other, dtype=torch.int32, device=value.device).expand(value.shape)
+            return torch.full((), _untold(value), dtype=torch.int32, device=value.device).expand(value.shape)
         zero &= shadow.zero
         return shadow.numbers.expand(value.shape)
 
@@ -242,6 +239,11 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
     if len(entries) != len(call.outputs) or not any(isinstance(entry, Tensor) for entry in entries):
         return None
     return [Shadow(compact(entry.to(torch.int32)), zero) if isinstance(entry, Tensor) else None for entry in entries]
+
+
+def _untold(value: Tensor) -> int:
+    """The number of entries without units: they are nothing only where they are zero, since layers read the others as well."""
+    return MIXED if value.requires_grad or (not value.is_meta and bool(value.any())) else NOTHING
 
 
 def _padded_with_nothing(

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lrp_prune.engine.call import Call, is_activation
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 
@@ -103,7 +104,7 @@ class _Tap(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(d.device):
             states = ctx.states()
             use = ctx.use.told(ctx.rule, states, d)
             for observer in ctx.observers:

@@ -19,7 +19,7 @@ from lrp_prune.engine.blocks import Blocks
 from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.engine.operations import PRODUCTS
 from lrp_prune.engine.origins import Origin, marked
-from lrp_prune.engine.shadow import NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
+from lrp_prune.engine.shadow import MIXED, NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
 from lrp_prune.engine.shadows import Shadows
 from lrp_prune.engine.tags import tag_of
 from lrp_prune.engine.unit_table import UnitTable
@@ -90,6 +90,7 @@ class UnitTracer:
             self.blocks.after(call)
         if self._neurons is not None:
             self._own_shifts(call)
+            self._looked_up(call)
         if self._heads is not None and _is_attended(call):
             self._cast_heads(call.result)
 
@@ -141,6 +142,9 @@ class UnitTracer:
         assert self._neurons is not None
         shadow, name = self._neurons.of(activation), form.call.function.__name__
         if shadow is None:
+            if origin.layout is not None:  # of another use of the same weights that reads units
+                untold = torch.full((1,) * len(origin.parameter.size), MIXED, dtype=torch.int32, device="cpu")
+                self.table.own(origin.name, (origin.layout, "reads"), untold, reads=not passes_channels(form, weight))
             return None
         axis, numbers, table = channel_axis(form, weight, activation), None, None
         if axis is not None and origin.layout is not None and len(origin.parameter.size) == weight.dim():
@@ -185,6 +189,12 @@ class UnitTracer:
         numbers = torch.arange(1, 1 + math.prod(result.shape[:-1]), dtype=torch.int32, device=result.device)
         cast_shadow(result, "head", Shadow(numbers.reshape(*result.shape[:-1], 1)))
 
+    def _looked_up(self, call: Call) -> None:
+        """A table from which entries are looked up may be a weight as well, that of an output tied to it say."""
+        if call.kind == "embedding":
+            for origin in filter(None, map(marked, call.tensors)):
+                self.table.use_otherwise(origin.name)
+
     def _own_shifts(self, call: Call) -> None:
         """What is added to channels by a parameter with an entry for each belongs to their units, and so does a norm's scale."""
         assert self._neurons is not None
@@ -211,22 +221,19 @@ class UnitTracer:
 
     def _own_shift(self, value: Tensor, shadow: Shadow, call: Call) -> bool:
         origin, channels = marked(value), call.outputs[0]
-        if origin is None or origin.layout is None or len(origin.parameter.size) != 1 or channels is None:
+        if origin is None or origin.layout is None or channels is None:
             return False
         axis = 1 if call.kind == "normalization" else _only_long(value, channels.dim())
         if axis is None:
             return False
         numbers = per_channel(shadow, channels.shape[axis], axis)
-        if bool((numbers <= NOTHING).any()) or len(numbers) != value.numel():
+        # All of a vector, also of one in disguise such as (1, 1, 1, D).
+        size, whole = origin.parameter.size, math.prod(origin.parameter.size)
+        if bool((numbers <= NOTHING).any()) or len(numbers) != value.numel() or max(size, default=1) != whole:
             return False
-        table = _on_parameter(numbers.cpu(), origin._replace(layout=origin.parameter))
-        if (
-            table is None
-            or origin.layout.offset != 0
-            or math.prod(origin.layout.size) != math.prod(origin.parameter.size)
-        ):
+        if origin.layout.offset != 0 or math.prod(origin.layout.size) != whole:
             return False
-        self.table.own(origin.name, "shift", table)
+        self.table.own(origin.name, "shift", numbers.cpu().reshape(size))
         return True
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrp_prune.engine.shadow import NOTHING, alike, units_in
+from lrp_prune.engine.shadow import MIXED, NOTHING, alike, units_in
 from lrp_prune.names import layer_of
 from lrp_prune.relevance.members import NOBODY, Member
 
@@ -34,6 +34,7 @@ class _Owned:
     parameter: str
     numbers: Tensor
     reads: bool
+    zero: bool
 
 
 @dataclass
@@ -47,6 +48,7 @@ class UnitTable:
     _refused: dict[int, str] = field(default_factory=dict)
     _ends: dict[int, str] = field(default_factory=dict)
     _left: dict[str, str] = field(default_factory=dict)
+    _used_otherwise: set[str] = field(default_factory=set)
 
     def numbers_for(self, parameter: str, part: object, channels: int) -> Tensor:
         """The numbers of a layer's output channels ``[channels]``: the same at each of its uses."""
@@ -96,16 +98,22 @@ class UnitTable:
         known = self._owned.get((parameter, part, reads))
         numbers = numbers.to("cpu")
         if known is None:
-            self._owned[parameter, part, reads] = _Owned(parameter, numbers, reads)
+            self._owned[parameter, part, reads] = _Owned(parameter, numbers, reads, zero)
             return
         before, now = alike(known.numbers, numbers)
         merged = self.merge(before, now)
         both = (before > NOTHING) & (now > NOTHING)
         # An entry by which something else is read as well cannot be given to the units.
         known.numbers = torch.where(both, merged, torch.minimum(before, now))
-        if not zero:
-            shared = torch.where(both, NOTHING, torch.maximum(before, now))
-            self.refuse(shared[shared > NOTHING], f"{layer_of(parameter)} reads something else by the same weights")
+        known.zero &= zero
+        self._share(known, torch.where(both, NOTHING, torch.maximum(before, now)))
+
+    def _share(self, entry: _Owned, numbers: Tensor) -> None:
+        """Units are read by weights that have to stay for something else; they can go where they leave nothing to be read."""
+        units = units_in(numbers)
+        self.end(units, f"{layer_of(entry.parameter)}, which has other uses,")
+        if not entry.zero:
+            self.refuse(units, f"{layer_of(entry.parameter)} reads something else by the same weights")
 
     def end(self, numbers: Tensor, function: str) -> None:
         """Units that go into what is not theirs alone by a function."""
@@ -127,8 +135,16 @@ class UnitTable:
         for number in numbers.reshape(-1).tolist():
             self._refused.setdefault(number, reason)
 
+    def use_otherwise(self, parameter: str) -> None:
+        """A parameter is used by more than layers, so that no entry of it can be given to units that layers read by it."""
+        self._used_otherwise.add(parameter)
+
     def groups(self) -> tuple[list[Group], dict[str, str]]:
         """The groups in the order of their first layers; and for layers whose channels are no units, why."""
+        for entry in self._owned.values():
+            if entry.reads and entry.parameter in self._used_otherwise:
+                self._share(entry, entry.numbers)
+                entry.numbers = torch.full_like(entry.numbers, MIXED)
         roots = {key: self.roots(numbers) for key, numbers in self._ranges.items()}
         refused = {
             int(self.roots(torch.tensor(number, dtype=torch.int32, device="cpu"))): why

@@ -20,6 +20,7 @@ from lrp_prune.engine.functional import own_memory
 from lrp_prune.engine.operands import Latest
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rules.layers import Layer, widened
 from lrp_prune.engine.rules.linear import Terms, Watching, ruled
 from lrp_prune.engine.rules.messages import Message, arrival
@@ -127,7 +128,7 @@ class _Observed(Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         activation, weight = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(d.device):
             precision = _agreed(observer.propagated_dtype for observer in ctx.observers)
             if precision is not None and precision.itemsize < d.itemsize and ctx.use.form.only_shows_activation:
                 d = d.to(precision)

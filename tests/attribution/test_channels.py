@@ -35,11 +35,19 @@ def test_removing_a_unit_is_ablating_its_channel(name: str) -> None:
     assert changed > sum(len(values) for values in relevance.values()) / 2  # dead channels apart, each unit matters
 
 
+def test_what_is_added_to_channels_is_theirs_also_in_a_vector_of_several_dimensions() -> None:
+    torch.manual_seed(0)
+    build, _ = NETS["scaled by its share of all responses"]
+    members = units(randomized(build()), torch.randn(3, 4, 6, 6, dtype=torch.float64)).members["b"]
+    owners = {member.parameter: member.owners for member in members if not member.reads}
+    assert torch.equal(owners["shift"], torch.arange(5, dtype=torch.int32).view(1, 1, 1, 5))
+
+
 class Zeroed:
     """One entry of a parameter is zero."""
 
     def __init__(self, parameter: nn.Parameter, index: int) -> None:
-        self.entry = parameter.detach()[index]
+        self.entry = parameter.detach().view(-1)[index]
 
     def __enter__(self) -> None:
         self.before = self.entry.clone()

@@ -71,6 +71,63 @@ def test_neurons_of_experts_are_left_alone_by_name() -> None:
         units(model, x, include=["experts", "back"])
 
 
+class OtherUses(nn.Module):
+    """A layer ``b`` reads the channels of ``a``, and something else as well."""
+
+    def __init__(self, run: Callable[["OtherUses", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+        self.a, self.b, self.c, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 3)
+        self.table = nn.Embedding(5, 6)
+        self.register_buffer("memory", torch.randn(3, 2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.layer_norm(self.run(self, x), (6,)).mean(1))
+
+
+def _assigned(m: OtherUses, x: Tensor) -> Tensor:
+    hidden = torch.cat([m.a(x), torch.zeros(3, 1, 6)], 1)
+    hidden[:, -1] = m.memory[:, 0]
+    return m.b(hidden)
+
+
+OTHER_USES: dict[str, Callable[[OtherUses, Tensor], Tensor]] = {
+    "at another depth": lambda m, x: m.b(F.layer_norm(m.b(m.a(x)), (6,))),
+    "at another depth before": lambda m, x: m.b(m.a(F.layer_norm(m.b(x.repeat(1, 1, 2)[..., :6]), (6,))[..., :4])),
+    "of tokens that are given": lambda m, x: m.b(torch.cat([m.a(x), m.memory], 1)),
+    "of what is assigned": _assigned,
+    "to look up what is added": lambda m, x: (
+        F.linear(m.a(x), m.table.weight).softmax(-1) @ torch.ones(5, 6) + m.table(torch.zeros(3, 2, dtype=torch.int64))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_channels_read_by_weights_that_have_other_uses_are_no_units(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = OtherUses(OTHER_USES[name]), torch.randn(3, 2, 4)
+    with pytest.raises(
+        ValueError, match=r"could be removed .*\ba: its channels go into (b, which|table, which|linear)"
+    ):
+        units(model, x, include=["*"])
+
+
+def test_such_channels_go_by_what_makes_them_where_another_layer_reads_them_too() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        OtherUses(lambda m, x: m.b(F.layer_norm(m.b(y := m.a(x)), (6,))) + F.pad(m.c(y), (0, 1))),
+        torch.randn(3, 2, 4),
+    )
+    relevance, dense = units(model, x, include=["a", "b", "c"]), model(x)
+    assert {member.parameter for member in relevance.members["c"]} == {"a.weight", "a.bias", "c.weight"}
+    for unit in range(6):
+        with silenced(model, ["a"], unit):
+            wanted = model(x)
+        with without(relevance, "c", unit, model):
+            torch.testing.assert_close(model(x), wanted)
+        assert not torch.allclose(wanted, dense)
+
+
 def test_outputs_of_the_model_are_no_units() -> None:
     class Features(nn.Module):
         def __init__(self) -> None:

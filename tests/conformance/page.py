@@ -11,7 +11,7 @@ from tests.conformance.record import Entries, failures, passed
 from tests.support.architectures.mappings import MAPPINGS
 
 HEADINGS = {
-    "forward": "values of the forward are bit for bit the same in the mode",
+    "forward": "values of the forward are bit for bit the same in the mode, as they are with or without gradients",
     "conserves": "CP-LRP conserves: relevance of all roots sums up to the value to 1e-4 of it, in float64, without biases",
     "attnlrp": "AttnLRP has a rule for every operation, and relevance is finite",
     "weights": "every prunable weight has relevance, or is named with the reason why not",
@@ -85,9 +85,9 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
         "by a tiny model of every type, with random weights, for each task that it has a class for:",
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items()),
         "Of each with eager attention and with `scaled_dot_product_attention` where it has both, and of mixtures of experts with "
-        "the grouped kernel in float32 as well; types whose own code does not run in float64 are in float32. A type passes if "
-        "nothing is wrong in any column, in any of these. *None* counts as right: there is nothing of the kind to look at, or "
-        "the library says by itself, with the reason, that it could not be taken out.",
+        "the grouped kernel in float32 as well; types whose own code does not run in float64, or computes something else in "
+        "it, are in float32. A type passes if nothing is wrong in any column, in any of these. *None* counts as right: there "
+        "is nothing of the kind to look at, or the library says by itself, with the reason, that it could not be taken out.",
         _table(entries, whole),
         f"`{about['command']}`; {about['date']}; {versions}. {_of_all(about, whole)}Every entry, with its figures, is in "
         "[architectures.json](architectures.json).",

@@ -11,7 +11,7 @@ import lrp_prune
 from lrp_prune.relevance.members import Member
 from tests.conformance.checking import check
 from tests.conformance.columns import relevance, units, weights
-from tests.conformance.columns.case import Case
+from tests.conformance.columns.case import Case, difference
 from tests.conformance.columns.verdict import FAILED, PASSED, Verdict, joined, within
 from tests.support.architectures.building import build
 
@@ -30,7 +30,7 @@ def test_other_values_in_the_mode_are_seen(case: Case, monkeypatch: pytest.Monke
 
     def wrong(model: nn.Module, batch: Any) -> list[torch.Tensor]:
         called.append(0)
-        return [logits * (1 + 1e-15 * (len(called) % 3 == 0)) for logits in honest(model, batch)]
+        return [logits * (1 + 1e-15 * (len(called) % 4 == 3)) for logits in honest(model, batch)]
 
     monkeypatch.setattr(relevance, "logits_of", wrong)
     verdict = relevance.forward(case)
@@ -78,6 +78,41 @@ def test_entries_of_another_unit_are_seen(case: Case, kind: str, monkeypatch: py
     else:
         _attribute_less(monkeypatch, shifted)
     assert look(case).status == FAILED
+
+
+class Plain(Case):
+    """Any model, and a batch."""
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor) -> None:
+        self.model, self.batch = model, batch
+
+    def logits(self, model: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(self.batch)]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_unit_that_leaves_a_constant_is_compared_with_what_reads_zeros(right: bool) -> None:
+    """A sigmoid of zero is read all the same; entries of another unit are seen by it as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)).double()
+    batch = torch.randn(5, 4, dtype=torch.float64)
+    relevance = lrp_prune.attribute(
+        model, [batch], target=lambda model, batch: model(batch).sum(), granularity="neuron", matmul_dtype=None
+    )
+    case, members = Plain(model, batch), relevance.members["2"]
+    if not right:
+        relevance.members["2"] = tuple(
+            member if member.reads else Member(member.parameter, member.owners.roll(1, 0)) for member in members
+        )
+    apart, differs = units._taken_out(case, model, relevance, "2", 3, case.logits(model))
+    assert differs and (apart < 1e-12) == right
+
+
+def test_what_stands_for_logits_that_are_not_to_be_chosen_is_no_measure() -> None:
+    logits = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min], [3.0, -1e6, -torch.inf]])
+    other = logits + torch.tensor([0.5, 0.0, 0.0])
+    assert difference([logits], [other]) == pytest.approx(0.5 / 3)
 
 
 def test_units_that_are_refused_say_why() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
+from tests.conformance.columns.case import Case
 from tests.support.architectures.batches import NoBatchError, batch_for
 from tests.support.architectures.building import attentions, build, number_of_parameters, tiny_config
 from tests.support.architectures.mappings import MAPPINGS, pairs, types_of
@@ -71,6 +72,27 @@ def test_a_batch_has_places_for_its_images() -> None:
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == 2 * 64
     again = batch_for("image-text-to-text", model)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_sounds_and_codebooks_have_their_tokens() -> None:
+    """A token for each frame of a sound, or one of text and one of each codebook."""
+    batch = batch_for("seq-to-seq", build("seq-to-seq", "voxtral_realtime"))
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 8) and "input_features" in batch
+    model = build("speech-seq-to-seq", "kyutai_speech_to_text")
+    batch = batch_for("speech-seq-to-seq", model)
+    assert batch["input_ids"].shape == (2, 9, model.config.num_codebooks + 1)
+    assert torch.equal(batch["labels"], batch["input_ids"][..., 0])
+
+
+def test_a_type_that_gives_no_number_in_double_precision_is_looked_at_in_single() -> None:
+    case = Case("token-classification", "canine")
+    assert [variant.name for variant in case.variants] == ["eager in float32"]
+    assert case.dtype == torch.float32 and bool(case.logits(case.first.model)[0].isfinite().all())
+
+
+def test_attention_that_computes_something_else_in_double_precision_is_looked_at_in_single() -> None:
+    names = [variant.name for variant in Case("universal-segmentation", "eomt").variants]
+    assert names == ["eager", "sdpa in float32"]
 
 
 def test_a_model_that_accepts_nothing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

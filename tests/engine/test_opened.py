@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 import lrp_prune
 from lrp_prune.attribution import UnruledOperationError
-from lrp_prune.engine.opened import is_open
+from lrp_prune.engine.opened import is_open, writes
 from tests.support.small_models import Single
 
 SCALE = 3
@@ -162,6 +162,37 @@ def test_a_softmax_in_a_custom_function_is_a_pattern() -> None:
     x = torch.linspace(0.2, 2.0, 12).view(3, 4)
     pattern = torch.softmax((x @ x.T).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf), -1)
     torch.testing.assert_close(relevance, pattern.sum(0)[:, None] * x)
+
+
+class Assigned(HandingOn):
+    """Writes in each of the ways in which it may be written, where a backward of what it is made of would read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        y[~mask] = 0.0
+        y *= 2.0
+        return y
+
+
+@pytest.mark.parametrize("function", [MaskedSoftmax, Assigned])
+def test_what_a_custom_function_writes_over_is_kept_for_the_backward_pass(function: type[Function]) -> None:
+    mask = torch.ones(3, 4, dtype=torch.bool).tril()
+
+    def pattern(x: Tensor) -> Tensor:
+        if function is Assigned:
+            return torch.softmax(x, -1) * mask * 2.0
+        return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask
+
+    assert writes(function)
+    output, relevance = _explained(lambda x: function.apply(x, mask) @ torch.arange(4.0), "attnlrp")
+    expected = _explained(lambda x: pattern(x) @ torch.arange(4.0), "attnlrp")[1]
+    assert bool(output.any()) and bool(relevance.any())
+    torch.testing.assert_close(relevance, expected)
+
+
+def test_what_writes_nothing_keeps_no_copies() -> None:
+    assert not any(map(writes, (BoundedRoot, StraightThrough, Reversed, NewStyle)))
 
 
 @pytest.mark.parametrize("function", [CallsOthers, CallsAnOperator, Step])

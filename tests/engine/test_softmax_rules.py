@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import COMPOSITES, Gamma, SoftmaxZPlus, Where
+from tests.support.small_models import Single
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -131,3 +132,31 @@ def test_a_preset_has_its_gammas_and_its_softmax(preset: str) -> None:
 def relevance(model: nn.Module, x: Tensor, composite: Any) -> Tensor:
     with lrp_prune.attributing(model, composite) as propagation:
         return propagation.relevance(model(x).square().sum())["input"]
+
+
+@pytest.mark.parametrize("composite", ["attnlrp", "gradient"])
+def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str) -> None:
+    """Their softmax is not a number, and so is its gradient, also where the model puts zeros in its place."""
+    scores, values = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    hidden = torch.tensor([False, True, False])[:, None]
+
+    def attention(x: Tensor) -> Tensor:
+        return torch.softmax(x.masked_fill(hidden, -torch.inf), -1).masked_fill(hidden, 0.0) @ values
+
+    def without(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1).masked_fill(hidden, 0.0) @ values
+
+    found = []
+    for function in (attention, without):
+        with lrp_prune.attributing(model := Single(function), composite) as propagation:
+            found.append(propagation.relevance(model(scores).sum())["x"])
+    assert bool(found[0].any()) and not bool(found[0][1].any())
+    torch.testing.assert_close(*found)
+
+
+def test_a_value_that_such_a_row_is_a_part_of_is_none() -> None:
+    with (
+        lrp_prune.attributing(model := Single(lambda x: torch.softmax(x * -torch.inf, -1)), "attnlrp") as propagation,
+        pytest.raises(FloatingPointError, match="the explained value is nan"),
+    ):
+        propagation.relevance(model(torch.ones(2, 3)).sum())

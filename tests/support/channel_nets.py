@@ -44,6 +44,12 @@ def shuffled(x: Tensor, groups: int) -> Tensor:
     return x.view(samples, groups, channels // groups, height, width).transpose(1, 2).reshape(x.shape)
 
 
+def _by_response(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """ConvNeXt V2's global response normalisation, of channels that come last."""
+    response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    return gain * (x * response / (response.mean(-1, keepdim=True) + 1e-6)) + shift + x
+
+
 # name: network, and for each group of units the modules whose output channels they are (unit u is channel u).
 NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
     "grouped": (
@@ -171,6 +177,16 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
             b=nn.Conv2d(5, 4, 1),
             scale=nn.Parameter(torch.zeros(5)),
             shift=nn.Parameter(torch.zeros(5)),
+        ),
+        {"b": ["a+shift"], "head": ["b"]},
+    ),
+    "scaled by its share of all responses": (
+        lambda: Net(
+            lambda n, x: pooled(n.b(_by_response(n.a(x).relu().movedim(1, -1), n.gain, n.shift)).movedim(-1, 1)),
+            a=nn.Conv2d(4, 5, 3),
+            b=nn.Linear(5, 4),
+            gain=nn.Parameter(torch.zeros(1, 1, 1, 5)),
+            shift=nn.Parameter(torch.zeros(1, 1, 1, 5)),
         ),
         {"b": ["a+shift"], "head": ["b"]},
     ),

@@ -13,6 +13,7 @@ from lrp_prune.engine import functional
 from lrp_prune.engine.beside import note_beside
 from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.forms import Form, form_of
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
 from lrp_prune.engine.rules import folding
 from lrp_prune.engine.rules.folded import followed, has_channels, preceded, restated
@@ -129,7 +130,7 @@ class _Ruled(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         activation, weight, *others = ctx.saved_tensors
         source = others[0] if others else activation
-        with torch._C.DisableTorchFunction(), torch.autocast(d.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(d.device):
             a, w = widened(source, weight, d)[:2]
             layer, inward = Layer(ctx.form, w, ctx.form.bias(a, w), ctx.result.taken(w.dtype)), None
             if ctx.before is not None:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.arguments import check_number
 from lrp_prune.engine.call import Call, is_activation
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
 
 Average = Callable[[Tensor], Tensor]
@@ -123,7 +124,7 @@ class _Proportional(Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.autocast(x.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(x.device):
             made = ctx.function(x)
             pooled = made[0] if isinstance(made, tuple) else made
             with torch.enable_grad():

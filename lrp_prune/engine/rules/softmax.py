@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
+from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
 
 
@@ -68,6 +69,30 @@ class AttentionZPlus(Rule):
         return functional.replaced(stand_in, constant.run)
 
 
+def without_masked_rows(result: Any, dim: int) -> None:
+    """Hand nothing on from rows that are masked as a whole.
+
+    Such a row of a softmax is not a number. Models that put zeros in its place have a finite value, whose gradient is not finite
+    all the same. A value that the row has a part in is none, and told of where it is explained.
+
+    Args:
+        result: of a softmax, just computed.
+        dim: along which it was taken.
+    """
+    node = getattr(result, "grad_fn", None)
+    if node is None or result.is_meta or result.dim() == 0 or result.shape[dim] == 0:
+        return
+    masked = result.detach().narrow(dim, 0, 1).isnan()  # as the whole row is, if one of its entries is
+    if masked.is_cpu and not bool(masked.any()):
+        return
+
+    def zeroed(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        own = gradients[0]
+        return (None if own is None else own.masked_fill(masked, 0.0), *gradients[1:])
+
+    node.register_hook(zeroed)
+
+
 def _halved(value: Any) -> Any:
     return functional.scaled_gradient(value, 0.5) if is_activation(value) else value
 
@@ -83,7 +108,7 @@ class _SoftmaxZPlus(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        with torch._C.DisableTorchFunction(), torch.autocast(x.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), without_autocast(x.device):
             wide = torch.promote_types(x.dtype, torch.float32)
             s = ctx.function(x).to(wide)
             rows = x.to(wide).nan_to_num(0.0, 0.0, 0.0)  # what is masked has none

@@ -23,6 +23,28 @@ def reading_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
     Raises:
         RuntimeError: if a weight that reads it is used in none of the functions that are known here.
     """
+    with _read(model, members, unit, lambda activation, dim, channels: activation.index_fill(dim, channels, 0.0)):
+        yield
+
+
+@contextmanager
+def watching_reads(model: nn.Module, members: Sequence[Member], unit: int) -> Iterator[list[Tensor]]:
+    """Gives what reads the unit reads of it, as it is read."""
+    read: list[Tensor] = []
+
+    def watched(activation: Tensor, dim: int, channels: Tensor) -> Tensor:
+        read.append(activation.detach().index_select(dim, channels))
+        return activation
+
+    with _read(model, members, unit, watched):
+        yield read
+
+
+@contextmanager
+def _read(
+    model: nn.Module, members: Sequence[Member], unit: int, given: Callable[[Tensor, int, Tensor], Tensor]
+) -> Iterator[None]:
+    """What reads the unit reads something else: ``given`` makes it of an activation, its dimension of channels, and which."""
     parameters = dict(model.named_parameters())
     channels = {
         _memory(parameters[member.parameter]): (member.owners.reshape(-1) == unit).nonzero().view(-1)
@@ -30,24 +52,23 @@ def reading_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
     }
     seen: set[int] = set()
 
-    def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
+    def other(activation: Tensor, weight: Tensor) -> Tensor:
         seen.add(_memory(weight))
-        args[read] = args[read].index_fill(1 if weight.dim() > 2 else -1, channels[_memory(weight)], 0.0)
+        return given(activation, 1 if weight.dim() > 2 else -1, channels[_memory(weight)])
+
+    def change(weight: Tensor, function: Callable[..., Any], args: list[Any], read: int, kwargs: dict[str, Any]) -> Any:
+        args[read] = other(args[read], weight)
         return function(*args, **kwargs)
 
-    def blinded(weight: Tensor) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen.add(_memory(weight))
-            return args[0].index_fill(1 if weight.dim() > 2 else -1, channels[_memory(weight)], 0.0), *args[1:]
-
-        return hook
+    def hooked(weight: Tensor) -> Callable[..., Any]:
+        return lambda module, args: (other(args[0], weight), *args[1:])
 
     with ExitStack() as stack:
         for member in members:
             path, _, own = member.parameter.rpartition(".")
             module, weight = model.get_submodule(path), parameters[member.parameter]
             if own == "weight" and not list(module.children()):  # a layer, whatever it calculates by
-                stack.callback(module.register_forward_pre_hook(blinded(weight)).remove)
+                stack.callback(module.register_forward_pre_hook(hooked(weight)).remove)
         stack.enter_context(_changed(set(channels), change))
         yield
     if seen != set(channels):

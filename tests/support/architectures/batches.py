@@ -80,7 +80,8 @@ def batch_for(mapping: str, model: nn.Module) -> dict[str, Any]:
     """
     batch, first = Batch(mapping, model), None
     hints: list[int] = []
-    for entries in _possible(batch, hints):
+    lengths: list[int] = []
+    for entries in _possible(batch, hints, lengths):
         label(batch, entries)
         try:
             with torch.no_grad():
@@ -88,17 +89,25 @@ def batch_for(mapping: str, model: nn.Module) -> dict[str, Any]:
         except Exception as error:
             first = first or error
             hints += _places_in(str(error))
+            lengths += [
+                int(found) for found in re.findall(rf"tensor a \({TOKENS}\) must match .* b \((\d+)\)", str(error))
+            ]
             continue
         return entries
     raise NoBatchError(f"{type(model).__name__}: {type(first).__name__}: {first}") from first
 
 
-def _possible(batch: Batch, hints: list[int]) -> Iterator[dict[str, Any]]:
-    """Batches to try; ``hints`` grows meanwhile by how many places the model asked for."""
+def _possible(batch: Batch, hints: list[int], lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Batches to try; meanwhile ``hints`` grows by how many places the model asked for, and ``lengths`` by how many tokens."""
     texts = {name: value for name, make in TEXTS.items() if batch.takes(name) and (value := make(batch)) is not None}
     media = [*pictures(batch), *sounds(batch)] or [{}]
     for entries in media:
         yield {**texts, **entries}
+        if lengths and "input_ids" in texts:  # a token for each frame of a sound
+            yield {**texts, **entries, "input_ids": batch.ids(SAMPLES, lengths[-1])}
+    codebooks = batch.setting("num_codebooks")
+    if codebooks and "input_ids" in texts:  # a token of text, and one of each codebook
+        yield {**texts, "input_ids": batch.ids(SAMPLES, TOKENS, codebooks + 1)}
     token = batch.setting(
         "image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "image_patch_id"
     )
@@ -166,6 +175,7 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
 def label(batch: Batch, entries: dict[str, Any]) -> None:
     """Add what the samples' labels are, as a training has them."""
     ids = entries.get("input_ids")
+    ids = ids[..., 0] if ids is not None and ids.dim() > 2 else ids
     if batch.mapping in ("causal-lm", "masked-lm", "image-text-to-text") and ids is not None:
         entries["labels"] = ids
     elif batch.mapping in ("seq-to-seq", "speech-seq-to-seq"):

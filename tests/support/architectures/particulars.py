@@ -6,6 +6,22 @@ from transformers import PreTrainedConfig, ResNetConfig
 
 from tests.support.architectures.sizes import HEAD, HEADS, VOCABULARY
 
+_LONG, _MIDDLE, _SHORT = ([[size, 1], [1, 1], [size // 2, 0]] for size in (7, 5, 3))
+"""Kernel, stride and padding."""
+_INTRACLASS = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    **{
+        f"{kind}_{ratio}ratio": [part[::-1] if turned else part for part in parts]
+        for ratio, parts in (("long", _LONG), ("mid", _MIDDLE), ("short", _SHORT))
+        for kind, turned in (("vertical_long_to_small_conv", False), ("horizontal_small_to_long_conv", True))
+    },
+    **{
+        f"symmetric_conv_long_{ratio}ratio": [size, 1, size // 2]
+        for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+    },
+}
+
 UNSET: dict[str, Any] = {
     "head_dim": HEAD,
     "num_key_value_heads": HEADS,
@@ -28,10 +44,44 @@ UNSET: dict[str, Any] = {
     "moe_intermediate_size": 48,
     "num_experts": 4,
     "top_k_experts": 2,
+    "kernel_list": [3, 2, 2],
+    "downsample_rate": "1/2",
+    "scale_factor_list": [1, 2, 4, 8],
+    "intraclass_block_config": _INTRACLASS,
 }
 """Values of attributes that are None in a default configuration although models need them."""
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_READING_ORDER = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "coordinate_size": 4,
+    "shape_size": 8,
+    "global_pointer_head_size": 8,
+    "num_classes": 2,
+}
+_STAGES = {
+    "model_type": "pp_lcnet_v4",
+    "block_configs": [
+        [[3, 12, 12, 1, True]],
+        [[3, 12, 16, 2, False]],
+        [[3, 16, 16, [2, 2], True]],
+        [[3, 16, 32, [2, 2], False]],
+    ],
+    "stem_channels": [3, 8, 12],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+_SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 128,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 4,
+}
 TYPES: dict[str, dict[str, Any]] = {
     # Numbers that have to fit each other.
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
@@ -51,6 +101,11 @@ TYPES: dict[str, dict[str, Any]] = {
     "cpmant": {"dim_ff": 48, "position_bias_num_buckets": 8, "position_bias_max_distance": 16},
     "canine": {"num_hash_buckets": 64, "local_transformer_stride": 4, "downsampling_rate": 2},
     "lxmert": {"num_qa_labels": 5},
+    "bros": {"hidden_size": 64},
+    "dots3_note_text": {"head_dim": 16},
+    "oneformer": {"conv_dim": 32},
+    "step3p5": {"sliding_window": 4},
+    "pp_ocrv5_server_det": {"neck_out_channels": 32},
     "lilt": {"hidden_size": 48, "num_attention_heads": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
@@ -63,6 +118,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 48},
     "mllama_vision_model": {"vision_output_dim": 64},
     "paddleocr_vl_text": {"rope_parameters": {**_ROTARY, "mrope_section": [2, 1, 1]}},
+    "granite4_vision": {"vision_config": _SIGLIP},  # a head of the queries is 64 wide
     "blip_2_qformer": {"num_attention_heads": 4},
     "llama4_vision_model": {
         "intermediate_size": 128,
@@ -98,7 +154,13 @@ TYPES: dict[str, dict[str, Any]] = {
         }
     },
     "audio-spectrogram-transformer": {"max_length": 32, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4},
-    "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1], "reading_order_config": _READING_ORDER},
+    "pp_ocrv6_small_det": {
+        "backbone_config": _STAGES,
+        "layer_list_out_channels": [12, 16, 16, 32],
+        "neck_out_channels": 16,
+    },
+    "pp_ocrv6_medium_det": {"backbone_config": _STAGES, "neck_out_channels": 32},
     "perceiver": {
         "num_latents": 8,
         "num_self_attends_per_block": 2,

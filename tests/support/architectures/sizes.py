@@ -67,6 +67,10 @@ SIZES: list[tuple[str, Size]] = [
         _at_most(1),
     ),
     # Vocabularies and positions
+    (r"adapter_(in|out)_dim|adapter_input_size", _at_most(HIDDEN)),
+    (r"coordinate_size", _at_most(HEAD // 2)),  # four of these and two of those are as wide as the stream
+    (r"shape_size", _at_most(HEAD)),
+    (r"num_codebooks", _at_most(2)),
     (r".*vocab_size.*|.*_vocab|n_vocab|vocabulary_size", _at_most(VOCABULARY)),
     (
         r"max_(\w+_)?position(al)?_embeddings|n_positions|max_sequence_length|(max_)?seq(uence)?_len(gth)?|n_ctx|context_length"
@@ -96,6 +100,7 @@ SIZES: list[tuple[str, Size]] = [
         r"|.*projection_size|.*proj_size|d_latents|feature_size|.*_hidden_dims?|mask_dim|.*feature_size|.*_pyramid_width",
         _at_most(HIDDEN),
     ),
+    (r"num_filters", _at_most(2)),  # of a wave, doubled or so in each of several stages
     # Windows
     (r"window_size", _window),
     (r"sliding_window(_\w+)?|attention_window(_size)?|local_attention|window_size|.*_window", _at_most(4)),
