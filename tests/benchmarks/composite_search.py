@@ -228,7 +228,9 @@ def main() -> None:
                 key = f"{network}, {data}, {seed}"
                 if key not in results:
                     results[key] = measured(network, data, seed, options.trials)
-                    options.results.write_text(json.dumps(results))
+                    part = options.results.with_suffix(".part")  # the file is whole, whenever it is stopped
+                    part.write_text(json.dumps(results))
+                    part.replace(options.results)
                     print(key, json.dumps(results[key]), flush=True)
     print(table(results))
 

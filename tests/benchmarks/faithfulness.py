@@ -1,9 +1,11 @@
 """Which relevance of the input is faithful: the area between perturbation curves, of a ViT and a T5 trained here, and SmolLM2.
 
     python tests/benchmarks/faithfulness.py --models vit t5 smollm2 --seeds 3
+    python tests/benchmarks/faithfulness.py --models vit --baselines zero mean
 
 The ViT tells handwritten digits apart; the T5 says which of twenty words is marked; SmolLM2
-continues speeches. What is replaced: patches, or embeddings of tokens (the encoder's), by zero.
+continues speeches. What is replaced: patches, or embeddings of tokens (the encoder's), by zero or their mean. Integrated
+gradients take 20 passes; what LRP gains by as many is told by its rules along the same way from zero to the image.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
+import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import Gamma, Where
 from lrp_prune.effects.intervals import intervals
@@ -171,61 +174,103 @@ def train_(
     model.eval()
 
 
-def curves_of(case: Case) -> Iterator[tuple[str, PerturbationCurve]]:
+SHARED = Composite("shared", {"attention": "attention_uniform"}, base="epsilon")
+"""LRP-epsilon with queries, keys and values in shares, as AttnLRP has them, and normalisations by their plain gradient."""
+
+
+def along(composite: str | Composite, argument: str, steps: int = 20) -> Callable[..., dict[str, Tensor]]:
+    """Relevance of inputs in numbers by rules, as integrated gradients take the gradient: at the middles of steps from zero."""
+
+    def explained(model: nn.Module, batch: Any, target: Any) -> dict[str, Tensor]:
+        total = torch.zeros_like(batch[argument])
+        for step in range(steps):
+            share = (step + 0.5) / steps
+            with lrp_prune.attributing(model, composite) as propagation:
+                value = target(model, {**batch, argument: share * batch[argument]})
+                total += propagation.relevance(value)[argument] / share
+        return {argument: total / steps}
+
+    return explained
+
+
+def curves_of(case: Case, baseline: str) -> Iterator[tuple[str, PerturbationCurve]]:
     """A curve for each kind of relevance."""
     reached = case.reached
+    ways = {
+        f"{label}, along the way": along(composite, reached.argument)
+        for label, composite in (("attnlrp", "attnlrp"), ("epsilon, attention shared", SHARED))
+    }
     kinds: dict[str, Any] = {
         "attnlrp": "attnlrp",
         "cp_lrp": "cp_lrp",
         "epsilon": "epsilon",
         **case.composites,
         "gradient x input": "gradient",
+        **(ways if reached.embedding is None else {}),
         "integrated gradients": reached.integrated_gradients,
         "SmoothGrad x input": reached.smoothgrad,
         "attention rollout": reached.attention_rollout,
         "random": reached.random,
     }
     for name, kind in kinds.items():
-        yield name, perturbation_curve(case.model, case.batches, kind, progress=False, **case.options)
+        yield (
+            name,
+            perturbation_curve(case.model, case.batches, kind, progress=False, baseline=baseline, **case.options),
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", type=int, default=3, help="trainings of the ViT and the T5")
+    parser.add_argument(
+        "--baselines", nargs="+", choices=["zero", "mean"], default=["zero"], help="what patches or embeddings become"
+    )
     parser.add_argument("--output", type=Path, help="a folder for the figures and the values")
     parser.add_argument("--quick", action="store_true", help="few steps and samples: the figures mean nothing")
     arguments = parser.parse_args()
     for name in arguments.models:
-        found: dict[str, list[PerturbationCurve]] = {}
+        found: dict[str, dict[str, list[PerturbationCurve]]] = {baseline: {} for baseline in arguments.baselines}
         began = time.monotonic()
         for seed in range(1 if name == "smollm2" else arguments.seeds):
             steps, samples = (10, 4) if arguments.quick else (STEPS[name], SAMPLES[name])
             case = CASES[name](seed, steps, samples)
             print(f"{name}, seed {seed}: {case.quality}", flush=True)
-            for kind, curve in curves_of(case):
-                found.setdefault(kind, []).append(curve)
-                print(f"  {kind}: {curve.area:.3f}", flush=True)
-        print(f"\n| {name} ({time.monotonic() - began:.0f} s) | area | 95 % |\n|---|---|---|")
-        for kind, curves in sorted(found.items(), key=lambda entry: -sum(curve.area for curve in entry[1])):
-            areas = torch.cat([curve.areas for curve in curves])
-            value, low, high = intervals([(areas, torch.ones_like(areas))], lambda mean: mean)
-            print(f"| {kind} | {value:.3f} | {low:.3f} to {high:.3f} |")
-        print(flush=True)
-        if arguments.output:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            together = {
-                kind: PerturbationCurve(
-                    curves[0].shares,
-                    torch.cat([curve.most for curve in curves]),
-                    torch.cat([curve.least for curve in curves]),
-                    kind,
-                )
-                for kind, curves in found.items()
-            }
-            plot_curves(together, arguments.output / f"{name}.png")
-            text = json.dumps({kind: curve.to_dict() for kind, curve in together.items()}, indent=1)
-            (arguments.output / f"{name}.json").write_text(text)
+            for baseline, curves in found.items():
+                for kind, curve in curves_of(case, baseline):
+                    curves.setdefault(kind, []).append(curve)
+                    print(f"  {baseline}, {kind}: {curve.area:.3f}", flush=True)
+        print(f"\n{name} ({time.monotonic() - began:.0f} s)")
+        for baseline, curves in found.items():
+            report(f"{name}, {baseline}", curves, arguments.output)
+
+
+def report(label: str, found: dict[str, list[PerturbationCurve]], folder: Path | None) -> None:
+    """Print a table; in a folder, keep a figure and the values."""
+    print(f"\n| {label} | area (95 %) | above integrated gradients, of the same inputs |\n|---|---|---|")
+    of_each = {kind: torch.cat([curve.areas for curve in curves]) for kind, curves in found.items()}
+    for kind, areas in sorted(of_each.items(), key=lambda entry: -float(entry[1].mean())):
+        cells = []
+        for values in (areas, areas - of_each["integrated gradients"]):
+            value, low, high = intervals([(values, torch.ones_like(values))], lambda mean: mean)
+            cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print(flush=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        together = {
+            kind: PerturbationCurve(
+                curves[0].shares,
+                torch.cat([curve.most for curve in curves]),
+                torch.cat([curve.least for curve in curves]),
+                kind,
+            )
+            for kind, curves in found.items()
+        }
+        path = folder / label.replace(", ", " ")
+        plot_curves(together, path.with_suffix(".png"))
+        text = json.dumps({kind: curve.to_dict() for kind, curve in together.items()}, indent=1)
+        path.with_suffix(".json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,9 @@ def main() -> None:
     for data, network, seed in tqdm(todo, unit="network", dynamic_ncols=True):
         file = given.output / f"{data} {network} {seed}.json".replace(" ", "_")
         if not file.exists():
-            file.write_text(json.dumps(measured(data, network, seed)))
+            part = file.with_suffix(".part")  # so that a file is whole, whenever the run is stopped
+            part.write_text(json.dumps(measured(data, network, seed)))
+            part.replace(file)
         found[f"{network}, {data},{seed}"] = json.loads(file.read_text())
     print(report(found))
     if given.plot:
