@@ -202,18 +202,18 @@ class RoundQuality(RoundListener):
         axes = figure.subplots()
         kept = [point for point in self._points if not point.undone]
         axes.plot([100 * point.sparsity for point in kept], [point.value for point in kept], marker="o")
+        shown: dict[str, Any] = {"fontsize": "small", "ha": "center"}
         for point in self._points:
             if point.undone:
                 axes.plot([100 * point.sparsity], [point.value], marker="x", color="tab:red", linestyle="none")
             name = f"round {point.round}" if point.round else "dense"
             name += ", undone" if point.undone else ""
-            axes.annotate(
-                name, (100 * point.sparsity, point.value), (0, 6), textcoords="offset points", fontsize="small"
-            )
+            at = 100 * point.sparsity, point.value
+            axes.annotate(name, at, (0, 6), textcoords="offset points", **shown)
         worst = self._worst()
         if worst is not None:
             axes.axhline(worst, color="tab:red", linestyle="--", linewidth=1)
-        axes.margins(0.1)
+        axes.margins(0.15)
         axes.set(xlabel="sparsity (%)", ylabel=f"{self.monitor} at the end of the round")
         axes.grid(alpha=0.25)
         return saved(figure, path)

@@ -3,6 +3,7 @@
     python tests/benchmarks/recovery.py                            # four models of the panel, three seeds; a quarter of an hour
     python tests/benchmarks/recovery.py --batches 4                # with little data to recover on
     python tests/benchmarks/recovery.py --cases llama --seeds 2    # a small language model
+    python tests/benchmarks/recovery.py --cases smollm2-speeches --seeds 1 --sparsities 0.5 --steps 64 --rate 1e-5
 
 A trained model is pruned once, at the start of a training on the same data that has a quarter of its first one's epochs, and is
 judged on data that nothing else has seen: the share of the dense model's advantage over chance. The teacher's forward costs a
@@ -16,6 +17,7 @@ import math
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ class Training(LightningModule):
 
 def recovered(
     case: Case, model: nn.Module, data: Data, sparsity: float, way: dict[str, Any] | None, share: float, seed: int,
-    batches: int | None = None,
+    batches: int | None = None, steps: int | None = None,
 ) -> nn.Module:  # fmt: skip
     """A copy that was pruned and trained in that way."""
     training = Training(case, copy.deepcopy(model))
@@ -79,7 +81,7 @@ def recovered(
     if way is not None:
         matched = {"match": "values"} if case.name == "regression" else {}
         callbacks.append(Distillation(**{**way, **matched}))
-    passes = share * case.epochs * len(data.train) * (1 if way is None else 0.75)
+    passes = (steps or share * case.epochs * len(data.train)) * (1 if way is None else 0.75)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
@@ -97,6 +99,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), help="which ways")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="shares that are pruned")
     parser.add_argument("--share", type=float, default=0.25, help="of the first training's epochs")
+    parser.add_argument("--steps", type=int, help="of plain training, in place of a share of the epochs")
+    parser.add_argument("--rate", type=float, help="largest learning rate; half of the first training's by default")
     parser.add_argument("--batches", type=int, help="to train on, the first so many; all by default")
     parser.add_argument("--models", type=Path, default=Path("outputs/panel/models"), help="folder of trained models")
     given = parser.parse_args()
@@ -108,13 +112,17 @@ def main() -> None:
     for case_name in given.cases:
         found: dict[tuple[str, float], list[float]] = {}
         case = by_name[case_name]
+        if given.rate is not None:
+            case = replace(case, rate=2 * given.rate)
         for seed in tqdm(range(given.seeds), desc=case_name, dynamic_ncols=True):
             model, data = trained_model(case, seed, given.models)
             chance = case.chance() if callable(case.chance) else case.chance
             dense = score_of(case, model, data.held_out) - chance
             for name in given.ways:
                 for sparsity in given.sparsities:
-                    made = recovered(case, model, data, sparsity, WAYS[name], given.share, seed, given.batches)
+                    made = recovered(
+                        case, model, data, sparsity, WAYS[name], given.share, seed, given.batches, given.steps
+                    )
                     kept = (score_of(case, made, data.held_out) - chance) / dense
                     found.setdefault((name, sparsity), []).append(max(kept, 0.0))
         print(f"\n| {case_name} | " + " | ".join(f"{100 * sparsity:g} %" for sparsity in given.sparsities) + " |")

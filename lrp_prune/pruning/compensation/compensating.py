@@ -2,9 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,18 @@ from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.compensated import Compensated
 from lrp_prune.pruning.compensation.inputs import Group, Grouped, Inputs, merged
-from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, made_of, stages_of
+from lrp_prune.pruning.compensation.refining import Refining
+from lrp_prune.pruning.compensation.stages import (
+    Given,
+    Leaving,
+    StageReached,
+    Watched,
+    holding,
+    leaving_after,
+    leaving_before,
+    made_of,
+    stages_of,
+)
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.together import laid_in_few
 from lrp_prune.pruning.compensation.updating import update_
@@ -44,6 +56,7 @@ def compensate_(
     progress: bool | Progress = False,
     changing: Callable[[Sequence[nn.Parameter]], object] | None = None,
     together: bool = False,
+    refining: Refining | None = None,
 ) -> Compensated:
     """Apply masks to a dense model in place, and update what they keep so that each layer gives what it gave.
 
@@ -65,6 +78,7 @@ def compensate_(
         changing: is told which parameters are about to change.
         together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
             result.
+        refining: is given each stage once its weights are updated, to train them further.
 
     Raises:
         ValueError: there is no batch, or the model is divided among processes.
@@ -97,9 +111,9 @@ def compensate_(
     shown = progress if callable(progress) else bar if progress else no_bar
     target = subject.own_target if subject.own_target is not None and not callable(target) else target
     begun = time.perf_counter()
-    found = _Compensating(module, masks, reference, compensation, target, processes, changing or (lambda _: None)).run(
-        shown
-    )
+    changing = changing or (lambda _: None)
+    run = _Compensating(module, masks, reference, compensation, target, processes, changing, refining)
+    found = run.run(shown)
     found.samples = sum(processes.gathered(samples))
     found.seconds = time.perf_counter() - begun
     return found
@@ -125,8 +139,9 @@ class _Compensating:
 
     def __init__(
         self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any, processes: Processes,
-        changing: Callable[[Sequence[nn.Parameter]], object],
+        changing: Callable[[Sequence[nn.Parameter]], object], refining: Refining | None,
     ) -> None:  # fmt: skip
+        self._refining = refining
         self._module, self._masks, self._batches, self._way, self._target = module, masks, batches, way, target
         self._processes, self._changing = processes, changing
         self._parameters = named_parameters(module)
@@ -166,6 +181,8 @@ class _Compensating:
             if all(any(entry.calls[name] for entry in forwards) for name in candidates):
                 break
         self._tied = uses.tied
+        if self._refining is not None:
+            return forwards  # it trains on small batches
         self._batches = laid_in_few(
             self._batches, uses.largest, lambda batch: self._outputs(batch, PlacedUses(self._masks), Choices())
         )
@@ -209,14 +226,18 @@ class _Compensating:
         with self._processes.agreeing():
             for index in range(len(self._batches)):
                 made, seen = Choices(), Grouped(self._masks, groups, held)
-                with _holding(self._outside if both else {}):
+                with holding(self._outside if both else {}):
                     outputs.append(self._run(index, module, dense if both else pruned, seen, made))
                 planned.append(_Planned(Counter(place for place, _ in seen.order), made.made))
         groups = merged(self._processes.gathered(groups))
         written = [place.bias.name for group in groups for place in group if place.bias is not None]
         masked = [weight for weight in resolve(self._masks, self._module).values() if id(weight) in inside]
-        self._changing([*masked, *(self._parameters[key] for key in written)])
+        everything = held.values() if self._refining is not None else ()
+        self._changing([*masked, *(self._parameters[key] for key in written), *everything])
         self._zero(held)
+        done = self._refining is not None and self._refining.restored(name, held)
+        if done or (self._refining is not None and not self._refining.updates):
+            groups = []
         for group in groups:
             wanted = [place for place in group if place.name in self._pruned]
             for place in wanted:
@@ -234,6 +255,10 @@ class _Compensating:
                         self._note(
                             place, update_(place, systems, self._parameters, stage.before, self._masks, self._way)
                         )
+        if self._refining is not None and not done:
+            inputs = partial(self._run, stage=module, known=pruned, uses=None, choices=None, leaving=leaving_before)
+            with torch.autocast(self._device.type, enabled=False):
+                self._refining.refine(name, module, held, inputs, outputs)
         if both:
             dense.keep(name, outputs)
         with self._processes.agreeing():
@@ -251,7 +276,7 @@ class _Compensating:
             theirs = None
             if self._way.dense > 0:
                 theirs = Inputs(self._masks, place, plan.uses[place], counted)
-                with _holding({**self._outside, **stage.dense}):
+                with holding({**self._outside, **stage.dense}):
                     self._run(index, stage.module, dense, theirs, Choices(plan.choices))
             ours = Inputs(self._masks, place, plan.uses[place], counted, weights)
             self._run(index, stage.module, pruned, ours, Choices(plan.choices))
@@ -261,14 +286,17 @@ class _Compensating:
                 systems.add(rows, dense_rows, ours.weights[number])
         return systems
 
-    def _run(self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None) -> Any:
-        """Run a batch until the stage is done, and return what that gives, to be kept."""
+    def _run(
+        self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None,
+        leaving: Leaving = leaving_after,
+    ) -> Any:  # fmt: skip
+        """Run a batch until the stage is done, and return what that gives, or before it what it is given, to be kept."""
         kept: list[Any] = []
         uses = PlacedUses(self._masks) if uses is None else uses
         torch.clear_autocast_cache()  # which may have weights as they were
         with (
             known.standing_in(index),
-            leaving_after(stage, lambda output: kept.append(known.taken(output))),
+            leaving(stage, lambda output: kept.append(known.taken(output))),
             suppress(StageReached),
         ):
             self._outputs(self._batches[index], uses, Choices() if choices is None else choices)
@@ -298,7 +326,7 @@ class _Compensating:
                     weight[~self._masks.part(name, weight)] = 0
 
     def _name_the_rest(self) -> None:
-        for name in self._pruned:
+        for name in self._pruned if self._refining is None else ():
             if name not in self._result.errors:
                 self._result.left_out.setdefault(name, "is in no product of a stage that was run")
 
@@ -319,17 +347,3 @@ class _Planned:
 
     uses: Mapping[Hashable, int]
     choices: list[Tensor]
-
-
-@contextmanager
-def _holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Parameters with other values, for the time of a context."""
-    own = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in own.items():
-            parameter.data = value
-        torch.clear_autocast_cache()

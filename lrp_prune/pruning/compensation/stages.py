@@ -8,7 +8,7 @@ it is.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +162,48 @@ def leaving_after(stage: nn.Module, told: Callable[[Any], None]) -> Iterator[Non
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def leaving_before(stage: nn.Module, told: Callable[[Any], None]) -> Iterator[None]:
+    """While it lasts, a forward ends before the stage, and the arguments by position and by name that it gets are shown.
+
+    Raises:
+        StageReached: out of the forward.
+    """
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        told((args, kwargs))
+        raise StageReached
+
+    handle = stage.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+Leaving = Callable[[nn.Module, Callable[[Any], None]], AbstractContextManager[None]]
+"""One of these two."""
+
+
+def kept_tensors(kept: Any) -> Any:
+    """What :meth:`Given.taken` took, with its tensors as they are kept."""
+    return tree_map_only(_Kept, lambda entry: entry.tensor, kept)
+
+
+@contextmanager
+def holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Parameters with other values, for the time of a context."""
+    own = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in own.items():
+            parameter.data = value
+        torch.clear_autocast_cache()
 
 
 class Watched:
