@@ -85,8 +85,8 @@ def reconstruct(
         Errors of each block before and after, and what was left out. If an error is raised, the model is as it was.
 
     Raises:
-        ValueError: fewer than two batches, a model that is divided among processes, a folder of another model or other masks, and
-            what :func:`lrp_prune.prune` says of its compensation.
+        ValueError: fewer than two batches, a model that is divided among processes or one of several processes, a folder of
+            another model or other masks, and what :func:`lrp_prune.prune` says of its compensation.
 
     Example:
         >>> import torch, lrp_prune
@@ -112,6 +112,13 @@ def reconstruct(
     module = subject_of(model).module
     if any(is_sharded(parameter) for parameter in module.parameters()):
         raise ValueError("a model that is divided among processes cannot be reconstructed: reconstruct the whole model")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            raise ValueError(
+                f"reconstruct works in one process, and this is one of {processes}, each of which would train a model of its own: "
+                "reconstruct before the training in several processes, or after it"
+            )
     refining = _Reconstructing(module, masks, steps, optimizer or by_size, trainer or {}, folder, way is not None)
     # The dense model's own inputs are run where they are what blocks learn from, whatever layers are solved for.
     way = way if way is not None else LeastSquares(dense=dense)

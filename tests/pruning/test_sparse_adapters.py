@@ -114,6 +114,7 @@ def test_merging_alone_keeps_each_zero_and_what_was_trained(safe: bool) -> None:
     assert isinstance(merged.head, nn.Linear) and set(weights) == {name for name, _ in Layers().named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_language_models_are_scored_as_merged_ones_and_loaded_anew(name: str, tmp_path: Any) -> None:
     targets = ["c_attn", "c_proj"] if name == "gpt2" else ["q_proj", "down_proj"]

@@ -192,3 +192,14 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
         with pytest.raises(ValueError, match=message):
             lrp_prune.reconstruct(model, masks, **{"batches": data(), "progress": False, **options})
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train its own model, and copies would no longer be copies."""
+    model = dense_model()
+    masks, before = masks_of(model), weights(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="this is one of 2, each of which would train a model of its own"):
+        lrp_prune.reconstruct(model, masks, data(), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
