@@ -116,8 +116,8 @@ def reconstruct(
         processes = torch.distributed.get_world_size()
         if processes > 1:
             raise ValueError(
-                f"reconstruct works in one process, and this is one of {processes}, each of which would train a model of its own: "
-                "reconstruct before the training in several processes, or after it"
+                f"reconstruct works in one process, and this is one of {processes}, each of which would train a model of its "
+                "own: reconstruct before the training in several processes, or after it"
             )
     refining = _Reconstructing(module, masks, steps, optimizer or by_size, trainer or {}, folder, way is not None)
     # The dense model's own inputs are run where they are what blocks learn from, whatever layers are solved for.
