@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.conformance import page
 from tests.conformance.checking import check
 from tests.conformance.comparing import compared
-from tests.conformance.record import ROOT, Record, failures, passed, versions
+from tests.conformance.record import ROOT, Record, code, failures, passed, versions
 from tests.conformance.workers import Failure, each
 from tests.support.architectures.mappings import MAPPINGS, pairs
 
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(changes)
         return 1 if changes.worse else 0
     if whole:
+        earlier = sum(entry.get("code") != code() for entry in entries.values())
         about = {"versions": versions(), "date": date.today().isoformat(), "command": COMMAND, "of": len(chosen)}
+        about["earlier"] = earlier
         page.write(options.docs, entries, about)
     return 0
 

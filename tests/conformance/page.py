@@ -38,7 +38,7 @@ def write(folder: Path, entries: Entries, about: dict[str, Any]) -> None:
     Args:
         folder: of the pages.
         entries: what was found.
-        about: versions, date and command.
+        about: versions, date and command; how many types there are, and how many entries are of an earlier state of the code.
     """
     entries = dict(sorted(entries.items()))
     kept = {key: _short(entry) for key, entry in entries.items()}
@@ -103,9 +103,10 @@ def _page(entries: Entries, about: dict[str, Any]) -> str:
 
 
 def _of_all(about: dict[str, Any], whole: tuple[int, ...]) -> str:
-    """What is said of a run that was written before its end."""
-    number = about.get("of", whole[2])
-    return f"Of {number} types {whole[2]} were looked at so far. " if whole[2] < number else ""
+    """What is said of a run that was written before its end, and of one that goes on from another state of the library."""
+    number, earlier = about.get("of", whole[2]), about.get("earlier", 0)
+    so_far = f"Of {number} types {whole[2]} were looked at so far. " if whole[2] < number else ""
+    return so_far + (f"{earlier} entries are of an earlier state of the library. " if earlier else "")
 
 
 def _table(entries: Entries, whole: tuple[int, ...]) -> str:

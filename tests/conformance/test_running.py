@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import architectures, page
+from tests.conformance import architectures, page, record
 from tests.conformance.comparing import compared
 from tests.conformance.record import Entries, Record, failures, passed
 from tests.conformance.workers import Failure, each
@@ -119,6 +119,12 @@ def test_the_page_counts_and_names(tmp_path: Path) -> None:
     assert "* `gpt2` (causal-lm), `sew` (ctc): wrong by 0.1" in text
     assert "* `other` (causal-lm): ImportError: no timm" in text
     assert "`python it`; 2026-01-02; torch 2. Of 7 types 4 were looked at so far. Every entry" in text
+    page.write(tmp_path, entries, {**about, "of": 4, "earlier": 3})
+    assert (
+        "torch 2. 3 entries are of an earlier state of the library. Every"
+        in (tmp_path / "architectures.md").read_text()
+    )
+    page.write(tmp_path, entries, about)
     stored = page.read(tmp_path / "architectures.json")
     assert {key: failures(entry) for key, entry in stored.items()} == {
         key: failures(entry) for key, entry in sorted(entries.items())
@@ -139,6 +145,20 @@ def test_the_command_ends_with_1_where_something_is_worse(
     assert f"ctc: {1 - code} passed / 1 built / 1" in printed
     assert ("ctc/sew fails in forward: wrong by 0.123" in printed) == bool(code)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_page_says_which_entries_are_of_another_state_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, known = tmp_path / "record.jsonl", [("ctc", "hubert"), ("ctc", "sew")]
+    monkeypatch.setattr(architectures, "pairs", lambda *_: known)
+    monkeypatch.setattr(record, "code", lambda: "earlier")
+    Record(path).add(_entry("ctc/sew"))
+    monkeypatch.undo()
+    monkeypatch.setattr(architectures, "pairs", lambda *_: known)
+    Record(path).add(_entry("ctc/hubert"))
+    assert architectures.main(["--page", "--record", str(path), "--docs", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "architectures.json").read_text())["about"]["earlier"] == 1
 
 
 @pytest.mark.slow

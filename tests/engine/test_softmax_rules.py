@@ -140,8 +140,10 @@ def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str) -> None
     scores, values = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     hidden = torch.tensor([False, True, False])[:, None]
 
+    mask = torch.zeros(3, 1, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+
     def attention(x: Tensor) -> Tensor:
-        return torch.softmax(x.masked_fill(hidden, -torch.inf), -1).masked_fill(hidden, 0.0) @ values
+        return torch.softmax(x + mask, -1).masked_fill(hidden, 0.0) @ values
 
     def without(x: Tensor) -> Tensor:
         return torch.softmax(x, -1).masked_fill(hidden, 0.0) @ values
