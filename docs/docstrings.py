@@ -29,6 +29,7 @@ _PUBLIC = {
     "pruning_curve": "lrp_prune.pruning.curve.pruning_curve",
     "SearchSpace": "lrp_prune.search.space.SearchSpace",
     "search_composite": "lrp_prune.search.searching.search_composite",
+    "reconstruct": "lrp_prune.reconstruction.reconstruct.reconstruct",
     "CorrectedModule": "lrp_prune.wrapper.module.CorrectedModule",
     "circuits.GateTraining": "lrp_prune.circuits.gates.GateTraining",
     "circuits.save_report": "lrp_prune.circuits.report.save_report",
