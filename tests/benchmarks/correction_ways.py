@@ -6,7 +6,8 @@
 The behaviour is repetition of SmolLM2, found and measured as in examples/correction_frontier.py: general relevance of nine sets,
 a contrast with the model's own repetitive answers. Of each way the share of repeated tokens is given on prompts that it was not
 found with, and what it costs on texts that it was not found with: the worst of all kinds of text and tasks but copying, and
-copying. What is done already is read from ``--output``.
+copying. The set that counts thrice, and the one that is alone, are speeches, which the frontier of that example is limited by.
+What is done already is read from ``--output``.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from presenting import aligned, stage
 
 import lrp_prune
 from lrp_prune import Patch, Relevance
-from lrp_prune.correction import Guard, together
+from lrp_prune.correction import Guard
+from lrp_prune.correction.several import Together
 from lrp_prune.effects import Likelihood
 from lrp_prune.metrics import Suite
 from lrp_prune.names import named_parameters
@@ -37,6 +39,7 @@ from lrp_prune.targets import RepetitionMargin
 
 Batch = dict[str, Tensor]
 UNITS = {"neurons": "neuron", "heads": "head"}
+WORST = "speeches"
 
 
 class Setup:
@@ -57,20 +60,22 @@ class Setup:
             for documents in split_documents(load_documents())
         )
         self.repeating = answer_batches(prompts, answers, answers, 8)
-        self._sets: dict[tuple[str, str], dict[str, Relevance]] = {}
 
-    def sets(self, statistic: str, granularity: str = "weight") -> dict[str, Relevance]:
-        """Relevance of each general set, collected when it is asked for first; of one kind at a time."""
-        if (statistic, granularity) not in self._sets:
-            self._sets.clear()
-            self._sets[statistic, granularity] = {
-                name: lrp_prune.attribute(
+    def general(
+        self, statistic: str, ways: Mapping[str, Together], granularity: str = "weight"
+    ) -> dict[str, Relevance]:
+        """Relevance of the general sets, each collected once and put together in several ways; of speeches alone as well."""
+        found = {}
+        for name, entry in self.collecting.items():
+            if isinstance(entry, Likelihood):
+                relevance = lrp_prune.attribute(
                     self.model, entry.parts, "next_token", "epsilon", statistic, granularity=granularity, skip_first=1
                 )
-                for name, entry in self.collecting.items()
-                if isinstance(entry, Likelihood)
-            }
-        return self._sets[statistic, granularity]
+                for way in ways.values():
+                    way.add(name, relevance)
+                if name == WORST:
+                    found["one"] = relevance
+        return {**found, **{name: way.compute() for name, way in ways.items()}}
 
     def undesired(self, granularity: str = "weight") -> Relevance:
         """Relevance of the repeated tokens."""
@@ -82,23 +87,15 @@ class Setup:
 def patches(setup: Setup, ways: list[str], amount: float) -> Iterator[tuple[str, Patch]]:
     """The patch of each way, all of the same number of weights, or a stated part of it."""
     model, undesired = setup.model, setup.undesired()
-    combined = {
-        "mean": together(setup.sets("signed")),
-        "worst thrice": together(setup.sets("signed"), weights={"speeches": 3.0}),
-        "one": setup.sets("signed")["speeches"],
-    }
-    guards = {
-        "largest": together(setup.sets("squared_token"), "largest"),
-        "mean": together(setup.sets("squared_token")),
-        "one": setup.sets("squared_token")["speeches"],
-    }
+    combined = setup.general("signed", {"mean": Together(), "worst thrice": Together(weights={WORST: 3.0})})
+    guards = setup.general("squared_token", {"mean": Together(), "largest": Together("largest")})
 
     def made(general: str = "mean", guard: str | None = "largest", share: float = 1.0, **options: Any) -> Patch:
         guarded = None if guard is None else Guard(0.7, guards[guard])
         return Patch.from_contrast(model, combined[general], undesired, amount * share, guard=guarded, **options)
 
     names = sorted({name.split(".layers.")[1].split(".")[0] for name in undesired if ".layers." in name}, key=int)
-    third = len(names) // 3
+    third = max(len(names) // 3, 1)
     recipes: dict[str, Callable[[], Patch]] = {
         "usual": made,
         "guard by the mean over sets": lambda: made(guard="mean"),
@@ -123,7 +120,10 @@ def patches(setup: Setup, ways: list[str], amount: float) -> Iterator[tuple[str,
 
 def of_units(setup: Setup, granularity: str, entries: int) -> Patch:
     """Whole units, as many as have about so many weights."""
-    general, undesired = together(setup.sets("signed", granularity)), setup.undesired(granularity)
+    general, undesired = (
+        setup.general("signed", {"mean": Together()}, granularity)["mean"],
+        setup.undesired(granularity),
+    )
     count, patch = 1, Patch.from_contrast(setup.model, general, undesired, 1, guard=0.7)
     while patch.num_entries < entries:
         count += max(1, round(count * min((entries - patch.num_entries) / patch.num_entries, 1.0)))
@@ -229,7 +229,7 @@ WAYS = (
 )  # fmt: skip
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
@@ -246,7 +246,11 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--model", default="smollm2")
     add("--output", type=Path, default=Path("outputs/correction_ways/results.jsonl"))
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {row["way"] for row in rows}
