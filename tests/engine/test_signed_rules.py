@@ -165,6 +165,26 @@ def test_what_hardly_counters_an_output_loses_no_digits(rule: Terms, positive: b
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("rule", [Gamma(), AlphaBeta(), ZPlus()], ids=str)
+def test_a_contraction_that_adds_inputs_up_by_themselves_is_a_layer_with_the_same_weight_for_each(rule: Terms) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,o->bo", x, self.weight)
+
+    torch.manual_seed(0)
+    model, x, found = Model(), torch.randn(2, 4, dtype=torch.float64), []
+    layer = nn.Linear(4, 3, bias=False).double()
+    layer.weight.data.copy_(model.weight.detach()[:, None])
+    for entry in (model, layer):
+        with lrp_prune.attributing(entry, declared(rule)) as propagation:
+            found += propagation.relevance(entry(x).sum()).values()
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+
+
 def test_an_output_that_the_model_changes_in_place_is_computed_again() -> None:
     class Model(nn.Module):
         def __init__(self, in_place: bool) -> None:
