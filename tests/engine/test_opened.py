@@ -174,13 +174,20 @@ def test_a_softmax_in_a_custom_function_is_a_pattern() -> None:
 
 
 class Assigned(HandingOn):
-    """Writes in each of the ways in which it may be written, where a backward of what it is made of would read."""
+    """Writes where a backward of what it is made of would read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         y = torch.softmax(x, -1)
         y[~mask] = 0.0
-        y *= 2.0
+        return y
+
+
+class Multiplied(HandingOn):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        y *= mask
         return y
 
 
@@ -193,15 +200,15 @@ class ByAnArgument(HandingOn):
         return nn.functional.threshold(y, 0.3, 0.0, inplace=True)
 
 
-@pytest.mark.parametrize("function", [MaskedSoftmax, Assigned, ByAnArgument])
+@pytest.mark.parametrize("function", [MaskedSoftmax, Assigned, Multiplied, ByAnArgument])
 def test_what_a_custom_function_writes_over_is_kept_for_the_backward_pass(function: type[Function]) -> None:
     mask = torch.ones(3, 4, dtype=torch.bool).tril()
 
     def pattern(x: Tensor) -> Tensor:
         if function is ByAnArgument:
             return nn.functional.threshold(torch.softmax(x, -1), 0.3, 0.0)
-        if function is Assigned:
-            return torch.softmax(x, -1) * mask * 2.0
+        if function in (Assigned, Multiplied):
+            return torch.softmax(x, -1) * mask
         return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask
 
     assert writes(function)
