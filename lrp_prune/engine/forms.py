@@ -72,12 +72,13 @@ class Form:
         return type(self)(self.call.with_arguments({place: value}), self._activation, self._weight)
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the activation."""
+        """The gradient of the activation, which may be changed in place."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_()
             result = self.product(leaf, weight)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
-        return gradient
+        # Of entries that are only added up it is one number in many places.
+        return gradient.contiguous() if 0 in gradient.stride() else gradient
 
     def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """``G(activation, d)``, in the shape of the weight."""

@@ -3,7 +3,8 @@
 A mode does not see what a ``torch.autograd.Function`` does, only that it was called. Its backward is a gradient, often of another
 function (a straight-through estimator, a slope that is bounded), and no rule. Where the forward is made of torch's functions
 alone, it is run as a part of the model is, with the same values. Others stay closed, and the audit names them: kernels of
-other libraries, what communicates with other processes, and what calls Python that is not torch's.
+other libraries, what communicates with other processes, what writes a result into a tensor that is given (``out=``), and what
+calls Python that is not torch's.
 """
 
 import builtins
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ _CLOSED = frozenset(
     {"ops", "_C", "distributed", "library", "cuda", "utils", "jit", "compile", "no_grad", "inference_mode"}
 )
 """What a forward that names it may do out of the mode's sight, or to others."""
+_RESULT_GIVEN = "out"
+"""The keyword of a tensor that a result is written into: torch refuses it where there are gradients, as in a model's forward."""
 _READ = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"})
 _STORED = frozenset({"STORE_SUBSCR", "STORE_SLICE", *(name for name in dis.opname if name.startswith("INPLACE_"))})
 
@@ -122,13 +125,19 @@ def writes(cls: type[Function]) -> bool:
         >>> writes(Masked)
         True
     """
-    entries = list(dis.get_instructions(cls.forward.__code__))
-    return any(
+    code = cls.forward.__code__
+    entries = list(dis.get_instructions(code))
+    return "inplace" in _keywords(code) or any(
         entry.opname in _STORED
         or (entry.opname == "BINARY_OP" and entry.argrepr.endswith("="))
         or (isinstance(entry.argval, str) and entry.argval.endswith("_") and not entry.argval.endswith("__"))
         for entry in entries
     )
+
+
+def _keywords(code: CodeType) -> set[object]:
+    """Names by which arguments are given: constants of the code in every version of Python."""
+    return {name for constant in code.co_consts if isinstance(constant, tuple) for name in constant}
 
 
 @cache
@@ -150,6 +159,8 @@ def is_open(cls: type[Function]) -> bool:
     if forward is None or code is None or cls.__module__.partition(".")[0] in ("torch", "lrp_prune"):
         return False
     if _CLOSED & set(code.co_names) or any(hasattr(constant, "co_code") for constant in code.co_consts):
+        return False
+    if _RESULT_GIVEN in _keywords(code):
         return False
     namespace = forward.__globals__
     read = {entry.argval for entry in dis.get_instructions(code) if entry.opname in _READ}

@@ -91,11 +91,18 @@ def _assigned(m: OtherUses, x: Tensor) -> Tensor:
     return m.b(hidden)
 
 
+def _filled(m: OtherUses, x: Tensor) -> Tensor:
+    hidden = torch.cat([m.a(x), torch.zeros(3, 1, 6)], 1)
+    hidden[:, -1] = 1.0
+    return m.b(hidden)
+
+
 OTHER_USES: dict[str, Callable[[OtherUses, Tensor], Tensor]] = {
     "at another depth": lambda m, x: m.b(F.layer_norm(m.b(m.a(x)), (6,))),
     "at another depth before": lambda m, x: m.b(m.a(F.layer_norm(m.b(x.repeat(1, 1, 2)[..., :6]), (6,))[..., :4])),
     "of tokens that are given": lambda m, x: m.b(torch.cat([m.a(x), m.memory], 1)),
     "of what is assigned": _assigned,
+    "of a number that is": _filled,
     "to look up what is added": lambda m, x: (
         F.linear(m.a(x), m.table.weight).softmax(-1) @ torch.ones(5, 6) + m.table(torch.zeros(3, 2, dtype=torch.int64))
     ),

@@ -104,6 +104,15 @@ class CallsAnOperator(HandingOn):
         return torch.ops.aten.mul(x, 2)
 
 
+class WritesInto(HandingOn):
+    """Torch refuses it where there are gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.sigmoid(x)
+        return torch.mul(y, 2, out=y)
+
+
 class Communicates(HandingOn):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -165,23 +174,41 @@ def test_a_softmax_in_a_custom_function_is_a_pattern() -> None:
 
 
 class Assigned(HandingOn):
-    """Writes in each of the ways in which it may be written, where a backward of what it is made of would read."""
+    """Writes where a backward of what it is made of would read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         y = torch.softmax(x, -1)
         y[~mask] = 0.0
-        y *= 2.0
         return y
 
 
-@pytest.mark.parametrize("function", [MaskedSoftmax, Assigned])
+class Multiplied(HandingOn):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        y *= mask
+        return y
+
+
+class ByAnArgument(HandingOn):
+    """Writes by a function that is told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        y = torch.softmax(x, -1)
+        return nn.functional.threshold(y, 0.3, 0.0, inplace=True)
+
+
+@pytest.mark.parametrize("function", [MaskedSoftmax, Assigned, Multiplied, ByAnArgument])
 def test_what_a_custom_function_writes_over_is_kept_for_the_backward_pass(function: type[Function]) -> None:
     mask = torch.ones(3, 4, dtype=torch.bool).tril()
 
     def pattern(x: Tensor) -> Tensor:
-        if function is Assigned:
-            return torch.softmax(x, -1) * mask * 2.0
+        if function is ByAnArgument:
+            return nn.functional.threshold(torch.softmax(x, -1), 0.3, 0.0)
+        if function in (Assigned, Multiplied):
+            return torch.softmax(x, -1) * mask
         return torch.softmax(x.masked_fill(~mask, torch.finfo(x.dtype).min), -1) * mask
 
     assert writes(function)
@@ -195,7 +222,7 @@ def test_what_writes_nothing_keeps_no_copies() -> None:
     assert not any(map(writes, (BoundedRoot, StraightThrough, Reversed, NewStyle)))
 
 
-@pytest.mark.parametrize("function", [CallsOthers, CallsAnOperator, Step])
+@pytest.mark.parametrize("function", [CallsOthers, CallsAnOperator, WritesInto, Step])
 def test_what_calls_more_than_torch_stays_closed_and_is_named(function: type[Function]) -> None:
     with pytest.raises(UnruledOperationError, match=function.__name__):
         _explained(function.apply, "attnlrp")
@@ -203,7 +230,7 @@ def test_what_calls_more_than_torch_stays_closed_and_is_named(function: type[Fun
 
 def test_which_functions_are_open() -> None:
     assert all(map(is_open, (BoundedRoot, StraightThrough, Reversed, NewStyle)))
-    assert not any(map(is_open, (CallsOthers, CallsAnOperator, Communicates)))
+    assert not any(map(is_open, (CallsOthers, CallsAnOperator, WritesInto, Communicates)))
 
 
 def test_functions_are_applied_as_ever_outside_of_the_forward_and_when_the_context_is_left() -> None:

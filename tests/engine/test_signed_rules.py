@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import lrp_prune
 from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Group, Term, Terms, WSquare, ZPlus
@@ -42,6 +43,14 @@ FACTORS: dict[str, list[tuple[float, float, dict[str, object]]]] = {
     "unlike for both signs": [(3.0, 1.0, {"outputs": "positive"}), (1.0, 4.0, {"outputs": "negative", "share": 2.0})],
     "without the bias": [(1.0, 0.0, {"bias": False}), (0.0, 1.0, {"share": -0.5, "bias": False})],
     "gamma without the bias": [(1.5, 1.0, {"outputs": s, "bias": False}) for s in ("positive", "negative")],
+    "favoured without the bias": [
+        (1.5, 1.0, {"outputs": "positive", "bias": False}),
+        (1.0, 1.5, {"outputs": "negative", "bias": False}),
+    ],
+    "favoured, and damped for one sign": [
+        (1.5, 1.0, {"outputs": "positive", "stabilizer": 0.3}),
+        (1.0, 1.5, {"outputs": "negative"}),
+    ],
     "damped": [(2.0, 1.0, {"stabilizer": 0.3}), (1.0, 2.0, {"stabilizer": 0.1, "outputs": "negative"})],
 }
 
@@ -93,6 +102,9 @@ class Followed(nn.Module):
         nn.init.uniform_(self.norm.weight, 0.5, 2.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.then == "somebody who keeps what is saved":
+            with saved_tensors_hooks(lambda saved: saved, lambda kept: kept):
+                return self.layer(x)
         y = self.layer(x)
         if self.then == "relu":
             return y.relu()
@@ -107,6 +119,7 @@ class Followed(nn.Module):
         (Epsilon(0.0), False, "relu", 0, 1),
         (Gamma(), False, "nothing", 1, 2),
         (Gamma(), False, "relu", 1, 2),
+        (Gamma(), False, "somebody who keeps what is saved", 2, 2),  # and would save the memory of the output
         (Gamma(), True, "nothing", 1, 2),
         (Gamma(), True, "relu", 1, 1),
         (Gamma(), True, "relu_", 2, 1),  # what it was given is gone
@@ -136,8 +149,12 @@ def test_no_more_is_multiplied_than_signs_and_neighbours_ask_for(
     assert (made.count("product"), made.count("input_gradient")) == (products, gradients)
 
 
+COUNTERED = Declared((by_sign(0.0, 1.0, outputs="positive"), by_sign(1.0, 0.0, outputs="negative")))
+"""Shares by what counters an output."""
+
+
 @pytest.mark.parametrize("positive", [False, True], ids=["either sign", "no negative"])
-@pytest.mark.parametrize("rule", [AlphaBeta(), ZPlus(), Gamma()], ids=str)
+@pytest.mark.parametrize("rule", [AlphaBeta(), ZPlus(), Gamma(), COUNTERED], ids=str)
 def test_what_hardly_counters_an_output_loses_no_digits(rule: Terms, positive: bool) -> None:
     """A ten-millionth of a sum in float32 is all rounding, if it is what is left of a difference."""
     torch.manual_seed(0)
@@ -163,6 +180,39 @@ def test_what_hardly_counters_an_output_loses_no_digits(rule: Terms, positive: b
         torch.testing.assert_close(found[1], (shares * z).sum(1))
         assert found[1][0, 1] < 0  # minus beta of five outputs
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("rule", [Gamma(), AlphaBeta(), ZPlus()], ids=str)
+def test_a_contraction_that_adds_inputs_up_by_themselves_is_a_layer_with_the_same_weight_for_each(rule: Terms) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.5, -2.0, 0.5], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,o->bo", x, self.weight)
+
+    torch.manual_seed(0)
+    model, x, found = Model(), torch.randn(2, 4, dtype=torch.float64), []
+    layer = nn.Linear(4, 3, bias=False).double()
+    layer.weight.data.copy_(model.weight.detach()[:, None])
+    for entry in (model, layer):
+        with lrp_prune.attributing(entry, declared(rule)) as propagation:
+            found += propagation.relevance(entry(x).sum()).values()
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+
+
+def test_an_output_in_less_precision_than_the_rule_s_is_computed_again() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 5).bfloat16(), torch.randn(4, 6, dtype=torch.bfloat16)
+    found = lrp_prune.attribute(
+        layer, [x], lambda m, b: m(b).sum(), declared(Gamma(1.0)), "abs_token", include=["weight"], matmul_dtype=None
+    )
+    wide = nn.Linear(6, 5).double()
+    wide.load_state_dict(layer.state_dict())
+    factors = [(2.0, 1.0, {"outputs": "positive"}), (1.0, 2.0, {"outputs": "negative"})]
+    expected = written(wide, x.double(), wide(x.double()).detach(), factors)
+    torch.testing.assert_close(found.sums["weight"].double(), expected.abs().sum(0), rtol=1e-5, atol=0.0)
 
 
 def test_an_output_that_the_model_changes_in_place_is_computed_again() -> None:

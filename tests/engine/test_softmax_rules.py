@@ -1,6 +1,7 @@
 """z+ for softmax, against its terms written out, and the presets for vision transformers that have it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -135,7 +136,8 @@ def relevance(model: nn.Module, x: Tensor, composite: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("composite", ["attnlrp", "gradient"])
-def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str) -> None:
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str, dim: int) -> None:
     """Their softmax is not a number, and so is its gradient, also where the model puts zeros in its place."""
     scores, values = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     hidden = torch.tensor([False, True, False])[:, None]
@@ -143,10 +145,13 @@ def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str) -> None
     mask = torch.zeros(3, 1, dtype=torch.float64).masked_fill(hidden, -torch.inf)
 
     def attention(x: Tensor) -> Tensor:
-        return torch.softmax(x + mask, -1).masked_fill(hidden, 0.0) @ values
+        return along(x + mask).masked_fill(hidden, 0.0) @ values
 
     def without(x: Tensor) -> Tensor:
-        return torch.softmax(x, -1).masked_fill(hidden, 0.0) @ values
+        return along(x).masked_fill(hidden, 0.0) @ values
+
+    def along(rows: Tensor) -> Tensor:
+        return torch.softmax(rows.movedim(-1, dim), dim).movedim(dim, -1)
 
     found = []
     for function in (attention, without):
@@ -154,6 +159,12 @@ def test_rows_that_are_masked_as_a_whole_hand_nothing_on(composite: str) -> None
             found.append(propagation.relevance(model(scores).sum())["x"])
     assert bool(found[0].any()) and not bool(found[0][1].any())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("given", [lambda x: x.sum(), lambda x: x[:, :0]], ids=["one number", "none"])
+def test_a_softmax_of_one_number_or_none_has_no_masked_rows(given: Callable[[Tensor], Tensor]) -> None:
+    with lrp_prune.attributing(model := Single(lambda x: torch.softmax(given(x), -1)), "attnlrp") as propagation:
+        assert not bool(propagation.relevance(model(torch.ones(2, 3)).sum())["x"].any())
 
 
 def test_a_value_that_such_a_row_is_a_part_of_is_none() -> None:
