@@ -136,6 +136,15 @@ def test_a_round_of_two_callbacks_is_one_and_is_taken_back_in_both(make_loader, 
     assert zeros_in_merged(module) == pruned and all(pruned)
 
 
+def test_back_at_the_dense_model_adapters_are_whole_again(make_loader, make_trainer) -> None:
+    module, planned, quality = Adapted(), Planned(), RoundQuality("planned", limit=0.5)
+    with pytest.warns(UserWarning, match="the model is back at the end of the dense training"):
+        make_trainer(callbacks=[*prunings(), planned, quality], max_epochs=3).fit(
+            module, make_loader(), make_loader(seed=2)
+        )
+    assert torch.equal(module(torch.ones(1, 8)), planned.outputs[0])
+
+
 def test_what_a_round_could_not_mask_is_refused_before_the_first_step(make_loader, make_trainer) -> None:
     merged = Adapted()
     merged.model.merge_adapter()
