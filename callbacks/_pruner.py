@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_only
+from lightning.fabric.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -26,10 +26,10 @@ from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.select import check_selection
-from lrp_prune.pruning.sparse_adapters import mask_adapters_of, unmask_adapters
+from lrp_prune.pruning.sparse_adapters import check_adapters, mask_adapters_of
 from lrp_prune.pruning.zeroed import values_under
 from lrp_prune.relevance import Relevance
-from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of
 from lrp_prune.selection.scopes import check_selectable, parse_scope
 from lrp_prune.training.keeping import MaskKeeper
 
@@ -49,6 +49,7 @@ class Pruner:
         self.state = PruningState()
         self._keeper: MaskKeeper | None = None
         self._told: set[str] = set()
+        self._adapted: set[str] = set()
 
     @property
     def target(self) -> float | dict[str, float]:
@@ -84,6 +85,11 @@ class Pruner:
             for target in self.targets[self.state.round :]:
                 check_selectable(layouts, shapes, target, self._compared, granularity)
 
+    def check_adapters(self, pl_module: LightningModule, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse now adapters that a round could not mask."""
+        with misconfiguration():
+            check_adapters(pl_module, shapes)
+
     def check_scored(self, relevance: Relevance) -> None:
         """:meth:`check` of what is known from one batch, whose scores do not count."""
         with misconfiguration():
@@ -101,7 +107,17 @@ class Pruner:
                 _mask_averages(trainer, self.state.masks)
             else:
                 self._keeper.attach(trainer.optimizers)
-            mask_adapters_of(pl_module, self.state.masks)
+            self.mask_adapters(pl_module)
+
+    def mask_adapters(self, pl_module: LightningModule) -> None:
+        """Let adapters be zero where their weights are pruned, and say once of which that is so."""
+        masked = mask_adapters_of(pl_module, self.state.masks) if self.state.masks is not None else []
+        if not self._adapted.issuperset(masked):
+            rank_zero_info(
+                f"{self.name}: the adapters of {', '.join(patterns_of(masked))} are zero where these weights are pruned, in each "
+                "forward and when they are merged, at a cost (see lrp_prune.mask_adapters); exclude= leaves weights out"
+            )
+        self._adapted.update(masked)
 
     def _divide(self, pl_module: LightningModule) -> None:
         """Of masks from a checkpoint, which are whole, keep only this process's part where the weights are sharded."""
@@ -150,8 +166,8 @@ class Pruner:
                     module = subject_of(inner(model)).module
                     undo.append(remembered(module, recalibration.changed(module)))
                     recalibration.apply_(module)
-            mask_adapters_of(pl_module, masks)
             self.state = PruningState(round=self.state.round + 1, masks=masks, delay=self.state.delay)
+            self.mask_adapters(pl_module)
 
     def compensate(
         self, trainer: Trainer, pl_module: LightningModule, masks: Masks, batches: Callable[[], list[Any]], target: Any,
@@ -198,15 +214,14 @@ class Pruner:
         return done
 
     def go_back(self, pl_module: LightningModule, state: PruningState) -> None:
-        """Let the masks of an earlier round take effect; values that were pruned since are for the caller to put back."""
+        """Let the masks of an earlier round take effect; values and adapters that were pruned since are the caller's affair."""
         self.state = state
-        unmask_adapters(pl_module)
         if state.masks is None:
             self.release()
         else:
             assert self._keeper is not None  # later masks were kept by it
             self._keeper.update(state.masks)
-            mask_adapters_of(pl_module, state.masks)
+            self.mask_adapters(pl_module)
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""

@@ -47,6 +47,7 @@ class Round:
         self._collection.check_prunable(pl_module)
         if scored:
             shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
+            self._pruner.check_adapters(pl_module, shapes)
             self._pruner.check(layouts_of(pl_module, scored, self._collection.needs_data), shapes)
 
     def rehearse(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:

@@ -13,6 +13,7 @@ from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.callbacks._corrected import uncorrected
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
+from lrp_prune.pruning.sparse_adapters import unmask_adapters
 
 
 def prunings_of(trainer: Trainer) -> list[RelevancePruning]:
@@ -49,6 +50,7 @@ class EndOfRound:
     def go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, bit for bit, and let the masks of then take effect."""
         with uncorrected(pl_module):
+            unmask_adapters(pl_module)  # of all callbacks, each of which masks its own again
             for pruning, state in zip(prunings_of(trainer), self._states, strict=True):
                 pruning._pruner.go_back(pl_module, copy(state))
             with torch.no_grad():

@@ -57,10 +57,12 @@ class Distillation(RoundListener):
         Trainer(max_epochs=6, callbacks=[RelevancePruning(0.8, Rounds(2, every_n_epochs=2)), Distillation()])
 
     Args:
-        share: of the loss that is the teacher's, in (0, 1]; 1 does without the training step's loss, and so without labels.
+        share: of the loss that is the teacher's, in (0, 1]; 1 does without the training step's loss, and so without labels: it
+            may be None, or not a number.
         temperature: above 0; larger values show more of what the teacher takes for second best. Not for ``match="values"``.
         teacher: None for the model as it was right before the first round: a copy of the weights that are trained, and of what is
-            pruned of those that are not (beside LoRA that is little more than the pruned values). Or another module that is
+            pruned of those that are not (beside LoRA that is little more than the pruned values; what is unfrozen later is added
+            then). Or another module that is
             called as the trained one is, in a training with or without rounds of pruning.
         match: ``"logits"``, the divergence of choices, whose classes are the last dimension (of images the second); or
             ``"values"``, the mean squared difference of the outputs, for regressions and several labels at once.
@@ -142,7 +144,8 @@ class Distillation(RoundListener):
         if self.teacher is not None:
             return
         if self._earlier is None:
-            self._earlier = EarlierValues(pl_module, self._changing(pl_module, adjusts))
+            self._earlier = EarlierValues(pl_module, ())
+        self._earlier.keep_whole(pl_module, self._changing(pl_module, adjusts))
         self._earlier.remember(pl_module, masks)
 
     @override
@@ -210,6 +213,8 @@ class Distillation(RoundListener):
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            if self.teacher is None and self._earlier is not None:  # of what was unfrozen since
+                self._earlier.keep_whole(pl_module, self._changing(pl_module, adjusts=False))
             with watching(self._watched(pl_module)) as calls:
                 output = step(*args, **kwargs)
             return self._with_divergence(pl_module, output, outermost(calls))
@@ -230,7 +235,7 @@ class Distillation(RoundListener):
     def _with_divergence(self, pl_module: LightningModule, output: Any, calls: list[Seen]) -> Any:
         """What a training step gave, with the teacher's part in its loss."""
         loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor) and (self.share < 1 or not calls):
             return output  # the step is skipped
         if not calls:
             raise MisconfigurationException(
@@ -241,8 +246,9 @@ class Distillation(RoundListener):
         divergence = torch.stack([self._divergence(pl_module, call) for call in calls]).mean()
         samples = len(calls[0].logits) if calls[0].logits is not None else 1
         pl_module.log(_LOGGED, divergence.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
-        loss = (1 - self.share) * loss + self.share * divergence.to(loss.dtype)
-        return {**output, "loss": loss} if isinstance(output, dict) else loss
+        if self.share < 1 and isinstance(loss, Tensor):  # without labels there is none, or one that is not a number
+            divergence = (1 - self.share) * loss + self.share * divergence.to(loss.dtype)
+        return {**output, "loss": divergence} if isinstance(output, dict) else divergence
 
     def _divergence(self, pl_module: LightningModule, call: Seen) -> Tensor:
         student, counted = call.logits, call.counted()

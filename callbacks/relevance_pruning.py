@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks import _checks, _monitor, _resuming
+from lrp_prune.callbacks._adapter_masking import AdapterMasking
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._pruner import Pruner
@@ -20,7 +21,7 @@ from lrp_prune.pruning.schedules import ScheduleName
 from lrp_prune.relevance import Granularity, Relevance
 
 
-class RelevancePruning(CollectingCallback):
+class RelevancePruning(AdapterMasking, CollectingCallback):
     """Prunes a model during an ordinary training, in rounds, by what its weights contribute.
 
     A round collects relevance in a validation, decides there what to prune, and prunes at the start of the next

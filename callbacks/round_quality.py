@@ -102,6 +102,8 @@ class RoundQuality(RoundListener):
         self._summary = summary
         self._points: list[RoundPoint] = []
         self._latest: float | None = None
+        self._seen: Any = None
+        self._ended_at: int | None = None
         self._good: EndOfRound | None = None
         self._stopped = False
         self._logged: list[str] = []
@@ -130,6 +132,7 @@ class RoundQuality(RoundListener):
         if known is not pl_module:
             self._points, self._latest, self._good, self._stopped = [], None, None, False
         self._module, self._logged = weakref.ref(pl_module), []
+        self._seen = self._ended_at = None
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,7 +152,10 @@ class RoundQuality(RoundListener):
 
     @override
     def allows_round(self, trainer: Trainer, pl_module: LightningModule, trains_on: bool) -> bool:
-        self._end_round(trainer, pl_module)
+        # Rounds of several callbacks at the same step are one.
+        if trainer.global_step != self._ended_at:
+            self._end_round(trainer, pl_module)
+            self._ended_at = trainer.global_step
         # What a last round without a training after it is worth, nobody would know.
         return not self._stopped and (trains_on or not self._guards)
 
@@ -229,8 +235,9 @@ class RoundQuality(RoundListener):
         if trainer.sanity_checking or trainer.state.fn != "fit" or self._stopped:
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if value is not None:
-            self._latest = float(value)
+        # What was not logged since is still there, as the same object.
+        if value is not None and value is not self._seen:
+            self._latest, self._seen = float(value), value
 
     def _end_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note how the round ends that was the last so far, and take it back where it is too bad."""

@@ -1,6 +1,6 @@
 """Adapters that are zero where the weights that they are added to are pruned: what is trained is what is merged."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,8 +86,8 @@ def mask_adapters(model: nn.Module, masks: Masks) -> None:
 
     A layer then gives :math:`(W + M \odot s B A) \, x` in place of :math:`(W + s B A) \, x`, as SparsePEFT does (arXiv
     2410.03750), so that the trained model is the merged one, and ``merge_and_unload()`` keeps each zero. :math:`A` and :math:`B`
-    are the parameters, and their files, as before. A training pays for it: the product :math:`B A` is computed in each forward,
-    and takes the memory and about the time of the layer itself.
+    are the parameters, and their files, as before. A training pays for it: the product :math:`B A` is computed in each forward
+    and kept for the backward pass, as large as the weight; a step takes about twice the time of training the layer itself.
 
     :class:`~lrp_prune.callbacks.RelevancePruning` does this by itself. A model of which an adapter is loaded anew adds all of it
     until this is called again, so merge before you save, or call this after loading.
@@ -113,16 +113,22 @@ def mask_adapters(model: nn.Module, masks: Masks) -> None:
 
 def mask_adapters_of(model: nn.Module, masks: Masks) -> list[str]:
     """:func:`mask_adapters` of a model that may have none; the names of the weights whose adapters are masked."""
-    found = dict(_layers(model, masks))
-    for name, layer in found.items():
-        reason = _why_not(layer, masks.shapes[name])
-        if reason:
-            raise ValueError(f"the adapter of {name} cannot be masked: it {reason}; leave the weight out by exclude=")
+    found = check_adapters(model, {name: masks.shapes[name] for name in masks if masks.pruned_in(name)})
     for name, layer in found.items():
         weight = layer.get_base_layer().weight
         for adapter in layer.scaling:
             layer.lora_variant[adapter] = MaskedDelta(masks.part(name, weight))
     return list(found)
+
+
+def check_adapters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Refuse adapters that could not be masked if these weights were pruned; the layers of the others, by the weights' names."""
+    found = dict(_layers(model, shapes))
+    for name, layer in found.items():
+        reason = _why_not(layer, shapes[name])
+        if reason:
+            raise ValueError(f"the adapter of {name} cannot be masked: it {reason}; leave the weight out by exclude=")
+    return found
 
 
 def unmask_adapters(model: nn.Module) -> None:
@@ -149,15 +155,15 @@ def _with_variants(model: nn.Module) -> list[Any]:
     return [layer for layer in adapted_layers(unwrap(model)).values() if hasattr(layer, "lora_variant")]
 
 
-def _layers(model: nn.Module, masks: Masks) -> Iterator[tuple[str, Any]]:
-    """The layers with an adapter on a weight that is pruned in part; each by the weight's name in the masks."""
+def _layers(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The layers with an adapter on one of these weights, each by the weight's name."""
     model = unwrap(model)
     owner: dict[int, Any] = {}
     for layer in adapted_layers(model).values():
         if _SCALING not in {entry.__name__ for entry in type(layer).__mro__}:
             owner.update((id(parameter), layer) for parameter in layer.base_layer.parameters())  # type: ignore[union-attr]
-    for name, parameter in resolve(masks, model).items() if owner else ():
-        if id(parameter) in owner and masks.pruned_in(name):
+    for name, parameter in resolve(names, model).items() if owner else ():
+        if id(parameter) in owner:
             yield name, owner[id(parameter)]
 
 

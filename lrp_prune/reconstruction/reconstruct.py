@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def reconstruct(
         dense: 1: blocks learn what they gave in the dense model, and make up for those before them; 0: what their dense weights
             make of the inputs that they get by now.
         optimizer: from parameters to an optimizer; None for AdamW that moves each tensor by up to 0.3 % of its root mean square
-            in a step. The rate goes to zero linearly.
+            in a step, and without a compensation, from which there is much further to go, by 3 %. The rate goes to zero linearly.
         target: what is run, where it is no logits, see :func:`lrp_prune.attribute`.
         folder: where each block is written once it is done. A call with the same model, masks and folder goes on from there, so
             that an interruption costs the block at hand.
@@ -119,7 +120,8 @@ def reconstruct(
                 f"reconstruct works in one process, and this is one of {processes}, each of which would train a model of its "
                 "own: reconstruct before the training in several processes, or after it"
             )
-    refining = _Reconstructing(module, masks, steps, optimizer or by_size, trainer or {}, folder, way is not None)
+    optimizer = optimizer or partial(by_size, rate=0.03 if way is None else 0.003)
+    refining = _Reconstructing(module, masks, steps, optimizer, trainer or {}, folder, way is not None)
     # The dense model's own inputs are run where they are what blocks learn from, whatever layers are solved for.
     way = way if way is not None else LeastSquares(dense=dense)
     if (way.dense > 0) != (dense > 0):

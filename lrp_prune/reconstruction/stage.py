@@ -78,7 +78,7 @@ def expected_of(outputs: Any) -> list[Tensor]:
     return [entry for entry in tree_leaves(outputs) if _counts(entry)]
 
 
-def by_size(parameters: Iterable[nn.Parameter], rate: float = 0.003) -> Optimizer:
+def by_size(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
     """AdamW that moves each tensor by so much of its root mean square in a step, and 0.001 of one where it is zero."""
     groups = []
     for parameter in parameters:

@@ -37,15 +37,31 @@ class EarlierValues:
     """
 
     def __init__(self, model: nn.Module, whole: Collection[str]) -> None:
-        held = _tensors(model)
-        self._whole = {name: held[name].detach().clone() for name in whole}
+        self._whole: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._pruned: dict[str, Tensor] = {}
+        self.keep_whole(model, whole)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values, and of where the pruned ones belong: one for each weight."""
         return sum(value.nbytes for held in (self._whole, self._kept, self._pruned) for value in held.values())
+
+    def keep_whole(self, model: nn.Module, names: Collection[str]) -> None:
+        """From now on keep all values of these tensors, which are about to change and were not kept so far.
+
+        Args:
+            model: in which they are still as they were, but for what was remembered.
+            names: as for the constructor.
+        """
+        held = _tensors(model)
+        fresh = [name for name in names if name not in self._whole]
+        pruned = {id(parameter): name for name, parameter in resolve(self._kept, model).items()} if fresh else {}
+        for name in fresh:
+            value = self._whole[name] = held[name].detach().clone()
+            known = pruned.get(id(held[name]))
+            if known is not None:
+                value[~self._kept.pop(known).to(value.device)] = self._pruned.pop(known).to(value)
 
     def remember(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Keep what masks are going to zero, where nothing is pruned yet but what was remembered before.

@@ -1,6 +1,6 @@
 """What local reconstruction adds to masks and to compensation, without labels: the evidence for what the pages say.
 
-    python tests/benchmarks/reconstruction.py --cases mlp cnn encoder --seeds 2      # twenty minutes
+    python tests/benchmarks/reconstruction.py --cases mlp cnn encoder --seeds 2      # some minutes
 
 Trained models of the panel are pruned by the default method, all with the same masks, and judged on data that nothing else has
 seen: the share of the dense model's advantage over chance. Each way sees the first 16 batches that the model was trained on.

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lrp_prune import CorrectedModule
 from lrp_prune.callbacks import Distillation, RelevancePruning, Rounds
+from tests.support.resumed import check_resumed_equals_whole
 
 
 class Steps(Callback):
@@ -39,6 +40,7 @@ def pruning(**options: Any) -> RelevancePruning:
     return RelevancePruning(0.5, Rounds(1, start=1), method="magnitude", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["before", "module"])
 @pytest.mark.parametrize("match", ["logits", "values"])
 def test_the_gradient_is_that_of_the_loss_that_is_written_down(
@@ -77,6 +79,7 @@ def before_the_round(make_module: Any, make_loader: Any, make_trainer: Any) -> n
     return net
 
 
+@pytest.mark.slow
 def test_nothing_changes_before_the_first_round_and_nothing_stays_after(
     make_module, make_loader, make_trainer, same_weights
 ) -> None:
@@ -95,6 +98,7 @@ def test_nothing_changes_before_the_first_round_and_nothing_stays_after(
         assert torch.equal(again.state_dict()[name][kept], value[kept]), name
 
 
+@pytest.mark.slow
 def test_weights_come_out_of_the_teaching_bit_for_bit(make_module, make_loader, make_trainer) -> None:
     """With a rate of zero nothing moves: neither the weights nor the buffers but those of the student's own forward."""
     module, expected = make_module("none"), make_module("none")
@@ -112,21 +116,13 @@ def test_weights_come_out_of_the_teaching_bit_for_bit(make_module, make_loader, 
 def test_a_resumed_training_equals_the_uninterrupted_one(
     make_module, make_loader, make_trainer, same_weights, tmp_path: Path
 ) -> None:
-    def run(path: Path | None = None) -> Any:
-        callbacks = [
-            RelevancePruning(0.7, Rounds(2, every_n_epochs=2)),
-            Distillation(),
-            ModelCheckpoint(dirpath=tmp_path / "c", save_top_k=-1, filename="{epoch}"),
-            Steps(),
-        ]
-        module = make_module()
-        trainer = make_trainer(callbacks=callbacks, max_epochs=5, enable_checkpointing=True)
-        trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=path)
-        return module
+    def callbacks() -> list[Callback]:
+        return [RelevancePruning(0.7, Rounds(2, every_n_epochs=2)), Distillation(), Steps()]
 
-    whole = run()
-    for path in sorted((tmp_path / "c").glob("*.ckpt"))[:4]:
-        assert same_weights(whole, run(path)), path
+    def loaders() -> Any:
+        return make_loader(), make_loader(seed=2)
+
+    check_resumed_equals_whole(make_trainer, make_module, callbacks, loaders, same_weights, tmp_path / "c")
 
 
 @pytest.mark.slow
@@ -183,6 +179,7 @@ class Wrapped(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}])
 def test_whatever_way_the_step_calls_its_model(make_loader, make_trainer, further: dict[str, Any]) -> None:
     """One after the other, as a dictionary, under accumulation: the weights are the same."""
@@ -197,6 +194,7 @@ def test_whatever_way_the_step_calls_its_model(make_loader, make_trainer, furthe
             torch.testing.assert_close(one, entry, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_teaches_nothing(make_trainer) -> None:
     from tests.support.small_models import build
 
@@ -228,6 +226,7 @@ def test_padding_teaches_nothing(make_trainer) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_refused_by_name(make_module, make_manual_module, make_loader, make_trainer) -> None:
     def fit(module: Any, *callbacks: Any, data: Any = None) -> None:
         loader = make_loader() if data is None else data
@@ -282,6 +281,7 @@ def test_a_pruned_model_without_a_past_has_no_teacher(make_module, make_loader, 
         )
 
 
+@pytest.mark.slow
 def test_beside_a_correction(make_module, make_loader, make_trainer) -> None:
     """The wrapper's training step is that of the module inside."""
     weights = []
@@ -303,29 +303,42 @@ def test_beside_a_correction(make_module, make_loader, make_trainer) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_with_adapters_the_teacher_is_the_dense_model_to_the_last_bit(
-    make_loader, make_trainer, tmp_path: Path
-) -> None:
-    """Base weights are frozen: what is kept of them are the pruned values, and of the adapters all."""
-    import peft
+class Unfreezing(BaseFinetuning):
+    """Trains the first layer from the third epoch on; takes the model down as it was before the second."""
 
-    class Adapted(Wrapped):
-        def __init__(self) -> None:
-            super().__init__("once")
-            config = peft.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)), config)
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.net[0])
 
-    module, distillation = Adapted(), Distillation(0.9)
-    inputs = next(iter(make_loader()))[0]
-    dense = module.model(inputs).detach()
-    early = RelevancePruning(0.5, Rounds(2, start=0), method="magnitude", scope="global", include=["0", "2"])
-    make_trainer(callbacks=[early, distillation], max_epochs=3).fit(module, make_loader())
-    with torch.no_grad(), distillation._teaching(module, module.model) as teacher:
-        assert torch.equal(teacher(inputs), dense)
-    assert not torch.allclose(module.model(inputs), dense, rtol=1e-2)
-    assert set(distillation.state_dict()["earlier"]["whole"]) == {
-        name for name, entry in module.named_parameters() if entry.requires_grad
-    }
-    assert early.masks.sparsity == 0.5
+    def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.dense = copy.deepcopy(module.net.state_dict())
+        if epoch == 2:
+            self.make_trainable(module.net[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_what_is_unfrozen_later_is_kept_before_it_changes(make_module, make_loader, make_trainer, where: str) -> None:
+    """Pruned in part while it was frozen, too."""
+    module, unfreezing, distillation = make_module("sgd"), Unfreezing(), Distillation()
+    masks = pruning(include=["*.0.weight", "*.4.weight"])
+    callbacks = [unfreezing, masks, distillation] if where == "before" else [distillation, unfreezing, masks]
+    make_trainer(callbacks=callbacks, max_epochs=4).fit(module, make_loader(), make_loader(seed=2))
+    assert not torch.equal(module.net[0].bias, unfreezing.dense["0.bias"]) and "net.0.weight" in masks.masks
+    with torch.no_grad(), distillation._teaching(module, module.net) as teacher:
+        found = teacher.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in unfreezing.dense.items() if "num_" not in name)
+
+
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_without_labels_there_need_be_no_loss(make_module, make_loader, make_trainer, loss: float | None) -> None:
+    class Unlabelled(type(make_module())):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self(batch[0])
+            return None if loss is None else loss * logits.sum()
+
+    module, steps = Unlabelled("sgd"), Steps()
+    early = RelevancePruning(0.5, Rounds(1, start=0), method="magnitude")
+    make_trainer(callbacks=[early, Distillation(1.0), steps], max_epochs=2).fit(module, make_loader())
+    assert len(steps.gradients) == 8
+    assert all(entry.isfinite().all() and entry.any() for entry in steps.gradients[-1].values())

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lrp_prune.callbacks import LearningRateRewinding, RelevancePruning, Rounds
+from tests.support.resumed import check_resumed_equals_whole
 
 
 class Rates(Callback):
@@ -61,6 +62,7 @@ SCHEDULES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_round_has_the_schedule_from_its_beginning(make_module, make_loader, make_trainer, schedule: str) -> None:
     module = make_module(optimizer=configured(*SCHEDULES[schedule]))
@@ -88,19 +90,15 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
     make_module, make_loader, make_trainer, same_weights, tmp_path: Path
 ) -> None:
     def callbacks() -> list[Any]:
-        pruning = RelevancePruning(0.7, Rounds(2, every_n_epochs=2))
-        checkpoint = ModelCheckpoint(dirpath=tmp_path / "c", save_top_k=-1, filename="{epoch}")
-        return [pruning, LearningRateRewinding(), checkpoint, Rates()]
+        return [RelevancePruning(0.7, Rounds(2, every_n_epochs=2)), LearningRateRewinding(), Rates()]
 
-    def run(path: Path | None = None) -> Any:
-        module = make_module(optimizer=configured(*SCHEDULES["by steps"]))
-        trainer = make_trainer(callbacks=callbacks(), max_epochs=5, enable_checkpointing=True)
-        trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=path)
-        return module
+    def module() -> Any:
+        return make_module(optimizer=configured(*SCHEDULES["by steps"]))
 
-    whole = run()
-    for path in sorted((tmp_path / "c").glob("*.ckpt"))[:4]:
-        assert same_weights(whole, run(path)), path
+    def loaders() -> Any:
+        return make_loader(), make_loader(seed=2)
+
+    check_resumed_equals_whole(make_trainer, module, callbacks, loaders, same_weights, tmp_path / "c")
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def pruning(**options: Any) -> RelevancePruning:
     return RelevancePruning(0.9, Rounds(3), schedule=ROUNDS, method="magnitude", **options)
 
 
+@pytest.mark.slow
 def test_a_rounds_value_is_the_last_one_before_the_next(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
     values = [1.0, 3.0, 2.0, 5.0, 4.0, 7.0, 6.0]
     masks = RelevancePruning(0.9, Rounds(3, every_n_epochs=2), schedule=ROUNDS, method="magnitude")
@@ -64,6 +65,7 @@ def test_a_rounds_value_is_the_last_one_before_the_next(make_module, make_loader
     assert list(axes.lines[0].get_ydata()) == [1.0, 2.0, 4.0, 6.0] and (tmp_path / "rounds.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guard", "values", "bad"),
     [
@@ -88,6 +90,7 @@ def test_a_round_beyond_the_limit_is_taken_back(
     assert "undone" in quality.table().splitlines()[-1] and len(quality.plot().axes[0].lines) == 3
 
 
+@pytest.mark.slow
 def test_zeros_are_kept_where_the_training_has_to_go_on(make_module, make_loader, make_trainer) -> None:
     module, masks, quality = make_module(), pruning(), RoundQuality("quality", limit=2.5)
     planned = Planned([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -101,6 +104,7 @@ def test_zeros_are_kept_where_the_training_has_to_go_on(make_module, make_loader
         assert not torch.equal(weights, planned.weights[1][name])
 
 
+@pytest.mark.slow
 def test_averages_of_weights_go_back_as_well(make_module, make_loader, make_trainer) -> None:
     module, averages, masks = make_module(), WeightAveraging(), pruning()
     average: list[Any] = []
@@ -168,6 +172,7 @@ def test_a_dense_model_beyond_the_limit_is_not_pruned(make_module, make_loader, 
     assert masks.round == 0 and masks.masks is None and planned.steps == 4
 
 
+@pytest.mark.slow
 def test_a_round_that_nobody_can_judge_is_not_pruned(make_module, make_loader, make_trainer) -> None:
     """Masks that wait when the training ends are applied without a guard, and not with one."""
     for guard, rounds in (({}, 1), ({"limit": 5.0}, 0)):
@@ -178,6 +183,19 @@ def test_a_round_that_nobody_can_judge_is_not_pruned(make_module, make_loader, m
             patch.setattr(type(masks._times), "check_fit", lambda *_: None)
             trainer.fit(module, make_loader(), make_loader(seed=2))
         assert masks.round == rounds
+
+
+def test_a_value_from_before_a_round_does_not_judge_it(make_module, make_loader, make_trainer) -> None:
+    """Of epochs without a validation Lightning has the metrics of the last one still."""
+    masks = RelevancePruning(0.9, Rounds(2, start=2), method="magnitude", reference=make_loader())
+    trainer = make_trainer(
+        callbacks=[masks, Planned([1.0] * 5), RoundQuality("quality", limit=5.0)],
+        max_epochs=5,
+        check_val_every_n_epoch=2,
+    )
+    with pytest.raises(MisconfigurationException, match="'quality' was not logged between round 1 and the next"):
+        trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+    assert masks.round == 1
 
 
 def test_what_it_cannot_do_is_refused_by_name(make_module, make_loader, make_trainer) -> None:

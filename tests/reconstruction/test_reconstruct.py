@@ -174,7 +174,7 @@ def test_language_models(options: dict[str, Any]) -> None:
 
 def test_steps_are_in_proportion_to_each_tensor() -> None:
     large, small, none = (nn.Parameter(scale * torch.randn(100)) for scale in (10.0, 0.1, 0.0))
-    rates = [group["lr"] for group in by_size([large, small, none]).param_groups]
+    rates = [group["lr"] for group in by_size([large, small, none], rate=0.003).param_groups]
     assert rates == pytest.approx([0.03 * float(large.square().mean().sqrt()) / 10, rates[1], 3e-6])
     assert rates[1] == pytest.approx(0.003 * float(small.square().mean().sqrt()))
 
