@@ -14,6 +14,7 @@ from lrp_prune.callbacks.circuit_discovery import CircuitDiscovery
 from lrp_prune.tasks import TableTask
 from tests.support.circuit_tasks import numbers, small_task
 from tests.support.small_models import build
+from tests.support.trainers import forked
 from tests.support.trainers import quiet_trainer as trainer
 
 
@@ -89,7 +90,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
         def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             callback.circuit.save(tmp_path / f"{trainer.global_rank}.safetensors")
 
-    run = trainer(tmp_path, max_epochs=1, callbacks=[callback, Save()], strategy="ddp_fork", devices=2)
+    run = trainer(tmp_path, max_epochs=1, callbacks=[callback, Save()], strategy=forked(), devices=2)
     run.fit(Module(), loader(), loader())
     first, second = (circuits.Circuit.load(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert first == second and first.size == 3

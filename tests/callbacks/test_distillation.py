@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lrp_prune import CorrectedModule
 from lrp_prune.callbacks import Distillation, RelevancePruning, Rounds
 from tests.support.resumed import check_resumed_equals_whole
+from tests.support.trainers import forked
 
 
 class Steps(Callback):
@@ -143,7 +144,7 @@ def test_two_processes_equal_one_on_all_samples(make_module, make_loader, make_t
         module = Divided("sgd")
         module.net[1], module.net[3] = nn.Identity(), nn.Identity()  # what depends on the batch's size
         callbacks = [pruning(), Distillation(0.9), Save()]
-        strategy = "ddp_fork" if devices > 1 else "auto"
+        strategy = forked() if devices > 1 else "auto"
         whole = {"devices": devices, "strategy": strategy, "use_distributed_sampler": False}
         make_trainer(callbacks=callbacks, max_epochs=3, **whole).fit(module, make_loader(), make_loader(seed=2))
     one, first, second = (pickle.loads((tmp_path / name).read_bytes()) for name in ("1.0", "2.0", "2.1"))

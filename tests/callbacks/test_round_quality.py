@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 
 from lrp_prune.callbacks import Distillation, RelevancePruning, RoundQuality, Rounds
+from tests.support.trainers import forked
 
 ROUNDS = [0.3, 0.6, 0.9]
 
@@ -153,7 +154,7 @@ def test_two_processes_go_back_together(make_module, make_loader, make_trainer, 
 
     masks, quality = pruning(), RoundQuality("quality", limit=2.05)
     trainer = make_trainer(
-        callbacks=[masks, Planned([1.0, 2.0, 3.0, 4.0]), quality, Save()], max_epochs=4, devices=2, strategy="ddp_fork"
+        callbacks=[masks, Planned([1.0, 2.0, 3.0, 4.0]), quality, Save()], max_epochs=4, devices=2, strategy=forked()
     )
     module = make_module()
     module.net[1] = torch.nn.Identity()  # whose statistics are each process's own

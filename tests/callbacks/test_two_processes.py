@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lrp_prune.callbacks import RelevanceCollector, RelevancePruning
+from tests.support.trainers import forked
 
 pytestmark = pytest.mark.processes
 
@@ -20,7 +21,7 @@ def test_two_processes_equal_one(
         data = make_loader(seed=5) if reference else 0
         collector = RelevanceCollector(reference=data)
         pruning = RelevancePruning(sparsity=0.5, scope="global", reference=data)
-        strategy = "ddp_fork" if devices > 1 else "auto"
+        strategy = forked() if devices > 1 else "auto"
         trainer = make_trainer(callbacks=[collector], devices=devices, strategy=strategy, max_epochs=2)
         trainer.callbacks.append(pruning)
         trainer.callbacks.append(Save(path, collector, pruning))

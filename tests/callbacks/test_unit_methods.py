@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from lrp_prune.callbacks import RelevancePruning
 from lrp_prune.pruning import UNIT_METHODS
+from tests.support.trainers import forked
 
 UNITS: dict[str, Any] = {"granularity": "neuron", "scope": "layer"}
 
@@ -66,7 +67,7 @@ def test_two_processes_score_what_both_have_collected(
             for method in UNIT_METHODS
         ]
         save = Save(tmp_path / str(devices), prunings)
-        strategy = "ddp_fork" if devices > 1 else "auto"
+        strategy = forked() if devices > 1 else "auto"
         trainer = make_trainer(callbacks=[*prunings, save], devices=devices, strategy=strategy, max_epochs=2)
         module = make_module(optimizer="none")  # training is to change nothing, so that both score the same model
         module.net[1].momentum = 0.0

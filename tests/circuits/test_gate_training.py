@@ -15,6 +15,7 @@ from lrp_prune.tasks.metrics import batch_metric
 from tests.support.circuit_tasks import small_task
 from tests.support.planted import NO, YES, PlantedHeads, PlantedNeurons, planted_task
 from tests.support.small_models import build
+from tests.support.trainers import forked
 
 
 def gates_of(name: str = "gpt2", **options: Any) -> GateTraining:
@@ -228,7 +229,7 @@ def test_two_processes_train_the_same_gates(tmp_path: Path) -> None:
         def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
             torch.save([value.detach() for value in pl_module.log_alpha], tmp_path / f"{trainer.global_rank}.pt")
 
-    trained(gates, path=tmp_path, strategy="ddp_fork", devices=2, callbacks=[Save()])
+    trained(gates, path=tmp_path, strategy=forked(), devices=2, callbacks=[Save()])
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert (first[0] > 0).tolist() == [True, True, *[False] * 6]

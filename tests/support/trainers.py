@@ -1,12 +1,13 @@
 """Trainers that write nothing, and trainers of models that shard themselves."""
 
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from tests.support.sharding import device_type
 
@@ -22,6 +23,11 @@ def quiet_trainer(directory: Path, **arguments: Any) -> Trainer:
     """A trainer of one process."""
     defaults = {"accelerator": "cpu", "devices": 1, "default_root_dir": directory, "log_every_n_steps": 1}
     return Trainer(**{**QUIET, **defaults, **arguments})
+
+
+def forked() -> DDPStrategy:
+    """What ``"ddp_fork"`` stands for, with four minutes in place of thirty to wait for a process that does not come."""
+    return DDPStrategy(start_method="fork", timeout=timedelta(minutes=4))
 
 
 def sharded_trainer(processes: int, directory: Path, saving: dict[str, Any] | None = None, **arguments: Any) -> Trainer:

@@ -14,6 +14,7 @@ from lrp_prune.wrapper.module import CorrectedModule
 from tests.support.conditions import EMBEDDING, TokenIs, last_layer_patch, where_token_is
 from tests.support.patches import LAST, patch_of, tensors, unchanged, weights
 from tests.support.small_models import build
+from tests.support.trainers import forked
 
 IDS = torch.randint(3, 50, (3, 12), generator=torch.Generator().manual_seed(5))
 AMONG = sorted(set(IDS.flatten().tolist()))[::3]
@@ -199,7 +200,7 @@ def test_data_parallel_training_is_alike_on_all_ranks(everything, loader, traine
             saved = (tensors(pl_module.module), during, pl_module(inputs).detach())
             (tmp_path / f"{trainer.global_rank}").write_bytes(pickle.dumps(saved))
 
-    trainer(devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Save()], use_distributed_sampler=True).fit(
+    trainer(devices=2, strategy=forked(), max_epochs=1, callbacks=[Save()], use_distributed_sampler=True).fit(
         corrected, loader(), loader(seed=2)
     )
     first, second = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lrp_prune.correction import Patch
 from lrp_prune.correction.corrections import Corrections
 from lrp_prune.wrapper.module import CorrectedModule
+from tests.support.trainers import forked
 
 pytestmark = pytest.mark.processes
 
@@ -31,7 +32,7 @@ def test_data_parallel_training_keeps_patched_entries_on_all_ranks(everything, l
             logged = float(trainer.callback_metrics["accuracy"])
             (tmp_path / f"{trainer.global_rank}").write_bytes(pickle.dumps((weight, during, after, logged)))
 
-    trainer(devices=2, strategy="ddp_fork", max_epochs=1, callbacks=[Save()], use_distributed_sampler=True).fit(
+    trainer(devices=2, strategy=forked(), max_epochs=1, callbacks=[Save()], use_distributed_sampler=True).fit(
         corrected, loader(), loader(seed=2)
     )
     first, second = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
