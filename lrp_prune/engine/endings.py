@@ -48,11 +48,14 @@ class Endings:
     Args:
         model: its class.
         composite: the name of the rules.
+
+    Attributes:
+        calls: how often it was called.
     """
 
     def __init__(self, model: str, composite: str) -> None:
         self._model, self._composite = model, composite
-        self._calls = self._without_gradients = 0
+        self.calls = self._without_gradients = 0
         self._has_gradient = False
         self._outputs: dict[Ending, None] = {}
         self._opaque: dict[Ending, None] = {}
@@ -89,7 +92,7 @@ class Endings:
 
     def called(self, output: Any) -> None:
         """The model has been called."""
-        self._calls += 1
+        self.calls += 1
         self._without_gradients += not torch.is_grad_enabled()
         tensors = list(tensors_in(output))
         self._has_gradient = any(value.requires_grad for value in tensors)
@@ -99,12 +102,12 @@ class Endings:
     def reason(self, target: Tensor) -> str:
         """Why the target does not depend on the inputs of the model, and the way out."""
         model = self._model
-        if not self._calls:
+        if not self.calls:
             return (
                 f"the {model} was never called inside this context, so that the target does not depend on it: call it in the "
                 "context, as a whole, and not a copy of it or a part"
             )
-        if self._without_gradients == self._calls:
+        if self._without_gradients == self.calls:
             return (
                 f"the {model} was called inside this context, but without gradients (torch.no_grad, torch.inference_mode, or a "
                 "method such as generate that sets them): call its forward with gradients enabled"

@@ -42,6 +42,8 @@ class Propagation:
     def __init__(self, mode: PropagationMode, roots: Roots, endings: Endings) -> None:
         self._mode, self._roots, self._endings = mode, roots, endings
         self._latent: list[tuple[str, Tensor]] = []
+        self._explained = 0
+        """Calls of the model up to the last whose relevance was given."""
 
     def relevance(self, target: Tensor) -> dict[str, Tensor]:
         r"""Relevance of every root and latent module for the value: :math:`R = x \cdot \partial\,\mathrm{target} / \partial x`.
@@ -65,7 +67,8 @@ class Propagation:
             depend on has relevance zero.
 
         Raises:
-            ValueError: if the target is no scalar, or does not depend on a forward inside this context; says why.
+            ValueError: if the target is no scalar, does not depend on a forward inside this context, or relevance of that was
+                given; says why.
             FloatingPointError: if the target or a relevance is not finite.
             UnruledOperationError: if it depends on an operation without a rule, and ``unruled`` is ``"error"``.
         """
@@ -80,6 +83,11 @@ class Propagation:
         roots, latent = self._roots.take(), self._latent
         self._latent = []
         entries = [*roots, *(Root(name, tensor, latent=True) for name, tensor in latent)]
+        if not entries and 0 < self._endings.calls == self._explained:
+            raise ValueError(
+                "relevance is given once for each forward, and that of the last one was given: call the model again, or explain "
+                "a sum of values at once"
+            )
         gradients = self.gradients(target, [root.leaf for root in entries])
         self.check_reached(target, gradients)
         result: list[tuple[Root, Tensor]] = []
@@ -92,6 +100,7 @@ class Propagation:
                     f"the relevance of {root.name!r} is not finite: check the batch and the precision"
                 )
             result.append((root, relevance))
+        self._explained = self._endings.calls
         return result
 
     def note_latent(self, name: str, output: Tensor) -> None:

@@ -243,6 +243,18 @@ def test_what_only_has_the_shape_of_an_activation_is_no_reason() -> None:
     refused(Middle(lambda h: torch.zeros_like(h) + h.new_ones(6) + h.detach()), X, expected)
 
 
+def test_relevance_is_given_once_for_each_forward() -> None:
+    model = Middle(torch.relu)
+    with lrp_prune.attributing(model) as propagation:
+        first = propagation.relevance((output := model(X)).sum())
+        with pytest.raises(
+            ValueError, match="once for each forward, and that of the last one was given: call the model again"
+        ):
+            propagation.relevance(output.sum())
+        again = propagation.relevance(model(X).sum())
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_units_that_exist_but_are_cut_off_are_not_said_to_be_missing() -> None:
     class Beside(nn.Module):
         def __init__(self) -> None:
