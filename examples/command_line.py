@@ -6,6 +6,8 @@ from pathlib import Path
 
 from language_model import PACKAGED_MODEL
 
+from lrp_prune.correction import Learned
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is an example's first paragraph, with all defaults."""
@@ -39,6 +41,19 @@ def add_search(given: argparse.ArgumentParser, amounts: Sequence[float], strengt
     add("--amounts", nargs="*", type=float, default=list(amounts), help="fractions of the weights to try")
     add("--strengths", nargs="*", type=float, default=list(strengths), help="by how much they are weakened, each tried")
     add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
+
+
+def add_condition(given: argparse.ArgumentParser) -> None:
+    """Where a patch acts."""
+    add = given.add_argument
+    add("--at", default=None, help="a module such as model.layers.12: act only where its output shows the behaviour")
+    add("--holding", nargs="*", default=["*=0.02"], help="largest share of each kind of text at which --at may hold")
+    add("--shrinkage", type=float, default=0.02, help="of the covariance that the direction of --at is found with")
+
+
+def condition(options: argparse.Namespace) -> Learned | None:
+    """What the options above say, None for everywhere."""
+    return None if options.at is None else Learned(options.at, limits(options.holding), options.shrinkage)
 
 
 def add_suite(given: argparse.ArgumentParser, windows: int, length: int, samples: int, allowed: Sequence[str]) -> None:

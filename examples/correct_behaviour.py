@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from behaviours import BEHAVIOURS
-from command_line import add_model, add_search, add_suite, limits, parser
+from command_line import add_condition, add_model, add_search, add_suite, condition, limits, parser
 from language_model import load_model
 from lightning.pytorch import Trainer
 from presenting import quiet, stage
@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     add("--answer-tokens", type=int, default=24, help="tokens generated for each prompt")
     add("--reduction", type=float, default=0.5, help="wanted reduction of the share of answers that show it")
     add_search(given, [0.000003, 0.00001, 0.00005], [0.5])
+    add_condition(given)
     add_suite(given, windows=3, length=128, samples=16, allowed=["*=0.02", "copying=0.35"])
     add("--lightning", action="store_true", help="by a Lightning validation instead of a call")
     add("--output", type=Path, default=Path("outputs/behaviour"), help="folder for the patch, the report and figures")
@@ -114,6 +115,7 @@ def main() -> None:
             behaviour,
             halves,
             automatic=automatic,
+            condition=condition(options),
             guard=options.guard,
             random=options.random,
             seed=options.seed,

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from command_line import add_model, add_search, add_suite, limits, parser
+from command_line import add_condition, add_model, add_search, add_suite, condition, limits, parser
 from correct_behaviour import shown_examples
 from language_model import load_model
 from presenting import quiet, stage
@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     add("--composite", default="epsilon", help="rules: epsilon, gradient, attnlrp, cp_lrp")
     add("--reduction", type=float, default=0.9, help="wanted reduction of the share of profane answers")
     add_search(given, [0.0001, 0.0002, 0.0004, 0.0006], [0.5])
+    add_condition(given)
     add_suite(given, windows=4, length=128, samples=16, allowed=["*=0.01", "copying=0.35"])
     add("--output", type=Path, default=Path("outputs/toxicity"), help="folder for the patch, the report and figures")
     add("--show", action="store_true", help="print a few answers before and after: offensive text")
@@ -162,6 +163,7 @@ def main() -> None:
         automatic=Automatic(options.reduction, None, options.amounts, options.strengths),
         collecting=collecting,
         composite=options.composite,
+        condition=condition(options),
         guard=options.guard,
         random=options.random,
         seed=options.seed,

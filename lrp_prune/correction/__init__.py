@@ -3,7 +3,7 @@
 from lrp_prune.correction.behaviour import Behaviour
 from lrp_prune.correction.beside import random_like, side_effects_of
 from lrp_prune.correction.conditional import ConditionalPatch
-from lrp_prune.correction.conditions import ActivationAbove, Condition
+from lrp_prune.correction.conditions import ActivationAbove, Condition, Learned
 from lrp_prune.correction.contrast import Contrast
 from lrp_prune.correction.correcting import Corrected, correct
 from lrp_prune.correction.corrections import Corrections
@@ -27,6 +27,7 @@ __all__ = [
     "Corrections",
     "Entries",
     "Guard",
+    "Learned",
     "Patch",
     "Search",
     "Trial",

@@ -10,6 +10,9 @@ from torch import nn
 from lrp_prune.attribution import attribute
 from lrp_prune.correction.behaviour import Behaviour
 from lrp_prune.correction.beside import side_effects_of
+from lrp_prune.correction.conditional import ConditionalPatch
+from lrp_prune.correction.conditions import ActivationAbove, Learned
+from lrp_prune.correction.gating import later_parameters
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.search import Automatic, search_amount
@@ -30,12 +33,14 @@ class Corrected(NamedTuple):
         search: all trials, their frontier, and what was chosen and why.
         effects: what the chosen patch does on the halves to test on, beside random weights; None if nothing was chosen.
         limits: what the effects are held to.
+        condition: where the patch acts; None for everywhere.
     """
 
     behaviour: Behaviour
     search: Search
     effects: SideEffects | None
     limits: Mapping[str, float]
+    condition: ActivationAbove | None = None
 
     @property
     def patch(self) -> Patch | None:
@@ -49,6 +54,9 @@ class Corrected(NamedTuple):
 
     def __str__(self) -> str:
         parts = [repr(self.behaviour), str(self.search)]
+        if self.condition is not None:
+            holding = ", ".join(f"{share:.1%} of {name}" for name, share in self.condition.shares.items())
+            parts.insert(1, f"The condition at {self.condition.at!r} holds at {holding}.")
         if self.effects is not None and self.patch is not None:
             parts += [str(self.effects), self.patch.provenance["side_effects"]["verdict"]]
         return "\n\n".join(parts)
@@ -75,6 +83,7 @@ def correct(
     *,
     automatic: Automatic = SEARCHED,
     collecting: Suite | None = None,
+    condition: Learned | None = None,
     composite: str = "epsilon",
     guard: float = 0.7,
     random: int = 3,
@@ -93,6 +102,8 @@ def correct(
         halves: suites to select by and to test on, ``Suite.halves(tokenizer)`` say, with the limits that everything is held to.
         automatic: what is tried, and how much of the behaviour is to go; its ``allowed`` is in place of the suites' limits.
         collecting: the texts that relevance is collected on, if not those that are selected by.
+        condition: where the patch is to act, if not everywhere: it is learned of the same answers and texts, the patch is a
+            :class:`ConditionalPatch`, and of the weights only those are chosen that run after the module it looks at.
         composite: the rules.
         guard: the share of the weights that may be chosen.
         random: patches of random weights that the chosen one is tested beside.
@@ -103,6 +114,8 @@ def correct(
     """
     selection, test = behaviour.suites(halves)
     sets = behaviour.general(halves[0] if collecting is None else collecting)
+    learned = None if condition is None else condition.learn(model, behaviour.batches, sets)
+    later = None if condition is None else set(later_parameters(model, condition.at, behaviour.batches[0]))
 
     def explained(batches: Any, target: Any, statistic: str) -> Relevance:
         # First tokens are sinks of attention, whose activations dwarf all others.
@@ -117,14 +130,16 @@ def correct(
     general, guarded = relevance("signed", "mean"), Guard(guard, relevance("squared_token", "largest"))
     undesired = explained(behaviour.batches, behaviour.target, "signed")
 
+    include = None if later is None else [name for name in undesired if name in later]
+
     def make(amount: float | int) -> Patch:
-        return Patch.from_contrast(
-            model, general, undesired, amount, guard=guarded, behaviour=behaviour.name, references={"sets": list(sets)}
-        )
+        said: dict[str, Any] = {"behaviour": behaviour.name, "references": {"sets": list(sets)}}
+        patch = Patch.from_contrast(model, general, undesired, amount, guard=guarded, include=include, **said)
+        return patch if learned is None else ConditionalPatch(patch, learned)
 
     found = search_amount(model, make, behaviour.measure, selection, automatic=automatic, strict=False)
     limits = test.limits(test.allowed if automatic.allowed is None else automatic.allowed)
     effects = None
     if found.patch is not None:
         effects = side_effects_of(found.patch, model, test, allowed=limits, random=random, seed=seed)
-    return Corrected(behaviour, found, effects, limits)
+    return Corrected(behaviour, found, effects, limits, learned)

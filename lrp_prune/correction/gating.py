@@ -11,7 +11,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lrp_prune.correction.conditions.condition import Condition
 from lrp_prune.correction.conditions.states import module_at
 from lrp_prune.correction.verifying import resolve_entries
-from lrp_prune.names import unwrap
+from lrp_prune.effects.entries import measuring
+from lrp_prune.models.outputs import answer_of
+from lrp_prune.names import named_parameters, unwrap
 
 if TYPE_CHECKING:
     from lrp_prune.correction.conditional import ConditionalPatch
@@ -175,7 +177,7 @@ def _layers(patch: "ConditionalPatch", model: nn.Module) -> Iterable[Layer]:
                     f"{name} is of a layer that is not run by itself, as in nn.MultiheadAttention: no condition can act on it, "
                     "leave it out of the patch (include=, exclude=)"
                 )
-            if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            if not _can_act(module):
                 raise ValueError(
                     f"{name} is of a {type(module).__name__}: a condition on tokens is for linear layers, leave it out of "
                     "the patch (include=, exclude=)"
@@ -183,6 +185,62 @@ def _layers(patch: "ConditionalPatch", model: nn.Module) -> Iterable[Layer]:
             layer = owners.setdefault(id(module), Layer(module, name.rpartition(".")[0] or name, {}))
             layer.positions[attribute] = patch[name].positions
     return owners.values()
+
+
+def later_parameters(model: nn.Module, at: str, batch: Mapping[str, Any]) -> list[str]:
+    """The parameters of linear layers that run after a module only: those that a condition on it can act on.
+
+    Args:
+        model: the model; it comes out as it went in.
+        at: canonical name of the module.
+        batch: one that shows in which order modules run.
+
+    Raises:
+        KeyError: if the model has no such module.
+        ValueError: if no linear layer runs after it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> later_parameters(model, "1", {"input": torch.ones(1, 2)})
+        ['2.weight', '2.bias']
+    """
+    watched, passed = module_at(model, at), False
+    late: dict[nn.Module, bool] = {}
+
+    def note(module: nn.Module, _: Any) -> None:
+        late[module] = passed and late.get(module, True)
+
+    def passing(*_: Any) -> None:
+        nonlocal passed
+        passed = True
+
+    modules = [each for each in unwrap(model).modules() if any(True for _ in each.parameters(recurse=False))]
+    handles = [each.register_forward_pre_hook(note) for each in modules] + [watched.register_forward_hook(passing)]
+    try:
+        with measuring(model):
+            answer_of(model, {key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A parameter that several layers have, or that one has which runs earlier or is no linear layer, is out of reach.
+    owners: dict[int, list[nn.Module]] = {}
+    for each in modules:
+        for parameter in each.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(each)
+    found = [
+        name
+        for name, parameter in named_parameters(model).items()
+        if all(late.get(each, False) and _can_act(each) for each in owners[id(parameter)])
+    ]
+    if not found:
+        raise ValueError(f"no linear layer runs after {at!r} only: look at an earlier module")
+    return found
+
+
+def _can_act(module: nn.Module) -> bool:
+    """Whether a condition on tokens can act on a layer: a linear one that is run by itself."""
+    linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return linear or type(module).__name__ == "Conv1D"
 
 
 def _shown(value: Any) -> str:

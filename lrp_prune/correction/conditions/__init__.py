@@ -2,5 +2,6 @@
 
 from lrp_prune.correction.conditions.activation import ActivationAbove
 from lrp_prune.correction.conditions.condition import Condition, restored
+from lrp_prune.correction.conditions.learning import Learned
 
-__all__ = ["ActivationAbove", "Condition", "restored"]
+__all__ = ["ActivationAbove", "Condition", "Learned", "restored"]
