@@ -144,13 +144,13 @@ def smollm2(seed: int, steps: int, samples: int) -> Case:
         if len(ids) >= 200:
             windows.append(ids[100:132])
     reached = Reached("input_ids", lambda model: model.get_input_embeddings(), of_last_token)
-    batches = [{"input_ids": part} for part in torch.stack(windows).split(4)]
+    batches = [{"input_ids": part} for part in torch.stack(windows).split(6)]
     return Case(model, batches, reached, {}, {"shares": [0, 0.2, 0.4, 0.6, 0.8, 1]}, "as it is shipped")
 
 
 CASES: dict[str, Callable[[int, int, int], Case]] = {"vit": vit, "t5": t5, "smollm2": smollm2}
 STEPS = {"vit": 400, "t5": 500, "smollm2": 0}
-SAMPLES = {"vit": 100, "t5": 100, "smollm2": 4}
+SAMPLES = {"vit": 100, "t5": 100, "smollm2": 12}
 
 
 def train_(

@@ -1,4 +1,4 @@
-"""Relevance is that of zennit, of inputs and inside; both fold batch normalisation, which most of these networks have, into layers."""
+"""Relevance is that of zennit, of inputs and inside. Both fold batch normalisation, which most networks have, into layers."""
 
 from collections.abc import Callable
 from typing import Any

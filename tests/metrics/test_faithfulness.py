@@ -47,6 +47,15 @@ def test_the_opposite_order_has_the_opposite_area() -> None:
     assert curve(model, x, given(scores)).area == pytest.approx(-curve(model, x, given(-scores)).area)
 
 
+def test_what_both_curves_begin_and_end_with_is_run_once() -> None:
+    torch.manual_seed(0)
+    model, x, runs = nn.Linear(6, 3), torch.randn(4, 6), []
+    handle = model.register_forward_hook(lambda *args: runs.append(len(args)))
+    curve(model, x, given(torch.rand(4, 6)), shares=SHARES, target=1)
+    handle.remove()
+    assert len(runs) - 1 == 2 + 2 * (len(SHARES) - 2)  # and one that looks at what there is to replace
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("baseline", ["zero", "mean", 0.5])
