@@ -43,7 +43,8 @@ def explain(
         model: any module, or a ``LightningModule``.
         inputs: a batch as :func:`lrp_prune.attribute` takes it, without labels unless the target needs them; with a tokenizer
             also a text, or several. An encoder-decoder that is given no decoder's tokens is explained at the first that it says.
-        target: None for the logit of what the model predicts (at the last token of a language model); the id of a class or token,
+        target: None for the logit of what the model predicts (at the last token of a language model, in the mean over pixels that
+            have a class each); the id of a class or token,
             or one for each sample; a target as in :func:`lrp_prune.attribute`, such as
             :class:`~lrp_prune.targets.LogitDifference`.
         composite: the rules: ``"attnlrp"``, ``"cp_lrp"``, ``"epsilon_gamma"`` for convolutional networks, ...
@@ -160,6 +161,7 @@ def _in_words(module: nn.Module, target: Target, tokenizer: Any) -> str:
     if not isinstance(target, Logit) or isinstance(target.answers, str):
         return in_words(describe(target))
     ids = torch.as_tensor(target.answers).reshape(-1).tolist()
+    ids = ids[:1] if len(set(ids)) == 1 else ids
     more = f", ... ({len(ids)} samples)" if len(ids) > _NAMED else ""
     return f"the logit of {', '.join(_answer(module, number, tokenizer) for number in ids[:_NAMED])}{more}"
 
