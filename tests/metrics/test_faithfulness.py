@@ -40,6 +40,13 @@ def test_of_a_linear_model_it_is_what_the_removed_terms_were() -> None:
     assert found.interval.low < found.area < found.interval.high
 
 
+def test_of_one_sample_no_interval_is_told() -> None:
+    torch.manual_seed(0)
+    found = curve(nn.Linear(6, 3), torch.randn(1, 6), "gradient", target=1)
+    assert found.interval.value == found.area and found.interval.low != found.interval.low
+    assert str(found).splitlines()[0].endswith("(one sample), baseline zero") and found.to_dict()["interval"] is None
+
+
 def test_the_opposite_order_has_the_opposite_area() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(4, 6)
