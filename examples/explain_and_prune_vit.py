@@ -1,7 +1,8 @@
 """Explains a vision transformer, prunes it by what its parts contribute, and sees whether it still looks at the same.
 
 A small ViT is trained here on handwritten digits (scikit-learn ships them). Its heads and its neurons are ranked by relevance
-and removed; beside the accuracy it is shown what it looks at, before and after, and which digits a neuron stands for.
+and removed; beside the accuracy it is shown what it looks at, before and after, and what a neuron stands for: the digits that it
+counts for, and where in them.
 """
 
 import argparse
@@ -107,6 +108,10 @@ def main() -> dict[str, float]:
     )
     found_samples.plot(options.output / "samples.png")
     print(found_samples)
+    (group, unit), samples = next(iter(found_samples.items()))
+    pixels = torch.cat([sample.batch["pixel_values"] for sample in samples])
+    concept = lrp_prune.explain(model, {"pixel_values": pixels}, through={group: [unit]})
+    concept.plot(options.output / "concept.png", samples=len(samples))
 
     stage(f"removing {options.sparsity:.0%} of the neurons")
     lrp_prune.select(neurons, options.sparsity).apply_(model)

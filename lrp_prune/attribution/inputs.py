@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from lrp_prune.attribution.conditional import Condition
 from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.unaltered import unaltered
@@ -33,7 +35,8 @@ class InputRelevance:
         given: the arguments themselves, under the same names.
         elsewhere: what went to other roots, summed: learned positions, class tokens, constants.
         latent: module -> relevance of its output, in its shape.
-        values: the explained value of each sample ``[samples]``, or where the target knows the sum only, that: ``[1]``.
+        values: the explained value of each sample ``[samples]``, or where the target knows the sum only, that: ``[1]``; of units
+            that relevance is propagated through, theirs.
         target: what is explained.
     """
 
@@ -52,6 +55,8 @@ def input_relevance(
     composite: str | Composite = "attnlrp",
     latent: Sequence[str] | None = None,
     unruled: str = "warn",
+    through: Mapping[str, Sequence[int]] | None = None,
+    granularity: str = "neuron",
 ) -> InputRelevance:
     """Relevance of each input of a model for one batch, in one forward and backward pass; nothing of the model changes.
 
@@ -62,8 +67,11 @@ def input_relevance(
         composite: the rules.
         latent: patterns of modules whose outputs' relevance is wanted too.
         unruled: what to do about operations without a rule.
+        through: units, by whose relevance it is propagated from there on: group -> places; None for all paths.
+        granularity: of these units.
 
     Raises:
+        KeyError: for units that there are not.
         ValueError: if the target does not fit, the batch has no samples, the model has no input that relevance can end at, or a
             pattern of latent modules none that returns an activation.
         FloatingPointError: if the explained value or a relevance is not finite.
@@ -81,8 +89,16 @@ def input_relevance(
         batch = on_device_of(module, batch)
         found = target_for(module, batch, target, subject.own_target)
         rules = composite_of(composite)
-        with propagating(module, rules, latent, unruled, WeightUses(), constants=True) as propagation:
+        condition = None
+        if through is not None:
+            explained = partial(values_of, found, module, batch)
+            condition = Condition(module, explained, rules, through, granularity, unruled)
+            unruled = "ignore"  # it was told of all that the value depends on
+        uses = WeightUses() if condition is None else condition.uses
+        with propagating(module, rules, latent, unruled, uses, constants=True) as propagation:
             values = values_of(found, module, batch)
+            if condition is not None:
+                values = condition.values(samples_in(batch))
             entries = propagation.entries(values.sum())
     _check_followed(latent, {root.name for root, _ in entries if root.latent})
     given = given_by_name(module, batch)

@@ -94,12 +94,13 @@ def perturbation_curve(
                 with torch.enable_grad():
                     given = explainer(model, batch, found)
                 ranks, counts = replacement.ranked(given)
+                # Nothing and everything replaced are the same in both orders.
+                whole, nothing = (replacement.values((ranks >= 0) & (ranks < end)) for end in (0 * counts, counts))
                 for curves, order in ((most, ranks), (least, counts - 1 - ranks)):
-                    curves.append(
-                        torch.stack(
-                            [replacement.values((order >= 0) & (order < _number(s, counts))) for s in shares], 1
-                        )
-                    )
+                    between = [
+                        replacement.values((order >= 0) & (order < _number(share, counts))) for share in shares[1:-1]
+                    ]
+                    curves.append(torch.stack([whole, *between, nothing], 1))
     if not most:
         raise ValueError("there are no batches to replace the input of")
     name = relevance if isinstance(relevance, str) else getattr(relevance, "name", None)

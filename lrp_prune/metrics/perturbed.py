@@ -1,5 +1,6 @@
 """What the replacement of inputs has shown: two curves, and the area between them."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,13 +52,16 @@ class PerturbationCurve:
 
     @property
     def interval(self) -> Interval:
-        """The mean area, and 95 % of a bootstrap over the samples."""
+        """The mean area, and 95 % of a bootstrap over the samples; of a single sample no bounds are known (NaN)."""
         areas = self.areas
+        if len(areas) < 2:
+            return Interval(self.area, math.nan, math.nan)
         return intervals([(areas, torch.ones_like(areas))], lambda mean: mean)
 
     def __str__(self) -> str:
         value, low, high = self.interval
-        rows = [f"{self.name}: area {value:.4g} ({low:.4g} to {high:.4g}), baseline {self.baseline}"]
+        within = "one sample" if len(self.areas) < 2 else f"{low:.4g} to {high:.4g}"
+        rows = [f"{self.name}: area {value:.4g} ({within}), baseline {self.baseline}"]
         for name, values in (("most relevant first", self.most), ("least relevant first", self.least)):
             rows.append(f"  {name:<21}" + " ".join(f"{value:8.4g}" for value in values.mean(0).tolist()))
         rows.insert(1, f"  {'replaced':<21}" + " ".join(f"{share:8.0%}" for share in self.shares))
@@ -80,7 +84,7 @@ class PerturbationCurve:
             "name": self.name,
             "baseline": self.baseline,
             "area": self.area,
-            "interval": list(self.interval[1:]),
+            "interval": None if len(self.areas) < 2 else list(self.interval[1:]),
             "shares": list(self.shares),
             "most": self.most.mean(0).tolist(),
             "least": self.least.mean(0).tolist(),

@@ -13,6 +13,8 @@ from lrp_prune.targets.tokens import last_logits
 class Logit:
     r"""The logit of an answer at each sample's last attended token, or of a classifier: :math:`\sum z_T(a)`.
 
+    Of a model that tells a class for each pixel it is the class's mean over all pixels.
+
     Args:
         answers: one token (or class) id for all samples, or one per sample. A string names an entry of the batch.
 

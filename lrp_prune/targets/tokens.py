@@ -121,10 +121,12 @@ class LastToken:
 
 
 def last_logits(model: nn.Module, batch: Any) -> Tensor:
-    """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are."""
+    """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are, of pixels their mean."""
     logits = logits_for(model, batch)
     if logits.dim() == 2:
         return logits
+    if logits.dim() > 3:  # a class for each pixel
+        return logits.flatten(2).mean(-1)
     attended = attended_labels(model, batch)
     if attended is None or attended.shape != logits.shape[:2]:
         return logits[:, -1]

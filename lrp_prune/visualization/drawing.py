@@ -1,6 +1,7 @@
 """Figures of explanations: coloured text, heat maps over images, bars of features, relevance through layers."""
 
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from lrp_prune.figures import new_figure, saved
@@ -18,6 +19,8 @@ _POINTS, _LINE = 9.0, 0.24
 _LETTER = 0.602 * _POINTS / 72
 """The width in inches of a letter of DejaVu Sans Mono."""
 _MARGIN = 0.15
+_TITLE = 100
+"""Letters of a title's line, of which it has two at most."""
 _BARS, _IMAGE = 2.4, 2.6
 _MOST_BARS = 30
 _TEXT = ("tokens", "ids")
@@ -32,7 +35,8 @@ def plot_explanation(explanation: "Explanation", path: str | os.PathLike[str] | 
     heights = [_height(part, sample) for sample, _, part in entries]
     figure = new_figure(_WIDTH, 0.5 + sum(heights))
     shown = "" if number == len(explanation) else f" (the first {number} of {len(explanation)} samples)"
-    figure.suptitle(f"What speaks for (red) and against (blue) {_short(explanation.target)}{shown}", fontsize="medium")
+    title = f"What speaks for (red) and against (blue) {explanation.target}{shown}"
+    figure.suptitle("\n".join(textwrap.wrap(title, _TITLE, max_lines=2, placeholder=" ...")), fontsize="medium")
     grid = figure.add_gridspec(len(entries), 1, height_ratios=heights)
     for row, (sample, name, part) in enumerate(entries):
         largest = explanation.largest(sample) or 1.0
@@ -47,10 +51,6 @@ def plot_explanation(explanation: "Explanation", path: str | os.PathLike[str] | 
         else:
             _draw_bars(axes, part, sample)
     return saved(figure, path)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 70 else f"{text[:69]}…"
 
 
 def _title(explanation: "Explanation", sample: int, name: str) -> str:

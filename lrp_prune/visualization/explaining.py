@@ -32,16 +32,19 @@ def explain(
     latent: Sequence[str] | None = None,
     features: Sequence[str] | None = None,
     unruled: str = "warn",
+    through: Mapping[str, Sequence[int]] | None = None,
+    granularity: str = "neuron",
 ) -> Explanation:
     """What of the input speaks for a prediction, and what against it: relevance of tokens, pixels or features, to look at.
 
-    One forward and one backward pass for the whole batch; the model is as it was.
+    One forward and one backward pass for the whole batch, two of each with ``through=``; the model is as it was.
 
     Args:
         model: any module, or a ``LightningModule``.
         inputs: a batch as :func:`lrp_prune.attribute` takes it, without labels unless the target needs them; with a tokenizer
             also a text, or several. An encoder-decoder that is given no decoder's tokens is explained at the first that it says.
-        target: None for the logit of what the model predicts (at the last token of a language model); the id of a class or token,
+        target: None for the logit of what the model predicts (at the last token of a language model, in the mean over pixels that
+            have a class each); the id of a class or token,
             or one for each sample; a target as in :func:`lrp_prune.attribute`, such as
             :class:`~lrp_prune.targets.LogitDifference`.
         composite: the rules: ``"attnlrp"``, ``"cp_lrp"``, ``"epsilon_gamma"`` for convolutional networks, ...
@@ -51,8 +54,13 @@ def explain(
         features: what the entries of floating-point inputs ``[samples, features]``, or the steps of ``[samples, steps, ...]``,
             are called.
         unruled: what to do about operations without a rule: ``"warn"``, ``"error"`` or ``"ignore"``.
+        through: group -> places of units, as in :func:`lrp_prune.top_samples`: what of the input speaks for the prediction by way
+            of these units alone, which is what they stand for (conditional relevance, Achtibat et al. 2023). ``values`` are
+            then the units' relevance, which the input's adds up to as far as the rules conserve.
+        granularity: of these units, ``"neuron"`` or ``"head"``.
 
     Raises:
+        KeyError: for units that the model does not have.
         ValueError: for texts without a tokenizer, a target that does not fit, or a model without inputs that relevance
             can end at.
         FloatingPointError: if the explained value or a relevance is not finite.
@@ -66,7 +74,7 @@ def explain(
     """
     batch = _batch(model, inputs, tokenizer)
     rules = composite_of(composite)
-    found = input_relevance(model, batch, target, rules, latent, unruled)
+    found = input_relevance(model, batch, target, rules, latent, unruled, through, granularity)
     module = subject_of(model).module
     shown = {name: mask.cpu() for name, mask in unpadded(module, batch).items()}
     given = {
@@ -79,7 +87,7 @@ def explain(
     return Explanation(
         parts,
         found.values.float().cpu(),
-        _in_words(module, found.target, tokenizer),
+        _in_words(module, found.target, tokenizer) + _by_way_of(through),
         rules.name,
         found.elsewhere,
         _by_position(found),
@@ -142,10 +150,18 @@ def _by_position(found: InputRelevance) -> Mapping[str, Tensor]:
     }
 
 
+def _by_way_of(through: Mapping[str, Sequence[int]] | None) -> str:
+    if through is None:
+        return ""
+    named = (f"{group}[{', '.join(map(str, places))}]" for group, places in through.items())
+    return f" by way of {', '.join(named)}"
+
+
 def _in_words(module: nn.Module, target: Target, tokenizer: Any) -> str:
     if not isinstance(target, Logit) or isinstance(target.answers, str):
         return in_words(describe(target))
     ids = torch.as_tensor(target.answers).reshape(-1).tolist()
+    ids = ids[:1] if len(set(ids)) == 1 else ids
     more = f", ... ({len(ids)} samples)" if len(ids) > _NAMED else ""
     return f"the logit of {', '.join(_answer(module, number, tokenizer) for number in ids[:_NAMED])}{more}"
 

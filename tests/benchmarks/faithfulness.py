@@ -23,6 +23,7 @@ from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTFor
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import Gamma, Where
+from lrp_prune.attribution.inputs import input_relevance
 from lrp_prune.effects.intervals import intervals
 from lrp_prune.metrics import PerturbationCurve, perturbation_curve, plot_curves
 
@@ -144,13 +145,13 @@ def smollm2(seed: int, steps: int, samples: int) -> Case:
         if len(ids) >= 200:
             windows.append(ids[100:132])
     reached = Reached("input_ids", lambda model: model.get_input_embeddings(), of_last_token)
-    batches = [{"input_ids": part} for part in torch.stack(windows).split(4)]
+    batches = [{"input_ids": part} for part in torch.stack(windows).split(6)]
     return Case(model, batches, reached, {}, {"shares": [0, 0.2, 0.4, 0.6, 0.8, 1]}, "as it is shipped")
 
 
 CASES: dict[str, Callable[[int, int, int], Case]] = {"vit": vit, "t5": t5, "smollm2": smollm2}
 STEPS = {"vit": 400, "t5": 500, "smollm2": 0}
-SAMPLES = {"vit": 100, "t5": 100, "smollm2": 4}
+SAMPLES = {"vit": 100, "t5": 100, "smollm2": 12}
 
 
 def train_(
@@ -193,8 +194,33 @@ def along(composite: str | Composite, argument: str, steps: int = 20) -> Callabl
     return explained
 
 
-def curves_of(case: Case, baseline: str) -> Iterator[tuple[str, PerturbationCurve]]:
-    """A curve for each kind of relevance."""
+def under_noise(
+    composite: str, reached: Reached, draws: int = 20, noise: float = 0.1
+) -> Callable[..., dict[str, Tensor]]:
+    """Relevance of tokens by rules, as SmoothGrad takes the gradient: in the mean under noise, of a share of their range."""
+
+    def explained(model: nn.Module, batch: Any, target: Any) -> dict[str, Tensor]:
+        generator, total = torch.Generator().manual_seed(0), torch.zeros(batch[reached.argument].shape)
+        for _ in range(draws):
+            calls: list[Tensor] = []
+
+            def noisy(module: nn.Module, args: Any, output: Tensor, calls: list[Tensor] = calls) -> Tensor:
+                calls.append(output.detach())
+                scale = noise * (calls[0].amax() - calls[0].amin())
+                return output + scale * torch.randn(output.shape, generator=generator) if len(calls) == 1 else output
+
+            handle = reached.embedding(model).register_forward_hook(noisy)
+            try:
+                total += input_relevance(model, batch, target, composite).inputs[reached.argument]
+            finally:
+                handle.remove()
+        return {reached.argument: total / draws}
+
+    return explained
+
+
+def curves_of(case: Case, baseline: str, wanted: list[str] | None = None) -> Iterator[tuple[str, PerturbationCurve]]:
+    """A curve for each kind of relevance, or of each that is wanted."""
     reached = case.reached
     ways = {
         f"{label}, along the way": along(composite, reached.argument)
@@ -206,13 +232,15 @@ def curves_of(case: Case, baseline: str) -> Iterator[tuple[str, PerturbationCurv
         "epsilon": "epsilon",
         **case.composites,
         "gradient x input": "gradient",
-        **(ways if reached.embedding is None else {}),
+        **(ways if reached.embedding is None else {"attnlrp, under noise": under_noise("attnlrp", reached)}),
         "integrated gradients": reached.integrated_gradients,
         "SmoothGrad x input": reached.smoothgrad,
         "attention rollout": reached.attention_rollout,
         "random": reached.random,
     }
     for name, kind in kinds.items():
+        if wanted is not None and name not in wanted:
+            continue
         yield (
             name,
             perturbation_curve(case.model, case.batches, kind, progress=False, baseline=baseline, **case.options),
@@ -226,6 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--baselines", nargs="+", choices=["zero", "mean"], default=["zero"], help="what patches or embeddings become"
     )
+    parser.add_argument("--kinds", nargs="+", help="some kinds of relevance, by the names in the table; all by default")
     parser.add_argument("--output", type=Path, help="a folder for the figures and the values")
     parser.add_argument("--quick", action="store_true", help="few steps and samples: the figures mean nothing")
     arguments = parser.parse_args()
@@ -237,7 +266,7 @@ def main() -> None:
             case = CASES[name](seed, steps, samples)
             print(f"{name}, seed {seed}: {case.quality}", flush=True)
             for baseline, curves in found.items():
-                for kind, curve in curves_of(case, baseline):
+                for kind, curve in curves_of(case, baseline, arguments.kinds):
                     curves.setdefault(kind, []).append(curve)
                     print(f"  {baseline}, {kind}: {curve.area:.3f}", flush=True)
         print(f"\n{name} ({time.monotonic() - began:.0f} s)")
@@ -247,11 +276,12 @@ def main() -> None:
 
 def report(label: str, found: dict[str, list[PerturbationCurve]], folder: Path | None) -> None:
     """Print a table; in a folder, keep a figure and the values."""
-    print(f"\n| {label} | area (95 %) | above integrated gradients, of the same inputs |\n|---|---|---|")
     of_each = {kind: torch.cat([curve.areas for curve in curves]) for kind, curves in found.items()}
+    against = "integrated gradients" if "integrated gradients" in of_each else next(iter(of_each))
+    print(f"\n| {label} | area (95 %) | above {against}, of the same inputs |\n|---|---|---|")
     for kind, areas in sorted(of_each.items(), key=lambda entry: -float(entry[1].mean())):
         cells = []
-        for values in (areas, areas - of_each["integrated gradients"]):
+        for values in (areas, areas - of_each[against]):
             value, low, high = intervals([(values, torch.ones_like(values))], lambda mean: mean)
             cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
         print(f"| {kind} | {' | '.join(cells)} |")

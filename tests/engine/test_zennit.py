@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune import Composite
 from lrp_prune.attribution import AlphaBeta, Epsilon, Flat, Gamma, Where, WSquare, ZBox, ZPlus
+from tests.support.convolutional import vgg
 
 NONE = 1e-12
 """zennit's own stabiliser where ours is left at zero, and in pooling: enough that nothing is divided by zero there."""
@@ -29,16 +30,7 @@ class Residual(nn.Module):
         return self.last(self.sum(torch.stack([self.short(x), branch], -1)))
 
 
-def vgg(zennit: Any) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5),
-    )  # fmt: skip
-
-
-def resnet(zennit: Any) -> nn.Module:
-    make_sum = zennit.layer.Sum
+def resnet(make_sum: type[nn.Module]) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, 2, 2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
         Residual(8, 8, 1, make_sum), Residual(8, 12, 2, make_sum), Residual(12, 12, 1, make_sum),
@@ -94,7 +86,7 @@ def _per_channel(*bounds: float) -> Tensor:
 @pytest.mark.parametrize("make", [vgg, resnet], ids=["vgg", "resnet"])
 def test_relevance_of_inputs_is_that_of_zennit(zennit: Any, make: Any, label: str) -> None:
     torch.manual_seed(0)
-    model = make(zennit).eval()
+    model = make(zennit.layer.Sum).eval()
     for parameter in model.parameters():
         nn.init.kaiming_normal_(parameter) if parameter.dim() > 1 else nn.init.normal_(parameter, std=0.1)
     ours, theirs = pairs(zennit)[label]

@@ -1,4 +1,4 @@
-"""Relevance is that of zennit on networks with batch normalisation, which both fold into the layers, of inputs and inside."""
+"""Relevance is that of zennit, of inputs and inside. Both fold batch normalisation, which most networks have, into layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,9 @@ from tests.support import convolutional
 
 NONE = 1e-12
 """zennit's own stabiliser where ours is left at zero: enough that nothing is divided by zero there."""
-NETWORKS = {name: getattr(convolutional, name) for name in ("vgg_bn", "resnet18", "resnet50", "mobilenet", "convnext")}
+NETWORKS = {
+    name: getattr(convolutional, name) for name in ("vgg", "vgg_bn", "resnet18", "resnet50", "mobilenet", "convnext")
+}
 LABELS = [
     "epsilon_plus",
     "epsilon_plus_flat",
@@ -94,19 +96,15 @@ def theirs_of(composite: Any, model: nn.Module, x: Tensor, chosen: Tensor, names
     return dict(zip(("input", *kept), gradients, strict=True))
 
 
-CASES = [
-    *((convolutional.randomized, network, label) for network in NETWORKS for label in LABELS),
-    *((convolutional.trained, network, label) for network in NETWORKS for label in ("epsilon_gamma_box", "alpha_beta")),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("made", "network", "label"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("made", [convolutional.randomized, convolutional.trained], ids=["random", "trained"])
 def test_relevance_is_that_of_zennit(
     zennit: Any, made: Callable[[nn.Module], nn.Module], network: str, label: str
 ) -> None:
     """In float64 to 1e-7 of the largest, which is what zennit's stabilisers leave; in float32 to 1e-5 of what zennit finds in
-    float64, or to twice what its own float32 is away from that."""
+    float32, or where its own rounding is larger than that, in float64."""
     torch.manual_seed(0)
     model = made(NETWORKS[network](zennit.layer.Sum))
     ours, theirs = pairs(zennit, label, has_norms=network == "convnext")
@@ -120,10 +118,9 @@ def test_relevance_is_that_of_zennit(
     rounded = theirs_of(theirs, model.float(), x, chosen, names)
     for name, expected in theirs_of(theirs, model.double(), x.double(), chosen.double(), names).items():
         largest = float(expected.abs().max())
-        rounding = float((rounded[name] - expected).abs().max())
         assert largest > 1e-4
         assert float((double[name] - expected).abs().max()) <= 1e-7 * largest, name
-        assert float((single[name] - expected).abs().max()) <= max(1e-5 * largest, 2 * rounding), name
+        assert min(float((single[name] - other).abs().max()) for other in (rounded[name], expected)) <= 1e-5 * largest
 
 
 def relevance_of(

@@ -40,11 +40,27 @@ def test_of_a_linear_model_it_is_what_the_removed_terms_were() -> None:
     assert found.interval.low < found.area < found.interval.high
 
 
+def test_of_one_sample_no_interval_is_told() -> None:
+    torch.manual_seed(0)
+    found = curve(nn.Linear(6, 3), torch.randn(1, 6), "gradient", target=1)
+    assert found.interval.value == found.area and found.interval.low != found.interval.low
+    assert str(found).splitlines()[0].endswith("(one sample), baseline zero") and found.to_dict()["interval"] is None
+
+
 def test_the_opposite_order_has_the_opposite_area() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(4, 6)
     scores = torch.rand(4, 6)
     assert curve(model, x, given(scores)).area == pytest.approx(-curve(model, x, given(-scores)).area)
+
+
+def test_what_both_curves_begin_and_end_with_is_run_once() -> None:
+    torch.manual_seed(0)
+    model, x, runs = nn.Linear(6, 3), torch.randn(4, 6), []
+    handle = model.register_forward_hook(lambda *args: runs.append(len(args)))
+    curve(model, x, given(torch.rand(4, 6)), shares=SHARES, target=1)
+    handle.remove()
+    assert len(runs) - 1 == 2 + 2 * (len(SHARES) - 2)  # and one that looks at what there is to replace
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Small networks in the manner of those for images, with batch normalisation; of modules throughout, as zennit needs them."""
+"""Small networks in the manner of those for images, most with batch normalisation; all of modules, as zennit needs them."""
 
 from collections.abc import Callable
 
@@ -56,6 +56,14 @@ def convolution(
 ) -> list[nn.Module]:
     """A convolution and its normalisation."""
     return [nn.Conv2d(channels, out, size, stride, size // 2, groups=groups, bias=bias), nn.BatchNorm2d(out, EPS)]
+
+
+def vgg(make_sum: MakeSum = Sum) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1, groups=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5),
+    )  # fmt: skip
 
 
 def vgg_bn(make_sum: MakeSum = Sum) -> nn.Module:

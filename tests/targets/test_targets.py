@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.models import profile_of, subject_of
-from lrp_prune.targets import ClassLogit, LastToken, LogitDifference, NextToken, checked, describe
+from lrp_prune.targets import ClassLogit, LastToken, Logit, LogitDifference, NextToken, checked, describe, predicted
 from tests.support.small_models import batch_for, build, forward
 
 
@@ -65,6 +65,15 @@ def test_class_is_the_true_classs_logit() -> None:
     torch.testing.assert_close(ClassLogit()(model, (x, y)), expected)
     with pytest.raises(ValueError, match="integer labels"):
         ClassLogit()(model, (x, torch.randn(5)))
+
+
+def test_of_classes_of_pixels_the_logit_is_the_mean_over_them() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    means = model(x).mean((2, 3))
+    torch.testing.assert_close(Logit([3, 1]).values(model, x), means[[0, 1], [3, 1]])
+    torch.testing.assert_close(LogitDifference(2, 0).values(model, x), means[:, 2] - means[:, 0])
+    assert predicted(model, x).answers.tolist() == means.argmax(-1).tolist()
 
 
 def test_logit_difference_by_ids_and_by_entries_of_the_batch() -> None:

@@ -3,6 +3,7 @@
 import base64
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in re.sub(r'src="[^"]*"', "", page)
     assert explanation._repr_html_() == page
+
+
+def test_a_long_title_takes_two_lines_and_ends_with_what_it_is_by_way_of() -> None:
+    target = "the logit of 4, 3, 2, 1, ... (6 samples) by way of model.layers.11.mlp.down_proj[1234]"
+    title = replace(of_tokens(["a"], [1.0]), target=target).plot()._suptitle.get_text()
+    assert len(title.splitlines()) == 2 and " ".join(title.split()).endswith(target)
+    longer = replace(of_tokens(["a"], [1.0]), target="word " * 100).plot()._suptitle.get_text()
+    assert len(longer.splitlines()) == 2 and longer.endswith("...")
 
 
 def test_images_on_a_page_are_the_images() -> None:

@@ -188,6 +188,7 @@ def test_texts_are_read_with_a_tokenizer_and_pieces_joined() -> None:
     assert found.target == "the logit of 1"  # a class, and no token
     model.config.id2label = {0: "bad", 1: "good"}
     assert lrp_prune.explain(model, "the end", target=1, tokenizer=tokenizer).target == "the logit of good"
+    assert lrp_prune.explain(model, batch_for("bert"), target=[1, 1]).target == "the logit of good"  # which is both's
     spoken = lrp_prune.explain(build("llama"), "the end", target=6, tokenizer=tokenizer)
     assert spoken.target == "the logit of 'end'"
     with pytest.raises(ValueError, match="texts need tokenizer="):
