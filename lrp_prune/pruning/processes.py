@@ -57,6 +57,19 @@ class Processes:
         """The sum of tensors, the same in each."""
         return values if self._mesh is None else all_reduced(values, self._mesh)
 
+    def check_numbers(self, batches: int) -> None:
+        """Refuse other numbers of batches in processes that run one model together.
+
+        Raises:
+            ValueError: in all of them, with all numbers.
+        """
+        numbers = self.gathered(batches) if self.in_step else [batches]
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                f"the processes have {numbers} batches: they run a model together that is divided among them, so give each the "
+                "same number"
+            )
+
     def share(self, entries: int) -> slice:
         """Which of so many entries are this one's, where each does a part."""
         rank, size = 0, 1

@@ -111,7 +111,7 @@ def compensate_(
         if not reference:
             raise ValueError("no batch was seen: compensation needs reference samples")
         samples = sum(map(samples_in, reference))
-    _check_in_step(processes, len(reference))
+    processes.check_numbers(len(reference))
     shown = progress if callable(progress) else bar if progress else no_bar
     target = subject.own_target if subject.own_target is not None and not callable(target) else target
     begun = time.perf_counter()
@@ -121,16 +121,6 @@ def compensate_(
     found.samples = sum(processes.gathered(samples))
     found.seconds = time.perf_counter() - begun
     return found
-
-
-def _check_in_step(processes: Processes, number: int) -> None:
-    """Refuse other numbers of batches in processes that run one model together."""
-    numbers = processes.gathered(number) if processes.in_step else [number]
-    if len(set(numbers)) > 1:
-        raise ValueError(
-            f"the processes have {numbers} batches: they run a model together that is divided among them, so give each the same "
-            "number"
-        )
 
 
 @dataclass(frozen=True)
