@@ -336,9 +336,9 @@ class _Compensating:
         zero_(self._masks, resolve(self._masks, self._module), outside.values())
 
     def _name_the_rest(self) -> None:
-        for name in self._pruned if self._refining is None else ():
-            if name not in self._result.errors:
-                self._result.left_out.setdefault(name, "is in no product of a stage that was run")
+        for name, weight in self._pruned.items() if self._refining is None else ():
+            if name not in self._result.errors and weight.dim() > 1:  # biases go along, and norms have nothing to solve for
+                self._result.left_out.setdefault(name, "is in no product whose inputs could be told for each output")
 
 
 @dataclass(frozen=True)
