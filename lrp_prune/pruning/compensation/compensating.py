@@ -277,7 +277,10 @@ class _Compensating:
         with torch.autocast(self._device.type, enabled=False):
             with self._processes.agreeing():
                 solved = solved_for(place, systems, whole, self._way, self._processes)
-            self._note(place, solved if isinstance(solved, str) else solved.write_(self._processes))
+            if isinstance(solved, str):
+                self._result.left_out[place.name] = solved
+            else:
+                self._result.note(place.name, *solved.write_(self._processes))
 
     def _summed(self, stage: _Stage, place: Place, dense: Given, pruned: Given, planned: "list[_Planned]") -> Systems:
         """The inputs of a layer, over all batches of this process."""
@@ -319,14 +322,6 @@ class _Compensating:
             self._outputs(self._batches[index], uses, Choices() if choices is None else choices)
         return kept[0] if kept else None
 
-    def _note(self, place: Place, done: tuple[float, float] | str) -> None:
-        """Errors of a layer before and after, or why it was left out; of a stack they add up."""
-        if isinstance(done, str):
-            self._result.left_out[place.name] = done
-        else:
-            before, after = self._result.errors.get(place.name, (0.0, 0.0))
-            self._result.errors[place.name] = (before + done[0], after + done[1])
-
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage, and remember the dense model's values."""
         inside = {id(parameter) for stage in stages.values() for parameter in stage.parameters()}
@@ -337,7 +332,9 @@ class _Compensating:
 
     def _name_the_rest(self) -> None:
         for name, weight in self._pruned.items() if self._refining is None else ():
-            if name not in self._result.errors and weight.dim() > 1:  # biases go along, and norms have nothing to solve for
+            if (
+                name not in self._result.errors and weight.dim() > 1
+            ):  # biases go along, and norms have nothing to solve for
                 self._result.left_out.setdefault(name, "is in no product whose inputs could be told for each output")
 
 

@@ -15,6 +15,8 @@ from lrp_prune.pruning.processes import Processes
 
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
+_SINGULAR = 0.01
+"""What may be left of a system when it is solved, as a share: beyond, rounding has made it another one."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,19 @@ class Solved:
         weight: the layer.
         rows: ``[groups, out, in]``, zero where others solve.
         errors: the squared error of outputs that the mask adds to the least squares without one, before and after.
+        raised: by what the damping had to be multiplied.
     """
 
     weight: Matrix
     rows: Tensor
     errors: tuple[float, float]
+    raised: float
 
-    def write_(self, processes: Processes) -> tuple[float, float]:
-        """Write the rows of all processes, the same in each; the errors of all rows."""
+    def write_(self, processes: Processes) -> tuple[float, float, float]:
+        """Write the rows of all processes, the same in each; the errors of all rows, and by what damping was raised."""
         self.weight.write_(processes.summed(self.rows))
-        before, after = (sum(each) for each in zip(*processes.gathered(self.errors), strict=True))
-        return before, after
+        before, after, raised = zip(*processes.gathered((*self.errors, self.raised)), strict=True)
+        return sum(before), sum(after), max(raised)
 
 
 def solved_for(
@@ -69,21 +73,52 @@ def solved_for(
     mixed = gram if crossed is None or share == 0 else gram.lerp(crossed.to(found.dtype), share)
     if not weight.has_bias:
         gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
-    rows, errors, own = torch.zeros_like(found), [0.0, 0.0], processes.share(found.shape[1])
+    rows, errors, own, raised = torch.zeros_like(found), [0.0, 0.0], processes.share(found.shape[1]), 1.0
     for group in range(len(gram)):
         inputs, kept, dense = gram[group].diagonal(), weight.kept[group, own], found[group, own]
-        damping = way.damping * float((inputs[:-1] if weight.has_bias else inputs).mean())
-        if damping == 0 or not len(kept):  # nothing ever comes in, or others solve
+        size = float((inputs[:-1] if weight.has_bias else inputs).mean())
+        if size == 0 or not len(kept):  # nothing ever comes in, or others solve
             rows[group, own] = dense * kept
             continue
-        damped = gram[group] + torch.eye(len(inputs), dtype=gram.dtype, device=gram.device) * damping
-        cross = dense @ mixed[group] + damping * dense
-        update = way.solve(damped, cross, kept, dense)
-        best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
-        for index, entry in enumerate((dense * kept, update)):
-            errors[index] += _distance(entry, best, damped)
-        rows[group, own] = update
-    return Solved(weight, rows, (errors[0], errors[1]))
+        update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size)
+        rows[group, own], raised = update, max(raised, times)
+        errors = [errors[0] + before, errors[1] + after]
+    return Solved(weight, rows, (errors[0], errors[1]), raised)
+
+
+def _solved(
+    gram: Tensor, mixed: Tensor, kept: Tensor, dense: Tensor, way: Compensation, size: float
+) -> tuple[Tensor, float, float, float]:
+    """Rows, their errors before and after, and by what the damping was raised, as rounding made the system singular without.
+
+    Args:
+        gram: ``[in, in]``, not damped.
+        mixed: products of the inputs that targets are made of with those of the layer.
+        kept: boolean ``[out, in]``.
+        dense: weights ``[out, in]``.
+        way: how.
+        size: the mean of squared inputs.
+    """
+    times, masked = 1.0, dense * kept
+    while True:
+        damping = times * way.damping * size
+        damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damping
+        cross = dense @ mixed + damping * dense
+        try:
+            best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
+            made = best @ damped
+            if not bool((made - cross).norm() <= _SINGULAR * cross.norm()):
+                raise torch.linalg.LinAlgError("the least squares are lost in rounding")
+            update = way.solve(damped, cross, kept, dense)
+            before, after = _distance(masked, best, damped), _distance(update, best, damped)
+            if not after <= before + _SINGULAR * float((made * best).sum()):
+                raise torch.linalg.LinAlgError("the update is worse than the mask alone")
+        except torch.linalg.LinAlgError:
+            if damping > size:  # that is no rounding any more
+                return masked, 0.0, 0.0, times
+            times *= 10
+            continue
+        return update, before, after, times
 
 
 def _distance(weight: Tensor, best: Tensor, gram: Tensor) -> float:

@@ -103,6 +103,32 @@ def test_transformers(tmp_path: Path, name: str, tolerance: float) -> None:
     check_equal(model, masks, each, way, layers, tmp_path, tolerance)
 
 
+def test_replicas_of_parts_each_have_batches_of_their_own(tmp_path: Path) -> None:
+    model, batches = mlp()
+    masks = half(model, ["0.weight", "2.weight", "4.weight"])
+    each = [
+        [(inputs[start : start + 30], labels[start : start + 30])]
+        for inputs, labels in batches[:2]
+        for start in (0, 30)
+    ]
+
+    def call(mesh: Any) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        both = init_device_mesh(mesh.device_type, (2, 2), mesh_dim_names=("replicate", "shard"))
+        mine = sharded(mine := copy.deepcopy(model), both, [mine[0]])
+        found = compensate_(mine, masks, each[mesh.get_local_rank()], EXACT)
+        return {name: whole(value) for name, value in mine.named_parameters()}, found.samples
+
+    (first, samples), *others = together(call, 4, tmp_path)
+    alone = copy.deepcopy(model)
+    assert samples == compensate_(alone, masks, [batch for theirs in each for batch in theirs], EXACT).samples == 120
+    for values, _ in others:
+        assert all(torch.equal(values[name], first[name]) for name in first)
+    for name, value in alone.named_parameters():
+        torch.testing.assert_close(first[name], value.detach(), rtol=1e-8, atol=1e-10, msg=name)
+
+
 class Choosing(nn.Module):
     """Each sample goes to one of two layers; a process may have none for one of them."""
 
