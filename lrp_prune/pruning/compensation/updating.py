@@ -15,6 +15,7 @@ from lrp_prune.pruning.processes import Processes
 
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
+_LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 _SINGULAR = 0.01
 """What may be left of a system when it is solved, as a share: beyond, rounding has made it another one."""
 
@@ -108,12 +109,12 @@ def _solved(
             best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
             made = best @ damped
             if not bool((made - cross).norm() <= _SINGULAR * cross.norm()):
-                raise torch.linalg.LinAlgError("the least squares are lost in rounding")
+                raise _LinAlgError("the least squares are lost in rounding")
             update = way.solve(damped, cross, kept, dense)
             before, after = _distance(masked, best, damped), _distance(update, best, damped)
             if not after <= before + _SINGULAR * float((made * best).sum()):
-                raise torch.linalg.LinAlgError("the update is worse than the mask alone")
-        except torch.linalg.LinAlgError:
+                raise _LinAlgError("the update is worse than the mask alone")
+        except _LinAlgError:
             if damping > size:  # that is no rounding any more
                 return masked, 0.0, 0.0, times
             times *= 10
