@@ -295,11 +295,11 @@ def checked_compensation(compensation: Any, recalibrate: bool) -> Compensation |
 
 
 def check_compensated_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that divide weights, of which no process could update a layer."""
-    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+    """Refuse strategies that divide weights so that no layer can be gathered, whether they were allowed as untested or not."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise MisconfigurationException(
-            f"compensation works on whole weights, and {type(trainer.strategy).__name__} divides them: use strategy='ddp', or "
-            "recalibrate=True in place of compensation, which works on divided weights"
+            f"compensation works on whole layers, and {type(trainer.strategy).__name__} has none: use strategy='ddp', or "
+            "ModelParallelStrategy with fully_shard, whose layers it gathers one at a time"
         )
 
 

@@ -16,7 +16,7 @@ from lrp_prune.callbacks._corrected import inner, uncorrected
 from lrp_prune.callbacks._distributed import agreeing, check_equal
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
-from lrp_prune.distributed.sharding import sharding_of
+from lrp_prune.distributed.sharding import local_part, sharding_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters, resolve
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
@@ -190,7 +190,7 @@ class Pruner:
                 undo.append(remembered(model, parameters))
                 for entry in parameters if averages else ():
                     if id(entry) not in before:  # a bias may be in several stages
-                        before[id(entry)] = entry.detach().to("cpu", copy=True)
+                        before[id(entry)] = local_part(entry).to("cpu", copy=True)
 
             with agreeing(trainer), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
                 done = compensate_(
@@ -209,7 +209,7 @@ class Pruner:
                 theirs = named_parameters(subject_of(inner(average)).module)
                 undo.append(remembered(average, [theirs[name] for name in changed]))
                 for name, entry in changed.items():
-                    _shift_(theirs[name], before[id(entry)], entry)
+                    _shift_(local_part(theirs[name]), before[id(entry)], local_part(entry))
             self.apply(trainer, pl_module, masks)
         return done
 

@@ -78,7 +78,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             squares of what each layer gave right before the round, as it was trained until then (see
             :func:`lrp_prune.prune`): ``"exact"``, ``"obs"``, or an object such as :class:`lrp_prune.pruning.LeastSquares`. It
             takes some forward passes a layer over all batches that relevance was collected on (``max_batches`` limits them),
-            which are read once more. Optimizer states stay as they are. Not for models that are divided by ``fully_shard``.
+            which are read once more. Optimizer states stay as they are.
         monitor: name of a metric logged in ``validation_step``; ``<name>/<monitor>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         monitor_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.

@@ -47,9 +47,14 @@ def class_name(model: nn.Module) -> str:
         >>> class_name(nn.Linear(1, 1))
         'Linear'
     """
+    return kind_of(model).__name__
+
+
+def kind_of(model: nn.Module) -> type[nn.Module]:
+    """The model's class, without what ``fully_shard`` puts before it."""
     bases = type(model).__mro__
     behind = next((index for index, base in enumerate(bases) if base.__name__ == "FSDPModule"), -1)
-    return bases[behind + 1].__name__
+    return bases[behind + 1]
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

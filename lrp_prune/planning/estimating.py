@@ -62,7 +62,8 @@ class Estimate:
     """Forward passes over a batch that recalibration takes (and no backward pass); a collection takes one of each a batch."""
     compensation: int = 0
     """What compensation takes in place of recalibration, if it was asked for: a stage's dense weights, one group's Gram matrices,
-    and what a forward holds or a solution takes; what stages gave to reference batches is on the :attr:`host`."""
+    and what a forward holds or a solution takes; where weights are sharded, one module's whole ones, and a layer's; what stages
+    gave to reference batches is on the :attr:`host`."""
 
     @property
     def collecting(self) -> int:
@@ -138,7 +139,7 @@ def estimate(
 
     Raises:
         ValueError: for an argument that is not possible, or a model that cannot be run without data; for a compensation without a
-            batch, or of weights that are divided.
+            batch.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
@@ -147,7 +148,7 @@ def estimate(
         (1061900, 1077248, 265216)
     """
     states = _checked(world_size, strategy, optimizer, dtype, accumulate_on, batches)
-    way = _checked_compensation(compensation, batch, strategy, world_size)
+    way = _checked_compensation(compensation, batch)
     method, kinds = method_of(method), granularities_of(granularity)
     collected = collected_by(method, kinds)
     check_sparsity(sparsity)
@@ -204,7 +205,7 @@ def estimate(
         host=-(-masks // 8) + (sums if on_host else 0) + (weights if again else scaled) + plan.host,
         recalibration=zeroed + compared if way is None else 0,
         recalibration_passes=passes if way is None else 0,
-        compensation=plan.device,
+        compensation=plan.device + (_gathered(module, scored, size) if way is not None and parts > 1 else 0),
     )
 
 
@@ -213,12 +214,10 @@ def _vectors(module: nn.Module) -> list[Tensor]:
     return [entry for entry in (*named_parameters(module).values(), *module.buffers()) if entry.dim() == 1]
 
 
-def _checked_compensation(compensation: Any, batch: Any, strategy: str, world_size: int) -> Compensation | None:
+def _checked_compensation(compensation: Any, batch: Any) -> Compensation | None:
     way = compensation_of(compensation)
     if way is not None and batch is None:
         raise ValueError("what compensation takes depends on the reference batches: pass batch=, or compensation=None")
-    if way is not None and strategy == "fsdp" and world_size > 1:
-        raise ValueError("compensation works on whole weights: pass strategy='ddp', or compensation=None")
     return way
 
 
@@ -299,8 +298,15 @@ def _contraction(scored: Mapping[str, Tensor], batch: Any, size: Callable[[Tenso
     )
 
 
+def _gathered(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> int:
+    """What compensation holds of divided weights: a module in a forward; and a layer as it is, as it was, and what is kept."""
+    return _one_module(module, {}, size) + max(
+        ((2 * size(entry) + 1) * entry.numel() for entry in scored.values()), default=0
+    )
+
+
 def _one_module(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[[Tensor], int]) -> int:
-    """What one layer holds while it is whole: its weights, those of the next that are fetched meanwhile, and its sums."""
+    """What one module holds while it is whole: its weights, those of the next that are fetched meanwhile, and its sums."""
     layers = [
         child for entry in module.modules() if isinstance(entry, nn.ModuleList | nn.Sequential) for child in entry
     ]

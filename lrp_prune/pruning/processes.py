@@ -28,10 +28,11 @@ class Processes:
     Args:
         mesh: of those that a model is divided among, or that have one each; None: this one works alone.
         what: they do, as errors call it.
+        in_step: whether they run one model together, each as often as the others.
     """
 
-    def __init__(self, mesh: "DeviceMesh | None", what: str = "recalibrating") -> None:
-        self._mesh, self._what = mesh, what
+    def __init__(self, mesh: "DeviceMesh | None", what: str = "recalibrating", in_step: bool = False) -> None:
+        self._mesh, self._what, self.in_step = mesh, what, in_step
 
     @classmethod
     def of_run(cls, device: torch.device, what: str = "recalibrating") -> "Processes":
@@ -55,6 +56,27 @@ class Processes:
     def summed(self, values: Tensor) -> Tensor:
         """The sum of tensors, the same in each."""
         return values if self._mesh is None else all_reduced(values, self._mesh)
+
+    def check_numbers(self, batches: int) -> None:
+        """Refuse other numbers of batches in processes that run one model together.
+
+        Raises:
+            ValueError: in all of them, with all numbers.
+        """
+        numbers = self.gathered(batches) if self.in_step else [batches]
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                f"the processes have {numbers} batches: they run a model together that is divided among them, so give each the "
+                "same number"
+            )
+
+    def share(self, entries: int) -> slice:
+        """Which of so many entries are this one's, where each does a part."""
+        rank, size = 0, 1
+        for axis, place in enumerate(self._mesh.get_coordinate() or () if self._mesh is not None else ()):
+            number = self._mesh.size(axis) if self._mesh is not None else 1
+            rank, size = rank * number + place, size * number
+        return slice(rank * entries // size, (rank + 1) * entries // size)
 
     def agreeing(self) -> AbstractContextManager[None]:
         """What fails in one of them fails in all, see :func:`lrp_prune.distributed.sharding.agreeing`."""

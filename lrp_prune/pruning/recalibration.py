@@ -196,7 +196,7 @@ def recalibrate(
     divided = bool(shardings_of(module))  # or refused, where they are divided in another way
     mesh = mesh_of(module) if divided else None
     device = next(module.parameters()).device if mesh is None else device_of(mesh)
-    processes = Processes(mesh) if mesh is not None or not together else Processes.of_run(device)
+    processes = Processes(mesh, in_step=divided) if mesh is not None or not together else Processes.of_run(device)
     with processes.agreeing():
         fitted, judged = parts_of_reference(enough(batches))
     target = comparing_by(module, fitted[0], target, processes, mesh, device)

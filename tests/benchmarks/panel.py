@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp, not recalibrated": {"recalibrate": False},
     "lrp, compensated": {"compensation": "exact"},
     "lrp, compensated column by column": {"compensation": "obs"},
+    "lrp, compensated to its own inputs": {"compensation": pruning.LeastSquares(dense=0.0)},
+    "lrp, compensated to the dense model's inputs": {"compensation": pruning.LeastSquares(dense=1.0)},
     "lrp, compensated by weighted tokens": {"compensation": pruning.LeastSquares(weights="relevance")},
     "lrp, no floor, not recalibrated": {"scope": Scope(floor=0.0), "recalibrate": False},
     "lrp, by row, not recalibrated": {"scope": "row", "recalibrate": False},

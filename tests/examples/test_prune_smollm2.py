@@ -17,7 +17,7 @@ def model() -> LlamaForCausalLM:
 
 def options(**changes: object) -> argparse.Namespace:
     values = {"sparsity": 0.5, "sparsities": [0.3, 0.5], "methods": ["lrp", "wanda"], "rounds": 2, "steps": 3}
-    return argparse.Namespace(**{**values, "learning_rate": 1e-3, **changes})
+    return argparse.Namespace(**{**values, "learning_rate": 1e-3, "compensation": "none", **changes})
 
 
 def text(count: int) -> list[dict[str, torch.Tensor]]:
@@ -81,10 +81,16 @@ def test_table_and_plot_hold_every_result(model, tmp_path):
     ]
     assert len({len(row) for row in rows}) == 1
     assert table.whole(9.0, results, None).splitlines() == rows[:-1]
+    updated = options(compensation="exact")
+    results[prune_smollm2.COMPENSATED, 0.5] = 9.75
+    with_update = prune_smollm2.Table(updated).whole(9.0, results, 9.5).splitlines()
+    assert [cells(row) for row in with_update][4] == ["lrp, one shot, kept weights updated", "", "9.75"]
+    assert [cells(row) for row in (*with_update[2:4], *with_update[5:])] == [cells(row) for row in rows[2:]]
     masks = lrp_prune.prune(model, method="magnitude")
-    figure = prune_smollm2.plot(9.0, results, 9.5, masks, options())
+    figure = prune_smollm2.plot(9.0, results, 9.5, masks, updated)
     left, right = figure.axes
-    assert [line.get_label() for line in left.lines] == ["dense", "lrp", "wanda", "lrp, 2 rounds of 3 steps"]
+    labels = ["dense", "lrp", "wanda", "lrp, 2 rounds of 3 steps", "lrp, kept weights updated"]
+    assert [line.get_label() for line in left.lines] == labels
     assert len(right.get_legend().get_texts()) == 7
     figure.savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -97,6 +103,7 @@ def test_full_and_quick_change_what_is_not_chosen():
     assert (quick.window, full.window) == (128, 512)
     chosen = prune_smollm2.parse(["--full", "--steps", "7", "--sparsities", "0.2"])
     assert (chosen.steps, chosen.sparsities, chosen.calibration_windows) == (7, [0.2, 0.5], full.calibration_windows)
+    assert [each.compensation for each in (short, full, quick)] == ["none", "exact", "none"]
     told = [prune_smollm2.introduction(each) for each in (short, full, quick)]
     assert all(text.startswith(f"The {name} run") for text, name in zip(told, ("short", "full", "quick"), strict=True))
 
@@ -112,11 +119,10 @@ def test_what_is_printed_are_results_and_which_run_they_are_of(arguments, model,
     prune_smollm2.main()
     printed = capsys.readouterr()
     rows = [line for line in printed.out.splitlines() if line.startswith("| ") and "--" not in line]
-    assert [cells(row)[0].split(",")[0] for row in rows] == [
-        *["perplexity", "dense", "lrp", "wanda", "magnitude"],
-        *["perplexity", "dense", "lrp", "wanda", "magnitude", "lrp"],
-    ]
-    assert rows[:5] == rows[5:10]
+    updated = ["lrp"] if arguments else []
+    measured = ["perplexity", "dense", "lrp", *updated, "wanda", "magnitude"]
+    assert [cells(row)[0].split(",")[0] for row in rows] == [*measured, *measured, "lrp"]
+    assert rows[: len(measured)] == rows[len(measured) : 2 * len(measured)]
     assert len(cells(rows[0])) == (4 if arguments else 2)
     assert printed.out.startswith("The full run" if arguments else "The short run")
     assert (tmp_path / "perplexity.md").read_text().startswith("The full run" if arguments else "The short run")
@@ -146,6 +152,7 @@ def test_every_option_is_explained(capsys):
         "--dataset",
         "--text-column",
         "--sparsity",
+        "--compensation",
         "--rounds",
         "--held-out-windows",
     ):

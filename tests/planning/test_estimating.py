@@ -273,6 +273,26 @@ def test_compensating_stays_within_what_is_planned(name, batches, way):
     assert "compensating" in str(plan) and "recalib" not in str(plan)
 
 
+@pytest.mark.processes
+def test_compensating_what_is_divided_stays_within_what_is_planned(tmp_path):
+    sizes = {**SIZES[0], "hidden_size": 256, "intermediate_size": 900}  # so that layers take more than activations
+
+    def compensating(mesh):
+        model = sharded(_llama(sizes), mesh)
+        masks = lrp_prune.select(scorer("random", model).compute(), 0.5)
+        batches = [{"input_ids": torch.randint(0, 500, (2, 64))} for _ in range(2)]
+        with Live() as live:
+            compensate_(model, masks, batches, LeastSquares())
+        return live.peak
+
+    alone = lrp_prune.estimate(_llama(sizes), batch=(2, 64), batches=2, compensation="exact")
+    plan = lrp_prune.estimate(_llama(sizes), 2, batch=(2, 64), batches=2, compensation="exact")
+    kept = plan.host - lrp_prune.estimate(_llama(sizes), 2).host
+    for peak in together(compensating, 2, tmp_path):
+        assert peak < plan.compensation + kept < 2 * peak
+    assert plan.compensation > alone.compensation and plan.weights < 0.6 * alone.weights
+
+
 @pytest.mark.slow
 def test_what_stages_gave_grows_with_batches_and_nothing_else_does_with_large_ones(monkeypatch):
     monkeypatch.setattr("lrp_prune.pruning.compensation.together.ENTRIES", 0)
@@ -291,10 +311,6 @@ def test_a_compensation_that_cannot_be_planned():
     for options, message in (
         ({"compensation": "best"}, "compensation must be one of"),
         ({"compensation": "exact"}, "pass batch="),
-        (
-            {"compensation": "exact", "batch": torch.zeros(4, 2), "world_size": 2},
-            "works on whole weights: pass strategy='ddp'",
-        ),
     ):
         with pytest.raises(ValueError, match=message):
             lrp_prune.estimate(model, **options)

@@ -78,7 +78,7 @@ def test_exported_programs_compute_the_same(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["cnn", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_onnx_files_compute_the_same_and_have_the_zeros_or_less(kind: str, tmp_path: Path) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

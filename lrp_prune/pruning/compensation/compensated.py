@@ -14,6 +14,7 @@ class Compensated:
         errors: of each weight, the squared error of its outputs that the mask adds to the least squares without one, before and
             after.
         left_out: weights that are only masked, each with the reason.
+        damped: weights of layers whose inputs differ so little that the damping had to be raised, each with by what.
         unweighed: weights for which all tokens counted alike although relevance was to weigh them, as theirs is not known there.
         samples: reference samples that were gone through, of all processes.
         seconds: how long it took.
@@ -21,9 +22,17 @@ class Compensated:
 
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    damped: dict[str, float] = field(default_factory=dict)
     unweighed: list[str] = field(default_factory=list)
     samples: int = 0
     seconds: float = 0.0
+
+    def note(self, name: str, before: float, after: float, raised: float) -> None:
+        """Add what was done to a weight, or to one of the layers that are stacked in it."""
+        known = self.errors.get(name, (0.0, 0.0))
+        self.errors[name] = (known[0] + before, known[1] + after)
+        if raised > 1:
+            self.damped[name] = max(raised, self.damped.get(name, 1.0))
 
     def __str__(self) -> str:
         shares = sorted(after / before for before, after in self.errors.values() if before > 0)
@@ -32,6 +41,8 @@ class Compensated:
             what += f" on {self.samples:,} samples in {self.seconds:.3g} s"
         if shares:
             what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
+        if self.damped:
+            what += f"; damping was raised, up to {max(self.damped.values()):g} times, for {_listed(list(self.damped))}"
         if self.unweighed:
             what += f"; tokens count alike for {_listed(self.unweighed)}"
         return f"{what}; only masked: {self.masked_only}" if self.left_out else what

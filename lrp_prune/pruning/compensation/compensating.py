@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.sharded import shardings_of
-from lrp_prune.engine.uses import Product, WeightUses
+from lrp_prune.distributed.sharding import device_of, mesh_of
+from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.subject import subject_of
@@ -34,12 +35,13 @@ from lrp_prune.pruning.compensation.stages import (
     stages_of,
 )
 from lrp_prune.pruning.compensation.systems import Systems
-from lrp_prune.pruning.compensation.together import laid_in_few
-from lrp_prune.pruning.compensation.updating import update_
+from lrp_prune.pruning.compensation.together import Sized, laid_in_few
+from lrp_prune.pruning.compensation.updating import solved_for
 from lrp_prune.pruning.compensation.ways import Compensation
 from lrp_prune.pruning.compensation.weighing import weights_of_tokens
+from lrp_prune.pruning.compensation.wholes import Wholes, copies_of, zero_
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.pairs import Part, PlacedUses
+from lrp_prune.pruning.pairs import PlacedUses
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
@@ -66,7 +68,9 @@ def compensate_(
     weights that are done keep their new values: who wants them back keeps them when ``changing`` names them.
 
     Small batches are laid together as far as they fit and the model's outputs stay the same to rounding. Processes that do this
-    together sum their products, whatever batches each of them has, and solve the same systems.
+    together sum their products, whatever batches each of them has, and solve for some rows of each layer each. Those that a model
+    is divided among by ``fully_shard`` do so in any case, with as many batches each: what is dense is kept in parts, and one
+    layer at a time is whole.
 
     Args:
         model: the dense model, see :func:`lrp_prune.attribute`.
@@ -77,11 +81,11 @@ def compensate_(
         progress: show a progress bar, or what shows another.
         changing: is told which parameters are about to change.
         together: whether all processes of a run do this at the same time, each with a whole model and batches of its own, for one
-            result.
+            result. Those that a model is divided among do in any case.
         refining: is given each stage once its weights are updated, to train them further.
 
     Raises:
-        ValueError: there is no batch, or the model is divided among processes.
+        ValueError: there is no batch, or not as many in each process that has a part of the model.
         RuntimeError: another process has an error.
         FloatingPointError: a layer's inputs are not finite.
 
@@ -97,22 +101,22 @@ def compensate_(
     """
     subject = subject_of(model)
     module = subject.module
-    if shardings_of(module):
-        raise ValueError(
-            "a model that fully_shard has divided cannot be compensated: pass compensation=None, or prune the whole model"
-        )
-    device = next(module.parameters()).device
-    processes = Processes.of_run(device, _WHAT) if together else Processes(None, _WHAT)
+    mesh = mesh_of(module) if shardings_of(module) else None  # or refused, where it is divided in another way
+    device = next(module.parameters()).device if mesh is None else device_of(mesh)
+    processes = (
+        Processes.of_run(device, _WHAT) if together and mesh is None else Processes(mesh, _WHAT, mesh is not None)
+    )
     with processes.agreeing():
         reference = list(batches)
         if not reference:
             raise ValueError("no batch was seen: compensation needs reference samples")
         samples = sum(map(samples_in, reference))
+    processes.check_numbers(len(reference))
     shown = progress if callable(progress) else bar if progress else no_bar
     target = subject.own_target if subject.own_target is not None and not callable(target) else target
     begun = time.perf_counter()
     changing = changing or (lambda _: None)
-    run = _Compensating(module, masks, reference, compensation, target, processes, changing, refining)
+    run = _Compensating(module, masks, reference, compensation, target, processes, device, changing, refining)
     found = run.run(shown)
     found.samples = sum(processes.gathered(samples))
     found.seconds = time.perf_counter() - begun
@@ -121,7 +125,7 @@ def compensate_(
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage, and what its dense weights were."""
+    """A stage, and what its dense weights were, as far as they are here."""
 
     name: str
     module: nn.Module
@@ -139,14 +143,14 @@ class _Compensating:
 
     def __init__(
         self, module: nn.Module, masks: Masks, batches: list[Any], way: Compensation, target: Any, processes: Processes,
-        changing: Callable[[Sequence[nn.Parameter]], object], refining: Refining | None,
+        device: torch.device, changing: Callable[[Sequence[nn.Parameter]], object], refining: Refining | None,
     ) -> None:  # fmt: skip
         self._refining = refining
+        self._device = device
         self._module, self._masks, self._batches, self._way, self._target = module, masks, batches, way, target
         self._processes, self._changing = processes, changing
         self._parameters = named_parameters(module)
         self._pruned = {name: weight for name, weight in resolve(masks, module).items() if masks.pruned_in(name)}
-        self._device = next(module.parameters()).device
         self._outside: dict[nn.Parameter, Tensor] = {}
         self._tied: set[Place] = set()
         self._weights: list[dict[str, Tensor]] = []
@@ -172,19 +176,22 @@ class _Compensating:
 
     def _watch(self, candidates: Mapping[str, nn.Module]) -> list[Watched]:
         """Dense forwards until every stage was run: what runs when, what is used elsewhere as well, and how large outputs are."""
-        forwards, uses = list[Watched](), _Sized(self._masks)
+        forwards, uses = list[Watched](), Sized(self._masks)
         for batch in self._batches:
             watched = Watched(candidates)
             with watched.watching():
                 self._outputs(batch, uses, Choices())
             forwards.append(watched)
-            if all(any(entry.calls[name] for entry in forwards) for name in candidates):
+            if not self._processes.in_step and all(any(entry.calls[name] for entry in forwards) for name in candidates):
                 break
         self._tied = uses.tied
         if self._refining is not None:
             return forwards  # it trains on small batches
         self._batches = laid_in_few(
-            self._batches, uses.largest, lambda batch: self._outputs(batch, PlacedUses(self._masks), Choices())
+            self._batches,
+            uses.largest,
+            lambda batch: self._outputs(batch, PlacedUses(self._masks), Choices()),
+            self._processes,
         )
         return forwards
 
@@ -200,6 +207,8 @@ class _Compensating:
         calls = {name: max(theirs.get(name, 0) for _, theirs in every) for name in candidates}
         for name, stage in candidates.items():
             reason = {0: "is never run", 1: None}.get(calls[name], "is in a module that is run several times")
+            if reason is None and self._processes.in_step and not all(theirs.get(name) for _, theirs in every):
+                reason, calls[name] = "is not run with every batch, as processes have to that run it together", 0
             if reason:
                 self._leave_out(stage, reason)
         order = merged([[[name] for name in theirs] for theirs, _ in every])
@@ -220,7 +229,7 @@ class _Compensating:
     def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
         inside = {id(parameter) for parameter in module.parameters()}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
-        stage = _Stage(name, module, held, {key: weight.detach().clone() for key, weight in held.items()})
+        stage = _Stage(name, module, held, copies_of(held))
         both = self._way.dense > 0
         groups, planned, outputs = list[Group](), list[_Planned](), []
         with self._processes.agreeing():
@@ -231,13 +240,15 @@ class _Compensating:
                 planned.append(_Planned(Counter(place for place, _ in seen.order), made.made))
         groups = merged(self._processes.gathered(groups))
         written = [place.bias.name for group in groups for place in group if place.bias is not None]
-        masked = [weight for weight in resolve(self._masks, self._module).values() if id(weight) in inside]
+        weights = resolve(self._masks, self._module)
+        masked = [weight for weight in weights.values() if id(weight) in inside]
         everything = held.values() if self._refining is not None else ()
         self._changing([*masked, *(self._parameters[key] for key in written), *everything])
-        self._zero(held)
+        zero_(self._masks, weights, held.values())
         done = self._refining is not None and self._refining.restored(name, held)
         if done or (self._refining is not None and not self._refining.updates):
             groups = []
+        wholes = Wholes(self._parameters, stage.before, self._masks)
         for group in groups:
             wanted = [place for place in group if place.name in self._pruned]
             for place in wanted:
@@ -250,11 +261,8 @@ class _Compensating:
                 if self._way.weights is not None and not systems.weighed:
                     self._result.unweighed += dict.fromkeys(place.name for place in alone)
                 systems.over(self._processes, self._device)
-                with self._processes.agreeing(), torch.autocast(self._device.type, enabled=False):
-                    for place in alone:
-                        self._note(
-                            place, update_(place, systems, self._parameters, stage.before, self._masks, self._way)
-                        )
+                for place in alone:
+                    self._solve(place, systems, wholes)
         if self._refining is not None and not done:
             inputs = partial(self._run, stage=module, known=pruned, uses=None, choices=None, leaving=leaving_before)
             with torch.autocast(self._device.type, enabled=False):
@@ -264,21 +272,33 @@ class _Compensating:
         with self._processes.agreeing():
             pruned.keep(name, [self._run(index, module, pruned, None, None) for index in range(len(self._batches))])
 
+    def _solve(self, place: Place, systems: Systems, wholes: Wholes) -> None:
+        whole = wholes.of(place)
+        with torch.autocast(self._device.type, enabled=False):
+            with self._processes.agreeing():
+                solved = solved_for(place, systems, whole, self._way, self._processes)
+            if isinstance(solved, str):
+                self._result.left_out[place.name] = solved
+            else:
+                self._result.note(place.name, *solved.write_(self._processes))
+
     def _summed(self, stage: _Stage, place: Place, dense: Given, pruned: Given, planned: "list[_Planned]") -> Systems:
         """The inputs of a layer, over all batches of this process."""
         systems = Systems()
         for index, batch in enumerate(self._batches):
             plan = planned[index]
-            if not plan.uses[place]:
+            in_step = self._processes.in_step  # each runs the stage to its end, whether it uses the layer or not
+            if not plan.uses[place] and not in_step:
                 continue
+            uses = None if in_step else plan.uses[place]
             counted = counted_tokens(self._module, to_device(batch, self._device), 0)
             weights = self._weights[index].get(stage.name) if self._weights else None
             theirs = None
             if self._way.dense > 0:
-                theirs = Inputs(self._masks, place, plan.uses[place], counted)
+                theirs = Inputs(self._masks, place, uses, counted)
                 with holding({**self._outside, **stage.dense}):
                     self._run(index, stage.module, dense, theirs, Choices(plan.choices))
-            ours = Inputs(self._masks, place, plan.uses[place], counted, weights)
+            ours = Inputs(self._masks, place, uses, counted, weights)
             self._run(index, stage.module, pruned, ours, Choices(plan.choices))
             systems.known = systems.known and not ours.unknown
             for number, rows in enumerate(ours.rows):
@@ -302,43 +322,20 @@ class _Compensating:
             self._outputs(self._batches[index], uses, Choices() if choices is None else choices)
         return kept[0] if kept else None
 
-    def _note(self, place: Place, done: tuple[float, float] | str) -> None:
-        """Errors of a layer before and after, or why it was left out; of a stack they add up."""
-        if isinstance(done, str):
-            self._result.left_out[place.name] = done
-        else:
-            before, after = self._result.errors.get(place.name, (0.0, 0.0))
-            self._result.errors[place.name] = (before + done[0], after + done[1])
-
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage, and remember the dense model's values."""
         inside = {id(parameter) for stage in stages.values() for parameter in stage.parameters()}
         outside = {name: weight for name, weight in self._pruned.items() if id(weight) not in inside}
-        self._outside = {weight: weight.detach().clone() for weight in outside.values()}
+        self._outside = {outside[name]: value for name, value in copies_of(outside).items()}
         self._changing(list(outside.values()))
-        self._zero(outside)
-
-    def _zero(self, held: Mapping[str, nn.Parameter]) -> None:
-        inside = {id(weight) for weight in held.values()}
-        with torch.no_grad():
-            for name, weight in resolve(self._masks, self._module).items():
-                if id(weight) in inside:
-                    weight[~self._masks.part(name, weight)] = 0
+        zero_(self._masks, resolve(self._masks, self._module), outside.values())
 
     def _name_the_rest(self) -> None:
-        for name in self._pruned if self._refining is None else ():
-            if name not in self._result.errors:
-                self._result.left_out.setdefault(name, "is in no product of a stage that was run")
-
-
-class _Sized(PlacedUses):
-    """Also notes how large outputs are."""
-
-    largest = 0
-
-    def _seen(self, part: Part, found: Product, result: Tensor) -> None:
-        super()._seen(part, found, result)
-        self.largest = max(self.largest, result.numel())
+        for name, weight in self._pruned.items() if self._refining is None else ():
+            if (
+                name not in self._result.errors and weight.dim() > 1
+            ):  # biases go along, and norms have nothing to solve for
+                self._result.left_out.setdefault(name, "is in no product whose inputs could be told for each output")
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,12 @@ class Grouped(PlacedUses):
 
 
 class Inputs(ComputedUses):
-    """Shows what one layer gets, and leaves the forward after its last use: what follows is not needed.
+    """Shows what one layer gets, and leaves the forward after its last use, where that is known: what follows is not needed.
 
     Args:
         masks: what is pruned.
         place: the layer.
-        uses: how often it is used in this forward.
+        uses: how often it is used in this forward; None to stay in it.
         counted: ``[samples, tokens]``, which are no padding; None for all.
         weights: of tokens, likewise; None where each counts for one.
 
@@ -65,7 +65,7 @@ class Inputs(ComputedUses):
     """
 
     def __init__(
-        self, masks: Masks, place: Place, uses: int, counted: Tensor | None, weights: Tensor | None = None
+        self, masks: Masks, place: Place, uses: int | None, counted: Tensor | None, weights: Tensor | None = None
     ) -> None:
         super().__init__()
         self._masks, self._place, self._uses, self._counted = masks, place, uses, counted

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.compensation.wholes import Whole
 from lrp_prune.pruning.places import Place
 
 
@@ -14,22 +14,19 @@ class Matrix:
 
     Args:
         place: the layer's.
-        parameters: of the model, by name.
-        masks: what is pruned.
+        wholes: its weight and its bias, by name.
         groups: of channels that know nothing of each other.
     """
 
-    def __init__(self, place: Place, parameters: Mapping[str, nn.Parameter], masks: Masks, groups: int) -> None:
-        self._place, self._parameters, self._groups = place, parameters, groups
+    def __init__(self, place: Place, wholes: Mapping[str, Whole], groups: int) -> None:
+        self._place, self._wholes, self._groups = place, wholes, groups
         self.has_bias = place.bias is not None
-        self.kept = self._laid_out({name: kept_of(masks, name, parameters[name]) for name in self._names()})
+        self.kept = self._laid_out({name: whole.kept for name, whole in wholes.items()})
 
-    def _names(self) -> list[str]:
-        return [self._place.name, *([self._place.bias.name] if self._place.bias is not None else [])]
-
-    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The matrix of other values of the parameters, in float32 at least."""
-        laid_out = self._laid_out(tensors)
+    @property
+    def dense(self) -> Tensor:
+        """The matrix of the dense model, in float32 at least."""
+        laid_out = self._laid_out({name: whole.dense for name, whole in self._wholes.items()})
         return laid_out.to(torch.promote_types(laid_out.dtype, torch.float32))
 
     def _laid_out(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -53,14 +50,10 @@ class Matrix:
     def write_(self, matrix: Tensor) -> None:
         """Write a matrix into the parameters."""
         if self._place.bias is not None:
-            bias = self._place.bias.layout.on(self._parameters[self._place.bias.name].data)
+            bias = self._place.bias.layout.on(self._wholes[self._place.bias.name].now)
             bias.copy_(matrix[..., -1].reshape(bias.shape))
             matrix = matrix[..., :-1]
-        weight = self._upright(self._place.layout.on(self._parameters[self._place.name].data))
+        weight = self._upright(self._place.layout.on(self._wholes[self._place.name].now))
         weight.copy_(matrix.reshape(weight.shape))
-
-
-def kept_of(masks: Masks, name: str, parameter: Tensor) -> Tensor:
-    """What is kept of a parameter, laid out as it is."""
-    kept = torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.bool, device=parameter.device)
-    return kept.copy_(masks[name]) if name in masks else kept.fill_(True)
+        for whole in self._wholes.values():
+            whole.write_()

@@ -41,17 +41,25 @@ def least_squares(
     left = (cross - found @ gram) * at
     along, size = left.clone(), left.square().sum(1, keepdim=True)
     enough = tolerance**2 * (cross * at).square().sum(1, keepdim=True)
+    result, rows = found.clone(), torch.arange(len(found), device=found.device)
     for _ in range(steps):
         working = size > enough
-        if not bool(working.any()):
+        number = int(working.sum())
+        if number == 0:
             break
+        if number <= _FEW * len(rows):  # most rows are done long before the last one
+            result[rows] = found
+            chosen = working.flatten()
+            rows, at, found, left, along = rows[chosen], at[chosen], found[chosen], left[chosen], along[chosen]
+            size, enough, working = size[chosen], enough[chosen], working[chosen]
         curved = (along @ gram) * at
         step = torch.where(working, size / (along * curved).sum(1, keepdim=True), 0.0)
         found.addcmul_(step, along)
         left.addcmul_(step, curved, value=-1)
         before, size = size, left.square().sum(1, keepdim=True)
         along.mul_(torch.where(working, size / before, 0.0)).add_(left)
-    return found * scale
+    result[rows] = found
+    return result * scale
 
 
 def optimal_brain_surgeon(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
@@ -83,5 +91,7 @@ def optimal_brain_surgeon(gram: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
     return weight * kept
 
 
+_FEW = 0.8
+"""With no more than this share of the rows at work, the others are left out of what follows."""
 _COLUMNS = 128
 """Columns whose updates of those on their right are made together."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lrp_prune.names import named_modules
+from lrp_prune.distributed.sharding import is_sharded, local_part
+from lrp_prune.names import kind_of, named_modules
 from lrp_prune.pruning.compensation.lineage import Lineage
 from lrp_prune.pruning.products import given
 
@@ -53,9 +54,9 @@ def stages_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
         if id(entry) in names and (own or (repeats and not isinstance(entry, _CONTAINERS))):
             found[names[id(entry)]] = entry
             return
-        classes = Counter(type(child) for child in entry.children())
+        classes = Counter(map(kind_of, entry.children()))
         for child in entry.children():
-            visit(child, isinstance(entry, _CONTAINERS) and classes[type(child)] > 1)
+            visit(child, isinstance(entry, _CONTAINERS) and classes[kind_of(child)] > 1)
 
     visit(module, False)
     return found
@@ -194,15 +195,21 @@ def kept_tensors(kept: Any) -> Any:
 
 @contextmanager
 def holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Parameters with other values, for the time of a context."""
-    own = {parameter: parameter.data for parameter in values}
+    """Parameters with other values, for the time of a context; of those that processes have parts of, what is here."""
+    divided = {parameter: value for parameter, value in values.items() if is_sharded(parameter)}
+    own = {parameter: parameter.data for parameter in values if parameter not in divided}
+    parts = {parameter: local_part(parameter).clone() for parameter in divided}
     try:
-        for parameter, value in values.items():
-            parameter.data = value
+        for parameter in own:
+            parameter.data = values[parameter]
+        for parameter, value in divided.items():
+            local_part(parameter).copy_(value)  # where FSDP gathers from
         yield
     finally:
         for parameter, value in own.items():
             parameter.data = value
+        for parameter, value in parts.items():
+            local_part(parameter).copy_(value)
         torch.clear_autocast_cache()
 
 

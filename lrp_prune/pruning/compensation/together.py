@@ -6,16 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.uses import Product
 from lrp_prune.models.batches import in_groups, laid_together, samples_in
+from lrp_prune.pruning.pairs import Part, PlacedUses
+from lrp_prune.pruning.processes import Processes
 
 ENTRIES = 1 << 20
 """Entries of the largest output of a layer up to which batches are laid together; beyond, there is nothing to save."""
 
+_ALONE = Processes(None)
 Outputs = Callable[[Any], list[Tensor]]
 """From a batch to what the model says of it."""
 
 
-def laid_in_few(batches: list[Any], largest: int, outputs: Outputs) -> list[Any]:
+def laid_in_few(batches: list[Any], largest: int, outputs: Outputs, processes: Processes = _ALONE) -> list[Any]:
     """The same samples in fewer batches, where the model's outputs are the same to rounding.
 
     They are not where samples of a batch see each other (a batch normalization in training mode, time along the first
@@ -25,14 +29,17 @@ def laid_in_few(batches: list[Any], largest: int, outputs: Outputs) -> list[Any]
         batches: as they are.
         largest: entries of the largest output of a layer, of the first batch.
         outputs: runs the model.
+        processes: those that work together; where they run it in step, each has as many batches, before and afterwards.
     """
-    number = laid_number(largest, len(batches))
+    in_step = processes if processes.in_step else _ALONE
+    number = laid_number(max(in_step.gathered(largest)), len(batches))
     if number < 2:
         return batches
-    both = laid_together(*batches[:2])
-    if both is None or not _alike(outputs(both), outputs(batches[0]), outputs(batches[1]), samples_in(batches[0])):
+    both, laid = laid_together(*batches[:2]), [batch for batch, _ in in_groups(batches, number)]
+    if len(set(in_step.gathered(0 if both is None else len(laid)))) > 1 or both is None:
         return batches
-    return [batch for batch, _ in in_groups(batches, number)]
+    alike = _alike(outputs(both), outputs(batches[0]), outputs(batches[1]), samples_in(batches[0]))
+    return laid if all(in_step.gathered(alike)) else batches
 
 
 def laid_number(largest: int, batches: int) -> int:
@@ -51,6 +58,16 @@ def _alike(both: list[Tensor], first: list[Tensor], second: list[Tensor], sample
         if not bool((together - apart).norm() <= _precision(apart) ** 0.5 * apart.norm()):
             return False
     return True
+
+
+class Sized(PlacedUses):
+    """Also notes how large outputs of layers are."""
+
+    largest = 0
+
+    def _seen(self, part: Part, found: Product, result: Tensor) -> None:
+        super()._seen(part, found, result)
+        self.largest = max(self.largest, result.numel())
 
 
 def _precision(outputs: Tensor) -> float:

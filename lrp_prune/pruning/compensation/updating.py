@@ -1,36 +1,62 @@
 """Solving for one layer, and writing what comes out."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrp_prune.pruning.compensation.matrices import Matrix
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.ways import Compensation
-from lrp_prune.pruning.masks import Masks
+from lrp_prune.pruning.compensation.wholes import Whole
 from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.processes import Processes
 
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
+_LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
+_SINGULAR = 0.01
+"""What may be left of a system when it is solved, as a share: beyond, rounding has made it another one."""
 
 
-def update_(
-    place: Place, systems: Systems, parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], masks: Masks,
-    way: Compensation,
-) -> tuple[float, float] | str:  # fmt: skip
-    """Update what is kept of a layer, in place.
+@dataclass(frozen=True)
+class Solved:
+    """What one process has solved for: some rows of a layer, and nothing elsewhere.
+
+    Args:
+        weight: the layer.
+        rows: ``[groups, out, in]``, zero where others solve.
+        errors: the squared error of outputs that the mask adds to the least squares without one, before and after.
+        raised: by what the damping had to be multiplied.
+    """
+
+    weight: Matrix
+    rows: Tensor
+    errors: tuple[float, float]
+    raised: float
+
+    def write_(self, processes: Processes) -> tuple[float, float, float]:
+        """Write the rows of all processes, the same in each; the errors of all rows, and by what damping was raised."""
+        self.weight.write_(processes.summed(self.rows))
+        before, after, raised = zip(*processes.gathered((*self.errors, self.raised)), strict=True)
+        return sum(before), sum(after), max(raised)
+
+
+def solved_for(
+    place: Place, systems: Systems, wholes: Mapping[str, Whole], way: Compensation, processes: Processes
+) -> Solved | str:
+    """What is kept of a layer: each row has a system of its own, so that processes have some rows each.
 
     Args:
         place: the layer.
         systems: sums of products of its inputs.
-        parameters: of the model, by name.
-        before: the dense values of those of the layer's stage.
-        masks: what is pruned.
+        wholes: its weight and its bias.
         way: how.
+        processes: those that solve for it together.
 
     Returns:
-        The squared error of outputs that the mask adds to the least squares without one, before and after; or why it is left out.
+        The rows; or why it is left out, which all processes say alike.
 
     Raises:
         FloatingPointError: the inputs are not finite.
@@ -39,8 +65,8 @@ def update_(
         return "is in no product whose inputs can be laid out as rows"
     if systems.count < FEWEST:
         return f"is reached by fewer than {FEWEST} samples or tokens"
-    weight = Matrix(place, parameters, masks, len(systems.gram))
-    found = weight.values({**parameters, **before})  # a bias may be another module's
+    weight = Matrix(place, wholes, len(systems.gram))
+    found = weight.dense
     gram, crossed = systems.gram.to(found.dtype), systems.crossed
     if not bool(torch.isfinite(gram).all()):
         raise FloatingPointError(f"the inputs of {place.name} are not finite: check the batches and the precision")
@@ -48,24 +74,52 @@ def update_(
     mixed = gram if crossed is None or share == 0 else gram.lerp(crossed.to(found.dtype), share)
     if not weight.has_bias:
         gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
-    solved, errors = [], [0.0, 0.0]
+    rows, errors, own, raised = torch.zeros_like(found), [0.0, 0.0], processes.share(found.shape[1]), 1.0
     for group in range(len(gram)):
-        own, kept, dense = gram[group].diagonal(), weight.kept[group], found[group]
-        inputs = own[:-1] if weight.has_bias else own
-        damping = way.damping * float(inputs.mean())
-        if damping == 0:  # nothing ever comes in
-            solved.append(dense * kept)
+        inputs, kept, dense = gram[group].diagonal(), weight.kept[group, own], found[group, own]
+        size = float((inputs[:-1] if weight.has_bias else inputs).mean())
+        if size == 0 or not len(kept):  # nothing ever comes in, or others solve
+            rows[group, own] = dense * kept
             continue
-        damped = gram[group] + torch.eye(len(own), dtype=gram.dtype, device=gram.device) * damping
-        cross = dense @ mixed[group] + damping * dense
-        update = way.solve(damped, cross, kept, dense)
-        best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
-        errors = [
-            total + _distance(entry, best, damped) for total, entry in zip(errors, (dense * kept, update), strict=True)
-        ]
-        solved.append(update)
-    weight.write_(torch.stack(solved))
-    return errors[0], errors[1]
+        update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size)
+        rows[group, own], raised = update, max(raised, times)
+        errors = [errors[0] + before, errors[1] + after]
+    return Solved(weight, rows, (errors[0], errors[1]), raised)
+
+
+def _solved(
+    gram: Tensor, mixed: Tensor, kept: Tensor, dense: Tensor, way: Compensation, size: float
+) -> tuple[Tensor, float, float, float]:
+    """Rows, their errors before and after, and by what the damping was raised, as rounding made the system singular without.
+
+    Args:
+        gram: ``[in, in]``, not damped.
+        mixed: products of the inputs that targets are made of with those of the layer.
+        kept: boolean ``[out, in]``.
+        dense: weights ``[out, in]``.
+        way: how.
+        size: the mean of squared inputs.
+    """
+    times, masked = 1.0, dense * kept
+    while True:
+        damping = times * way.damping * size
+        damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damping
+        cross = dense @ mixed + damping * dense
+        try:
+            best = torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped)).T
+            made = best @ damped
+            if not bool((made - cross).norm() <= _SINGULAR * cross.norm()):
+                raise _LinAlgError("the least squares are lost in rounding")
+            update = way.solve(damped, cross, kept, dense)
+            before, after = _distance(masked, best, damped), _distance(update, best, damped)
+            if not after <= before + _SINGULAR * float((made * best).sum()):
+                raise _LinAlgError("the update is worse than the mask alone")
+        except _LinAlgError:
+            if damping > size:  # that is no rounding any more
+                return masked, 0.0, 0.0, times
+            times *= 10
+            continue
+        return update, before, after, times
 
 
 def _distance(weight: Tensor, best: Tensor, gram: Tensor) -> float:

@@ -45,7 +45,7 @@ class Compensation(ABC):
 
     @abstractmethod
     def solve(self, gram: Tensor, cross: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
-        """The weights ``[out, in]`` of one layer, zero where nothing is kept.
+        """The weights ``[out, in]`` of one layer, or of some of its rows, zero where nothing is kept.
 
         Args:
             gram: damped, ``[in, in]``, positive definite; the last input is a one where there is a bias.

@@ -13,7 +13,7 @@ from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon, scorer
 from lrp_prune.pruning.compensation import Compensated, compensate_
 from lrp_prune.pruning.compensation.ways import Compensation
 from tests.support.compensation import half, mlp
-from tests.support.sharding import sharded, together
+from tests.support.sharding import together
 from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
@@ -145,18 +145,5 @@ def test_an_error_in_one_process_is_told_to_all(tmp_path: Path) -> None:
             for parameter, other in zip(mine.parameters(), model.parameters(), strict=True):
                 known = any(entry is parameter for entry in changed)
                 assert known or torch.equal(parameter, other)
-
-    together(call, 2, tmp_path)
-
-
-def test_a_divided_model_is_refused_by_name_and_not_touched(tmp_path: Path) -> None:
-    def call(mesh: Any) -> None:
-        model, batches = mlp()
-        before = [value.clone() for value in model.parameters()]
-        mine = sharded(model, mesh, [model[0], model[2]])
-        with pytest.raises(ValueError, match="that fully_shard has divided cannot be compensated"):
-            lrp_prune.prune(mine, batches, 0.5, "magnitude", compensation="exact", progress=False)
-        for parameter, other in zip(mine.parameters(), before, strict=True):
-            assert torch.equal(parameter.full_tensor(), other)
 
     together(call, 2, tmp_path)

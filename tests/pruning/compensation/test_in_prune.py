@@ -22,16 +22,17 @@ def test_in_one_call_the_masks_are_those_of_pruning_alone(scope: str) -> None:
     assert not torch.equal(model[0].weight, alone[0].weight)
 
 
-@pytest.mark.parametrize("granularity", ["neuron"])
-def test_removed_units_are_made_up_for(granularity: str) -> None:
+def test_removed_units_are_made_up_for(caplog: pytest.LogCaptureFixture) -> None:
+    """With all of theirs; biases go along with their layers, and are not named as if they had been left out."""
     (alone, batches), (model, _), (dense, _) = mlp(), mlp(), mlp()
-    options: dict[str, Any] = {"granularity": granularity, "progress": False}
+    options: dict[str, Any] = {"granularity": "neuron", "progress": False}
     masks = lrp_prune.prune(alone, batches, 0.5, recalibrate=False, **options)
     lrp_prune.prune(model, batches, 0.5, compensation="exact", **options)
     x = batches[0][0]
     errors = [float((entry(x) - dense(x)).square().mean()) for entry in (model, alone)]
     assert errors[0] < 0.7 * errors[1]
     assert all(not model.get_parameter(name)[~masks[name]].any() for name in masks)
+    assert masks.pruned_in("0.bias") and "only masked" not in caplog.text
 
 
 def test_of_two_rounds_the_second_begins_with_the_dense_weights() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrp_prune.pruning.compensation.solving import least_squares, optimal_brain_surgeon
 from tests.benchmarks.sparsegpt import sparsegpt_
@@ -48,6 +49,21 @@ def test_a_row_that_is_done_waits_for_the_others() -> None:
     found = least_squares(gram, cross, kept, torch.zeros_like(weight), 200, 1e-12)
     assert not found[2].any() and bool(torch.isfinite(found).all())
     assert torch.allclose(found[3:], least_squares(gram, cross[3:], kept[3:], weight[3:], 200, 1e-12), rtol=1e-8)
+
+
+def test_rows_that_are_done_cost_nothing_more() -> None:
+    """One row that is far from its solution keeps the others from nothing."""
+    gram, cross, kept, weight = problem(rows=64, width=40, samples=80)
+    done = least_squares(gram, cross, kept, weight, 500, 1e-12)
+    start = done.clone()
+    start[5] = 0.0
+    with FlopCounterMode(display=False) as all_but_one:
+        found = least_squares(gram, cross, kept, start, 500, 1e-9)
+    with FlopCounterMode(display=False) as alone:
+        least_squares(gram, cross[5:6], kept[5:6], start[5:6], 500, 1e-9)
+    assert torch.allclose(found, done, rtol=1e-5, atol=1e-9)
+    first = 2 * weight.numel() * 40  # where the rows are looked at
+    assert all_but_one.get_total_flops() <= alone.get_total_flops() + first
 
 
 def test_fewer_steps_are_less_exact_and_never_worse_than_the_mask() -> None:

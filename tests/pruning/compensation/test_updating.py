@@ -1,0 +1,33 @@
+"""Systems that rounding makes singular are solved with more damping, and never to something worse than the mask."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon
+from lrp_prune.pruning.compensation import Compensation, compensate_
+from tests.support.compensation import half
+
+
+@pytest.mark.parametrize("way", [LeastSquares, OptimalBrainSurgeon])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_that_hardly_differ_raise_the_damping_and_are_told(way: type[Compensation], dtype: torch.dtype) -> None:
+    """What rounding makes singular is solved with as little more damping as it takes, on scales that are far apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)).to(dtype)
+    x = (torch.randn(400, 3) @ torch.randn(3, 64) * torch.logspace(-3, 4, 64)).to(dtype)
+    masks, dense, masked = half(model, ["0.weight", "2.weight"]), copy.deepcopy(model), copy.deepcopy(model)
+    masks.apply_(masked)
+    found = compensate_(model, masks, [x], way(damping=1e-12))
+    if dtype is torch.float32:  # where inputs are not rounded so far that they differ by it
+        assert "damping was raised, up to 1" in str(found) and all(times >= 10 for times in found.damped.values())
+    errors = [float((entry(x) - dense(x)).float().square().mean()) for entry in (model, masked)]
+    assert (
+        errors[0] < errors[1]
+        and not found.left_out
+        and all(bool(torch.isfinite(value).all()) for value in model.parameters())
+    )
+    again = copy.deepcopy(dense)
+    assert not compensate_(again, masks, [x], way(damping=0.01)).damped
