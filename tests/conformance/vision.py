@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.conformance.checking import described, verdict_of
-from tests.conformance.columns import relevance, units
+from tests.conformance.columns import relevance, units, weights
 from tests.conformance.columns.case import Case, Variant
 from tests.conformance.columns.verdict import Verdict
 from tests.conformance.record import ROOT, Record, failures, passed
@@ -47,15 +47,19 @@ COLUMNS: dict[str, Callable[[Case], Verdict]] = {
     "forward": _forward,
     "conserves": relevance.conserves,
     "attnlrp": relevance.attnlrp,
+    "weights": weights.weights,
     "neurons": units.neurons,
     "heads": units.heads,
+    "blocks": units.blocks,
 }
 HEADINGS = {
     "forward": "values of the forward are bit for bit the same in the mode as in an evaluation, without gradients",
     "conserves": "CP-LRP conserves: relevance of all roots sums up to the value to 1e-4 of it, in float64, without biases",
     "attnlrp": "AttnLRP has a rule for every operation, and relevance is finite",
+    "weights": "every prunable weight has relevance, or is named with the reason why not",
     "neurons": "filters and hidden units: one goes with what makes it and all that reads it; or they are refused by name",
     "heads": "attention heads, likewise",
+    "blocks": "layers that write onto a residual stream, likewise",
 }
 
 
@@ -67,8 +71,9 @@ class Family(Case):
         model, images = built(self.mapping, self.name)
         return [Variant("", without_biases(model), images, 1e-4)]  # type: ignore[arg-type]  # images, and no mapping
 
-    def with_biases(self) -> nn.Module:
-        return built(self.mapping, self.name)[0]
+    def fresh(self, biases: bool = False) -> nn.Module:
+        model = built(self.mapping, self.name)[0]
+        return model if biases else without_biases(model)
 
 
 def check(library: str, family: str, columns: list[str]) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="library/family, such as 'timm/vision*'")
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=list(COLUMNS), help="what is looked at")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=180.0, help="that one family may take")
+    parser.add_argument("--seconds", type=int, default=180, help="that one family may take")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="that one family may take")
     parser.add_argument("--again", action="store_true", help="once more what did not pass")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")
