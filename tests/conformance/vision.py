@@ -71,6 +71,11 @@ class Family(Case):
         model, images = built(self.mapping, self.name)
         return [Variant("", without_biases(model), images, 1e-4)]  # type: ignore[arg-type]  # images, and no mapping
 
+    @property
+    def another(self) -> torch.Tensor:  # type: ignore[override]  # an image
+        images: torch.Tensor = self.first.batch  # type: ignore[assignment]
+        return torch.randn(images.shape, generator=torch.Generator().manual_seed(6), dtype=images.dtype)
+
     def fresh(self, biases: bool = False) -> nn.Module:
         model = built(self.mapping, self.name)[0]
         return model if biases else without_biases(model)
