@@ -168,6 +168,10 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
     "visual_pos": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_pos_dim),
     "task_inputs": lambda batch: batch.ids(SAMPLES, batch.config.task_seq_len),
     "qformer_input_ids": lambda batch: batch.ids(),
+    # Of a robot: where it is, and actions that are to be made of noise
+    "state": lambda batch: batch.normal(SAMPLES, batch.config.max_state_dim),
+    "noise": lambda batch: batch.normal(SAMPLES, batch.config.chunk_size, batch.config.max_action_dim),
+    "timestep": lambda batch: (torch.arange(SAMPLES) + 1) / (SAMPLES + 1),
 }
 """Name of a parameter of forwards -> what is given for it; None for nothing."""
 
