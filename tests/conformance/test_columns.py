@@ -140,6 +140,18 @@ def test_a_unit_that_leaves_a_constant_is_compared_with_what_reads_zeros(right: 
     assert differs and (apart < 1e-12) == right
 
 
+def test_heads_are_silenced_where_a_kernel_does_all_of_an_attention() -> None:
+    """As torch's own layers have it in evaluation, which then call no function that could be changed."""
+    torch.manual_seed(0)
+    model, batch = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval(), torch.randn(3, 5, 8).double()
+    relevance = lrp_prune.attribute(
+        model, [batch], target=lambda model, batch: model(batch).square().sum(), granularity="head", matmul_dtype=None
+    )
+    case, (group,) = Plain(model, batch), relevance
+    apart, differs = units._taken_out(case, model, relevance, group, 1, case.logits(model))
+    assert differs and apart < 1e-12 and torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_module_that_is_given_the_stream_as_well_is_not_silenced_as_a_whole() -> None:
     """ZAYA scales and shifts both sides in one module, which puts out their sum."""
     assert units.blocks(Case("causal-lm", "zaya")).status == PASSED

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conformance import vision
 from tests.conformance.record import passed
+from tests.conformance.workers import each
 from tests.support.vision_families import families, variant
 
 
@@ -15,6 +16,22 @@ from tests.support.vision_families import families, variant
 def test_families_conserve_and_compute_what_they_did(family: str) -> None:
     entry = vision.check(*family.split("/"), ["forward", "conserves", "attnlrp"])
     assert passed(entry), entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timm/resnet", "timm/vision_transformer"])
+def test_units_of_families_are_what_they_own(family: str) -> None:
+    """The columns of transformers' table, on models with biases."""
+    entry = vision.check(*family.split("/"), ["weights", "neurons", "heads", "blocks"])
+    assert passed(entry), entry
+    assert entry["columns"]["neurons"]["figure"] > 5 and entry["columns"]["blocks"]["figure"] > 3
+    told = entry["columns"]["heads"]
+    assert told["status"] == "passed" if "transformer" in family else "no head" in told["why"]
+
+
+def test_a_limit_of_time_is_one_that_the_system_takes() -> None:
+    (_, result), *_ = each([0], lambda task: task + 1, seconds=vision._options([]).seconds)
+    assert result == 1
 
 
 @pytest.mark.slow
