@@ -54,13 +54,13 @@ def test_the_page_tells_what_failed_and_what_was_refused() -> None:
             "type": "bad",
             "columns": {
                 "conserves": {"status": "failed", "why": "half is missing"},
-                "heads": {"status": "refused", "why": "no heads"},
+                "heads": {"status": "refused", "why": "ResNet has no heads"},
             },
         },
         "timm/none": {"mapping": "timm", "type": "none", "built": "ValueError: no image"},
     }
     page = vision.page(entries)
-    assert "| timm | 1 | 2 | 3 | 1 of 2 | 1 of 1 |" in page
+    assert "| timm | 1 | 2 | 3 | 1 of 2 | 1 of 1 (1 none) |" in page
     assert "vision.py --columns conserves heads`" in page and "attnlrp" not in page
-    assert "* `timm/bad`: **conserves**: half is missing" in page and "refused: no heads" in page
+    assert "* `timm/bad`: **conserves**: half is missing" in page and "refused: it has no heads" in page
     assert "* `timm/none`: **built**: ValueError: no image" in page

@@ -10,6 +10,7 @@ What is found is kept in build/vision.jsonl. A run over everything writes docs/v
 
 import argparse
 import fnmatch
+import re
 import sys
 import time
 import warnings
@@ -105,6 +106,8 @@ def page(entries: dict[str, dict[str, Any]]) -> str:
         "There is no code about any architecture in the library. Whether it works on those of timm and torchvision is looked at "
         "by a small variant of each family, made less deep where it is large, with random weights:",
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items() if name in shown),
+        "*None* counts as right: there is nothing of the kind to look at, or the library says by itself, with the reason, that "
+        "it could not be taken out.",
     ]
     rows = [["library", "passed", "built", "all", *shown]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
@@ -113,7 +116,16 @@ def page(entries: dict[str, dict[str, Any]]) -> str:
         looked = Counter(name for entry in own for name in entry.get("columns", ()))
         failed = Counter(name for entry in own if "columns" in entry for name in failures(entry))
         counts = sum(map(passed, own)), sum("columns" in entry for entry in own), len(own)
-        good = [f"{looked[name] - failed[name]} of {looked[name]}" for name in shown]
+        less = Counter(
+            name
+            for entry in own
+            for name, verdict in entry.get("columns", {}).items()
+            if verdict["status"] in ("refused", "absent")
+        )
+        good = [
+            f"{looked[name] - failed[name]} of {looked[name]}{f' ({less[name]} none)' if less[name] else ''}"
+            for name in shown
+        ]
         rows.append([library, *map(str, counts), *good])
     parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     parts.append(f"`{command}`; {date.today().isoformat()}; {versions}.")
@@ -136,7 +148,8 @@ def _told(entries: dict[str, dict[str, Any]]) -> list[str]:
         reasons = failures(entry)
         for name, verdict in entry.get("columns", {}).items():
             if verdict["status"] in ("refused", "absent") and verdict.get("why"):
-                reasons[name] = f"refused: {verdict['why']}"
+                why = re.sub(r"^[A-Z]\w+ has", "it has", verdict["why"])
+                reasons[name] = f"refused: {why}"
         for name, why in reasons.items():
             found.setdefault(f"**{name}**: {why[:260]}", []).append(f"`{key}`")
     return [f"* {', '.join(keys)}: {why}" for why, keys in sorted(found.items())]

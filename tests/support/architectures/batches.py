@@ -153,6 +153,11 @@ def _decoder_ids(batch: Batch) -> Tensor | None:
     return batch.ids() if batch.mapping in ("seq-to-seq", "speech-seq-to-seq", "image-text-to-text") else None
 
 
+def _of_robot(batch: Batch, *shape: int) -> Tensor | None:
+    """Nothing where what goes by such a name is something else, as the state of a recurrent layer."""
+    return batch.normal(SAMPLES, *shape) if batch.setting("max_action_dim") else None
+
+
 def _boxes(batch: Batch) -> Tensor:
     """Of words on a page: left, top, right, bottom."""
     corners = batch.below(20, SAMPLES, TOKENS, 2)
@@ -169,9 +174,9 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
     "task_inputs": lambda batch: batch.ids(SAMPLES, batch.config.task_seq_len),
     "qformer_input_ids": lambda batch: batch.ids(),
     # Of a robot: where it is, and actions that are to be made of noise
-    "state": lambda batch: batch.normal(SAMPLES, batch.config.max_state_dim),
-    "noise": lambda batch: batch.normal(SAMPLES, batch.config.chunk_size, batch.config.max_action_dim),
-    "timestep": lambda batch: (torch.arange(SAMPLES) + 1) / (SAMPLES + 1),
+    "state": lambda batch: _of_robot(batch, batch.setting("max_state_dim")),
+    "noise": lambda batch: _of_robot(batch, batch.setting("chunk_size"), batch.setting("max_action_dim")),
+    "timestep": lambda batch: (torch.arange(SAMPLES) + 1) / (SAMPLES + 1) if batch.setting("max_action_dim") else None,
 }
 """Name of a parameter of forwards -> what is given for it; None for nothing."""
 
