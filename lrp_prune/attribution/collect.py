@@ -14,7 +14,9 @@ from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
 from lrp_prune.attribution.unit_observers import UNIT_KINDS
 from lrp_prune.distributed.sharding import agreeing, device_of, fsdp_modules
+from lrp_prune.engine.application import folds
 from lrp_prune.engine.composites import CompositeLike, composite_of
+from lrp_prune.engine.held import Held
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.roots import Root
 from lrp_prune.engine.unaltered import unaltered
@@ -151,7 +153,8 @@ class RelevanceAccumulator:
         table = self.table
         sharded = table if isinstance(table, ShardedTable) else None
         mesh = None if sharded is None else sharded.mesh
-        uses = WeightUses(table.observers, table.tracer)
+        held = Held() if first and table.tells_outputs and not folds(self._composite) else None
+        uses = WeightUses(table.observers, table.tracer, held)
         unruled = self._unruled if first else "ignore"
         with (
             propagating(
@@ -182,6 +185,8 @@ class RelevanceAccumulator:
             needed = table.backward_needed
             gradients: Sequence[Tensor | None] = [None] * len(roots)
             if needed:
+                if held is not None:
+                    table.note_held(propagation.made_by(held))
                 gradients = propagation.gradients(value, [root.leaf for root in roots])
         with agreeing(mesh, COLLECTING):
             if needed:
@@ -220,7 +225,7 @@ class RelevanceAccumulator:
             num_samples=samples,
             target=describe(self._target),
         )
-        tell_silent(relevance, self._composite)
+        tell_silent(relevance, self._composite, self.table.held)
         return relevance
 
 

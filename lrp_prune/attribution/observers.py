@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.parametrized import parametrized
+from lrp_prune.attribution.silent import silent_outputs
 from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
-from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units
+from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units, mixed_in_words
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.forms import Form
 from lrp_prune.engine.roots import Root
-from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.engine.tracing import UnitTracer, by_weight, channel_axis
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, layer_of, matches, named_parameters, unwrap
@@ -68,6 +69,8 @@ class ObserverTable:
         self._statistics: dict[str, WeightStatistic | RowStatistic] = {}
         self._members: dict[str, tuple[Member, ...]] = {}
         self._layouts: dict[str, str] = {}
+        self.held: dict[str, Tensor] = {}
+        """Of weights that made something that a rule held constant, which outputs did: bool ``[matrices, outputs]``."""
         self._units: UnitObservers | None = None
         if set(kinds) <= set(UNIT_KINDS):
             choice = Choice(self.parameters, include, exclude, trainable_only)
@@ -142,6 +145,25 @@ class ObserverTable:
         self._constants.update(uses.on_constants)
         self.refused.update(uses.left_out)
         self._data.update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
+
+    @property
+    def tells_outputs(self) -> bool:
+        """Whether it is about the outputs of weights as well, of which some may be silent."""
+        return self._granularity == "weight" and self.backward_needed
+
+    def note_held(self, made_by: Iterable[tuple[Use, Tensor]]) -> None:
+        """Take note of outputs of weights that something constant was made of, by the gradients of what they wrote."""
+        for use, gradient in made_by:
+            name, layout = use.origin.name, self._layouts.get(use.origin.name)
+            axis = channel_axis(use.form, use.weight, gradient)
+            if axis is None or layout is None or use.origin.layout is None:
+                continue
+            channels = (gradient != 0).movedim(axis, -1).flatten(0, -2).any(dim=0)
+            if len(channels) == use.weight.shape[use.form.out_axis]:
+                rows = by_weight(use.form, use.weight, channels.to(torch.uint8), reading=False)
+                entries = torch.zeros_like(self.parameters[name], dtype=torch.uint8, requires_grad=False)
+                use.origin.layout.add_to(entries, rows.expand(use.weight.shape))
+                self.held[name] = self.held.get(name, False) | ~silent_outputs(entries, layout)
 
     def _weight_used(self, use: Use) -> list[Observer]:
         reason = use.origin.reason
@@ -227,8 +249,8 @@ class ObserverTable:
         for name in names:
             statistic = self._statistics[name]
             values = statistic.finish()
-            if values is None or (whole and name in self.refused):
-                continue
+            if values is None or (whole and name in self.refused) or (name in self.held and not bool(values.any())):
+                continue  # of what makes constants alone nothing is known
             if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
                 raise FloatingPointError(
                     f"the relevance of {name!r} is not finite: check the batches and the precision"
@@ -281,7 +303,10 @@ class ObserverTable:
             why = f"the explained value does not depend on {readers}, or the rules stop before"
             return f"no {what} received relevance in {model}: {why}"
         if what == "block":
-            return f"{model} has no block: none of its layers writes onto a residual stream (x + f(x))"
+            assert self._units.tracer.blocks is not None
+            mixed = self._units.tracer.blocks.mixed
+            why = mixed_in_words(mixed) if mixed else "none of its layers writes onto a residual stream (x + f(x))"
+            return f"{model} has no block: {why}"
         if what == "head":
             return f"{model} has no head: no layer reads what an attention writes"
         asked: dict[str, list[str]] = {}

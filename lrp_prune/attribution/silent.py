@@ -5,6 +5,7 @@ share one with what they gate (Phi-3), and experts in one stack, are parts of a 
 """
 
 import warnings
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -40,26 +41,41 @@ def stops_within(composite: Composite) -> bool:
     return any(rule.stops for kind in ("product", "attention", "softmax") for rule in composite.rules_of(kind))
 
 
-def tell_silent(relevance: Relevance, composite: Composite) -> None:
-    """Warn of outputs without relevance where rules stop it, and of experts without any."""
+def tell_silent(relevance: Relevance, composite: Composite, held: Mapping[str, Tensor]) -> None:
+    """Warn of outputs without relevance where rules stop it, and of experts without any.
+
+    Args:
+        relevance: of weights.
+        composite: the rules.
+        held: of weights that made something that a rule held constant, which outputs did ``[matrices, outputs]``.
+    """
     if relevance.granularity != "weight" or relevance.shardings:
         return
     stopped: dict[str, tuple[int, int]] = {}
     experts: dict[str, tuple[int, int]] = {}
+    constant: dict[str, tuple[int, int]] = {}
     stops = stops_within(composite)
     for name, sums in ((name, tensor) for name, tensor in relevance.sums.items() if name in relevance):
         layout = relevance.layouts.get(name) or ("stacked" if sums.dim() == 3 else None)
-        if layout is None or sums.dim() < 2 or not (layout.startswith("stacked") or stops):
+        if layout is None or sums.dim() < 2 or not (layout.startswith("stacked") or stops or name in held):
             continue
         silent = silent_outputs(sums, layout)
         alone = silent.all(dim=1)
         if len(silent) > 1 and bool(alone.any()):
             experts[name] = (int(alone.sum()), len(silent))
+        constants = silent & held[name].to(silent.device) if name in held else None
         silent = silent[~alone]
-        if stops and in_blocks(silent):
+        if constants is not None and bool(constants.any()):
+            constant[name] = (int(constants.sum()), constants.numel())
+        elif stops and in_blocks(silent):
             stopped[name] = (int(silent.sum()), silent.numel())
     for found, what, why in (
         (stopped, "outputs", f"what {composite.name!r} stops (queries and keys, gates) is not known to be irrelevant"),
+        (
+            constant,
+            "outputs",
+            f"what {composite.name!r} holds constant (how a state decays) is not known to be irrelevant",
+        ),
         (experts, "experts", "no token went to them"),
     ):
         if found:

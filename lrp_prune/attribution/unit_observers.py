@@ -194,6 +194,7 @@ class UnitObservers:
 
     def _finish_blocks(self, left: dict[str, str]) -> Iterable[Found]:
         assert self.tracer.blocks is not None
+        mixed = {name: why for name, why in self.tracer.blocks.mixed.items() if self._wanted((name,), ())}
         for _, name in [key for key in self._finished if key[0] == "block"]:
             others = self.tracer.blocks.found.get(name)
             if others is None or not self._wanted((name,), ()):
@@ -201,6 +202,8 @@ class UnitObservers:
             owned = [name, *(other for other in self._parameters if other in others)]
             members = [Member(each, torch.zeros((1,) * self._parameters[each].dim(), device="cpu")) for each in owned]
             yield layer_of(name), (name,), self._placed("block", name, 1), tuple(members)
+        if mixed and self.tracer.blocks.found:
+            warnings.warn(f"no block and left alone: {mixed_in_words(mixed)}", stacklevel=2)
 
     def _placed(self, kind: str, name: str, number: int) -> Tensor:
         """Sums of the units 0, 1, ... of a layer."""
@@ -230,3 +233,10 @@ class UnitObservers:
                 f"{'are' if len(named) > 1 else 'is'} left alone: {listed(named, 3)}",
                 stacklevel=2,
             )
+
+
+def mixed_in_words(mixed: Mapping[str, str]) -> str:
+    """Which layers write into what is added to a residual stream, and by which functions it became more than theirs."""
+    layers = listed(patterns_of(map(layer_of, mixed)), 3)
+    functions = listed(dict.fromkeys(mixed.values()), 3)
+    return f"what is added to a residual stream is more than the output of {layers} (it comes out of {functions})"

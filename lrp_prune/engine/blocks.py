@@ -1,6 +1,6 @@
 """Blocks: layers that write onto a residual stream, found where what they write is added to what they were made of."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,13 @@ class Blocks:
     def __init__(self) -> None:
         self.found: dict[str, frozenset[str]] = {}
         """The weight of each layer that writes onto a residual stream, and the other parameters that the block owns."""
+        self._lost: dict[str, str] = {}
+        self._mixed: dict[str, str] = {}
+
+    @property
+    def mixed(self) -> dict[str, str]:
+        """The weights of layers that write into what is added to a stream, and the function in which that became more."""
+        return {name: function for name, function in self._mixed.items() if name not in self.found}
 
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
@@ -47,7 +54,27 @@ class Blocks:
         written = [value for value in active if _written(value) is not None]
         if written and result.requires_grad:
             found = self._found(call, result, active, written)
+            if found is None:
+                self._lost.update(
+                    dict.fromkeys((name for value in written for name in _written(value) or ()), call.name)
+                )
+        if call.kind == "sum" and call.name in _SUMMING and len(active) == 2:
+            self._note_mixed(result, *active)
         _set(result, found)
+
+    def _note_mixed(self, result: Tensor, first: Tensor, second: Tensor) -> None:
+        """Note what else than outputs of layers is added to a stream: to the model's inputs, and to what was added to these."""
+        for branch, other in ((first, second), (second, first)):
+            if (
+                _written(branch) is not None
+                or branch.shape != other.shape
+                or not (_STREAM.of(other) or _comes_in(other))
+            ):
+                continue
+            names = set(_layers_before(branch.grad_fn, branch.shape))
+            if names and _is_stream_of(other, branch):
+                self._mixed.update({name: self._lost[name] for name in names if name in self._lost})
+                _STREAM.note(result, True)
 
     def _found(self, call: Call, result: Tensor, active: list[Tensor], written: list[Tensor]) -> Written | None:
         own = _written(written[0])
@@ -78,6 +105,7 @@ class Blocks:
         if not streams and len(written) == 2:
             streams = [branch for branch, other in (active[:2], active[1::-1]) if _is_projection_beside(other, branch)]
         if len(streams) == 1:
+            _STREAM.note(call.outputs[0], True)
             block = _written(streams[0])
             assert block is not None
             for weight, others in block.items():
@@ -98,18 +126,39 @@ def _with(written: Written, constants: Iterable[Tensor]) -> Written:
 
 _FACT: Fact[Written] = Fact("written")
 _written, _set = _FACT.of, _FACT.note
+_STREAM: Fact[bool] = Fact("stream")
 
 
 def _is_stream_of(stream: Tensor, branch: Tensor) -> bool:
     """Whether the branch was made of the stream, or of a part of what was summed up to it."""
-    summands = set(_summands(stream.grad_fn))
-    return any(node in summands for node in _ancestors(branch.grad_fn))
+    summands = set(_summands(stream))
+    return any(edge in summands for edge in _ancestors(branch))
+
+
+def _comes_in(stream: Tensor) -> bool:
+    """Whether a part of what was summed up is one of the model's inputs."""
+    return any(node.name().endswith("AccumulateGrad") for node, _ in _summands(stream))
 
 
 def _is_projection_beside(shortcut: Tensor, branch: Tensor) -> bool:
     """Whether a shortcut is one layer away from what the branch made by several layers: the stream in another width."""
-    made_of = set(_ancestors(branch.grad_fn)) & set(_ancestors(shortcut.grad_fn))
+    made_of = {node for node, _ in set(_ancestors(branch)) & set(_ancestors(shortcut))}
     return _layers_until(shortcut.grad_fn, made_of) == 1 < _layers_until(branch.grad_fn, made_of)
+
+
+def _layers_before(node: Any, shape: Sequence[int]) -> Iterator[str]:
+    """The weights of the nearest layers that wrote as many channels as there are along a dimension."""
+    stack, seen = [node], set[Any]()
+    while stack and len(seen) < _FAR:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        use = getattr(node, "use", None)
+        if use is None:
+            stack.extend(parent for parent, _ in node.next_functions)
+        elif use.weight.shape[use.form.out_axis] in shape:
+            yield use.origin.name
 
 
 def _layers_until(node: Any, ends: set[Any]) -> int:
@@ -132,30 +181,33 @@ def _layers_until(node: Any, ends: set[Any]) -> int:
     return layers
 
 
-def _summands(node: Any) -> Iterator[Any]:
-    """A node, and behind sums and views what was summed."""
-    stack = [node]
+_PASSING = ("Add", "Sub", "View", "UnsafeView", "Reshape", "Clone", "ToCopy", "Transpose", "Permute")
+_SCALING = ("Mul", "Div")
+
+
+def _summands(tensor: Tensor) -> Iterator[tuple[Any, int]]:
+    """The node of a tensor and which of its outputs it is; and behind sums, views and scales those of what was summed."""
+    stack = [(tensor.grad_fn, tensor.output_nr)]
     seen: set[Any] = set()
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
+        edge = node, _ = stack.pop()
+        if node is None or edge in seen:
             continue
-        seen.add(node)
-        yield node
-        if node.name().startswith(
-            ("Add", "Sub", "View", "UnsafeView", "Reshape", "Clone", "ToCopy", "Transpose", "Permute")
-        ):
-            stack.extend(parent for parent, _ in node.next_functions)
+        seen.add(edge)
+        yield edge
+        parents = [parent for parent in node.next_functions if parent[0] is not None]
+        if node.name().startswith(_PASSING) or (node.name().startswith(_SCALING) and len(parents) == 1):
+            stack.extend(parents)
 
 
-def _ancestors(node: Any) -> Iterator[Any]:
-    """The nodes that a node was made of, the nearest first."""
-    queue = [node]
+def _ancestors(tensor: Tensor) -> Iterator[tuple[Any, int]]:
+    """The nodes that a tensor was made of, each with which of its outputs, the nearest first."""
+    queue = [(tensor.grad_fn, tensor.output_nr)]
     seen: set[Any] = set()
     while queue and len(seen) < _FAR:
-        node = queue.pop(0)
-        if node is None or node in seen:
+        edge = node, _ = queue.pop(0)
+        if node is None or edge in seen:
             continue
-        seen.add(node)
-        yield node
-        queue.extend(parent for parent, _ in node.next_functions)
+        seen.add(edge)
+        yield edge
+        queue.extend(node.next_functions)

@@ -34,6 +34,8 @@ class Call(NamedTuple):
     absorbing: Callable[[Tensor], Tensor] | None = None
     """Makes a root of one, after a tensor's kind, for what is not the operand's but comes from a constant; None where such
     relevance is not asked for."""
+    held: Callable[[Tensor], None] | None = None
+    """Is told of an operand that a rule holds constant though it is an activation; None where nobody asks for it."""
 
     def run(self) -> Any:
         """Compute the operation as the model asked for it: the plain gradient."""

@@ -130,12 +130,18 @@ class PropagationMode(TorchFunctionMode):
         if self._tracer is not None:
             self._tracer.carry(source, copy)
 
-    def backward(self, target: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def backward(self, target: Tensor, tensors: Sequence[Tensor], again: bool = False) -> tuple[Tensor | None, ...]:
         """``torch.autograd.grad`` with the mode on: left to itself, it would hand itself to the mode and run with it off.
 
         To be called where the mode is entered. Entered once more, it would be on within its own rules in recomputed layers.
+
+        Args:
+            target: a scalar.
+            tensors: what its gradients are wanted of.
+            again: whether the graph is gone through again.
         """
-        return tuple(self._unchecked.of(torch.autograd.grad)(target, list(tensors), allow_unused=True))
+        grad = self._unchecked.of(torch.autograd.grad)
+        return tuple(grad(target, list(tensors), allow_unused=True, retain_graph=again))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,7 +187,9 @@ class PropagationMode(TorchFunctionMode):
     ) -> Call:
         name, module = self._places.innermost
         absorbing = self._absorbing and partial(self._absorbing, module=name)
-        return Call(func, operation, args, kwargs, self.kept, name, module, absorbing=absorbing)
+        return Call(
+            func, operation, args, kwargs, self.kept, name, module, absorbing=absorbing, held=self._uses.note_held
+        )
 
     def whole(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The result of an activation module of several operations, by the rule for activations.

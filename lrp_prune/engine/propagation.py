@@ -15,6 +15,7 @@ from lrp_prune.engine.composites import Composite, CompositeLike, composite_of
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.entries import check_places
+from lrp_prune.engine.held import Held
 from lrp_prune.engine.latent import latent_modules, recorded
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.modules import is_activation_module
@@ -26,7 +27,7 @@ from lrp_prune.engine.roots import Root, Roots
 from lrp_prune.engine.rules import gradient as plain_gradient
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.unsharding import unsharding
-from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.uses import Use, WeightUses
 from lrp_prune.engine.wrapping import replaced, whole
 from lrp_prune.models.backends import traceable_attention
 from lrp_prune.models.states import eager, unchanged_buffers
@@ -84,10 +85,8 @@ class Propagation:
         self._latent = []
         entries = [*roots, *(Root(name, tensor, latent=True) for name, tensor in latent)]
         if not entries and 0 < self._endings.calls == self._explained:
-            raise ValueError(
-                "relevance is given once for each forward, and that of the last one was given: call the model again, or explain "
-                "a sum of values at once"
-            )
+            given = "relevance is given once for each forward, and that of the last one was given"
+            raise ValueError(f"{given}: call the model again, or explain a sum of values at once")
         gradients = self.gradients(target, [root.leaf for root in entries])
         self.check_reached(target, gradients)
         result: list[tuple[Root, Tensor]] = []
@@ -120,13 +119,20 @@ class Propagation:
         self.check_target(target)
         if not tensors:
             raise ValueError(self._endings.reason(target))
-        mode, self._roots.recording, mode_audit = self._mode, False, self._mode.audit
-        mode.audit = None
+        return self._backward(target.reshape(()), tensors)
+
+    def made_by(self, held: Held) -> list[tuple[Use, Tensor]]:
+        """The uses of weights that what rules hold constant was made by, each with the gradient of what it wrote."""
+        return held.made_by(lambda value, tensors: self._backward(value, tensors, again=True))
+
+    def _backward(self, value: Tensor, tensors: Sequence[Tensor], again: bool = False) -> tuple[Tensor | None, ...]:
+        mode, audit = self._mode, self._mode.audit
+        self._roots.recording, mode.audit = False, None
         try:
-            with mode.acting(), without_autocast(target.device):
-                return mode.backward(target.reshape(()), tensors)
+            with mode.acting(), without_autocast(value.device):
+                return mode.backward(value, tensors, again)
         finally:
-            self._roots.recording, mode.audit = True, mode_audit
+            self._roots.recording, mode.audit = True, audit
 
     def check_target(self, target: Any, propagated: bool = True) -> None:
         """Refuse what cannot be explained: more than one value, one that is not finite, or is cut off from the inputs.

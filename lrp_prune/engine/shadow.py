@@ -14,6 +14,9 @@ NOTHING = 0
 MIXED = -1
 """The number of entries that depend on more than one unit, or on none that is known."""
 
+_LIKE = frozenset("type_as type to expand_as view_as reshape_as".split())
+"""Functions of one tensor: a second one says which type or shape it is to have."""
+
 _FACTS: dict[str, Fact["Shadow"]] = {space: Fact(f"shadow_{space}") for space in ("neuron", "head")}
 
 
@@ -54,8 +57,9 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [value for value in tree_flatten((self.args, self.kwargs))[0] if isinstance(value, Tensor)]
+        """The tensors among the arguments that the result is made of."""
+        given = (self.args[:1], {}) if self.name in _LIKE else (self.args, self.kwargs)
+        return [value for value in tree_flatten(given)[0] if isinstance(value, Tensor)]
 
 
 def shadow_of(value: Any, space: str) -> Shadow | None:

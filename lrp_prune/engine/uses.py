@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from lrp_prune.engine.call import Call, is_activation
 from lrp_prune.engine.forms import Convolution, Form, form_of
 from lrp_prune.engine.functional import own_memory
+from lrp_prune.engine.held import Held, Switch
 from lrp_prune.engine.operands import Latest
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
@@ -118,10 +119,16 @@ class Observer(Protocol):
 class _Observed(Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Tensor, kept: Tensor, weight: Tensor, use: Use, observers: list[Observer]
+        ctx: Any,
+        activation: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        use: Use,
+        observers: list[Observer],
+        switch: Switch | None,
     ) -> Tensor:
         ctx.save_for_backward(kept, weight)
-        ctx.use, ctx.observers, ctx.dtype = use, observers, activation.dtype
+        ctx.use, ctx.observers, ctx.switch, ctx.dtype = use, observers, switch, activation.dtype
         return own_memory(use.form.forward(activation, weight))
 
     @staticmethod
@@ -134,9 +141,9 @@ class _Observed(Function):
                 d = d.to(precision)
             gradient = ctx.use.form.input_gradient(d, activation, weight).to(ctx.dtype)
             use = ctx.use.coming_back(weight)
-            for observer in ctx.observers:
+            for observer in () if ctx.switch is not None and ctx.switch.muted else ctx.observers:
                 observer.backward(use, activation, d, gradient)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 _observed: Callable[..., Tensor] = _Observed.apply
@@ -170,12 +177,16 @@ class WeightUses:
     Args:
         observers: for a use, what observes it.
         tracer: follows units, or None.
+        held: notes what rules hold constant, or None.
     """
 
     def __init__(
-        self, observers: Callable[[Use], list[Observer]] | None = None, tracer: UnitTracer | None = None
+        self,
+        observers: Callable[[Use], list[Observer]] | None = None,
+        tracer: UnitTracer | None = None,
+        held: Held | None = None,
     ) -> None:
-        self._observers, self._tracer = observers, tracer
+        self._observers, self._tracer, self._held = observers, tracer, held
         self._latest = Latest()
         self.showing = True
         self.touched: set[str] = set()
@@ -185,6 +196,11 @@ class WeightUses:
         self.left_out: dict[str, str] = {}
         """Weights that are not shown to anyone, each with the reason."""
         self._all_tokens = False
+
+    @property
+    def note_held(self) -> Callable[[Tensor], None] | None:
+        """Is told what a rule holds constant; None where nobody asks for it, and in the backward pass."""
+        return self._held.note if self._held is not None and self._held.noting else None
 
     @contextmanager
     def counting(self, all_tokens: bool) -> Iterator[None]:
@@ -282,11 +298,19 @@ class WeightUses:
         if isinstance(call.rule, Terms):
             result = ruled(activation, weight, form, call.rule, _watching(use, late) if late else None)
         elif late:
-            result = _observed(activation, self._kept(activation, use, late), weight, use, late)
+            result = self._watched(activation, weight, use, late)
         else:
             result = call.run()
         if self._tracer is not None and reading is not None:
             self._tracer.writes(form, weight, origin, reading, call.bias, result)
+        return result
+
+    def _watched(self, activation: Tensor, weight: Tensor, use: Use, observers: list[Observer]) -> Tensor:
+        """The product, whose observers see what comes back to the weight."""
+        switch = None if self._held is None else self._held.switch
+        result = _observed(activation, self._kept(activation, use, observers), weight, use, observers, switch)
+        if self._held is not None and self._held.noting:
+            self._held.wrote(use, result)
         return result
 
     def _kept(self, activation: Tensor, use: Use, observers: list[Observer]) -> Tensor:

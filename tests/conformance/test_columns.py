@@ -11,7 +11,7 @@ import lrp_prune
 from lrp_prune.relevance.members import Member
 from tests.conformance.checking import check
 from tests.conformance.columns import relevance, units, weights
-from tests.conformance.columns.case import Case, difference
+from tests.conformance.columns.case import Case, Variant, difference
 from tests.conformance.columns.verdict import FAILED, PASSED, Verdict, joined, within
 from tests.support.architectures.building import build
 
@@ -84,11 +84,42 @@ class Plain(Case):
     """Any model, and a batch."""
 
     def __init__(self, model: nn.Module, batch: torch.Tensor) -> None:
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.another = model, batch, batch.flip(0) + 1
 
-    def logits(self, model: nn.Module) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [model(self.batch)]
+    @property
+    def first(self) -> Variant:
+        return Variant("", self.model, self.batch, 1e-4)  # type: ignore[arg-type]  # a tensor, and no mapping
+
+
+class Padded(nn.Module):
+    """Channels that have a shift of their own and are padded before they are read, beside them as they are (HGNet, CSATv2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 3, 2)
+        self.shift = nn.Parameter(torch.rand(1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        return self.second(nn.functional.pad(hidden + self.shift, (0, 1))).mean(-1) + hidden.sum(dim=(1, 2))[:, None]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_constant_may_stand_in_some_places_alone(right: bool) -> None:
+    torch.manual_seed(0)
+    model, batch = Padded().double(), torch.randn(5, 2, 8, dtype=torch.float64)
+    case = Plain(model, batch)
+    relevance = lrp_prune.attribute(
+        model, [batch], target=lambda model, batch: model(batch).sum(), granularity="neuron", matmul_dtype=None
+    )
+    (group,) = relevance
+    if not right:
+        relevance.members[group] = tuple(
+            member if member.reads else Member(member.parameter, member.owners.roll(1, 0))
+            for member in relevance.members[group]
+        )
+    apart, differs = units._taken_out(case, model, relevance, group, 2, case.logits(model))
+    assert differs and (apart < 1e-12) == right
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -107,6 +138,23 @@ def test_a_unit_that_leaves_a_constant_is_compared_with_what_reads_zeros(right: 
         )
     apart, differs = units._taken_out(case, model, relevance, "2", 3, case.logits(model))
     assert differs and (apart < 1e-12) == right
+
+
+def test_heads_are_silenced_where_a_kernel_does_all_of_an_attention() -> None:
+    """As torch's own layers have it in evaluation, which then call no function that could be changed."""
+    torch.manual_seed(0)
+    model, batch = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval(), torch.randn(3, 5, 8).double()
+    relevance = lrp_prune.attribute(
+        model, [batch], target=lambda model, batch: model(batch).square().sum(), granularity="head", matmul_dtype=None
+    )
+    case, (group,) = Plain(model, batch), relevance
+    apart, differs = units._taken_out(case, model, relevance, group, 1, case.logits(model))
+    assert differs and apart < 1e-12 and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_module_that_is_given_the_stream_as_well_is_not_silenced_as_a_whole() -> None:
+    """ZAYA scales and shifts both sides in one module, which puts out their sum."""
+    assert units.blocks(Case("causal-lm", "zaya")).status == PASSED
 
 
 def test_what_stands_for_logits_that_are_not_to_be_chosen_is_no_measure() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conformance import vision
 from tests.conformance.record import passed
+from tests.conformance.workers import each
 from tests.support.vision_families import families, variant
 
 
@@ -15,6 +16,22 @@ from tests.support.vision_families import families, variant
 def test_families_conserve_and_compute_what_they_did(family: str) -> None:
     entry = vision.check(*family.split("/"), ["forward", "conserves", "attnlrp"])
     assert passed(entry), entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timm/resnet", "timm/vision_transformer"])
+def test_units_of_families_are_what_they_own(family: str) -> None:
+    """The columns of transformers' table, on models with biases."""
+    entry = vision.check(*family.split("/"), ["weights", "neurons", "heads", "blocks"])
+    assert passed(entry), entry
+    assert entry["columns"]["neurons"]["figure"] > 5 and entry["columns"]["blocks"]["figure"] > 3
+    told = entry["columns"]["heads"]
+    assert told["status"] == "passed" if "transformer" in family else "no head" in told["why"]
+
+
+def test_a_limit_of_time_is_one_that_the_system_takes() -> None:
+    (_, result), *_ = each([0], lambda task: task + 1, seconds=vision._options([]).seconds)
+    assert result == 1
 
 
 @pytest.mark.slow
@@ -37,13 +54,13 @@ def test_the_page_tells_what_failed_and_what_was_refused() -> None:
             "type": "bad",
             "columns": {
                 "conserves": {"status": "failed", "why": "half is missing"},
-                "heads": {"status": "refused", "why": "no heads"},
+                "heads": {"status": "refused", "why": "ResNet has no heads"},
             },
         },
         "timm/none": {"mapping": "timm", "type": "none", "built": "ValueError: no image"},
     }
     page = vision.page(entries)
-    assert "| timm | 1 | 2 | 3 | 1 of 2 | 1 of 1 |" in page
+    assert "| timm | 1 | 2 | 3 | 1 of 2 | 1 of 1 (1 none) |" in page
     assert "vision.py --columns conserves heads`" in page and "attnlrp" not in page
-    assert "* `timm/bad`: **conserves**: half is missing" in page and "refused: no heads" in page
+    assert "* `timm/bad`: **conserves**: half is missing" in page and "refused: it has no heads" in page
     assert "* `timm/none`: **built**: ValueError: no image" in page

@@ -10,6 +10,7 @@ What is found is kept in build/vision.jsonl. A run over everything writes docs/v
 
 import argparse
 import fnmatch
+import re
 import sys
 import time
 import warnings
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.conformance.checking import described, verdict_of
-from tests.conformance.columns import relevance, units
+from tests.conformance.columns import relevance, units, weights
 from tests.conformance.columns.case import Case, Variant
 from tests.conformance.columns.verdict import Verdict
 from tests.conformance.record import ROOT, Record, failures, passed
@@ -47,15 +48,19 @@ COLUMNS: dict[str, Callable[[Case], Verdict]] = {
     "forward": _forward,
     "conserves": relevance.conserves,
     "attnlrp": relevance.attnlrp,
+    "weights": weights.weights,
     "neurons": units.neurons,
     "heads": units.heads,
+    "blocks": units.blocks,
 }
 HEADINGS = {
     "forward": "values of the forward are bit for bit the same in the mode as in an evaluation, without gradients",
     "conserves": "CP-LRP conserves: relevance of all roots sums up to the value to 1e-4 of it, in float64, without biases",
     "attnlrp": "AttnLRP has a rule for every operation, and relevance is finite",
+    "weights": "every prunable weight has relevance, or is named with the reason why not",
     "neurons": "filters and hidden units: one goes with what makes it and all that reads it; or they are refused by name",
     "heads": "attention heads, likewise",
+    "blocks": "layers that write onto a residual stream, likewise",
 }
 
 
@@ -67,8 +72,14 @@ class Family(Case):
         model, images = built(self.mapping, self.name)
         return [Variant("", without_biases(model), images, 1e-4)]  # type: ignore[arg-type]  # images, and no mapping
 
-    def with_biases(self) -> nn.Module:
-        return built(self.mapping, self.name)[0]
+    @property
+    def another(self) -> torch.Tensor:  # type: ignore[override]  # an image
+        images: torch.Tensor = self.first.batch  # type: ignore[assignment]
+        return torch.randn(images.shape, generator=torch.Generator().manual_seed(6), dtype=images.dtype)
+
+    def fresh(self, biases: bool = False) -> nn.Module:
+        model = built(self.mapping, self.name)[0]
+        return model if biases else without_biases(model)
 
 
 def check(library: str, family: str, columns: list[str]) -> dict[str, Any]:
@@ -95,6 +106,8 @@ def page(entries: dict[str, dict[str, Any]]) -> str:
         "There is no code about any architecture in the library. Whether it works on those of timm and torchvision is looked at "
         "by a small variant of each family, made less deep where it is large, with random weights:",
         "\n".join(f"* **{name}**: {what}" for name, what in HEADINGS.items() if name in shown),
+        "*None* counts as right: there is nothing of the kind to look at, or the library says by itself, with the reason, that "
+        "it could not be taken out.",
     ]
     rows = [["library", "passed", "built", "all", *shown]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
@@ -103,7 +116,16 @@ def page(entries: dict[str, dict[str, Any]]) -> str:
         looked = Counter(name for entry in own for name in entry.get("columns", ()))
         failed = Counter(name for entry in own if "columns" in entry for name in failures(entry))
         counts = sum(map(passed, own)), sum("columns" in entry for entry in own), len(own)
-        good = [f"{looked[name] - failed[name]} of {looked[name]}" for name in shown]
+        less = Counter(
+            name
+            for entry in own
+            for name, verdict in entry.get("columns", {}).items()
+            if verdict["status"] in ("refused", "absent")
+        )
+        good = [
+            f"{looked[name] - failed[name]} of {looked[name]}{f' ({less[name]} none)' if less[name] else ''}"
+            for name in shown
+        ]
         rows.append([library, *map(str, counts), *good])
     parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     parts.append(f"`{command}`; {date.today().isoformat()}; {versions}.")
@@ -126,7 +148,8 @@ def _told(entries: dict[str, dict[str, Any]]) -> list[str]:
         reasons = failures(entry)
         for name, verdict in entry.get("columns", {}).items():
             if verdict["status"] in ("refused", "absent") and verdict.get("why"):
-                reasons[name] = f"refused: {verdict['why']}"
+                why = re.sub(r"^[A-Z]\w+ has", "it has", verdict["why"])
+                reasons[name] = f"refused: {why}"
         for name, why in reasons.items():
             found.setdefault(f"**{name}**: {why[:260]}", []).append(f"`{key}`")
     return [f"* {', '.join(keys)}: {why}" for why, keys in sorted(found.items())]
@@ -188,7 +211,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="library/family, such as 'timm/vision*'")
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=list(COLUMNS), help="what is looked at")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=180.0, help="that one family may take")
+    parser.add_argument("--seconds", type=int, default=180, help="that one family may take")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="that one family may take")
     parser.add_argument("--again", action="store_true", help="once more what did not pass")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")

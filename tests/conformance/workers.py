@@ -24,7 +24,7 @@ def each(
     tasks: Sequence[Task],
     work: Callable[[Task], Any],
     processes: int = 1,
-    seconds: float = 180.0,
+    seconds: int = 180,
     gigabytes: float = 4.0,
 ) -> Iterator[tuple[Task, Any]]:
     """Do each task in a process of its own, and give what comes of it as soon as it is there.

@@ -85,7 +85,7 @@ class Shares(Rule):
         return not self.gates
 
     def __call__(self, call: Call) -> Any:
-        values = _without(is_decay, _without(is_statistic, call.operands()))
+        values = _without(is_decay, _without(is_statistic, call.operands()), call.held)
         active = [index for index, value in enumerate(values) if is_activation(value)]
         gates = [] if self.gates else [index for index in active if is_gate(values[index])]
         if len(active) == 2 and len(gates) == 1:
@@ -113,11 +113,16 @@ def _absorbs(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
         return True
 
 
-def _without(is_scale: Callable[[Any], bool], values: list[Any]) -> list[Any]:
-    """The factors, with what scales them detached where something else is a factor."""
+def _without(
+    is_scale: Callable[[Any], bool], values: list[Any], held: Callable[[Tensor], None] | None = None
+) -> list[Any]:
+    """The factors, with what scales them detached, and told of, where something else is a factor."""
     active = [value for value in values if is_activation(value)]
     if len(active) < 2 or not 0 < sum(map(is_scale, active)) < len(active):
         return values
+    for value in active:
+        if held is not None and is_scale(value):
+            held(value)
     return [detached(value) if is_scale(value) else value for value in values]
 
 

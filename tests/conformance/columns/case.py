@@ -88,11 +88,14 @@ class Case:
         """The precision of the first."""
         return next(self.first.model.parameters()).dtype
 
-    def logits(self, model: nn.Module) -> list[Tensor]:
-        """What a model puts out for the batch."""
+    another: Any = None
+    """A batch as large as the first, with other values, where there is one."""
+
+    def logits(self, model: nn.Module, batch: Any = None) -> list[Tensor]:
+        """What a model puts out for a batch, by default the first."""
         torch.manual_seed(0)
         with torch.no_grad():
-            return logits_of(model, self.first.batch)
+            return logits_of(model, self.first.batch if batch is None else batch)
 
 
 def _values(variant: Variant) -> list[Tensor]:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lrp_prune.relevance.members import Member
 
@@ -79,6 +79,8 @@ def _read(
 def writing_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Iterator[None]:
     """The layers that have the unit's weights put out zeros.
 
+    A module that is given the stream as well puts out more than what the unit writes: there the shifts that it owns are zero.
+
     Raises:
         RuntimeError: if one of them is called neither as a module nor as a function that is known here.
     """
@@ -91,20 +93,37 @@ def writing_zeros(model: nn.Module, members: Sequence[Member], unit: int) -> Ite
         return torch.zeros_like(function(*args, **kwargs))
 
     def silenced(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             called.add(name)
+            own = [parameters[each.parameter] for each in members if each.parameter.rpartition(".")[0] == name]
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            if len(given) > 1 and all(parameter.dim() == 1 for parameter in own):
+                return _without(own, lambda: module.forward(*args, **kwargs))
             return tree_map(lambda value: torch.zeros_like(value) if isinstance(value, Tensor) else value, output)
 
         return hook
 
     with ExitStack() as stack:
         for name in set(names.values()):
-            stack.callback(model.get_submodule(name).register_forward_hook(silenced(name)).remove)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(silenced(name), with_kwargs=True).remove)
         stack.enter_context(_changed(set(names), change))
         yield
     missing = set(names.values()) - called
     if missing:
         raise RuntimeError(f"{', '.join(missing)} is called in no way in which it could be silenced")
+
+
+def _without(parameters: Sequence[Tensor], call: Callable[[], Any]) -> Any:
+    """What comes of a call while some parameters are zero."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+        result = call()
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    return result
 
 
 @contextmanager
@@ -121,6 +140,9 @@ def _changed(weights: set[int], change: Callable[..., Any]) -> Iterator[None]:
         return called
 
     with ExitStack() as stack:
+        # A kernel that does all of an attention calls none of them.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         for place, name, read, by in _FUNCTIONS:
             stack.enter_context(patch.object(place, name, changed(getattr(place, name), read, by)))
         yield

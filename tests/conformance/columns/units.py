@@ -9,6 +9,7 @@ alone; these are compared with a model in which the activation itself is set to 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,16 +84,33 @@ def _taken_out(
         other = case.logits(model)
     apart = difference(without, other)
     if apart > _EQUAL and makers and readers and _leaves_a_constant(case, model, makers, readers, unit):
-        with reading_zeros(model, readers, unit):
+        with _zeroed(model, makers, unit), reading_zeros(model, readers, unit):
             apart = difference(without, case.logits(model))
     return apart, difference(dense, without) > 1e-6
 
 
 def _leaves_a_constant(case: Case, model: nn.Module, makers: list[Member], readers: list[Member], unit: int) -> bool:
-    """Whether each layer that reads a unit reads one number of it in all places once what makes it is zero."""
+    """Whether what reads a unit reads a constant of it once what makes it is zero.
+
+    That is one number in all places, or else what it is for another batch as well, where there is one: padding and what is added
+    to channels may be in some places alone.
+    """
+    read = _read_of_nothing(case, model, makers, readers, unit, case.first.batch)
+    if all(bool(torch.isclose(values, values.flatten()[0], rtol=1e-9).all()) for values in read if values.numel()):
+        return True
+    if case.another is None:
+        return False
+    others = _read_of_nothing(case, model, makers, readers, unit, case.another)
+    return all(torch.allclose(one, other, rtol=1e-9) for one, other in zip(read, others, strict=True))
+
+
+def _read_of_nothing(
+    case: Case, model: nn.Module, makers: list[Member], readers: list[Member], unit: int, batch: Any
+) -> list[Tensor]:
+    """What is read of a unit while what makes it is zero."""
     with _zeroed(model, makers, unit), watching_reads(model, readers, unit) as read:
-        case.logits(model)
-    return all(bool(torch.isclose(values, values.flatten()[0], rtol=1e-9).all()) for values in read if values.numel())
+        case.logits(model, batch)
+    return read
 
 
 @contextmanager

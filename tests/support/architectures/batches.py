@@ -153,6 +153,11 @@ def _decoder_ids(batch: Batch) -> Tensor | None:
     return batch.ids() if batch.mapping in ("seq-to-seq", "speech-seq-to-seq", "image-text-to-text") else None
 
 
+def _of_robot(batch: Batch, *shape: int) -> Tensor | None:
+    """Nothing where what goes by such a name is something else, as the state of a recurrent layer."""
+    return batch.normal(SAMPLES, *shape) if batch.setting("max_action_dim") else None
+
+
 def _boxes(batch: Batch) -> Tensor:
     """Of words on a page: left, top, right, bottom."""
     corners = batch.below(20, SAMPLES, TOKENS, 2)
@@ -168,6 +173,10 @@ TEXTS: dict[str, Callable[[Batch], Any]] = {
     "visual_pos": lambda batch: batch.normal(SAMPLES, 4, batch.config.visual_pos_dim),
     "task_inputs": lambda batch: batch.ids(SAMPLES, batch.config.task_seq_len),
     "qformer_input_ids": lambda batch: batch.ids(),
+    # Of a robot: where it is, and actions that are to be made of noise
+    "state": lambda batch: _of_robot(batch, batch.setting("max_state_dim")),
+    "noise": lambda batch: _of_robot(batch, batch.setting("chunk_size"), batch.setting("max_action_dim")),
+    "timestep": lambda batch: (torch.arange(SAMPLES) + 1) / (SAMPLES + 1) if batch.setting("max_action_dim") else None,
 }
 """Name of a parameter of forwards -> what is given for it; None for nothing."""
 

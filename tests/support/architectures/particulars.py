@@ -110,6 +110,14 @@ TYPES: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 2]}},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 60,
+            "<|extra_200|>": 59,
+            **{f"<|visual token {index:06d}|>": 41 + index for index in range(8)},
+        }
+    },
+    "emu3_vqgan": {"codebook_size": 8},
     "aria": {"projector_patch_to_query_dict": {64: 8}},
     "chameleon": {
         "vocabulary_map": {"<image>": 60, **{f"IMGIMG{letter}Z": 41 + index for index, letter in enumerate("ABCDEFGH")}}
@@ -182,7 +190,7 @@ TYPES: dict[str, dict[str, Any]] = {
 def missing(config: PreTrainedConfig) -> dict[str, Any]:
     """Attributes that are given to a configuration beside those that are made small."""
     found = {name: value for name, value in UNSET.items() if vars(config).get(name, 0) is None}
-    if getattr(config, "sliding_window", 0) is None and "sliding_attention" in (
+    if vars(config).get("sliding_window", 0) is None and "sliding_attention" in (
         getattr(config, "layer_types", 0) or ()
     ):
         found["sliding_window"] = 4

@@ -50,6 +50,7 @@ def pictures(batch: "Batch") -> list[dict[str, Any]]:
         seen = torch.ones(batch.samples, 1, *shape[1:], dtype=torch.bool)
         found += [{"pixel_values": several, "pixel_attention_mask": seen}]
         found += [{"pixel_values": whole, "pixel_attention_mask": torch.ones(batch.samples, 1, dtype=torch.bool)}]
+        found += [{"pixel_values": several, "pixel_attention_mask": torch.ones(batch.samples, 1, dtype=torch.bool)}]
     return found
 
 

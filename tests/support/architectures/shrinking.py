@@ -56,7 +56,7 @@ def _changes(config: PreTrainedConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for name, value in attributes.items():
         if isinstance(value, PreTrainedConfig):
-            changes[name] = backbone(value) if value.model_type.startswith("timm") else shrunk(value)
+            changes[name] = backbone(value) if value.model_type == "timm_backbone" else shrunk(value)
         elif _is_token(name):
             changes[name] = _token(name, value)
         elif kept and isinstance(value, list | tuple) and len(value) == depth:

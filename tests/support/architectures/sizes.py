@@ -104,6 +104,7 @@ SIZES: list[tuple[str, Size]] = [
     # Windows
     (r"window_size", _window),
     (r"sliding_window(_\w+)?|attention_window(_size)?|local_attention|window_size|.*_window", _at_most(4)),
+    (r"chunk_(left|right)_context", _at_most(1)),  # of a chunk of that length
     (r"context_size|attention_chunk_size|chunk_size|.*chunk_length|block_size|(mamba_)?chunk_size", _at_most(4)),
     # Images
     (r"mm_tokens_per_image", _at_most(16)),
