@@ -38,14 +38,8 @@ from tests.support.vision_families import built, families, variant, without_bias
 COMMAND = "python tests/conformance/vision.py"
 
 
-def _forward(case: Case) -> Verdict:
-    """Outside of the mode without gradients: torch has two ways to attend with learned biases, one of them if these need any."""
-    with torch.no_grad():
-        return relevance.forward(case)
-
-
 COLUMNS: dict[str, Callable[[Case], Verdict]] = {
-    "forward": _forward,
+    "forward": relevance.forward,
     "conserves": relevance.conserves,
     "attnlrp": relevance.attnlrp,
     "weights": weights.weights,
@@ -54,7 +48,7 @@ COLUMNS: dict[str, Callable[[Case], Verdict]] = {
     "blocks": units.blocks,
 }
 HEADINGS = {
-    "forward": "values of the forward are bit for bit the same in the mode as in an evaluation, without gradients",
+    "forward": "values of the forward are bit for bit the same in the mode as with gradients, or as without them",
     "conserves": "CP-LRP conserves: relevance of all roots sums up to the value to 1e-4 of it, in float64, without biases",
     "attnlrp": "AttnLRP has a rule for every operation, and relevance is finite",
     "weights": "every prunable weight has relevance, or is named with the reason why not",
