@@ -123,7 +123,8 @@ class UnitTracer:
         if passed is not None and bool((passed > NOTHING).all()):
             numbers = passed
         else:
-            numbers = self.table.numbers_for(origin.name, origin.layout, channels)
+            # A layer that is used upright and transposed (tied factors) has other channels in each.
+            numbers = self.table.numbers_for(origin.name, (origin.layout, form.out_axis), channels)
             numbers = numbers if passed is None else torch.where(passed > NOTHING, passed, numbers)
         rows = _on_parameter(by_weight(form, weight, numbers, reading=False), origin)
         if rows is None:
