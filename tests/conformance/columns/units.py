@@ -83,24 +83,31 @@ def _taken_out(
     with ablated:
         other = case.logits(model)
     apart = difference(without, other)
-    if apart > _EQUAL and makers and readers and _leaves_a_constant(case, model, makers, readers, unit):
+    if apart > _EQUAL and makers and readers and _leaves_one_number(case, model, makers, readers, unit):
+        with reading_zeros(model, readers, unit):
+            apart = difference(without, case.logits(model))
+    if apart > _EQUAL and makers and readers and _leaves_the_same(case, model, makers, readers, unit):
         with _zeroed(model, makers, unit), reading_zeros(model, readers, unit):
             apart = difference(without, case.logits(model))
     return apart, difference(dense, without) > 1e-6
 
 
-def _leaves_a_constant(case: Case, model: nn.Module, makers: list[Member], readers: list[Member], unit: int) -> bool:
-    """Whether what reads a unit reads a constant of it once what makes it is zero.
-
-    That is one number in all places, or else what it is for another batch as well, where there is one: padding and what is added
-    to channels may be in some places alone.
-    """
+def _leaves_one_number(case: Case, model: nn.Module, makers: list[Member], readers: list[Member], unit: int) -> bool:
+    """Whether each layer that reads a unit reads one number of it in all places once what makes it is zero."""
     read = _read_of_nothing(case, model, makers, readers, unit, case.first.batch)
-    if all(bool(torch.isclose(values, values.flatten()[0], rtol=1e-9).all()) for values in read if values.numel()):
-        return True
+    return all(bool(torch.isclose(values, values.flatten()[0], rtol=1e-9).all()) for values in read if values.numel())
+
+
+def _leaves_the_same(case: Case, model: nn.Module, makers: list[Member], readers: list[Member], unit: int) -> bool:
+    """Whether what is read of a unit is the same for another batch, where there is one, once what makes it is zero.
+
+    Padding, and what is added to channels, may be in some places alone.
+    """
     if case.another is None:
         return False
-    others = _read_of_nothing(case, model, makers, readers, unit, case.another)
+    read, others = (
+        _read_of_nothing(case, model, makers, readers, unit, batch) for batch in (case.first.batch, case.another)
+    )
     return all(torch.allclose(one, other, rtol=1e-9) for one, other in zip(read, others, strict=True))
 
 
