@@ -39,7 +39,10 @@ def parse() -> argparse.Namespace:
     add_suite(given, windows=3, length=128, samples=16, allowed=["*=0.02", "copying=0.35"])
     add("--lightning", action="store_true", help="by a Lightning validation instead of a call")
     add("--output", type=Path, default=Path("outputs/behaviour"), help="folder for the patch, the report and figures")
-    return given.parse_args()
+    options = given.parse_args()
+    if options.lightning and options.at:
+        given.error("--at is not for --lightning: the callback's patches act everywhere")
+    return options
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[str]:

@@ -73,6 +73,13 @@ def test_questions_are_asked_as_the_tokenizer_has_it():
     assert correct_behaviour.asked(object(), ["Why?"]) == ["Why?\n"]
 
 
+def test_a_condition_is_not_silently_left_out_of_a_validation(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["correct_behaviour.py", "--lightning", "--at", "model.layers.0"])
+    with pytest.raises(SystemExit):
+        correct_behaviour.parse()
+    assert "--at is not for --lightning" in capsys.readouterr().err
+
+
 def test_every_option_is_explained(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["correct_behaviour.py", "--help"])
     with pytest.raises(SystemExit):

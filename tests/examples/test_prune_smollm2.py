@@ -1,6 +1,7 @@
 import argparse
 
 import language_model
+import perplexities
 import prune_smollm2
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_pruned_weight_that_is_not_zero_is_reported(model):
 
 def test_sparsity_is_sorted_by_kind_and_depth(model):
     masks = lrp_prune.prune(model, method="magnitude", sparsity={"*.0.*": 0.25, "*.1.*": 0.75})
-    by_layer = prune_smollm2.sparsity_by_layer(masks)
+    by_layer = perplexities.sparsity_by_layer(masks)
     assert set(by_layer) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for depths in by_layer.values():
         assert depths == pytest.approx({0: 0.25, 1: 0.75}, abs=0.01)
@@ -70,7 +71,7 @@ def cells(row: str) -> list[str]:
 @pytest.mark.slow
 def test_table_and_plot_hold_every_result(model, tmp_path):
     results = {(method, s): 10 + s for method in ("lrp", "wanda") for s in (0.3, 0.5)}
-    table = prune_smollm2.Table(options())
+    table = perplexities.Table(options())
     rows = table.whole(9.0, results, 9.5).splitlines()
     assert [cells(row) for row in rows if "--" not in row] == [
         ["perplexity", "30 %", "50 %"],
@@ -82,12 +83,12 @@ def test_table_and_plot_hold_every_result(model, tmp_path):
     assert len({len(row) for row in rows}) == 1
     assert table.whole(9.0, results, None).splitlines() == rows[:-1]
     updated = options(compensation="exact")
-    results[prune_smollm2.COMPENSATED, 0.5] = 9.75
-    with_update = prune_smollm2.Table(updated).whole(9.0, results, 9.5).splitlines()
+    results[perplexities.COMPENSATED, 0.5] = 9.75
+    with_update = perplexities.Table(updated).whole(9.0, results, 9.5).splitlines()
     assert [cells(row) for row in with_update][4] == ["lrp, one shot, kept weights updated", "", "9.75"]
     assert [cells(row) for row in (*with_update[2:4], *with_update[5:])] == [cells(row) for row in rows[2:]]
     masks = lrp_prune.prune(model, method="magnitude")
-    figure = prune_smollm2.plot(9.0, results, 9.5, masks, updated)
+    figure = perplexities.plot(9.0, results, 9.5, masks, updated)
     left, right = figure.axes
     labels = ["dense", "lrp", "wanda", "lrp, 2 rounds of 3 steps", "lrp, kept weights updated"]
     assert [line.get_label() for line in left.lines] == labels

@@ -44,6 +44,19 @@ def without(relevance: Relevance, group: str, unit: int, model: nn.Module) -> It
     model.load_state_dict(state)
 
 
+def assert_taken_out_as_if_silent(
+    blocks: Relevance, branches: dict[str, nn.Module], model: nn.Module, x: Tensor
+) -> None:
+    """The model without a block gives what it gives while the branch that the block writes puts out zeros."""
+    for group, branch in branches.items():
+        handle = branch.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+        expected = model(x)
+        handle.remove()
+        with without(blocks, group, 0, model):
+            torch.testing.assert_close(model(x), expected)
+        assert not torch.allclose(model(x), expected)
+
+
 @contextmanager
 def silenced(model: nn.Module, modules: Iterable[str], channel: int | slice | Tensor) -> Iterator[None]:
     """Channels of some modules' outputs are zero."""

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.pruning import LeastSquares, Masks, OptimalBrainSurgeon, scorer
+from lrp_prune.pruning import LeastSquares, Masks, scorer
 from lrp_prune.pruning.compensation import Compensated, compensate_
 from lrp_prune.pruning.compensation.ways import Compensation
-from tests.support.compensation import half, mlp
+from tests.support.compensation import EXACT, WAYS, half, mlp
 from tests.support.sharding import sharded, together, whole
 from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
 
-EXACT = LeastSquares(steps=500, tolerance=1e-12)
 Layers = Callable[[nn.Module], list[nn.Module]]
 
 
@@ -59,11 +58,7 @@ def linear_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][:2]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [EXACT, OptimalBrainSurgeon(dense=0.0), LeastSquares(steps=500, tolerance=1e-12, weights="relevance")],
-    ids=["exact", "obs", "weighted"],
-)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_each_process_has_a_part_and_batches_of_its_own(tmp_path: Path, way: Compensation) -> None:
     model, batches = mlp()
     masks = half(model, ["0.weight", "2.weight", "4.weight"])

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon, scorer
+from lrp_prune.pruning import LeastSquares, scorer
 from lrp_prune.pruning.compensation import Compensated, compensate_
 from lrp_prune.pruning.compensation.ways import Compensation
-from tests.support.compensation import half, mlp
+from tests.support.compensation import EXACT, WAYS, half, mlp
 from tests.support.sharding import together
 from tests.support.small_models import build
 
 pytestmark = pytest.mark.processes
-
-EXACT = LeastSquares(steps=500, tolerance=1e-12)
 
 
 def compensated(
@@ -50,11 +48,7 @@ def check_equal(
             torch.testing.assert_close(values[name], value.detach(), rtol=tolerance, atol=tolerance / 100, msg=name)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [EXACT, OptimalBrainSurgeon(dense=0.0), LeastSquares(steps=500, tolerance=1e-12, weights="relevance")],
-    ids=["exact", "obs", "weighted"],
-)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_whatever_batches_each_has(tmp_path: Path, way: Compensation) -> None:
     """One has more of them, and of other sizes."""
     model, batches = mlp()

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.pruning import LeastSquares, scorer
+from lrp_prune.pruning import scorer
 from lrp_prune.pruning.compensation import compensate_, together
 from lrp_prune.pruning.compensation.together import laid_in_few
+from tests.support.compensation import EXACT
 from tests.support.small_models import build
-
-EXACT = LeastSquares(steps=500, tolerance=1e-12)
 
 
 def both_ways(
