@@ -238,9 +238,8 @@ def later_parameters(model: nn.Module, at: str, batch: Mapping[str, Any]) -> lis
 
 
 def _can_act(module: nn.Module) -> bool:
-    """Whether a condition on tokens can act on a layer: a linear one that is run by itself."""
-    linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    return linear or type(module).__name__ == "Conv1D"
+    """Whether a condition on tokens can act on a layer: a linear one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _shown(value: Any) -> str:

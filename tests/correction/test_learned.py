@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrp_prune.correction import Automatic, Behaviour, ConditionalPatch, Learned, correct, load_patch
+from lrp_prune.correction import ActivationAbove, Automatic, Behaviour, ConditionalPatch, Learned, correct, load_patch
 from lrp_prune.correction.gating import later_parameters
 from lrp_prune.effects import Suite
 from tests.correction.test_behaviour import OTHERS, PROMPTS, Letters
@@ -102,6 +102,18 @@ def test_where_nothing_can_be_acted_on_is_refused_by_name() -> None:
         later_parameters(model, "1", {"input": torch.ones(1, 2)})
     with pytest.raises(KeyError, match="no module 'layers'"):
         later_parameters(model, "layers", {"input": torch.ones(1, 2)})
+
+
+def test_what_is_said_is_what_is_learned_by() -> None:
+    torch.manual_seed(0)
+    model, batch = (
+        build("llama"),
+        {"input_ids": torch.arange(24).reshape(4, 6), "labels": torch.arange(24).reshape(4, 6)},
+    )
+    other = {"text": [{name: value + 24 for name, value in batch.items()}]}
+    for shrinkage, allowed in ((0.1, 0.0), (0.9, 0.25)):
+        found = Learned("model.layers.0", allowed, shrinkage).learn(model, [batch], other)
+        assert found == ActivationAbove.learned(model, "model.layers.0", [batch], other, allowed, shrinkage)
 
 
 @pytest.mark.parametrize(
