@@ -10,7 +10,7 @@ from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.silent import silent_outputs
 from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
-from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units, mixed_in_words
+from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units, blocks_left
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.forms import Form
 from lrp_prune.engine.roots import Root
@@ -304,8 +304,8 @@ class ObserverTable:
             return f"no {what} received relevance in {model}: {why}"
         if what == "block":
             assert self._units.tracer.blocks is not None
-            mixed = self._units.tracer.blocks.mixed
-            why = mixed_in_words(mixed) if mixed else "none of its layers writes onto a residual stream (x + f(x))"
+            why = blocks_left(self._units.tracer.blocks)
+            why = why or "none of its layers writes onto a residual stream (x + f(x))"
             return f"{model} has no block: {why}"
         if what == "head":
             return f"{model} has no head: no layer reads what an attention writes"

@@ -1,7 +1,7 @@
 """The observers of units: which are scored, what they own, and what comes of their sums."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.blocks import Blocks
 from lrp_prune.engine.shadow import NOTHING
 from lrp_prune.engine.tracing import STACKED, UnitTracer
 from lrp_prune.engine.unit_table import Group
@@ -194,16 +195,17 @@ class UnitObservers:
 
     def _finish_blocks(self, left: dict[str, str]) -> Iterable[Found]:
         assert self.tracer.blocks is not None
-        mixed = {name: why for name, why in self.tracer.blocks.mixed.items() if self._wanted((name,), ())}
+        blocks = self.tracer.blocks
+        why = blocks_left(blocks, lambda name: self._wanted((name,), ()))
         for _, name in [key for key in self._finished if key[0] == "block"]:
-            others = self.tracer.blocks.found.get(name)
+            others = blocks.found.get(name)
             if others is None or not self._wanted((name,), ()):
                 continue
             owned = [name, *(other for other in self._parameters if other in others)]
             members = [Member(each, torch.zeros((1,) * self._parameters[each].dim(), device="cpu")) for each in owned]
             yield layer_of(name), (name,), self._placed("block", name, 1), tuple(members)
-        if mixed and self.tracer.blocks.found:
-            warnings.warn(f"no block and left alone: {mixed_in_words(mixed)}", stacklevel=2)
+        if why and blocks.found:
+            warnings.warn(f"no block and left alone: {why}", stacklevel=2)
 
     def _placed(self, kind: str, name: str, number: int) -> Tensor:
         """Sums of the units 0, 1, ... of a layer."""
@@ -235,8 +237,17 @@ class UnitObservers:
             )
 
 
-def mixed_in_words(mixed: Mapping[str, str]) -> str:
-    """Which layers write into what is added to a residual stream, and by which functions it became more than theirs."""
-    layers = listed(patterns_of(map(layer_of, mixed)), 3)
-    functions = listed(dict.fromkeys(mixed.values()), 3)
-    return f"what is added to a residual stream is more than the output of {layers} (it comes out of {functions})"
+def blocks_left(blocks: Blocks, wanted: Callable[[str], bool] = lambda name: True) -> str:
+    """Which layers write into a residual stream and are no blocks, and why not; empty if there are none."""
+    mixed = {name: function for name, function in blocks.mixed.items() if wanted(name)}
+    shared = [name for name in blocks.shared if wanted(name)]
+    reasons = []
+    if mixed:
+        layers = listed(patterns_of(map(layer_of, mixed)), 3)
+        functions = listed(dict.fromkeys(mixed.values()), 3)
+        reasons.append(
+            f"what is added to a residual stream is more than the output of {layers} (it comes out of {functions})"
+        )
+    if shared:
+        reasons.append(f"the weights of {listed(patterns_of(map(layer_of, shared)), 3)} write something else as well")
+    return ", and ".join(reasons)

@@ -1,8 +1,10 @@
 """Blocks: layers that write onto a residual stream, found where what they write is added to what they were made of."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lrp_prune.engine.facts import Fact
@@ -17,23 +19,35 @@ _FAR = 4096
 """Nodes of the graph that are looked at in search of the stream."""
 
 
-Written = Mapping[str, frozenset[str]]
-"""The weights of the layers that a tensor was written by, and what else has to be zero for what each wrote to be zero."""
+Written = Mapping[tuple[str, int], frozenset[str]]
+"""By which weight, and at which of its uses, a tensor was written, and what else has to be zero for that to be zero."""
 
 
 class Blocks:
     """Follows what layers write until it is added to a stream."""
 
     def __init__(self) -> None:
-        self.found: dict[str, frozenset[str]] = {}
-        """The weight of each layer that writes onto a residual stream, and the other parameters that the block owns."""
+        self._found: dict[str, frozenset[str]] = {}
+        self._uses = Counter[str]()
+        self._elsewhere: dict[str, set[int]] = {}
+        """Of each weight the uses that have written what was not added to a stream, so far."""
         self._lost: dict[str, str] = {}
         self._mixed: dict[str, str] = {}
 
     @property
+    def found(self) -> dict[str, frozenset[str]]:
+        """The weight of each layer that writes onto a residual stream, and the other parameters that the block owns."""
+        return {name: others for name, others in self._found.items() if not self._elsewhere.get(name)}
+
+    @property
+    def shared(self) -> list[str]:
+        """The weights that write onto a stream, and something else as well."""
+        return [name for name in self._found if self._elsewhere.get(name)]
+
+    @property
     def mixed(self) -> dict[str, str]:
         """The weights of layers that write into what is added to a stream, and the function in which that became more."""
-        return {name: function for name, function in self._mixed.items() if name not in self.found}
+        return {name: function for name, function in self._mixed.items() if name not in self._found}
 
     def carry(self, source: Any, copy: Any) -> None:
         """A copy that was made out of sight is what it is a copy of."""
@@ -41,8 +55,11 @@ class Blocks:
 
     def write(self, result: Tensor, weight: str, bias: Tensor | None) -> None:
         """A layer has written."""
+        self._uses[weight] += 1
+        if torch._C._current_graph_task_id() == -1:  # a backward pass computes again, and maybe not until the stream
+            self._elsewhere.setdefault(weight, set()).add(self._uses[weight])
         origin = None if bias is None else marked(bias)
-        _set(result, {weight: frozenset({origin.name} if origin else ())})
+        _set(result, {(weight, self._uses[weight]): frozenset({origin.name} if origin else ())})
 
     def after(self, call: Call) -> None:
         """Follow a function that has just run."""
@@ -53,10 +70,10 @@ class Blocks:
         active = [value for value in call.tensors if value.requires_grad]
         written = [value for value in active if _written(value) is not None]
         if written and result.requires_grad:
-            found = self._found(call, result, active, written)
+            found = self._written_by(call, result, active, written)
             if found is None:
                 self._lost.update(
-                    dict.fromkeys((name for value in written for name in _written(value) or ()), call.name)
+                    dict.fromkeys((name for value in written for name, _ in _written(value) or ()), call.name)
                 )
         if call.kind == "sum" and call.name in _SUMMING and len(active) == 2:
             self._note_mixed(result, *active)
@@ -76,7 +93,7 @@ class Blocks:
                 self._mixed.update({name: self._lost[name] for name in names if name in self._lost})
                 _STREAM.note(result, True)
 
-    def _found(self, call: Call, result: Tensor, active: list[Tensor], written: list[Tensor]) -> Written | None:
+    def _written_by(self, call: Call, result: Tensor, active: list[Tensor], written: list[Tensor]) -> Written | None:
         own = _written(written[0])
         assert own is not None
         if call.kind == "sum" and call.name in _SUMMING:
@@ -108,8 +125,9 @@ class Blocks:
             _STREAM.note(call.outputs[0], True)
             block = _written(streams[0])
             assert block is not None
-            for weight, others in block.items():
-                self.found[weight] = self.found.get(weight, frozenset()) | others
+            for (weight, use), others in block.items():
+                self._found[weight] = self._found.get(weight, frozenset()) | others
+                self._elsewhere.get(weight, set()).discard(use)
             return None
         if len(written) == 2:  # branches side by side, which are added to the stream together
             first, second = (_written(value) for value in written)
@@ -121,7 +139,7 @@ class Blocks:
 def _with(written: Written, constants: Iterable[Tensor]) -> Written:
     """What is written together with parameters that shift it."""
     shifts = {origin.name for value in constants if (origin := marked(value)) is not None}
-    return {weight: others | shifts for weight, others in written.items()}
+    return {use: others | shifts for use, others in written.items()}
 
 
 _FACT: Fact[Written] = Fact("written")

@@ -116,3 +116,27 @@ def test_what_is_more_than_the_output_of_a_layer_is_named() -> None:
     with pytest.warns(UserWarning, match=r"no block and left alone: .*more than the output of two\.2 \("):
         blocks = _blocks(Stream(second_is_gathered).eval(), x)
     assert list(blocks) == ["one.2"]
+
+
+class Tied(nn.Module):
+    """What the last branch writes by is what the output is made by as well, as in tied factors of an embedding."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.one, self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x).relu()
+        for _ in range(2):
+            written = self.down(self.up(x).relu())
+            x = x + written
+        x = x + written  # as often added as its weight has written
+        return x @ self.down.weight if self.twice else x
+
+
+def test_a_layer_that_is_run_again_is_a_block_unless_its_weight_writes_something_else_as_well() -> None:
+    x = torch.randn(5, WIDTH)
+    assert list(_blocks(Tied(False), x)) == ["one", "down"]
+    with pytest.warns(UserWarning, match="left alone: the weights of down write something else as well"):
+        assert list(_blocks(Tied(True), x)) == ["one"]
