@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lrp_prune
 from tests.support.units import assert_taken_out_as_if_silent
@@ -140,3 +141,17 @@ def test_a_layer_that_is_run_again_is_a_block_unless_its_weight_writes_something
     assert list(_blocks(Tied(False), x)) == ["one", "down"]
     with pytest.warns(UserWarning, match="left alone: the weights of down write something else as well"):
         assert list(_blocks(Tied(True), x)) == ["one"]
+
+
+class Recomputed(Stream):
+    """Its layers are computed again in the backward pass, which ends before what is written is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in (self.one, self.two):
+            x = checkpoint(lambda x, branch=branch: self.joined(self, x, branch(x)), x, use_reentrant=False)
+        result: Tensor = self.head(x)
+        return result
+
+
+def test_blocks_are_found_in_layers_that_are_computed_again() -> None:
+    assert list(_blocks(Recomputed(FORMS["normalized before"]), torch.randn(5, WIDTH))) == ["one.2", "two.2"]
