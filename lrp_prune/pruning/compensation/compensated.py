@@ -1,5 +1,6 @@
 """What a compensation came to, in figures and in words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,16 @@ class Compensated:
     seconds: float = 0.0
 
     def note(self, name: str, before: float, after: float, raised: float) -> None:
-        """Add what was done to a weight, or to one of the layers that are stacked in it."""
+        """Add what was done to a weight, or to one of the layers that are stacked in it.
+
+        Args:
+            name: the weight's.
+            before, after: the squared errors.
+            raised: by what the damping was; infinite if no damping was enough, which left rows as the mask made them.
+        """
+        if math.isinf(raised):
+            self.left_out[name] = "has inputs that no damping tells apart in their precision"
+            return
         known = self.errors.get(name, (0.0, 0.0))
         self.errors[name] = (known[0] + before, known[1] + after)
         if raised > 1:

@@ -1,5 +1,6 @@
 """Solving for one layer, and writing what comes out."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Solved:
         weight: the layer.
         rows: ``[groups, out, in]``, zero where others solve.
         errors: the squared error of outputs that the mask adds to the least squares without one, before and after.
-        raised: by what the damping had to be multiplied.
+        raised: by what the damping had to be multiplied; infinite if nothing was enough, and rows are as the mask made them.
     """
 
     weight: Matrix
@@ -116,7 +117,7 @@ def _solved(
                 raise _LinAlgError("the update is worse than the mask alone")
         except _LinAlgError:
             if damping > size:  # that is no rounding any more
-                return masked, 0.0, 0.0, times
+                return masked, 0.0, 0.0, math.inf
             times *= 10
             continue
         return update, before, after, times

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon
 from lrp_prune.pruning.compensation import Compensation, compensate_
@@ -31,3 +31,21 @@ def test_inputs_that_hardly_differ_raise_the_damping_and_are_told(way: type[Comp
     )
     again = copy.deepcopy(dense)
     assert not compensate_(again, masks, [x], way(damping=0.01)).damped
+
+
+class Wrong(LeastSquares):
+    """Whatever the damping, its weights are worse than the mask's."""
+
+    def solve(self, gram: Tensor, cross: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
+        return -100 * weight * kept
+
+
+def test_what_no_damping_helps_is_only_masked_and_named() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(40, 8)
+    masks, masked = half(model, ["0.weight"]), copy.deepcopy(model)
+    masks.apply_(masked)
+    found = compensate_(model, masks, [x], Wrong())
+    assert found.left_out == {"0.weight": "has inputs that no damping tells apart in their precision"}
+    assert not found.errors and not found.damped
+    assert torch.equal(model[0].weight, masked[0].weight) and torch.equal(model[0].bias, masked[0].bias)
