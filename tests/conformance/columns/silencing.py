@@ -120,7 +120,8 @@ def _without(parameters: Sequence[Tensor], call: Callable[[], Any]) -> Any:
     with torch.no_grad():
         for parameter in parameters:
             parameter.zero_()
-        result = call()
+        # A parameter that is handed on as it is has its values again afterwards.
+        result = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, call())
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
     return result
