@@ -1,4 +1,4 @@
-"""The table of compression: what each way to prune a language model costs in perplexity, seconds and memory.
+"""The table of compression: what each way to prune a language model costs in perplexity, processor time and memory.
 
     python tests/benchmarks/compression_table.py                       # everything; takes most of a day on two cores
     python tests/benchmarks/compression_table.py --ways wanda sparsegpt "lrp, exact" --sparsities 0.5 2:4 --seeds 0
@@ -72,7 +72,7 @@ def share_of(level: Level) -> float:
 
 
 class Measured:
-    """Seconds, and megabytes beyond what was held before, within a `with` block."""
+    """Seconds of the processor, and megabytes beyond what was held before, within a `with` block."""
 
     seconds = 0.0
     megabytes = 0.0
@@ -81,11 +81,11 @@ class Measured:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free, and still the process's, would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")
-        self._held, self._start = _status("VmRSS"), time.perf_counter()
+        self._held, self._start = _status("VmRSS"), time.process_time()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.seconds, self.megabytes = time.perf_counter() - self._start, _status("VmHWM") - self._held
+        self.seconds, self.megabytes = time.process_time() - self._start, _status("VmHWM") - self._held
 
 
 def _status(name: str) -> float:
