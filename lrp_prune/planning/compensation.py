@@ -17,6 +17,7 @@ from lrp_prune.engine.uses import Product
 from lrp_prune.models.calling import run
 from lrp_prune.planning.dry_run import Running, kept_by_a_forward
 from lrp_prune.pruning.compensation import Compensation
+from lrp_prune.pruning.compensation.inputs import ROOM
 from lrp_prune.pruning.compensation.stages import Watched, made_of, stages_of
 from lrp_prune.pruning.compensation.together import laid_number
 from lrp_prune.pruning.products import ComputedUses
@@ -36,7 +37,7 @@ class CompensationPlan:
     device: int
     """A stage's dense weights, one group's Gram matrices, and what a forward holds or a solution takes."""
     host: int
-    """What stages gave to the reference batches, as far as later ones are made of it."""
+    """What stages gave to the reference batches, as far as later ones are made of it, and what the layers of one got."""
 
 
 @dataclass
@@ -72,6 +73,7 @@ class _StagePlan:
     weights: int = 0
     held: int = 0
     outputs: int = 0
+    inputs: int = 0
     layers: list[_Layer] = field(default_factory=list)
 
 
@@ -88,6 +90,7 @@ class _Staged(Running):
         self.held = self.largest = 0
         self._running: list[str] = []
         self._known: dict[int, Tensor] = {}
+        self._before_last: Tensor | None = None
 
     def forward(self, batch: Any) -> Any:
         for entry in (*self.module.parameters(), *self.module.buffers()):
@@ -133,6 +136,8 @@ class _Staged(Running):
         self.largest = max(self.largest, result.numel())
         for name in self._running:
             self.plans[name].layers.append(_layer_of(found, result))
+            self.plans[name].inputs += 0 if found.activation is self._before_last else found.activation.nbytes
+        self._before_last = found.activation
 
 
 def _layer_of(found: Product, result: Tensor) -> _Layer:
@@ -194,11 +199,11 @@ def planned(
         for layer in plan.layers:
             forward = number * (plan.held + 2 * plan.outputs + layer.summing)
             device = max(device, plan.weights + max(2 * layer.gram + forward, layer.solving(both)))
-    return CompensationPlan(device, batches * _kept(runner, order, both))
+    return CompensationPlan(device, _kept(runner, order, both, batches))
 
 
-def _kept(runner: _Staged, order: list[str], both: bool) -> int:
-    """The most that is kept of what stages gave to a batch."""
+def _kept(runner: _Staged, order: list[str], both: bool, batches: int) -> int:
+    """The most that is kept of what stages gave to batches, and of what the layers of one stage got in the dense model."""
     needed = made_of([runner.watched], order)
     last = {
         name: max((index for index, user in enumerate(order) if name in needed[user]), default=-1) for name in order
@@ -212,5 +217,8 @@ def _kept(runner: _Staged, order: list[str], both: bool) -> int:
     for index, name in enumerate(order):
         before, after = alive(index), alive(index + 1)
         dense = max(before + sizes[name], after) if both else 0
-        found = max(found, dense + before, (after if both else 0) + before + sizes[name])
+        inputs = min(ROOM, batches * runner.plans[name].inputs) if both else 0
+        found = max(
+            found, batches * (dense + before) + inputs, batches * ((after if both else 0) + before + sizes[name])
+        )
     return found

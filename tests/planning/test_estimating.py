@@ -297,13 +297,24 @@ def test_compensating_what_is_divided_stays_within_what_is_planned(tmp_path):
 def test_what_stages_gave_grows_with_batches_and_nothing_else_does_with_large_ones(monkeypatch):
     monkeypatch.setattr("lrp_prune.pruning.compensation.together.ENTRIES", 0)
     # A stage's outputs of the dense model, before and now, and of the pruned one before; without the dense one before and now.
-    for dense, kept in ((0.5, 3), (0.0, 2)):
+    # And what the layers of one got in the dense model: queries, keys and values together, output, up and gate, down.
+    got = 3 * SIZES[0]["hidden_size"] + SIZES[0]["intermediate_size"]
+    for dense, kept in ((0.5, 3 * 128 + got), (0.0, 2 * 128)):
         plans = [
             lrp_prune.estimate(_llama(SIZES[0]), batch=(2, 64), batches=number, compensation=LeastSquares(dense=dense))
             for number in (1, 4, 7)
         ]
         assert len({plan.compensation for plan in plans}) == 1
-        assert plans[2].host - plans[1].host == plans[1].host - plans[0].host == kept * 3 * 2 * 64 * 128 * 4
+        assert plans[2].host - plans[1].host == plans[1].host - plans[0].host == kept * 3 * 2 * 64 * 4
+
+
+def test_what_layers_got_is_planned_as_far_as_it_is_kept(monkeypatch):
+    options = {"batch": (2, 64), "batches": 3, "compensation": "exact"}
+    whole = lrp_prune.estimate(_llama(SIZES[0]), **options)
+    monkeypatch.setattr("lrp_prune.planning.compensation.ROOM", 1000)
+    assert whole.host - lrp_prune.estimate(_llama(SIZES[0]), **options).host == (
+        (3 * SIZES[0]["hidden_size"] + SIZES[0]["intermediate_size"]) * 3 * 2 * 64 * 4 - 1000
+    )
 
 
 def test_a_compensation_that_cannot_be_planned():

@@ -2,9 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.distributed.sharding import device_of, mesh_of
-from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.uses import Product, WeightUses
 from lrp_prune.models.batches import samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.subject import subject_of
@@ -21,7 +20,7 @@ from lrp_prune.names import named_parameters, resolve
 from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.compensated import Compensated
-from lrp_prune.pruning.compensation.inputs import Group, Grouped, Inputs, merged
+from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Group, Grouped, Inputs, Planned, Stage, merged
 from lrp_prune.pruning.compensation.refining import Refining
 from lrp_prune.pruning.compensation.stages import (
     Given,
@@ -34,14 +33,14 @@ from lrp_prune.pruning.compensation.stages import (
     made_of,
     stages_of,
 )
-from lrp_prune.pruning.compensation.systems import Systems
+from lrp_prune.pruning.compensation.systems import Systems, taken_of
 from lrp_prune.pruning.compensation.together import Sized, laid_in_few
 from lrp_prune.pruning.compensation.updating import solved_for
 from lrp_prune.pruning.compensation.ways import Compensation
 from lrp_prune.pruning.compensation.weighing import weights_of_tokens
 from lrp_prune.pruning.compensation.wholes import Wholes, copies_of, zero_
 from lrp_prune.pruning.masks import Masks
-from lrp_prune.pruning.pairs import PlacedUses
+from lrp_prune.pruning.pairs import Part, PlacedUses
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
@@ -64,7 +63,8 @@ def compensate_(
 
     Layers are worked at in the order of execution, those of a stage (a block that repeats) in groups that read the same input,
     with inputs from what is pruned and compensated before. In memory are at a time the products of one group's inputs, a stage's
-    dense weights, and what stages gave to each batch as far as others are made of it. No mask changes. If an error is raised,
+    dense weights, and, on the CPU, what stages gave to each batch as far as others are made of it, and what one stage's layers
+    got in the dense model (at most :data:`ROOM`; the rest is computed again). No mask changes. If an error is raised,
     weights that are done keep their new values: who wants them back keeps them when ``changing`` names them.
 
     Small batches are laid together as far as they fit and the model's outputs stay the same to rounding. Processes that do this
@@ -121,21 +121,6 @@ def compensate_(
     found.samples = sum(processes.gathered(samples))
     found.seconds = time.perf_counter() - begun
     return found
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A stage, and what its dense weights were, as far as they are here."""
-
-    name: str
-    module: nn.Module
-    held: Mapping[str, nn.Parameter]
-    before: Mapping[str, Tensor]
-
-    @property
-    def dense(self) -> dict[nn.Parameter, Tensor]:
-        """Its parameters, with their values in the dense model."""
-        return {self.held[name]: value for name, value in self.before.items()}
 
 
 class _Compensating:
@@ -229,16 +214,18 @@ class _Compensating:
     def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
         inside = {id(parameter) for parameter in module.parameters()}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
-        stage = _Stage(name, module, held, copies_of(held))
         both = self._way.dense > 0
-        groups, planned, outputs = list[Group](), list[_Planned](), []
+        stage = Stage(name, module, held, copies_of(held), DenseInputs(ROOM // len(self._batches)))
+        groups, planned, outputs = list[Group](), list[Planned](), []
         with self._processes.agreeing():
             for index in range(len(self._batches)):
-                made, seen = Choices(), Grouped(self._masks, groups, held)
+                told = partial(self._keep_inputs, stage.inputs, index) if both else _ignored
+                made, seen = Choices(), Grouped(self._masks, groups, held, told)
                 with holding(self._outside if both else {}):
                     outputs.append(self._run(index, module, dense if both else pruned, seen, made))
-                planned.append(_Planned(Counter(place for place, _ in seen.order), made.made))
+                planned.append(Planned(Counter(place for place, _ in seen.order), made.made))
         groups = merged(self._processes.gathered(groups))
+        stage.inputs.dropped.update(*self._processes.gathered(stage.inputs.dropped))
         written = [place.bias.name for group in groups for place in group if place.bias is not None]
         weights = resolve(self._masks, self._module)
         masked = [weight for weight in weights.values() if id(weight) in inside]
@@ -282,7 +269,7 @@ class _Compensating:
             else:
                 self._result.note(place.name, *solved.write_(self._processes))
 
-    def _summed(self, stage: _Stage, place: Place, dense: Given, pruned: Given, planned: "list[_Planned]") -> Systems:
+    def _summed(self, stage: Stage, place: Place, dense: Given, pruned: Given, planned: list[Planned]) -> Systems:
         """The inputs of a layer, over all batches of this process."""
         systems = Systems()
         for index, batch in enumerate(self._batches):
@@ -293,18 +280,23 @@ class _Compensating:
             uses = None if in_step else plan.uses[place]
             counted = counted_tokens(self._module, to_device(batch, self._device), 0)
             weights = self._weights[index].get(stage.name) if self._weights else None
-            theirs = None
-            if self._way.dense > 0:
-                theirs = Inputs(self._masks, place, uses, counted)
+            theirs = stage.inputs.taken(index, place, self._device) if self._way.dense > 0 else []
+            if theirs is None:
+                again = Inputs(self._masks, place, uses, counted)
                 with holding({**self._outside, **stage.dense}):
-                    self._run(index, stage.module, dense, theirs, Choices(plan.choices))
+                    self._run(index, stage.module, dense, again, Choices(plan.choices))
+                theirs = again.rows
             ours = Inputs(self._masks, place, uses, counted, weights)
             self._run(index, stage.module, pruned, ours, Choices(plan.choices))
             systems.known = systems.known and not ours.unknown
             for number, rows in enumerate(ours.rows):
-                dense_rows = theirs.rows[number] if theirs is not None and number < len(theirs.rows) else None
+                dense_rows = theirs[number] if number < len(theirs) else None
                 systems.add(rows, dense_rows, ours.weights[number])
         return systems
+
+    def _keep_inputs(self, inputs: DenseInputs, index: int, part: Part, found: Product) -> None:
+        counted = counted_tokens(self._module, to_device(self._batches[index], self._device), 0)
+        inputs.add(index, part.place, taken_of(found, part, counted))
 
     def _run(
         self, index: int, stage: nn.Module, known: Given, uses: WeightUses | None, choices: Choices | None,
@@ -338,9 +330,5 @@ class _Compensating:
                 self._result.left_out.setdefault(name, "is in no product whose inputs could be told for each output")
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """What a stage did with a batch."""
-
-    uses: Mapping[Hashable, int]
-    choices: list[Tensor]
+def _ignored(*_: Any) -> None:
+    """Nobody is told."""

@@ -1,22 +1,26 @@
-"""What a stage's layers are, in groups that read the same input, and what one of them gets."""
+"""What is known of a stage: its layers, in groups that read the same input, and what they get."""
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.compensation.stages import StageReached
-from lrp_prune.pruning.compensation.systems import rows_of
+from lrp_prune.pruning.compensation.systems import Taken, taken_of
 from lrp_prune.pruning.compensation.weighing import weights_of_rows
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses, parts_of
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.products import ComputedUses
 
+ROOM = 4 << 30
+"""Bytes for what one stage's layers got in the dense model."""
 Group = list[Place]
 """Layers that read the same input, and have one system."""
 
@@ -28,26 +32,68 @@ class Grouped(PlacedUses):
         masks: what is pruned.
         groups: those that are known from earlier batches, which are added to.
         inside: names of the stage's parameters.
+        told: is shown each use of the first of a group.
     """
 
-    def __init__(self, masks: Masks, groups: list[Group], inside: Collection[str]) -> None:
+    def __init__(
+        self, masks: Masks, groups: list[Group], inside: Collection[str], told: Callable[[Part, Product], object]
+    ) -> None:
         super().__init__(masks)
-        self._groups, self._inside = groups, inside
+        self._groups, self._inside, self._told = groups, inside, told
         self._input: Callable[[], Tensor | None] = lambda: None  # not the tensor itself, which would hold its graph
         self._known = {place for group in groups for place in group}
+        self._first = {group[0] for group in groups}
 
     def _seen(self, part: Part, found: Product, result: Tensor) -> None:
         super()._seen(part, found, result)
         whole = len(part.place.layout.size) == 2 and part.rows is None
         shares = whole and found.activation is self._input()
         self._input = weakref.ref(found.activation) if whole else lambda: None
-        if part.place in self._known or part.place.name not in self._inside:
+        if part.place.name not in self._inside:
             return
-        self._known.add(part.place)
-        if shares and self._groups:
-            self._groups[-1].append(part.place)
-        else:
-            self._groups.append([part.place])
+        if part.place not in self._known:
+            self._known.add(part.place)
+            if shares and self._groups:
+                self._groups[-1].append(part.place)
+            else:
+                self._groups.append([part.place])
+                self._first.add(part.place)
+        if part.place in self._first:
+            self._told(part, found)
+
+
+class DenseInputs:
+    """What the layers of a stage get in the dense model, from the one run of it: kept as far as there is room.
+
+    Of what does not fit, inputs of the stage's first layers go, which take least to be computed again.
+
+    Args:
+        room: bytes for each batch, on the CPU.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._kept: dict[int, dict[Place, list[Taken | None]]] = {}
+        self.dropped: set[tuple[int, Place]] = set()
+        """Of which batch what does not fit; of processes that work in step, in any of them."""
+
+    def add(self, batch: int, place: Place, taken: Taken | None) -> None:
+        """Keep what a layer gets in one more of its uses; None where it cannot be told."""
+        kept = self._kept.setdefault(batch, {})
+        if (batch, place) in self.dropped:
+            return
+        kept.setdefault(place, []).append(None if taken is None else taken.on("cpu"))
+        while sum(entry.x.nbytes for uses in kept.values() for entry in uses if entry is not None) > self._room:
+            first = next(iter(kept))
+            self.dropped.add((batch, first))
+            del kept[first]
+
+    def taken(self, batch: int, place: Place, device: torch.device) -> list[list[Tensor]] | None:
+        """The rows of each use, see :attr:`Taken.rows`, after which they are forgotten; None where they were dropped."""
+        uses = self._kept.get(batch, {}).pop(place, [])
+        if (batch, place) in self.dropped:
+            return None
+        return [[] if entry is None else entry.on(device).rows for entry in uses]
 
 
 class Inputs(ComputedUses):
@@ -71,7 +117,7 @@ class Inputs(ComputedUses):
         self._masks, self._place, self._uses, self._counted = masks, place, uses, counted
         self._weights = weights
         self.rows: list[list[Tensor]] = []
-        """Of each use, see :func:`rows_of`."""
+        """Of each use, see :attr:`Taken.rows`."""
         self.weights: list[Tensor | None] = []
         """Of each use, see :func:`weights_of_rows`."""
         self.unknown = False
@@ -81,9 +127,9 @@ class Inputs(ComputedUses):
         """Note what the layer's weight is multiplied with."""
         for part in parts_of(found, call, result, self._masks):
             if part.place == self._place:
-                rows = rows_of(found, part, self._counted)
-                self.unknown = self.unknown or rows is None
-                self.rows.append(rows or [])
+                taken = taken_of(found, part, self._counted)
+                self.unknown = self.unknown or taken is None
+                self.rows.append([] if taken is None else taken.rows)
                 self.weights.append(self._weights_of(found, part))
                 if len(self.rows) == self._uses:
                     raise StageReached
@@ -93,6 +139,30 @@ class Inputs(ComputedUses):
             return None
         by_place = isinstance(found.form, Convolution)
         return weights_of_rows(self._weights, found.activation, self._counted, by_place)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, and what its dense weights were, as far as they are here."""
+
+    name: str
+    module: nn.Module
+    held: Mapping[str, nn.Parameter]
+    before: Mapping[str, Tensor]
+    inputs: DenseInputs
+
+    @property
+    def dense(self) -> dict[nn.Parameter, Tensor]:
+        """Its parameters, with their values in the dense model."""
+        return {self.held[name]: value for name, value in self.before.items()}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a stage did with a batch."""
+
+    uses: Mapping[Hashable, int]
+    choices: list[Tensor]
 
 
 _Entry = TypeVar("_Entry", bound=Hashable)

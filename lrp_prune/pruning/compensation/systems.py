@@ -1,12 +1,13 @@
 """The inputs of layers as rows, and the normal equations that are summed from them."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrp_prune.engine.forms import Convolution, TransposedConvolution
+from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.compensation.weighing import roots_of_weights
 from lrp_prune.pruning.pairs import Part
@@ -16,8 +17,33 @@ _ENTRIES = 1 << 26
 """Entries of rows that are laid out at a time: patches of a convolution repeat each of its inputs."""
 
 
-def rows_of(found: Product, part: Part, counted: Tensor | None) -> "list[Tensor] | None":
-    """What a layer's weight is multiplied with: ``[groups, rows, in]``, some rows at a time; None where that is not known.
+class Taken(NamedTuple):
+    """What a layer's weight is multiplied with, apart from the model, which may write into what it has.
+
+    Args:
+        x: inputs of a linear layer, ``[..., in]``; what a convolution goes over.
+        form: of the product.
+        size: of the weight.
+    """
+
+    x: Tensor
+    form: Form
+    size: torch.Size
+
+    def on(self, device: torch.device | str) -> "Taken":
+        """The same on a device."""
+        return self._replace(x=self.x.to(device))
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """As ``[groups, rows, in]``, some rows at a time."""
+        if isinstance(self.form, Convolution):
+            return _patches(self.x, self.size, self.form)
+        return [self.x.reshape(1, -1, self.x.shape[-1])]
+
+
+def taken_of(found: Product, part: Part, counted: Tensor | None) -> Taken | None:
+    """What a layer's weight is multiplied with; None where that is not known.
 
     Args:
         found: the product.
@@ -28,22 +54,22 @@ def rows_of(found: Product, part: Part, counted: Tensor | None) -> "list[Tensor]
     if isinstance(form, TransposedConvolution):
         return None
     if isinstance(form, Convolution):
-        return _patches(x, found.weight, form)
-    if form.channel_dim != -1 and part.rows is None:
+        x = x.clone()
+    elif part.rows is not None:
+        x = x[part.rows].clone()
+    elif form.channel_dim != -1:
         return None
-    if counted is not None and part.rows is None and x.shape[:2] == counted.shape:
-        x = x[counted]
-    else:  # a copy, since the model may write into what it has
-        x = (x if part.rows is None else x[part.rows]).clone()
-    return [x.reshape(1, -1, x.shape[-1])]
+    else:
+        x = x[counted] if counted is not None and x.shape[:2] == counted.shape else x.clone()
+    return Taken(x, form, found.weight.shape)
 
 
-def _patches(x: Tensor, weight: Tensor, form: Convolution) -> list[Tensor]:
+def _patches(x: Tensor, weight: torch.Size, form: Convolution) -> list[Tensor]:
     """What the kernel sees at each place."""
-    dims = weight.dim() - 2
+    dims = len(weight) - 2
     if x.dim() == dims + 1:
         x = x[None]
-    size = weight.shape[2:]
+    size = weight[2:]
     stride, padding, dilation = (form.numbers(name, dims) for name in ("stride", "padding", "dilation"))
     reach = [step * (width - 1) for step, width in zip(dilation, size, strict=True)]
     if padding == "valid":

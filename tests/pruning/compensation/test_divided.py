@@ -84,6 +84,18 @@ def test_convolutions_in_groups_and_layers_with_fewer_rows_than_processes(tmp_pa
     assert set(found.errors) == {"0.weight", "2.weight", "4.weight", "7.weight"}
 
 
+def test_processes_compute_the_same_again_where_only_one_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage is run by all of them or by none."""
+    model, batches = mlp()
+    masks = half(model, ["0.weight", "2.weight", "4.weight"])
+    size = batches[1][0].nbytes
+    monkeypatch.setattr("lrp_prune.pruning.compensation.compensating.ROOM", 2 * size)
+    longer = [(torch.cat([x, x[:9]]), torch.cat([y, y[:9]])) for x, y in batches[:2]]
+    check_equal(model, masks, [batches[:2], longer], EXACT, linear_layers, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "tolerance"), [("llama", 1e-8), ("gpt2", 1e-8), ("mixtral", 1e-3)])
 def test_transformers(tmp_path: Path, name: str, tolerance: float) -> None:
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from lrp_prune.engine.origins import Layout
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.choices import Choices
-from lrp_prune.pruning.compensation.systems import Systems, rows_of
+from lrp_prune.pruning.compensation.systems import Systems, taken_of
 from lrp_prune.pruning.pairs import Part
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
@@ -45,7 +45,8 @@ class Rows(WeightUses):
             return None
         result = computed(found)
         part = Part(Place(found.origin.name, Layout((), (), 0), 0, None), None, 1)
-        self.rows.append(rows_of(found, part, self.counted))
+        taken = taken_of(found, part, self.counted)
+        self.rows.append(None if taken is None else taken.rows)
         return given(found.activation, lambda: result)
 
 
