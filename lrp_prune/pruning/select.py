@@ -28,7 +28,7 @@ from lrp_prune.selection.scopes import (
     number_to_prune,
     parse_scope,
 )
-from lrp_prune.selection.together import raise_together, rows_together, smallest_of
+from lrp_prune.selection.together import counts_of, raise_together, rows_together, smallest_of
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -228,7 +228,8 @@ def _select_weights(
                     k = group.number  # also for those that are not scored
                 if scope == "global" and floor:
                     limits = limits_of({name: math.prod(shapes[name]) for name in together}, floor, k, before or {})
-                    found.update(within_limits(together, k, limits, choose_together, pruned_by))
+                    counts = counts_of(relevance, together, order, kept)
+                    found.update(within_limits(together, k, limits, choose_together, pruned_by, counts, before))
                 else:
                     found.update(choose_together(together, k))
             else:

@@ -42,30 +42,60 @@ class Contributions:
             shape: of the weight, or of what this process holds of it.
             index: a slice of the flattened weight, for which a vector is returned; None: what broadcasts to ``shape``.
         """
-        inputs = self._per_sample(name)
+        inputs = self.inputs[name]
         if name in self._shardings and name + INPUTS not in self._shardings:
             inputs = self._shardings[name].part(inputs)  # a vector, which is whole in each process
-        mean = self._means.get(name)
-        shares = inputs.sqrt() / ((self._mean(name) if mean is None else mean) or 1.0)
-        return shares if index is None else _broadcast(shares, shape, index)
+        if index is not None:
+            inputs = _broadcast(inputs, shape, index)
+        return (inputs.to(torch.float32) / self._num_samples).sqrt_() / (self._mean_of(name) or 1.0)
 
-    def _per_sample(self, name: str) -> Tensor:
-        return self.inputs[name].to(torch.float32) / self._num_samples
+    def _mean_of(self, name: str) -> float:
+        if name not in self._means:
+            self._means[name] = self._mean(name)
+        return self._means[name]
 
     def _mean(self, name: str) -> float:
-        contributions = self.mean_weights[name] * self._per_sample(name).sqrt()
+        inputs = self.inputs[name].to(torch.float32) / self._num_samples
+        contributions = self.mean_weights[name] * inputs.sqrt()
         sharding = self._shardings.get(name + INPUTS) or Sharding(tuple(contributions.shape))
         return float(sharding.all_reduced(contributions.sum(dtype=torch.float64))) / max(sharding.numel, 1)
 
 
 def _broadcast(tensor: Tensor, shape: torch.Size, index: slice) -> Tensor:
     """``tensor.expand(shape).flatten()[index]`` without making the whole."""
-    tensor = tensor.contiguous()
-    flat = torch.arange(*index.indices(shape.numel()), device=tensor.device)
+    tensor, (start, stop, step) = tensor.contiguous(), index.indices(shape.numel())
+    leading = _leading(tensor.shape, shape)
+    width = shape[leading:].numel()
+    if step != 1 or not leading or stop <= start:
+        chosen = torch.arange(start, max(start, stop), step, device=tensor.device)
+        return tensor.reshape(-1)[_positions(tensor, shape, chosen)]
+    rows = torch.arange(start // width, -(-stop // width), device=tensor.device)
+    table = tensor.reshape(
+        -1, tensor.shape[leading:].numel()
+    )  # a row has all of a row's entries, or one for all of them
+    rows = _positions(tensor, shape[:leading], rows) // table.shape[1]
+    first, last = start % width, (stop - 1) % width + 1
+    if len(rows) == 1:
+        return table[rows[0]].expand(width)[first:last].clone()
+    ends = table[rows[0]].expand(width)[first:], table[rows[-1]].expand(width)[:last]
+    return torch.cat([ends[0], table[rows[1:-1]].expand(-1, width).reshape(-1), ends[1]])
+
+
+def _leading(own: torch.Size, shape: torch.Size) -> int:
+    """Dimensions before the last ones that a tensor has in full, or along all of which it has one entry."""
+    full = one = len(shape)
+    while full and own[full - 1] == shape[full - 1]:
+        full -= 1
+    while one and own[one - 1] == 1:
+        one -= 1
+    return min(full, one)
+
+
+def _positions(tensor: Tensor, shape: torch.Size, flat: Tensor) -> Tensor:
+    """Where in a contiguous tensor is what an expanded one has at these places of its first dimensions, in this shape."""
     position = torch.zeros_like(flat)
     for dim in range(len(shape)):
         if tensor.shape[dim] > 1:
-            position += flat.div(shape[dim + 1 :].numel(), rounding_mode="floor").remainder_(
-                shape[dim]
-            ) * tensor.stride(dim)
-    return tensor.reshape(-1)[position]
+            rest = flat.div(shape[dim + 1 :].numel(), rounding_mode="floor")
+            position += rest.remainder_(shape[dim]) * tensor.stride(dim)
+    return position

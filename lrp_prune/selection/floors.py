@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 DEFAULT = 0.5
@@ -67,6 +68,8 @@ def within_limits(
     limits: Mapping[str, int],
     choose: Callable[[Sequence[str], int], Mapping[str, Tensor]],
     count: Callable[[Mapping[str, Tensor]], Mapping[str, int]],
+    counts: Mapping[str, Tensor] | None = None,
+    before: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Masks that prune ``number`` entries of all tensors, the first of their ranking, and of none more than its limit.
 
@@ -80,6 +83,9 @@ def within_limits(
         limits: of each tensor, at least what is pruned of it already.
         choose: from names and a number to the packed masks that prune this number of them together.
         count: from packed masks to the numbers of entries that they prune.
+        counts: of each tensor how many entries, without those that are pruned already, lie in each interval of the ranking. It
+            says of most tensors that are beyond their limit that they are, so that all need not be gone through for each of them.
+        before: how many entries of each tensor are pruned already, where some are.
 
     Example:
         >>> import torch
@@ -94,15 +100,48 @@ def within_limits(
         ({'a': 4, 'b': 0}, {'a': 3, 'b': 1})
     """
     full: dict[str, Tensor] = {}
-    left = list(names)
+    left, beyond = list(names), [] if counts is None else surely_beyond(names, number, limits, counts, before or {})
     while left:
-        masks = choose(left, number)
-        pruned = count(masks)
-        beyond = [name for name in left if pruned[name] > limits[name]]
-        if not beyond:
-            return {**full, **masks}
         for name in beyond:
             full.update(choose([name], limits[name]))
         number -= sum(limits[name] for name in beyond)
         left = [name for name in left if name not in full]
+        masks = choose(left, number) if left else {}
+        pruned = count(masks)
+        beyond = [name for name in left if pruned[name] > limits[name]]
+        if not beyond:
+            return {**full, **masks}
     return full
+
+
+def surely_beyond(
+    names: Sequence[str],
+    number: int,
+    limits: Mapping[str, int],
+    counts: Mapping[str, Tensor],
+    before: Mapping[str, int],
+) -> list[str]:
+    """The tensors that are beyond their limit by what lies before the interval that the last pruned entry is in.
+
+    Args:
+        names, number, limits, counts, before: see :func:`within_limits`.
+
+    Example:
+        >>> import torch
+        >>> counts = {"a": torch.tensor([4, 0, 0]), "b": torch.tensor([0, 2, 2])}
+        >>> surely_beyond(["a", "b"], 5, {"a": 3, "b": 3}, counts, {}), surely_beyond(["a", "b"], 4, {"a": 3, "b": 3}, counts, {})
+        (['a'], [])
+    """
+    left, found = list(names), list[str]()
+    while left:
+        total = torch.stack([counts[name] for name in left]).sum(0).cumsum(0) + sum(
+            before.get(name, 0) for name in left
+        )
+        last = int(torch.searchsorted(total, number))
+        beyond = [name for name in left if before.get(name, 0) + int(counts[name][:last].sum()) > limits[name]]
+        if not beyond:
+            break
+        number -= sum(limits[name] for name in beyond)
+        found += beyond
+        left = [name for name in left if name not in beyond]
+    return found

@@ -23,6 +23,7 @@ from lrp_prune.selection.keys import ORDERS, KeyFormat, LazyValues
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
+_COARSE = 12
 # A prime, so that the sample does not stay within some columns.
 _STRIDE = 251
 _SMALLEST_SAMPLE = 256
@@ -125,6 +126,29 @@ def smallest(
     return [entries.kept_after(index, low, int(quotas[index]), int(ties[index])) for index in range(len(kept))]
 
 
+def counts_by_size(
+    values: Sequence[Tensor | LazyValues],
+    order: str = "absolute",
+    kept: Sequence[Tensor | None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """How many entries of each tensor, that are not pruned yet, lie in each of 4096 neighbouring intervals, smallest first.
+
+    Args:
+        values, order, kept, dtype: see :func:`smallest`. Values that are not finite may count anywhere.
+
+    Returns:
+        int64 ``[tensors, 4096]``, the intervals being the same for all tensors.
+
+    Example:
+        >>> counts_by_size([torch.tensor([3.0, -1.0]), torch.tensor([1.0])])[:, :2048].sum(1).tolist()
+        [1, 1]
+    """
+    form = KeyFormat(order == "absolute", dtype)
+    entries = _Entries(values, form, kept or [None] * len(values), [""] * len(values))
+    return torch.stack([entries.coarse(index) for index in range(len(values))])
+
+
 def _bracket(sample: Tensor, rank: int, free: int, form: KeyFormat) -> tuple[int, int]:
     """The interval of keys that holds the one of ``rank`` according to a sample's histogram, with a wide margin."""
     size = int(sample.sum())
@@ -194,6 +218,16 @@ class _Entries:
             sample = sample.clamp(self.form.minimum, self.form.infinity)
             result[:-2] += keys.histogram(sample, self.form.minimum >> shift, shift, _BINS)
         self.total = int(result[-2])
+        return result
+
+    def coarse(self, index: int) -> Tensor:
+        """Histogram of a tensor's free keys by the first bits."""
+        shift = self.form.width - self.form.absolute - _COARSE
+        result = torch.zeros(1 << _COARSE, dtype=torch.int64, device="cpu")
+        for _, chunk in self._chunks(index):
+            free = chunk if self.kept[index] is None else chunk[chunk != self.form.last]
+            free = free.clamp(self.form.minimum, self.form.infinity)
+            result += keys.histogram(free, self.form.minimum >> shift, shift, 1 << _COARSE)
         return result
 
     def take_census(self, low: int, high: int, reduce: Reduce) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from lrp_prune.distributed.sharding import Sharding, agree
 from lrp_prune.selection import bits
 from lrp_prune.selection.keys import LazyValues
 from lrp_prune.selection.scopes import Structure, input_dim, row_dims
-from lrp_prune.selection.selection import smallest
+from lrp_prune.selection.selection import counts_by_size, smallest
 from lrp_prune.selection.values import Values
 
 if TYPE_CHECKING:
@@ -40,16 +40,7 @@ def smallest_of(
     Raises:
         ValueError: if tensors are divided among different processes, and what :func:`smallest` raises.
     """
-    shardings = {name: values.sharding(name) for name in names}
-    divided = {name: sharding for name, sharding in shardings.items() if sharding.is_divided}
-    first = next(iter(divided.values()), Sharding(()))
-    for name, sharding in divided.items():
-        if (sharding.mesh, sharding.axis) != (first.mesh, first.axis):
-            raise ValueError(
-                f"{name} is divided among other processes than {next(iter(divided))}: they cannot be compared with each "
-                "other, use scope='layer'"
-            )
-    parts = [_Part(values, name, (kept or {}).get(name), first) for name in names]
+    first, parts = _parts_of(values, names, kept)
     masks = smallest(
         [part.values for part in parts],
         k,
@@ -61,6 +52,35 @@ def smallest_of(
         preceding=partial(_preceding, first),
     )
     return {name: part.mask(mask) for name, part, mask in zip(names, parts, masks, strict=True)}
+
+
+def counts_of(
+    values: Values, names: Sequence[str], order: str, kept: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """How many entries of each whole tensor lie in each interval, see :func:`~lrp_prune.selection.selection.counts_by_size`.
+
+    Args:
+        values, names, order, kept: see :func:`smallest_of`.
+    """
+    first, parts = _parts_of(values, names, kept)
+    counts = counts_by_size([part.values for part in parts], order, [part.kept for part in parts])
+    return dict(zip(names, first.all_reduced(counts), strict=True))
+
+
+def _parts_of(
+    values: Values, names: Sequence[str], kept: Mapping[str, Tensor] | None
+) -> "tuple[Sharding, list[_Part]]":
+    """How tensors that are compared are divided, and what of each is here."""
+    shardings = {name: values.sharding(name) for name in names}
+    divided = {name: sharding for name, sharding in shardings.items() if sharding.is_divided}
+    first = next(iter(divided.values()), Sharding(()))
+    for name, sharding in divided.items():
+        if (sharding.mesh, sharding.axis) != (first.mesh, first.axis):
+            raise ValueError(
+                f"{name} is divided among other processes than {next(iter(divided))}: they cannot be compared with each "
+                "other, use scope='layer'"
+            )
+    return first, [_Part(values, name, (kept or {}).get(name), first) for name in names]
 
 
 def _preceding(sharding: Sharding, ties: Tensor) -> Tensor:
