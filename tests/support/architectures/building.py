@@ -59,7 +59,7 @@ def build(
     if size > LARGEST:
         raise NotTinyError(f"{name} for {mapping} has {size:,} parameters")
     torch.manual_seed(0)
-    model: nn.Module = auto_class(mapping).from_config(tiny_config(name, mapping), **chosen)
+    model = _made(mapping, tiny_config(name, mapping), **chosen)
     return randomized(model, biases).eval().to(dtype)
 
 
@@ -67,7 +67,20 @@ def build(
 def _size(mapping: str, name: str) -> int:
     """How many parameters there would be, without making them."""
     with torch.device("meta"):
-        return number_of_parameters(auto_class(mapping).from_config(tiny_config(name, mapping)))
+        return number_of_parameters(_made(mapping, tiny_config(name, mapping)))
+
+
+def _made(mapping: str, config: transformers.PreTrainedConfig, **chosen: str) -> nn.Module:
+    """A model of a configuration; where its class takes a part of that (a decoder's), of the part."""
+    kind = class_for(mapping, config)
+    parts = [name for name, part in config.sub_configs.items() if part is kind.config_class and name != "text_config"]
+    if parts and not isinstance(config, kind.config_class):  # transformers itself takes none but the text's
+        part = getattr(config, parts[0])
+        part.architectures = [kind.__name__]
+        made: nn.Module = kind._from_config(part, **chosen)
+        return made
+    model: nn.Module = auto_class(mapping).from_config(config, **chosen)
+    return model
 
 
 def randomized(model: nn.Module, biases: bool = False) -> nn.Module:
@@ -106,7 +119,7 @@ def attentions(mapping: str, name: str) -> list[str]:
         return ["eager"]
     try:
         with torch.device("meta"):
-            model = auto_class(mapping).from_config(config, attn_implementation="sdpa")
+            model = _made(mapping, config, attn_implementation="sdpa")
     except (ValueError, ImportError):
         return ["eager"]
     return ["eager", "sdpa"] if model.config._attn_implementation == "sdpa" else ["eager"]
