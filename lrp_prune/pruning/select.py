@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lrp_prune.distributed.sharding import counted
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
 from lrp_prune.pruning.emptied import tell_emptied
 from lrp_prune.pruning.masks import Masks
@@ -28,7 +27,7 @@ from lrp_prune.selection.scopes import (
     number_to_prune,
     parse_scope,
 )
-from lrp_prune.selection.together import counts_of, raise_together, rows_together, smallest_of
+from lrp_prune.selection.together import ChosenTogether, chosen_of, raise_together, rows_together
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -211,13 +210,8 @@ def _select_weights(
     shardings = {name: relevance.sharding(name) for group in groups for name in group.scored}
     mesh = next((sharding.mesh for sharding in shardings.values() if sharding.is_divided), None)
 
-    def choose_together(names: Sequence[str], k: int) -> dict[str, Tensor]:
-        return smallest_of(relevance, names, k, order, kept)
-
-    def pruned_by(masks: Mapping[str, Tensor]) -> dict[str, int]:
-        return counted(
-            shardings, {name: shardings[name].local_numel - bits.count(mask) for name, mask in masks.items()}
-        )
+    def choose_together(names: Sequence[str], k: int) -> ChosenTogether:
+        return chosen_of(relevance, names, k, order, kept)
 
     for group in groups:
         rate = group.rate
@@ -228,10 +222,9 @@ def _select_weights(
                     k = group.number  # also for those that are not scored
                 if scope == "global" and floor:
                     limits = limits_of({name: math.prod(shapes[name]) for name in together}, floor, k, before or {})
-                    counts = counts_of(relevance, together, order, kept)
-                    found.update(within_limits(together, k, limits, choose_together, pruned_by, counts, before))
+                    found.update(within_limits(together, k, limits, choose_together))
                 else:
-                    found.update(choose_together(together, k))
+                    found.update(choose_together(together, k).masks())
             else:
                 (name,) = together
                 layout = relevance.layouts.get(name) or layout_of(shapes[name])

@@ -7,8 +7,8 @@ and keys of attention have next to no relevance together, and the model falls to
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 DEFAULT = 0.5
@@ -62,14 +62,22 @@ def limits_of(sizes: Mapping[str, int], floor: float, number: int, before: Mappi
     return {name: max(math.ceil(entries * share), before.get(name, 0)) for name, entries in sizes.items()}
 
 
+class Choice(Protocol):
+    """Entries that one ranking prunes."""
+
+    @property
+    def pruned(self) -> Mapping[str, int]:
+        """How many of each tensor."""
+
+    def masks(self) -> Mapping[str, Tensor]:
+        """The packed masks of what is kept."""
+
+
 def within_limits(
     names: Sequence[str],
     number: int,
     limits: Mapping[str, int],
-    choose: Callable[[Sequence[str], int], Mapping[str, Tensor]],
-    count: Callable[[Mapping[str, Tensor]], Mapping[str, int]],
-    counts: Mapping[str, Tensor] | None = None,
-    before: Mapping[str, int] | None = None,
+    choose: Callable[[Sequence[str], int], Choice],
 ) -> dict[str, Tensor]:
     """Masks that prune ``number`` entries of all tensors, the first of their ranking, and of none more than its limit.
 
@@ -81,67 +89,30 @@ def within_limits(
         names: of the tensors.
         number: to be pruned, at most the sum of the limits.
         limits: of each tensor, at least what is pruned of it already.
-        choose: from names and a number to the packed masks that prune this number of them together.
-        count: from packed masks to the numbers of entries that they prune.
-        counts: of each tensor how many entries, without those that are pruned already, lie in each interval of the ranking. It
-            says of most tensors that are beyond their limit that they are, so that all need not be gone through for each of them.
-        before: how many entries of each tensor are pruned already, where some are.
+        choose: from names and a number to what prunes this number of them together.
 
     Example:
         >>> import torch
         >>> from lrp_prune.selection import bits
-        >>> values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
+        >>> from lrp_prune.selection.together import chosen_of
+        >>> from lrp_prune.relevance import Relevance
+        >>> values = Relevance({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])})
         >>> def choose(names, number):
-        ...     threshold = torch.cat([values[name] for name in names]).sort().values[number - 1]
-        ...     return {name: bits.pack(values[name] > threshold) for name in names}
+        ...     return chosen_of(values, names, number, "absolute")
         >>> def count(masks):
         ...     return {name: 4 - bits.count(mask) for name, mask in masks.items()}
-        >>> count(choose(["a", "b"], 4)), count(within_limits(["a", "b"], 4, {"a": 3, "b": 3}, choose, count))
+        >>> choose(["a", "b"], 4).pruned, count(within_limits(["a", "b"], 4, {"a": 3, "b": 3}, choose))
         ({'a': 4, 'b': 0}, {'a': 3, 'b': 1})
     """
     full: dict[str, Tensor] = {}
-    left, beyond = list(names), [] if counts is None else surely_beyond(names, number, limits, counts, before or {})
+    left = list(names)
     while left:
+        choice = choose(left, number)
+        beyond = [name for name in left if choice.pruned[name] > limits[name]]
+        if not beyond:
+            return {**full, **choice.masks()}
         for name in beyond:
-            full.update(choose([name], limits[name]))
+            full.update(choose([name], limits[name]).masks())
         number -= sum(limits[name] for name in beyond)
         left = [name for name in left if name not in full]
-        masks = choose(left, number) if left else {}
-        pruned = count(masks)
-        beyond = [name for name in left if pruned[name] > limits[name]]
-        if not beyond:
-            return {**full, **masks}
     return full
-
-
-def surely_beyond(
-    names: Sequence[str],
-    number: int,
-    limits: Mapping[str, int],
-    counts: Mapping[str, Tensor],
-    before: Mapping[str, int],
-) -> list[str]:
-    """The tensors that are beyond their limit by what lies before the interval that the last pruned entry is in.
-
-    Args:
-        names, number, limits, counts, before: see :func:`within_limits`.
-
-    Example:
-        >>> import torch
-        >>> counts = {"a": torch.tensor([4, 0, 0]), "b": torch.tensor([0, 2, 2])}
-        >>> surely_beyond(["a", "b"], 5, {"a": 3, "b": 3}, counts, {}), surely_beyond(["a", "b"], 4, {"a": 3, "b": 3}, counts, {})
-        (['a'], [])
-    """
-    left, found = list(names), list[str]()
-    while left:
-        total = torch.stack([counts[name] for name in left]).sum(0).cumsum(0) + sum(
-            before.get(name, 0) for name in left
-        )
-        last = int(torch.searchsorted(total, number))
-        beyond = [name for name in left if before.get(name, 0) + int(counts[name][:last].sum()) > limits[name]]
-        if not beyond:
-            break
-        number -= sum(limits[name] for name in beyond)
-        found += beyond
-        left = [name for name in left if name not in beyond]
-    return found

@@ -23,7 +23,6 @@ from lrp_prune.selection.keys import ORDERS, KeyFormat, LazyValues
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
-_COARSE = 12
 # A prime, so that the sample does not stay within some columns.
 _STRIDE = 251
 _SMALLEST_SAMPLE = 256
@@ -85,6 +84,29 @@ def smallest(
         >>> [bits.unpack(chosen, tensor.shape) for chosen, tensor in zip(smallest(tensors, 2), tensors)]
         [tensor([ True, False,  True]), tensor([[False,  True]])]
     """
+    return chosen(
+        values, k, order=order, kept=kept, names=names, dtype=dtype, reduce=reduce, preceding=preceding
+    ).masks()
+
+
+def chosen(
+    values: Sequence[Tensor | LazyValues],
+    k: int,
+    *,
+    order: str = "absolute",
+    kept: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    reduce: Reduce = _alone,
+    preceding: Reduce = _in_order,
+) -> "Chosen":
+    """As :func:`smallest`, with how many entries of each tensor are chosen before any mask is made.
+
+    Example:
+        >>> found = chosen([torch.tensor([3.0, -1.0, 2.0]), torch.tensor([[1.0, -4.0]])], 2)
+        >>> found.counts.tolist(), [bits.count(mask) for mask in found.masks()]
+        ([1, 1], [2, 1])
+    """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     if dtype is None:
@@ -110,8 +132,10 @@ def smallest(
         low, high = form.minimum, form.infinity
         below = 0
         entries.collected = None
-    # With nothing left to choose no key needs to be found: nothing is below the smallest, and no tie is chosen.
-    while rank > 0 and high - low > 1:
+    if rank == 0:  # nothing lies below the smallest key, and none of its ties is chosen
+        nothing = torch.zeros_like(entries.pruned)
+        return Chosen(entries, form.minimum, nothing, nothing + 1, entries.pruned)
+    while high - low > 1:
         shift = max((high - low - 1).bit_length() - _DIGIT, 0)
         base = low >> shift
         counts = reduce(entries.histogram(low, high, shift, ((high - 1) >> shift) - base + 1))
@@ -119,34 +143,30 @@ def smallest(
         digit = int(torch.searchsorted(cumulative, rank))
         below = int(cumulative[digit] - counts[digit])
         low, high = max(low, (base + digit) << shift), min(high, (base + digit + 1) << shift)
-    if rank == 0:
-        low, below = form.minimum, 0
-    ties = entries.ties(low)
+    under, ties = entries.counts_at(low)
     quotas = (rank - below - preceding(ties)).clamp(min=0).minimum(ties)
-    return [entries.kept_after(index, low, int(quotas[index]), int(ties[index])) for index in range(len(kept))]
+    return Chosen(entries, low, quotas, ties, entries.pruned + under + quotas)
 
 
-def counts_by_size(
-    values: Sequence[Tensor | LazyValues],
-    order: str = "absolute",
-    kept: Sequence[Tensor | None] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """How many entries of each tensor, that are not pruned yet, lie in each of 4096 neighbouring intervals, smallest first.
+class Chosen:
+    """Which entries are the smallest.
 
     Args:
-        values, order, kept, dtype: see :func:`smallest`. Values that are not finite may count anywhere.
-
-    Returns:
-        int64 ``[tensors, 4096]``, the intervals being the same for all tensors.
-
-    Example:
-        >>> counts_by_size([torch.tensor([3.0, -1.0]), torch.tensor([1.0])])[:, :2048].sum(1).tolist()
-        [1, 1]
+        entries: of which.
+        key: that of the last chosen one.
+        quotas: how many of each tensor with this key are chosen.
+        ties: how many have it.
+        counts: how many entries of each tensor are chosen in all, with those that were pruned before; of what is here.
     """
-    form = KeyFormat(order == "absolute", dtype)
-    entries = _Entries(values, form, kept or [None] * len(values), [""] * len(values))
-    return torch.stack([entries.coarse(index) for index in range(len(values))])
+
+    def __init__(self, entries: "_Entries", key: int, quotas: Tensor, ties: Tensor, counts: Tensor) -> None:
+        self._entries, self._key, self._quotas, self._ties = entries, key, quotas, ties
+        self.counts = counts
+
+    def masks(self) -> list[Tensor]:
+        """Of each tensor the packed mask of what is not chosen; one more pass over the entries."""
+        entries, ends = self._entries, zip(self._quotas.tolist(), self._ties.tolist(), strict=True)
+        return [entries.kept_after(index, self._key, quota, ties) for index, (quota, ties) in enumerate(ends)]
 
 
 def _bracket(sample: Tensor, rank: int, free: int, form: KeyFormat) -> tuple[int, int]:
@@ -183,6 +203,8 @@ class _Entries:
         self.total = 0
         # The keys inside the census's interval, per tensor and all together; None if there were too many to keep.
         self.collected: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        # How many of each tensor are pruned already, and how many free ones lie below that interval.
+        self.pruned, self._under = (torch.zeros(len(kept), dtype=torch.int64, device="cpu") for _ in range(2))
 
     def _flat(self, index: int) -> Tensor | LazyValues:
         value = self.values[index]
@@ -210,7 +232,8 @@ class _Entries:
             if kept is not None:
                 if kept.numel() != bits.num_bytes(flat.numel()):
                     raise ValueError(f"the existing mask of {self.names[index]} has not its {flat.numel()} entries")
-                result[-1] += flat.numel() - bits.count(kept)
+                self.pruned[index] = flat.numel() - bits.count(kept)
+                result[-1] += self.pruned[index]
                 positions = np.arange(0, flat.numel(), _STRIDE)
                 free = kept.cpu().numpy()[positions >> 3] >> (positions & 7).astype(np.uint8) & 1
                 sample = sample[torch.from_numpy(free.astype(np.bool_)).to(sample.device)]
@@ -218,16 +241,6 @@ class _Entries:
             sample = sample.clamp(self.form.minimum, self.form.infinity)
             result[:-2] += keys.histogram(sample, self.form.minimum >> shift, shift, _BINS)
         self.total = int(result[-2])
-        return result
-
-    def coarse(self, index: int) -> Tensor:
-        """Histogram of a tensor's free keys by the first bits."""
-        shift = self.form.width - self.form.absolute - _COARSE
-        result = torch.zeros(1 << _COARSE, dtype=torch.int64, device="cpu")
-        for _, chunk in self._chunks(index):
-            free = chunk if self.kept[index] is None else chunk[chunk != self.form.last]
-            free = free.clamp(self.form.minimum, self.form.infinity)
-            result += keys.histogram(free, self.form.minimum >> shift, shift, 1 << _COARSE)
         return result
 
     def take_census(self, low: int, high: int, reduce: Reduce) -> tuple[int, int]:
@@ -246,6 +259,7 @@ class _Entries:
                     below, inside, found = keys.between(chunk, low, high, collect=collected is not None)
                     counts[0] += below
                     counts[1] += inside
+                    self._under[index] += below
                     if collected is not None and found is not None:
                         collected[index].append(found)
                         if counts[1] > budget:
@@ -281,13 +295,17 @@ class _Entries:
                 result += keys.histogram(found, low >> shift, shift, bins)
         return result
 
-    def ties(self, key: int) -> Tensor:
-        """How many entries of each tensor have this key, int64 ``[tensors]``."""
-        counts = [
-            sum(keys.between(chunk, key, key + 1, collect=False)[1] for chunk in self._keys_of(index))
-            for index in range(len(self.kept))
-        ]
-        return torch.tensor(counts, dtype=torch.int64, device="cpu")
+    def counts_at(self, key: int) -> tuple[Tensor, Tensor]:
+        """How many free entries of each tensor are below a key, and how many have it, int64 ``[tensors]`` each."""
+        counts = torch.zeros(2, len(self.kept), dtype=torch.int64, device="cpu")
+        for index in range(len(self.kept)):
+            for chunk in self._keys_of(index):
+                below, inside, _ = keys.between(chunk, key, key + 1, collect=False)
+                counts[0, index] += below
+                counts[1, index] += inside
+        if self.collected is not None:
+            counts[0] += self._under
+        return counts[0], counts[1]
 
     def kept_after(self, index: int, key: int, quota: int, ties: int) -> Tensor:
         """A tensor's packed mask without what is below ``key`` and the first ``quota`` of its ``ties`` with it."""

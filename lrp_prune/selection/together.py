@@ -16,7 +16,7 @@ from lrp_prune.distributed.sharding import Sharding, agree
 from lrp_prune.selection import bits
 from lrp_prune.selection.keys import LazyValues
 from lrp_prune.selection.scopes import Structure, input_dim, row_dims
-from lrp_prune.selection.selection import counts_by_size, smallest
+from lrp_prune.selection.selection import chosen
 from lrp_prune.selection.values import Values
 
 if TYPE_CHECKING:
@@ -40,31 +40,45 @@ def smallest_of(
     Raises:
         ValueError: if tensors are divided among different processes, and what :func:`smallest` raises.
     """
-    first, parts = _parts_of(values, names, kept)
-    masks = smallest(
-        [part.values for part in parts],
-        k,
-        order=order,
-        kept=[part.kept for part in parts],
-        names=names,
-        dtype=torch.float32,
-        reduce=first.all_reduced,
-        preceding=partial(_preceding, first),
-    )
-    return {name: part.mask(mask) for name, part, mask in zip(names, parts, masks, strict=True)}
+    return chosen_of(values, names, k, order, kept).masks()
 
 
-def counts_of(
-    values: Values, names: Sequence[str], order: str, kept: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """How many entries of each whole tensor lie in each interval, see :func:`~lrp_prune.selection.selection.counts_by_size`.
+def chosen_of(
+    values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None = None
+) -> "ChosenTogether":
+    """As :func:`smallest_of`, with how many entries of each tensor are chosen before any mask is made.
 
     Args:
-        values, names, order, kept: see :func:`smallest_of`.
+        values, names, k, order, kept: see :func:`smallest_of`.
     """
-    first, parts = _parts_of(values, names, kept)
-    counts = counts_by_size([part.values for part in parts], order, [part.kept for part in parts])
-    return dict(zip(names, first.all_reduced(counts), strict=True))
+    return ChosenTogether(values, names, k, order, kept)
+
+
+class ChosenTogether:
+    """What processes choose of tensors; see :func:`chosen_of`."""
+
+    def __init__(
+        self, values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None
+    ) -> None:
+        first, self._parts = _parts_of(values, names, kept)
+        self._names = list(names)
+        self._chosen = chosen(
+            [part.values for part in self._parts],
+            k,
+            order=order,
+            kept=[part.kept for part in self._parts],
+            names=names,
+            dtype=torch.float32,
+            reduce=first.all_reduced,
+            preceding=partial(_preceding, first),
+        )
+        self.pruned = dict(zip(self._names, first.all_reduced(self._chosen.counts).tolist(), strict=True))
+        """How many entries of each whole tensor are chosen, or were before."""
+
+    def masks(self) -> dict[str, Tensor]:
+        """The packed masks of what is here."""
+        each = zip(self._names, self._parts, self._chosen.masks(), strict=True)
+        return {name: part.mask(mask) for name, part, mask in each}
 
 
 def _parts_of(

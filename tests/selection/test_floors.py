@@ -14,7 +14,7 @@ from lrp_prune.pruning import METHODS, Masks, Scope, select
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UNREACHED
-from lrp_prune.selection import floors
+from lrp_prune.selection import floors, together
 
 select_module = sys.modules["lrp_prune.pruning.select"]  # a function of that package has its name
 
@@ -92,45 +92,23 @@ def test_a_layer_without_relevance_keeps_its_share():
     assert alike == select(relevance, 0.4, scope="layer")
 
 
-def test_one_count_tells_what_is_beyond_its_limit_so_that_all_are_ranked_once(monkeypatch):
+def test_masks_are_made_once_however_often_the_rest_is_ranked(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     scales = {f"layers.{index}.weight": 1.5**index for index in range(24)}
     relevance = Relevance({name: torch.randn(40, 50, generator=generator) * scale for name, scale in scales.items()})
-    rankings = []
-    whole = select_module.smallest_of
+    rankings, made = [], []
+    chosen_of, masks_of = select_module.chosen_of, together.ChosenTogether.masks
     monkeypatch.setattr(
-        select_module, "smallest_of", lambda values, names, *rest: rankings.append(names) or whole(values, names, *rest)
+        select_module,
+        "chosen_of",
+        lambda values, names, *rest: rankings.append(names) or chosen_of(values, names, *rest),
     )
-    for rounds in (1, 3):
-        rankings.clear()
-        masks = select(relevance, 0.5)
-        assert masks == in_order(relevance, 24000, 0.5, "absolute")
-        full = [name for name in scales if masks.pruned_in(name) == 1500]
-        assert len(full) > 5 and len([names for names in rankings if len(names) > 1]) == rounds
-        monkeypatch.setattr(select_module, "counts_of", lambda *_: None)  # as it is without
-
-
-def test_what_one_count_says_is_what_the_ranking_does():
-    chance = random.Random(0)
-    for _ in range(300):
-        values = [[chance.randrange(8) for _ in range(chance.randint(1, 6))] for _ in range(3)]
-        names = ["a", "b", "c"]
-        before = {name: chance.randint(0, 2) for name in names}
-        number = chance.randint(sum(before.values()), sum(map(len, values)) + sum(before.values()))
-        limits = {name: before[name] + chance.randint(0, len(each)) for name, each in zip(names, values, strict=True)}
-        counts = {
-            name: torch.bincount(torch.tensor(each), minlength=8) for name, each in zip(names, values, strict=True)
-        }
-        if number > sum(limits.values()):
-            continue
-        entries = sorted((value, name) for name, each in zip(names, values, strict=True) for value in each)
-        pruned, left = dict(before), number - sum(before.values())
-        for _, name in entries:
-            if left and pruned[name] < limits[name]:
-                pruned[name] += 1
-                left -= 1
-        for name in floors.surely_beyond(names, number, limits, counts, before):
-            assert pruned[name] == limits[name]
+    monkeypatch.setattr(together.ChosenTogether, "masks", lambda choice: made.extend(choice.pruned) or masks_of(choice))
+    masks = select(relevance, 0.5)
+    assert masks == in_order(relevance, 24000, 0.5, "absolute")
+    full = [name for name in scales if masks.pruned_in(name) == 1500]
+    assert len(full) > 5 and len([names for names in rankings if len(names) > 1]) == 3
+    assert sorted(made) == sorted(scales)
 
 
 def test_by_default_half_of_the_average_density_is_kept_by_every_method():
