@@ -3,6 +3,7 @@
     python tests/benchmarks/compression_table.py                       # everything; takes most of a day on two cores
     python tests/benchmarks/compression_table.py --ways wanda sparsegpt "lrp, exact" --sparsities 0.5 2:4 --seeds 0
     python tests/benchmarks/compression_table.py --report              # table and figure of what is there
+    python tests/benchmarks/compression_table.py --results docs/compression.jsonl --report  # of what the docs have
 
 SmolLM2, by itself on each kind of text: all ways see the same windows of it to calibrate on, and are measured on the same
 windows of other documents. Relevance is collected once for a seed and used at each sparsity; its seconds and its peak count in
@@ -34,7 +35,7 @@ from presenting import aligned, colour, new_figure, titled
 import lrp_prune
 from lrp_prune import Relevance, Scope
 from lrp_prune.effects import kinds
-from lrp_prune.pruning import budgets, scorer
+from lrp_prune.pruning import LeastSquares, budgets, scorer
 from tests.benchmarks import sparsegpt
 
 Batches = list[dict[str, Tensor]]
@@ -52,6 +53,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lrp": ("lrp", {}),
     "lrp, column by column": ("lrp", {"compensation": "obs"}),
     "lrp, exact": ("lrp", {"compensation": "exact"}),
+    "lrp, exact, to the dense model's inputs": ("lrp", {"compensation": LeastSquares(dense=1.0)}),
 }
 """Of each way of the package the method whose scores it takes, and options of `prune`."""
 WAYS = (*OURS, *REFERENCES)
@@ -254,10 +256,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--held-out-windows", type=int, default=24, help="windows of other documents to measure on")
     add("--model", default=language_model.PACKAGED_MODEL, help="the packaged model, or a hub name or folder")
     add("--output", type=Path, default=Path("outputs/compression"), help="folder of results and figure")
+    add("--results", type=Path, help="file of results, which goes on; by default results.jsonl in that folder")
     add("--report", action="store_true", help="only table and figure of what is there")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    results = Results(options.output / "results.jsonl")
+    results = Results(options.results or options.output / "results.jsonl")
     if not options.report:
         measure(results, options)
     for text in results.texts():
