@@ -103,8 +103,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def introduction(options: argparse.Namespace) -> str:
     """Which run this is, so that its figures are not taken for those of another."""
     told = {
-        "short": "The short run; --full makes the README's table (about nine minutes on two cores).",
-        "full": "The full run, which makes the README's table (about nine minutes on two cores).",
+        "short": "The short run; --full makes the README's table (about fourteen minutes on two cores).",
+        "full": "The full run, which makes the README's table (about fourteen minutes on two cores).",
         "quick": "The quick run, which shows that everything runs; its figures mean little.",
     }
     return (
