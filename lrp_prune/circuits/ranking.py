@@ -89,7 +89,7 @@ class Ranking:
             order=self.order,
             kept=alive,
             names=list(self.scores),
-        )
+        ).masks()
         kept = {
             name: bits.unpack(chosen, self.scores[name].shape) for name, chosen in zip(self.scores, packed, strict=True)
         }

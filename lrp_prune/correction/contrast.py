@@ -206,7 +206,7 @@ class Contrast:
     def _kept(self, amount: float | int) -> dict[str, Tensor]:
         """Packed masks of what is here and not among the lowest, of tensors that have any of them in some process."""
         values = Computed(self._shardings, self._ranked)
-        kept = smallest_of(values, self.names, self.count(amount), "signed")
+        kept = smallest_of(values, self.names, self.count(amount), "signed").masks()
         here = {name: self._shardings[name].local_numel - bits.count(packed) for name, packed in kept.items()}
         return {name: kept[name] for name, count in counted(self._shardings, here).items() if count}
 

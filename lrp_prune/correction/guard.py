@@ -94,7 +94,7 @@ def candidates(values: Values, names: list[str], guard: Guard) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for together in [names] if guard.scope == "global" else [[name] for name in names]:
         count = round(guard.share * sum(values.sharding(name).numel for name in together))
-        for name, packed in smallest_of(values, together, count, "absolute").items():
+        for name, packed in smallest_of(values, together, count, "absolute").masks().items():
             found[name] = bits.invert(packed, values.sharding(name).local_numel)
     return found
 

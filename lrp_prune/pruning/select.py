@@ -27,7 +27,7 @@ from lrp_prune.selection.scopes import (
     number_to_prune,
     parse_scope,
 )
-from lrp_prune.selection.together import ChosenTogether, chosen_of, raise_together, rows_together
+from lrp_prune.selection.together import ChosenTogether, raise_together, rows_together, smallest_of
 
 if TYPE_CHECKING:
     from lrp_prune.relevance import Relevance
@@ -211,7 +211,7 @@ def _select_weights(
     mesh = next((sharding.mesh for sharding in shardings.values() if sharding.is_divided), None)
 
     def choose_together(names: Sequence[str], k: int) -> ChosenTogether:
-        return chosen_of(relevance, names, k, order, kept)
+        return smallest_of(relevance, names, k, order, kept)
 
     for group in groups:
         rate = group.rate

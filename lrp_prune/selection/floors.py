@@ -94,11 +94,11 @@ def within_limits(
     Example:
         >>> import torch
         >>> from lrp_prune.selection import bits
-        >>> from lrp_prune.selection.together import chosen_of
+        >>> from lrp_prune.selection.together import smallest_of
         >>> from lrp_prune.relevance import Relevance
         >>> values = Relevance({"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])})
         >>> def choose(names, number):
-        ...     return chosen_of(values, names, number, "absolute")
+        ...     return smallest_of(values, names, number, "absolute")
         >>> def count(masks):
         ...     return {name: 4 - bits.count(mask) for name, mask in masks.items()}
         >>> choose(["a", "b"], 4).pruned, count(within_limits(["a", "b"], 4, {"a": 3, "b": 3}, choose))

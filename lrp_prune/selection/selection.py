@@ -52,7 +52,7 @@ def smallest(
     dtype: torch.dtype | None = None,
     reduce: Reduce = _alone,
     preceding: Reduce = _in_order,
-) -> list[Tensor]:
+) -> "Chosen":
     r"""Choose exactly the ``k`` smallest entries of all tensors together; equal ones by position.
 
     Entry :math:`i` is chosen iff :math:`|\{j : v_j < v_i\}| + |\{j < i : v_j = v_i\}| < k` with :math:`v = |x|` for the
@@ -74,38 +74,16 @@ def smallest(
             tensor's (or part's) first entry in the order of all processes.
 
     Returns:
-        Per tensor the packed mask of what is *not* chosen, uint8 ``[ceil(entries / 8)]`` on the CPU.
+        How many entries of each tensor are chosen, and masks, which are made when they are asked for.
 
     Raises:
         ValueError: if a value is not finite, ``k`` is out of range, or more than ``k`` entries are pruned already.
 
     Example:
         >>> tensors = [torch.tensor([3.0, -1.0, 2.0]), torch.tensor([[1.0, -4.0]])]
-        >>> [bits.unpack(chosen, tensor.shape) for chosen, tensor in zip(smallest(tensors, 2), tensors)]
-        [tensor([ True, False,  True]), tensor([[False,  True]])]
-    """
-    return chosen(
-        values, k, order=order, kept=kept, names=names, dtype=dtype, reduce=reduce, preceding=preceding
-    ).masks()
-
-
-def chosen(
-    values: Sequence[Tensor | LazyValues],
-    k: int,
-    *,
-    order: str = "absolute",
-    kept: Sequence[Tensor | None] | None = None,
-    names: Sequence[str] | None = None,
-    dtype: torch.dtype | None = None,
-    reduce: Reduce = _alone,
-    preceding: Reduce = _in_order,
-) -> "Chosen":
-    """As :func:`smallest`, with how many entries of each tensor are chosen before any mask is made.
-
-    Example:
-        >>> found = chosen([torch.tensor([3.0, -1.0, 2.0]), torch.tensor([[1.0, -4.0]])], 2)
-        >>> found.counts.tolist(), [bits.count(mask) for mask in found.masks()]
-        ([1, 1], [2, 1])
+        >>> found = smallest(tensors, 2)
+        >>> found.counts.tolist(), [bits.unpack(mask, tensor.shape).tolist() for mask, tensor in zip(found.masks(), tensors)]
+        ([1, 1], [[True, False, True], [[False, True]]])
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
@@ -164,7 +142,7 @@ class Chosen:
         self.counts = counts
 
     def masks(self) -> list[Tensor]:
-        """Of each tensor the packed mask of what is not chosen; one more pass over the entries."""
+        """Of each the packed mask of what is *not* chosen, uint8 ``[ceil(entries / 8)]`` on the CPU; a pass over the entries."""
         entries, ends = self._entries, zip(self._quotas.tolist(), self._ties.tolist(), strict=True)
         return [entries.kept_after(index, self._key, quota, ties) for index, (quota, ties) in enumerate(ends)]
 

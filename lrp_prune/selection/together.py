@@ -16,7 +16,7 @@ from lrp_prune.distributed.sharding import Sharding, agree
 from lrp_prune.selection import bits
 from lrp_prune.selection.keys import LazyValues
 from lrp_prune.selection.scopes import Structure, input_dim, row_dims
-from lrp_prune.selection.selection import chosen
+from lrp_prune.selection.selection import smallest
 from lrp_prune.selection.values import Values
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def smallest_of(
     values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The packed masks of what is here when the ``k`` smallest of all entries of all tensors are not kept.
+) -> "ChosenTogether":
+    """The ``k`` smallest of all entries of all tensors: how many of each, and masks, which are made when they are asked for.
 
     Equal values are chosen by position: the order of names, then that of the flattened whole tensors.
 
@@ -40,29 +40,18 @@ def smallest_of(
     Raises:
         ValueError: if tensors are divided among different processes, and what :func:`smallest` raises.
     """
-    return chosen_of(values, names, k, order, kept).masks()
-
-
-def chosen_of(
-    values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None = None
-) -> "ChosenTogether":
-    """As :func:`smallest_of`, with how many entries of each tensor are chosen before any mask is made.
-
-    Args:
-        values, names, k, order, kept: see :func:`smallest_of`.
-    """
     return ChosenTogether(values, names, k, order, kept)
 
 
 class ChosenTogether:
-    """What processes choose of tensors; see :func:`chosen_of`."""
+    """What processes choose of tensors; see :func:`smallest_of`."""
 
     def __init__(
         self, values: Values, names: Sequence[str], k: int, order: str, kept: Mapping[str, Tensor] | None
     ) -> None:
         first, self._parts = _parts_of(values, names, kept)
         self._names = list(names)
-        self._chosen = chosen(
+        self._chosen = smallest(
             [part.values for part in self._parts],
             k,
             order=order,

@@ -76,7 +76,9 @@ def _prepared(method: str, layers: Any) -> tuple[Callable[[], Any], Callable[[An
     if method == "smallest":
         tensors = list(values.values())
         total = sum(tensor.numel() for tensor in tensors)
-        return lambda: smallest(tensors, total // 2), lambda masks: total - sum(bits.count(mask) for mask in masks)
+        return lambda: smallest(
+            tensors, total // 2
+        ).masks(), lambda masks: total - sum(bits.count(mask) for mask in masks)
     relevance = Relevance(values, statistic="signed")
     return lambda: select(relevance, 0.5, scope="global"), lambda masks: masks.num_pruned
 

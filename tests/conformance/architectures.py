@@ -1,6 +1,6 @@
 """Looks at every architecture that transformers has, by a tiny model of each, and says what holds of it.
 
-    python tests/conformance/architectures.py                       # all; 45 minutes of one core; goes on
+    python tests/conformance/architectures.py                       # all; an hour of one core; goes on
     python tests/conformance/architectures.py --only 'llama*' --mapping causal-lm
     python tests/conformance/architectures.py --again               # once more what did not pass
     python tests/conformance/architectures.py --compare             # with what is stored; ends with 1 where something is worse

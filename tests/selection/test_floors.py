@@ -97,11 +97,11 @@ def test_masks_are_made_once_however_often_the_rest_is_ranked(monkeypatch):
     scales = {f"layers.{index}.weight": 1.5**index for index in range(24)}
     relevance = Relevance({name: torch.randn(40, 50, generator=generator) * scale for name, scale in scales.items()})
     rankings, made = [], []
-    chosen_of, masks_of = select_module.chosen_of, together.ChosenTogether.masks
+    smallest_of, masks_of = select_module.smallest_of, together.ChosenTogether.masks
     monkeypatch.setattr(
         select_module,
-        "chosen_of",
-        lambda values, names, *rest: rankings.append(names) or chosen_of(values, names, *rest),
+        "smallest_of",
+        lambda values, names, *rest: rankings.append(names) or smallest_of(values, names, *rest),
     )
     monkeypatch.setattr(together.ChosenTogether, "masks", lambda choice: made.extend(choice.pruned) or masks_of(choice))
     masks = select(relevance, 0.5)

@@ -28,7 +28,7 @@ def reference(tensors, k, order, kept=None):
 
 
 def chosen(tensors, k, **options):
-    packed = smallest(tensors, k, **options)
+    packed = smallest(tensors, k, **options).masks()
     return [bits.unpack(part, tensor.shape) for part, tensor in zip(packed, tensors, strict=True)]
 
 
@@ -260,9 +260,9 @@ torch.set_num_threads(1)
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 values = [torch.randn(5_000_000, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-smallest([values[0][:100_000]], 50_000)
+smallest([values[0][:100_000]], 50_000).masks()
 before = peak()
-masks = smallest(values, 10_000_000)
+masks = smallest(values, 10_000_000).masks()
 print(peak() - before)
 """
 

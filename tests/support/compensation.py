@@ -30,6 +30,20 @@ def half(model: nn.Module, names: list[str], seed: int = 0) -> Masks:
     return Masks({name: torch.rand(parameters[name].shape, generator=generator) > 0.5 for name in names})
 
 
+class AddedTwice(nn.Module):
+    """When the second layer runs, what the first got is no longer there."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace, self.a, self.b = inplace, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            made = layer(x)
+            x = x.add_(made) if self.inplace else x + made
+        return x
+
+
 class Twice(nn.Module):
     """The first layer runs twice, and is in no stage."""
 
