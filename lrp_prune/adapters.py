@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from lrp_prune.walks import named_modules_of
+
 _KINDS = ("PeftModel", "BaseTuner", "BaseTunerLayer", "ModulesToSaveWrapper")
 
 
@@ -82,7 +84,7 @@ def adapter_parameters(model: nn.Module) -> set[str]:
 
 
 def _adapting(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules(remove_duplicate=False) if _kind(module))
+    return ((name, module) for name, module in named_modules_of(model, each_path=True) if _kind(module))
 
 
 def _copy_in_use(wrapper: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lrp_prune.adapters import inserted_paths
 from lrp_prune.distributed.sharding import at_rest
+from lrp_prune.walks import named_modules_of, named_parameters_of
 
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPER_CLASSES = frozenset(
@@ -27,6 +28,8 @@ def canonical_name(name: str) -> str:
         >>> canonical_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
         'layers.0.weight'
     """
+    if "_orig_mod" not in name and "_wrapped_module" not in name:
+        return name
     return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
@@ -64,7 +67,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     at_rest(model)
     canonical = naming(model)
-    return {canonical(name): parameter for name, parameter in unwrap(model).named_parameters()}
+    return {canonical(name): parameter for name, parameter in named_parameters_of(unwrap(model))}
 
 
 def aliases(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,7 +83,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     The outermost of several with one canonical name (an adapter's layer and the one inside it) has it; the others keep theirs.
     """
     canonical, found = naming(model), dict[str, nn.Module]()
-    for name, module in unwrap(model).named_modules():
+    for name, module in named_modules_of(unwrap(model)):
         short = canonical(name)
         found[name if short in found else short] = module
     return found

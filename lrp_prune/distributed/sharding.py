@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.walks import modules_of
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -218,7 +220,7 @@ def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Every module that ``fully_shard`` was called on, parents first."""
     package = sys.modules.get("torch.distributed.fsdp")
     if package is not None:
-        yield from (module for module in model.modules() if isinstance(module, package.FSDPModule))
+        yield from (module for module in modules_of(model) if isinstance(module, package.FSDPModule))
 
 
 def at_rest(model: nn.Module) -> None:

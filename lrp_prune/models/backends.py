@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lrp_prune.walks import modules_of
+
 _VISIBLE = ("eager", "sdpa", None)
 
 
@@ -29,8 +31,8 @@ def _attention(
 ) -> Iterator[bool]:
     holders: list[Any] = [
         module
-        for module in model.modules()
-        if hasattr(module, "set_attn_implementation")
+        for module in modules_of(model)
+        if hasattr(type(module), "set_attn_implementation")
         and swapped(getattr(getattr(module, "config", None), "_attn_implementation", None))
     ]
     before = [(module, module.config._attn_implementation) for module in holders]

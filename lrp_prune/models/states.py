@@ -6,14 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lrp_prune.walks import modules_of
+
 
 def is_compiled(model: nn.Module) -> bool:
     """Also where only a forward is, as Lightning leaves a module that was compiled before it was given to a trainer."""
     return any(
-        hasattr(module, "_orig_mod")
+        "_orig_mod" in module._modules
         or module._compiled_call_impl is not None
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
+        for module in modules_of(model)
     )
 
 
@@ -30,17 +32,25 @@ def eager(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's mode and the random number generators come out as they went in."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = modules_of(model)
+    modes = [(module, module.training) for module in modules]
     devices = sorted(
-        {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+        {
+            parameter.device.index or 0
+            for module in modules
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.device.type == "cuda"
+        }
     )
     with torch.random.fork_rng(devices=devices):
-        model.eval()
+        if any(training for _, training in modes):
+            model.eval()
         try:
             yield
         finally:
             for module, training in modes:
-                module.training = training
+                if module.training != training:
+                    module.training = training
 
 
 @contextmanager
@@ -48,7 +58,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Running statistics, counters and caches come out as they went in, also where a forward replaces a buffer."""
     buffers = [
         (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone(), set(buffer.__dict__))
-        for module in model.modules()
+        for module in modules_of(model)
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]

@@ -192,7 +192,7 @@ def planned(
     order = [name for name in runner.watched.order if runner.watched.calls[name] == 1]
     number = laid_number(runner.largest, batches)
     both = way.dense > 0
-    whole = min(number, 2) * (runner.held + 2 * logits)  # two batches are tried as one
+    whole = min(number, 2) * runner.held + 2 * logits  # two batches are tried as one, without logits
     device = whole
     for name in order:
         plan = runner.plans[name]

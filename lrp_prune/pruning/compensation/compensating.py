@@ -34,7 +34,7 @@ from lrp_prune.pruning.compensation.stages import (
     stages_of,
 )
 from lrp_prune.pruning.compensation.systems import Systems, taken_of
-from lrp_prune.pruning.compensation.together import Sized, laid_in_few
+from lrp_prune.pruning.compensation.together import Outputs, Sized, laid_in_few, tensors_in
 from lrp_prune.pruning.compensation.updating import solved_for
 from lrp_prune.pruning.compensation.ways import Compensation
 from lrp_prune.pruning.compensation.weighing import weights_of_tokens
@@ -138,6 +138,7 @@ class _Compensating:
         self._pruned = {name: weight for name, weight in resolve(masks, module).items() if masks.pruned_in(name)}
         self._outside: dict[nn.Parameter, Tensor] = {}
         self._tied: set[Place] = set()
+        self._largest = 0
         self._weights: list[dict[str, Tensor]] = []
         self._result = Compensated()
 
@@ -147,6 +148,8 @@ class _Compensating:
             forwards = self._watch(candidates)
         stages = self._stages(candidates, forwards)
         needed = made_of(forwards, stages)
+        if stages and self._refining is None:  # which trains on small batches
+            self._batches = laid_in_few(self._batches, self._largest, self._ending(stages), self._processes)
         if self._way.weights is not None:
             with self._processes.agreeing():
                 self._weigh(list(stages))
@@ -169,16 +172,22 @@ class _Compensating:
             forwards.append(watched)
             if not self._processes.in_step and all(any(entry.calls[name] for entry in forwards) for name in candidates):
                 break
-        self._tied = uses.tied
-        if self._refining is not None:
-            return forwards  # it trains on small batches
-        self._batches = laid_in_few(
-            self._batches,
-            uses.largest,
-            lambda batch: self._outputs(batch, PlacedUses(self._masks), Choices()),
-            self._processes,
-        )
+        self._tied, self._largest = uses.tied, uses.largest
         return forwards
+
+    def _ending(self, stages: Mapping[str, nn.Module]) -> Outputs:
+        """From a batch to what the last stage gives: what comes behind it is not looked at."""
+
+        def outputs(batch: Any) -> list[Tensor]:
+            found: list[Tensor] = []
+            with (
+                leaving_after(list(stages.values())[-1], lambda output: found.extend(tensors_in(output))),
+                suppress(StageReached),
+            ):
+                self._outputs(batch, PlacedUses(self._masks), Choices())
+            return found
+
+        return outputs
 
     def _outputs(self, batch: Any, uses: WeightUses, choices: Choices) -> list[Tensor]:
         return outputs_of(self._module, to_device(batch, self._device), uses, self._target, choices)

@@ -5,22 +5,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lrp_prune.engine.uses import Product
 from lrp_prune.models.batches import in_groups, laid_together, samples_in
 from lrp_prune.pruning.pairs import Part, PlacedUses
 from lrp_prune.pruning.processes import Processes
 
-ENTRIES = 1 << 20
+ENTRIES = 1 << 22
 """Entries of the largest output of a layer up to which batches are laid together; beyond, there is nothing to save."""
 
 _ALONE = Processes(None)
 Outputs = Callable[[Any], list[Tensor]]
-"""From a batch to what the model says of it."""
+"""From a batch to what the model, or the last of its stages, makes of it."""
 
 
 def laid_in_few(batches: list[Any], largest: int, outputs: Outputs, processes: Processes = _ALONE) -> list[Any]:
-    """The same samples in fewer batches, where the model's outputs are the same to rounding.
+    """The same samples in fewer batches, where outputs are the same to rounding.
 
     They are not where samples of a batch see each other (a batch normalization in training mode, time along the first
     dimension, losses that contrast samples): two batches, run alone and as one, show it.
@@ -28,7 +29,7 @@ def laid_in_few(batches: list[Any], largest: int, outputs: Outputs, processes: P
     Args:
         batches: as they are.
         largest: entries of the largest output of a layer, of the first batch.
-        outputs: runs the model.
+        outputs: runs the model, as far as it is used.
         processes: those that work together; where they run it in step, each has as many batches, before and afterwards.
     """
     in_step = processes if processes.in_step else _ALONE
@@ -48,16 +49,34 @@ def laid_number(largest: int, batches: int) -> int:
 
 
 def _alike(both: list[Tensor], first: list[Tensor], second: list[Tensor], samples: int) -> bool:
-    """Whether outputs of two batches are those of each, one below the other."""
-    if not both or not len(both) == len(first) == len(second):
+    """Whether outputs of two batches are those of each, one below the other.
+
+    What is the same for any number of samples, as a bias of positions, may be among them.
+    """
+    if not len(both) == len(first) == len(second):
         return False
+    below_each_other = 0
     for together, above, below in zip(both, first, second, strict=True):
+        if together.shape == above.shape == below.shape:
+            if not _close(together, above) or not _close(together, below):
+                return False
+            continue
         if above.dim() == 0 or len(above) != samples or together.shape != (len(above) + len(below), *above.shape[1:]):
             return False
-        apart = torch.cat([above, below])
-        if not bool((together - apart).norm() <= _precision(apart) ** 0.5 * apart.norm()):
+        if not _close(together, torch.cat([above, below])):
             return False
-    return True
+        below_each_other += 1
+    return below_each_other > 0
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= _precision(expected) ** 0.5 * expected.norm())
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The floats in what a module gives, apart from what is computed from them."""
+    leaves = tree_leaves(output)
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 class Sized(PlacedUses):

@@ -63,7 +63,11 @@ def outputs(model: nn.Module) -> Any:
 class Contrasting(nn.Module):
     """Samples of a batch see each other."""
 
+    calls = 0
+
     def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x.flatten(1)
         return (x @ x.T).softmax(-1) @ x
 
 
@@ -94,6 +98,38 @@ def test_batches_whose_samples_are_not_alone_stay_as_they_are(kind: Any) -> None
     assert laid_in_few(batches, 60, outputs(kind())) is batches
     (laid,) = laid_in_few(batches, 60, outputs(nn.Linear(3, 3)))
     assert torch.equal(laid, torch.cat(batches))
+
+
+class Shifted(nn.Module):
+    """Gives beside its samples what is the same for any number of them, as a bias of positions."""
+
+    def __init__(self, counted: float) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((1, 3), 1 + self.counted * len(x))
+
+
+@pytest.mark.parametrize("counted", [0.0, 1.0])
+def test_what_is_the_same_for_any_number_of_samples_may_be_beside_them(counted: float) -> None:
+    batches = [torch.randn(1, 3) for _ in range(4)]
+    layer, shift = nn.Linear(3, 3), Shifted(counted)
+    laid = laid_in_few(batches, 60, lambda batch: [layer(batch).detach(), shift(batch)])
+    assert len(laid) == (4 if counted else 1)
+    assert laid_in_few(batches, 60, lambda batch: [shift(batch)]) is batches, "no output has a sample's own values"
+
+
+@pytest.mark.slow
+def test_it_is_the_last_stage_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are not computed to see whether batches may be laid together, nor does it count that samples meet in them."""
+    torch.manual_seed(0)
+    model = build("llama")
+    model.lm_head = Contrasting()
+    batches = [{"input_ids": torch.randint(2, 50, (1, 12))} for _ in range(12)]
+    (mine, _), (laid, apart) = both_ways(model, batches, monkeypatch)
+    assert laid < apart / 8
+    assert mine.lm_head.calls == 1, "the first run, which finds the stages"
 
 
 def test_large_batches_and_those_that_do_not_fit_stay_as_they_are() -> None:
