@@ -6,6 +6,9 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+Source = int | Iterable[Any]
+"""A set of batches: the index of a validation loader, or batches that can be iterated over again."""
+
 
 def batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Iterable[Any]:
     """Reference data as batches."""

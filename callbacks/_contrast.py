@@ -151,6 +151,14 @@ def examined(
     return found, bool(said["within"])
 
 
+def check_removal(behaviour: Any, strength: Any) -> None:
+    """Refuse what is no name of what is removed, and what is no strength."""
+    if not isinstance(behaviour, str) or not behaviour:
+        raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")
+
+
 def checked_suite(suite: Any) -> Suite | None:
     """What a patch is tested on."""
     try:

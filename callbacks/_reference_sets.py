@@ -7,16 +7,17 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
+from lrp_prune.callbacks._batches import Source
 from lrp_prune.callbacks._checks import checked_kinds, checked_method
 from lrp_prune.callbacks._collection import Collection
+from lrp_prune.callbacks._condition import Conditioned, ConditionSets
 from lrp_prune.callbacks._corrected import inner
+from lrp_prune.correction import Learned
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.several import General
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Relevance
 from lrp_prune.targets import checked
-
-Source = int | Iterable[Any]
 
 
 class _InnerCollection(Collection):
@@ -38,6 +39,7 @@ class ReferenceSets:
         guard: may say in which statistic what is to be spared is collected a second time.
         reverse: whether that is the undesired set, not the general one.
         max_batches: of each set.
+        condition: what is learned of the same sets, if anything is.
         **options: of the collections.
 
     Raises:
@@ -54,6 +56,7 @@ class ReferenceSets:
         guard: Guard | None,
         reverse: bool,
         max_batches: int | None,
+        condition: Learned | None = None,
         **options: Any,
     ) -> None:
         self._named, self._reverse = isinstance(general, Mapping), reverse
@@ -81,6 +84,9 @@ class ReferenceSets:
             guarding = _changed(explained, statistic=guard.by)
             role = "undesired" if reverse else "general"
             self._collections += [collection(role, source, guarding) for source in spared]
+        self._conditions = None if condition is None else ConditionSets(condition, sets, undesired, max_batches)
+        self.conditioned: Conditioned | None = None
+        """What was learned of them."""
         self._indices = [source for source in (*sets.values(), undesired) if isinstance(source, int)]
 
     @property
@@ -88,16 +94,30 @@ class ReferenceSets:
         """Whether one of the sets is a validation loader."""
         return bool(self._indices)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the model may be divided among processes: not for a patch under a condition, which is for whole weights."""
+        return self._conditions is None
+
+    def check(self, pl_module: LightningModule) -> None:
+        """Raise now what can be known without data: a condition on a module that there is not."""
+        if self._conditions is not None:
+            self._conditions.check(pl_module)
+
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try each collection on one batch before the training begins, see :meth:`Collection.rehearse`."""
         self._check_loaders(trainer)
         for collection in self._collections:
             collection.rehearse(trainer, pl_module)
+        if self._conditions is not None:
+            self._conditions.rehearse(trainer, pl_module)
 
     def remember(self, batch: Any, dataloader_idx: int) -> None:
         """Keep the first batch of each set that the sanity check has."""
         for collection in self._collections:
             collection.remember(batch, dataloader_idx)
+        if self._conditions is not None:
+            self._conditions.remember(batch, dataloader_idx)
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the validation that begins.
@@ -109,6 +129,8 @@ class ReferenceSets:
         for collection in self._collections:
             if collection.uses_validation:
                 collection.start(trainer, pl_module)
+        if self._conditions is not None:
+            self._conditions.start(trainer, pl_module)
 
     def _check_loaders(self, trainer: Trainer) -> None:
         loaders = len(trainer.num_val_batches)
@@ -123,6 +145,8 @@ class ReferenceSets:
         """Add a validation batch to the set that it belongs to."""
         for collection in self._collections:
             collection.observe(batch, dataloader_idx)
+        if self._conditions is not None:
+            self._conditions.observe(batch, dataloader_idx)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> tuple[General, Relevance, General | None]:
         """General, undesired, and what the guard is by; by name where several sets are named."""
@@ -130,6 +154,8 @@ class ReferenceSets:
             collection.finish(trainer) if collection.active else collection.run(trainer, pl_module)
             for collection in self._collections
         ]
+        if self._conditions is not None:
+            self.conditioned = self._conditions.finish(trainer, pl_module)
         sets = len(self._names)
         general, undesired, guard = self._by_name(found[:sets]), found[sets], found[sets + 1 :]
         if not guard:
@@ -143,6 +169,8 @@ class ReferenceSets:
         """Forget the collection under way."""
         for collection in self._collections:
             collection.abandon()
+        if self._conditions is not None:
+            self._conditions.abandon()
 
 
 def _signed(method: Method, kinds: tuple[str, ...]) -> Method:

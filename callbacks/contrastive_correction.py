@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
+from lrp_prune.callbacks._batches import Source
 from lrp_prune.callbacks._checks import (
     check_choice,
     check_flags,
@@ -22,6 +22,7 @@ from lrp_prune.callbacks._checks import (
 )
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._contrast import (
+    check_removal,
     checked_amount,
     checked_guard,
     checked_suite,
@@ -35,8 +36,8 @@ from lrp_prune.callbacks._contrast import (
     with_limits,
 )
 from lrp_prune.callbacks._corrected import inner
-from lrp_prune.callbacks._reference_sets import ReferenceSets, Source
-from lrp_prune.correction import Automatic, Guard, Patch, Search, patch_of, search_amount
+from lrp_prune.callbacks._reference_sets import ReferenceSets
+from lrp_prune.correction import Automatic, Guard, Learned, Patch, Search, patch_of, search_amount
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects
 from lrp_prune.engine.unsharding import make_ordinary
@@ -93,16 +94,17 @@ class ContrastiveCorrection(CollectingCallback):
         undesired_target: what is explained on the undesired set, if it is something else:
             :class:`~lrp_prune.targets.RepetitionMargin` or :class:`~lrp_prune.targets.TokenMargin` say.
         granularity: see :func:`lrp_prune.attribute`.
-        include: patterns of the parameters or modules to choose from.
-        exclude: patterns of names to leave alone.
+        include, exclude: patterns of the parameters or modules to choose from, and to leave alone.
         max_batches: batches used of each set.
         accumulate_on: device of the accumulators; ``None`` for the weights' own.
         normalize, reverse: see :class:`lrp_prune.correction.Contrast`.
         guard: the share of entries that may be removed at all, see :class:`lrp_prune.correction.Contrast`; or
             :class:`~lrp_prune.correction.Guard`, which also says by which statistic, and in which scope.
         undesired_metric: measures the behaviour; lower is better.
-        general_metric: measures what is to stay; or several functions by name, or a :class:`~lrp_prune.metrics.Suite`, each with
-            a limit of its own (``Automatic(allowed={"*": 0.02, "copying": 0.05})``).
+        general_metric: measures what is to stay; functions by name, or a :class:`~lrp_prune.metrics.Suite`, each with its limit.
+        condition: where the patch is to act, if not everywhere: ``Learned("model.layers.8")`` says where to look. It is learned
+            of hidden states of the same sets at their labelled tokens (in the undesired set those that should not be said, -100
+            elsewhere), and only weights that run later are chosen; not for models that are sharded.
         suite: what the patch is tested on, with its limits: the half that nothing was chosen by.
         allow_untested: use it with strategies that it is not tested with.
 
@@ -130,10 +132,11 @@ class ContrastiveCorrection(CollectingCallback):
         reverse: bool = False,
         undesired_metric: Callable[[nn.Module], float] | str | None = None,
         general_metric: Callable[[nn.Module], float] | str | Mapping[str, Any] | None = None,
+        condition: Learned | None = None,
         suite: Mapping[str, Any] | None = None,
         allow_untested: bool = False,
     ) -> None:
-        _check_removal(behaviour, strength)
+        check_removal(behaviour, strength)
         self._automatic = checked_amount(amount)
         check_choice("normalize", normalize, NORMALIZATIONS)
         self._metrics = metrics_of(undesired_metric, general_metric, amount if self._automatic else None)
@@ -148,6 +151,7 @@ class ContrastiveCorrection(CollectingCallback):
             guard=self._guard,
             reverse=reverse,
             max_batches=max_batches,
+            condition=condition,
             granularity=granularity,
             include=include,
             exclude=exclude,
@@ -211,7 +215,9 @@ class ContrastiveCorrection(CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
+        check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=self._sets.sharded)
+        if self._due(trainer):
+            self._sets.check(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,6 +286,7 @@ class ContrastiveCorrection(CollectingCallback):
         assert self.general is not None and self.undesired is not None
         general, undesired = self.general, self.undesired
         spared = enabled_entries(pl_module) if undesired.granularity == "weight" else {}
+        where = self._sets.conditioned
 
         def make(amount: float | int) -> Patch:
             options: dict[str, Any] = {
@@ -287,8 +294,10 @@ class ContrastiveCorrection(CollectingCallback):
                 "guard": None if self._guard is None else replace(self._guard, by=guard_by),
                 "behaviour": self._behaviour,
                 "spared": spared,
+                "include": None if where is None else where.reached(undesired),
             }
-            return Patch.from_contrast(model, general, undesired, amount, **options)
+            patch = Patch.from_contrast(model, general, undesired, amount, **options)
+            return patch if where is None else where.patch(patch)
 
         with misconfiguration():
             if self._automatic is None:
@@ -339,10 +348,3 @@ class ContrastiveCorrection(CollectingCallback):
         for name, value in values_of(pl_module.trainer, inner(pl_module), metrics, known or {}).items():
             self._before.setdefault(name, value)
             pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
-
-
-def _check_removal(behaviour: Any, strength: Any) -> None:
-    if not isinstance(behaviour, str) or not behaviour:
-        raise MisconfigurationException(f"behaviour must be a name for what is removed, got {behaviour!r}")
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-        raise MisconfigurationException(f"strength must be in [0, 1], got {strength!r}")

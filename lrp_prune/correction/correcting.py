@@ -12,7 +12,7 @@ from lrp_prune.correction.behaviour import Behaviour
 from lrp_prune.correction.beside import side_effects_of
 from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.conditions import ActivationAbove, Learned
-from lrp_prune.correction.gating import later_parameters
+from lrp_prune.correction.gating import later_parameters, within_reach
 from lrp_prune.correction.guard import Guard
 from lrp_prune.correction.patch import Patch
 from lrp_prune.correction.search import Automatic, search_amount
@@ -115,7 +115,7 @@ def correct(
     selection, test = behaviour.suites(halves)
     sets = behaviour.general(halves[0] if collecting is None else collecting)
     learned = None if condition is None else condition.learn(model, behaviour.batches, sets)
-    later = None if condition is None else set(later_parameters(model, condition.at, behaviour.batches[0]))
+    later = None if condition is None else later_parameters(model, condition.at, behaviour.batches[0])
 
     def explained(batches: Any, target: Any, statistic: str) -> Relevance:
         # First tokens are sinks of attention, whose activations dwarf all others.
@@ -130,7 +130,7 @@ def correct(
     general, guarded = relevance("signed", "mean"), Guard(guard, relevance("squared_token", "largest"))
     undesired = explained(behaviour.batches, behaviour.target, "signed")
 
-    include = None if later is None else [name for name in undesired if name in later]
+    include = None if condition is None or later is None else within_reach(undesired, set(later), condition.at)
 
     def make(amount: float | int) -> Patch:
         said: dict[str, Any] = {"behaviour": behaviour.name, "references": {"sets": list(sets)}}

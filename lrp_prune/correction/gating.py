@@ -1,7 +1,7 @@
 """Layers that run with corrected weights where a condition holds, and untouched everywhere else."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.effects.entries import measuring
 from lrp_prune.models.outputs import answer_of
 from lrp_prune.names import named_parameters, unwrap
+from lrp_prune.relevance import Relevance
 
 if TYPE_CHECKING:
     from lrp_prune.correction.conditional import ConditionalPatch
@@ -234,6 +235,32 @@ def later_parameters(model: nn.Module, at: str, batch: Mapping[str, Any]) -> lis
     ]
     if not found:
         raise ValueError(f"no linear layer runs after {at!r} only: look at an earlier module")
+    return found
+
+
+def within_reach(relevance: Relevance, later: Collection[str], at: str) -> list[str]:
+    """The tensors of a relevance whose entries a patch under a condition can take away.
+
+    Args:
+        relevance: of weights; or of units, of which what reads them is taken away where that is known.
+        later: what :func:`later_parameters` found.
+        at: canonical name of the module that is looked at, for errors.
+
+    Raises:
+        ValueError: if there are none.
+    """
+
+    def removed(name: str) -> list[str]:
+        members = relevance.members.get(name, ())
+        reading = [member.parameter for member in members if member.reads]
+        return reading or [member.parameter for member in members] or [name]
+
+    found = [name for name in relevance if all(parameter in later for parameter in removed(name))]
+    if not found:
+        raise ValueError(
+            f"nothing that is scored runs after {at!r} only: look at an earlier module, or score more than "
+            f"{', '.join(list(relevance)[:3])}, ..."
+        )
     return found
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lrp_prune import attribute
 from lrp_prune.correction import ActivationAbove, Automatic, Behaviour, ConditionalPatch, Learned, correct, load_patch
-from lrp_prune.correction.gating import later_parameters
+from lrp_prune.correction.gating import later_parameters, within_reach
 from lrp_prune.effects import Suite
 from tests.correction.test_behaviour import OTHERS, PROMPTS, Letters
 from tests.support.patches import unchanged, weights
@@ -69,6 +70,17 @@ def test_what_runs_later_is_found_by_running_it() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     within = later_parameters(model, "model.layers.1.self_attn", IDS)
     assert {name.rsplit(".", 2)[1] for name in within if "layers" in name} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_units_are_within_reach_where_what_reads_them_is() -> None:
+    """Of neurons the columns that read them are taken away, so what makes them may run before."""
+    model = build("llama")
+    relevance = attribute(model, [IDS], "next_token", granularity="neuron")
+    later = later_parameters(model, "model.layers.1.mlp.gate_proj", IDS)
+    assert not any("gate_proj" in name for name in later)
+    assert ["layers.1" in name for name in within_reach(relevance, later, "gate")] == [True]
+    with pytest.raises(ValueError, match="nothing that is scored runs after 'gate' only"):
+        within_reach(relevance, ["lm_head.weight"], "gate")
 
 
 def test_a_tied_head_and_layers_that_are_not_linear_are_out_of_reach() -> None:

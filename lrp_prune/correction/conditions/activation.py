@@ -9,6 +9,9 @@ from lrp_prune.correction.conditions.condition import Condition, first_tensor
 from lrp_prune.correction.conditions.discriminant import discriminant, strictest
 from lrp_prune.correction.conditions.states import states_before
 
+UNDESIRED = "undesired"
+"""What the set that a condition is to hold in is called."""
+
 
 class ActivationAbove(Condition):
     r"""Holds at tokens (or samples) whose hidden state has :math:`\langle h, d \rangle > \theta`.
@@ -73,11 +76,30 @@ class ActivationAbove(Condition):
         Returns:
             The condition, whose :attr:`shares` say at how many places of each set it holds, those of ``"undesired"`` too.
         """
-        found = {"undesired": states_before(model, at, undesired, "undesired")}
-        found |= {name: states_before(model, at, batches, name) for name, batches in general.items()}
-        sets = {name: found[name] for name in general}
-        direction = discriminant(found["undesired"], list(sets.values()), shrinkage)
-        threshold = strictest({name: states @ direction for name, states in sets.items()}, allowed)
+        sets = {name: states_before(model, at, batches, name) for name, batches in general.items()}
+        return cls.between(at, states_before(model, at, undesired, UNDESIRED), sets, allowed, shrinkage)
+
+    @classmethod
+    def between(
+        cls,
+        at: str,
+        undesired: Tensor,
+        general: Mapping[str, Tensor],
+        allowed: Mapping[str, float] | float = 0.02,
+        shrinkage: float = 0.1,
+    ) -> "ActivationAbove":
+        """The same of hidden states that were taken before.
+
+        Args:
+            at: canonical name of the module that they are from.
+            undesired: ``[places, width]``.
+            general: likewise, by the name of the set.
+            allowed: see :meth:`learned`.
+            shrinkage: see :meth:`learned`.
+        """
+        direction = discriminant(undesired, list(general.values()), shrinkage)
+        threshold = strictest({name: states @ direction for name, states in general.items()}, allowed)
+        found = {UNDESIRED: undesired, **general}
         shares = {name: float((states @ direction > threshold).double().mean()) for name, states in found.items()}
         return cls(at, threshold, direction, shares)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lrp_prune.arguments import check_number
 from lrp_prune.correction.conditions.activation import ActivationAbove
@@ -14,7 +14,8 @@ from lrp_prune.correction.conditions.activation import ActivationAbove
 class Learned:
     """Where a correction is to act: at a module, wherever its output says that the behaviour is under way.
 
-    :func:`lrp_prune.correction.correct` learns an :class:`ActivationAbove` of it, and takes only weights that run later.
+    :func:`lrp_prune.correction.correct` and :class:`~lrp_prune.callbacks.ContrastiveCorrection` learn an
+    :class:`ActivationAbove` of it, and take only weights that run later.
 
     Args:
         at: canonical name of the module that is looked at, ``"model.layers.12"`` say: a layer half way up is a good first try.
@@ -47,3 +48,7 @@ class Learned:
     ) -> ActivationAbove:
         """The condition, of what :meth:`ActivationAbove.learned` is given."""
         return ActivationAbove.learned(model, self.at, undesired, general, self.allowed, self.shrinkage)
+
+    def between(self, undesired: Tensor, general: Mapping[str, Tensor]) -> ActivationAbove:
+        """The condition, of hidden states that were taken before; see :meth:`ActivationAbove.between`."""
+        return ActivationAbove.between(self.at, undesired, general, self.allowed, self.shrinkage)

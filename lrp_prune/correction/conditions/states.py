@@ -1,6 +1,6 @@
 """The hidden states from which a model predicts labelled tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,30 +48,50 @@ def states_before(model: nn.Module, at: str, batches: Iterable[Mapping[str, Any]
     Raises:
         ValueError: if nothing is labelled.
     """
-    module, kept, found = module_at(model, at), [], []
+    return joined([states_in(model, at, batch, name) for batch in batches], name)
+
+
+def states_in(model: nn.Module, at: str, batch: Any, name: str) -> Tensor:
+    """The same of one batch, which may have no labelled token.
+
+    Raises:
+        KeyError: if the model has no such module.
+        ValueError: for a batch without labels, or a module whose output is not one state a token.
+    """
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        what = f"has no 'labels' (it has {', '.join(batch)})" if isinstance(batch, Mapping) else "is no mapping"
+        raise ValueError(
+            f"a condition is learned at labelled tokens, and a batch of {name!r} {what}: give batches with 'input_ids' and "
+            "'labels', -100 where the condition has nothing to learn"
+        )
+    module, kept = module_at(model, at), []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         kept.append(first_tensor(output).detach())
 
-    for batch in batches:
-        kept.clear()
-        handle = module.register_forward_hook(keep)
-        try:
-            with measuring(model):
-                answer_of(model, {key: value for key, value in batch.items() if key != "labels"})
-        finally:
-            handle.remove()
-        if len(kept) != 1:
-            raise ValueError(
-                f"{at!r} ran {len(kept)} times for a batch of {name!r}: a condition looks at a module that runs once"
-            )
-        labels = batch["labels"]
-        if kept[0].shape[:2] != labels.shape:
-            raise ValueError(
-                f"{at!r} returned shape {tuple(kept[0].shape)} for labels {tuple(labels.shape)} of {name!r}"
-            )
-        places = (labels[:, 1:] != IGNORED).to(kept[0].device)
-        found.append(kept[0][:, :-1][places].float().cpu())
+    handle = module.register_forward_hook(keep)
+    try:
+        with measuring(model):
+            answer_of(model, {key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        handle.remove()
+    if len(kept) != 1:
+        raise ValueError(
+            f"{at!r} ran {len(kept)} times for a batch of {name!r}: a condition looks at a module that runs once"
+        )
+    labels = batch["labels"]
+    if kept[0].shape[:2] != labels.shape:
+        raise ValueError(f"{at!r} returned shape {tuple(kept[0].shape)} for labels {tuple(labels.shape)} of {name!r}")
+    places = (labels[:, 1:] != IGNORED).to(kept[0].device)
+    return kept[0][:, :-1][places].float().cpu()
+
+
+def joined(found: Sequence[Tensor], name: str) -> Tensor:
+    """The states of several batches.
+
+    Raises:
+        ValueError: if there are none.
+    """
     if not sum(map(len, found)):
         raise ValueError(f"the set {name!r} has no labelled token: nothing can be learned from it")
-    return torch.cat(found)
+    return torch.cat(list(found))
