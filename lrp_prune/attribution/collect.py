@@ -225,7 +225,8 @@ class RelevanceAccumulator:
             num_samples=samples,
             target=describe(self._target),
         )
-        tell_silent(relevance, self._composite, self.table.held)
+        tracer = self.table.tracer
+        tell_silent(relevance, self._composite, self.table.held, () if tracer is None else tracer.table.stacked)
         return relevance
 
 

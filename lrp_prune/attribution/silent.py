@@ -5,7 +5,7 @@ share one with what they gate (Phi-3), and experts in one stack, are parts of a 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from lrp_prune.engine.composites import Composite
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of
 
+_UNREACHED = "no token went to them"
 _RUN = 8
 """Outputs next to each other without relevance, on average: parts of a weight are blocks; dead units lie scattered."""
 
@@ -41,15 +42,21 @@ def stops_within(composite: Composite) -> bool:
     return any(rule.stops for kind in ("product", "attention", "softmax") for rule in composite.rules_of(kind))
 
 
-def tell_silent(relevance: Relevance, composite: Composite, held: Mapping[str, Tensor]) -> None:
+def tell_silent(
+    relevance: Relevance, composite: Composite, held: Mapping[str, Tensor], stacked: Collection[str] = ()
+) -> None:
     """Warn of outputs without relevance where rules stop it, and of experts without any.
 
     Args:
-        relevance: of weights.
+        relevance: of weights; of neurons, experts alone are told of.
         composite: the rules.
         held: of weights that made something that a rule held constant, which outputs did ``[matrices, outputs]``.
+        stacked: where units are scored, weights of which each entry of the first dimension is a layer of its own.
     """
-    if relevance.granularity != "weight" or relevance.shardings:
+    if relevance.shardings:
+        return
+    if relevance.granularity != "weight":
+        _tell("experts", silent_experts(relevance, stacked), _UNREACHED, "samples")
         return
     stopped: dict[str, tuple[int, int]] = {}
     experts: dict[str, tuple[int, int]] = {}
@@ -69,21 +76,37 @@ def tell_silent(relevance: Relevance, composite: Composite, held: Mapping[str, T
             constant[name] = (int(constants.sum()), constants.numel())
         elif stops and in_blocks(silent):
             stopped[name] = (int(silent.sum()), silent.numel())
-    for found, what, why in (
-        (stopped, "outputs", f"what {composite.name!r} stops (queries and keys, gates) is not known to be irrelevant"),
-        (
-            constant,
-            "outputs",
-            f"what {composite.name!r} holds constant (how a state decays) is not known to be irrelevant",
-        ),
-        (experts, "experts", "no token went to them"),
-    ):
-        if found:
-            silent, number = (sum(counts) for counts in zip(*found.values(), strict=True))
-            warnings.warn(
-                f"no relevance at all at {silent:,} of {number:,} {what} of {', '.join(patterns_of(found))}: {why}, and yet they "
-                f"are the first to be pruned. For pruning, leave these weights out by exclude={patterns_of(found)!r}, or take "
-                f"{'more samples' if found is experts else 'another composite'}",
-                UnscoredWeightsWarning,
-                stacklevel=4,
-            )
+    unknown = "is not known to be irrelevant"
+    _tell("outputs", stopped, f"what {composite.name!r} stops (queries and keys, gates) {unknown}")
+    _tell("outputs", constant, f"what {composite.name!r} holds constant (how a state decays) {unknown}")
+    _tell("experts", experts, _UNREACHED, "samples")
+
+
+def silent_experts(relevance: Relevance, stacked: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Of how many experts no neuron has any relevance, and how many there are, by what makes the neurons."""
+    found = {}
+    for name, members in relevance.members.items():
+        stacks = [member for member in members if member.parameter in stacked and len(member.owners) > 1]
+        if not stacks:
+            continue
+        made_by = next((member for member in stacks if not member.reads), stacks[0])
+        known = relevance.sums[name].cpu() != 0
+        silent = sum(
+            bool((owners >= 0).any()) and not bool(known[owners[owners >= 0].long()].any()) for owners in made_by.owners
+        )
+        if silent:
+            found[made_by.parameter] = (silent, len(made_by.owners))
+    return found
+
+
+def _tell(what: str, found: Mapping[str, tuple[int, int]], why: str, more: str = "") -> None:
+    if not found:
+        return
+    silent, number = (sum(counts) for counts in zip(*found.values(), strict=True))
+    warnings.warn(
+        f"no relevance at all at {silent:,} of {number:,} {what} of {', '.join(patterns_of(found))}: {why}, and yet they "
+        f"are the first to be pruned. For pruning, leave these weights out by exclude={patterns_of(found)!r}, or take "
+        f"{f'more {more}' if more else 'another composite'}",
+        UnscoredWeightsWarning,
+        stacklevel=5,
+    )

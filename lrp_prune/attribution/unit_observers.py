@@ -226,7 +226,7 @@ class UnitObservers:
         """Say once which convolutions and stacks of layers have no units: of other layers most have none, and are meant to."""
         kinds: dict[str, list[str]] = {}
         for name, why in left.items():
-            if self._parameters[name].dim() > 2 and self._wanted((name,), ()):
+            if self._parameters[name].dim() > 2 and name not in self.tracer.table.stacked and self._wanted((name,), ()):
                 kind = "stacked weight" if why == STACKED else "convolution"
                 kinds.setdefault(kind, []).append(f"{layer_of(name)} ({why})")
         for kind, named in kinds.items():

@@ -51,6 +51,13 @@ class Layout(NamedTuple):
         view.add_(values if values.shape == view.shape else values.sum_to_size(view.shape))
 
 
+class Slot(NamedTuple):
+    """One of several layers that are stacked in a parameter: which, counted from 0, and of how many."""
+
+    layer: int
+    layers: int
+
+
 class Origin(NamedTuple):
     """What a tensor was made of.
 
@@ -86,6 +93,18 @@ class Origin(NamedTuple):
             return axis % len(self.parameter.size)
         stride = self.layout.stride[axis]
         return self.parameter.stride.index(stride) if stride in self.parameter.stride else None
+
+    def in_stack(self) -> "tuple[Origin, Slot] | None":
+        """As the origin of one layer of a stack, where the tensor is one entry of the parameter's first dimension; and which."""
+        layout, whole = self.layout, self.parameter
+        if layout is None or len(whole.size) != len(layout.size) + 1 or whole.size[0] < 2 or whole.stride[0] < 1:
+            return None
+        one = Layout(whole.size[1:], whole.stride[1:], 0)
+        index, beyond = divmod(layout.offset, whole.stride[0])
+        axes = sorted(zip(layout.size, layout.stride, strict=True))
+        if beyond or not 0 <= index < whole.size[0] or axes != sorted(zip(one.size, one.stride, strict=True)):
+            return None
+        return self._replace(parameter=one, layout=layout._replace(offset=0)), Slot(index, whole.size[0])
 
     @property
     def names(self) -> tuple[str, ...]:

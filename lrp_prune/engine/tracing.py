@@ -18,7 +18,7 @@ from torch import Tensor
 from lrp_prune.engine.blocks import Blocks
 from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.engine.operations import PRODUCTS
-from lrp_prune.engine.origins import Origin, marked
+from lrp_prune.engine.origins import Origin, Slot, marked
 from lrp_prune.engine.shadow import MIXED, NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
 from lrp_prune.engine.shadows import Shadows
 from lrp_prune.engine.tags import tag_of
@@ -116,6 +116,7 @@ class UnitTracer:
         axis = channel_axis(form, weight, result)
         if axis is None and weight.dim() > 2:
             self.table.leave(origin.name, STACKED)
+        origin, slot = _alone(origin)
         if axis is None or origin.layout is None or len(origin.parameter.size) != weight.dim():
             return
         channels = int(result.shape[axis])
@@ -124,17 +125,19 @@ class UnitTracer:
             numbers = passed
         else:
             # A layer that is used upright and transposed (tied factors) has other channels in each.
-            numbers = self.table.numbers_for(origin.name, (origin.layout, form.out_axis), channels)
+            numbers = self.table.numbers_for(origin.name, (origin.layout, form.out_axis), channels, slot)
             numbers = numbers if passed is None else torch.where(passed > NOTHING, passed, numbers)
         rows = _on_parameter(by_weight(form, weight, numbers, reading=False), origin)
         if rows is None:
             return
-        self.table.own(origin.name, (origin.layout, "writes"), rows)
+        self.table.own(origin.name, (origin.layout, "writes"), rows, slot=slot)
         owner = None if bias is None else marked(bias)
         if owner is not None and owner.layout is not None:
+            owner, own_slot = _alone(owner)
+            assert owner.layout is not None
             shift = _on_parameter(numbers, owner)
             if shift is not None:
-                self.table.own(owner.name, owner.layout, shift)
+                self.table.own(owner.name, owner.layout, shift, slot=own_slot)
         zero = bias is None or owner is not None
         shape = [channels if dim == axis % result.dim() else 1 for dim in range(result.dim())]
         cast_shadow(result, "neuron", Shadow(numbers.to(result.device).reshape(shape), zero))
@@ -142,10 +145,12 @@ class UnitTracer:
     def _read_neurons(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Tensor | None:
         assert self._neurons is not None
         shadow, name = self._neurons.of(activation), form.call.function.__name__
+        origin, slot = _alone(origin)
         if shadow is None:
             if origin.layout is not None:  # of another use of the same weights that reads units
                 untold = torch.full((1,) * len(origin.parameter.size), MIXED, dtype=torch.int32, device="cpu")
-                self.table.own(origin.name, (origin.layout, "reads"), untold, reads=not passes_channels(form, weight))
+                reads = not passes_channels(form, weight)
+                self.table.own(origin.name, (origin.layout, "reads"), untold, reads=reads, slot=slot)
             return None
         axis, numbers, table = channel_axis(form, weight, activation), None, None
         if axis is not None and origin.layout is not None and len(origin.parameter.size) == weight.dim():
@@ -158,7 +163,7 @@ class UnitTracer:
         if numbers is None or table is None:
             return None
         reads = not passes_channels(form, weight)
-        self.table.own(origin.name, (origin.layout, "reads"), table, reads=reads, zero=shadow.zero)
+        self.table.own(origin.name, (origin.layout, "reads"), table, reads=reads, zero=shadow.zero, slot=slot)
         return numbers
 
     def _read_heads(self, form: Form, origin: Origin, activation: Tensor) -> Tensor | None:
@@ -221,9 +226,11 @@ class UnitTracer:
             cast_shadow(outputs[0], "neuron", shadow._replace(zero=True))
 
     def _own_shift(self, value: Tensor, shadow: Shadow, call: Call) -> bool:
-        origin, channels = marked(value), call.outputs[0]
-        if origin is None or origin.layout is None or channels is None:
+        given, channels = marked(value), call.outputs[0]
+        if given is None or given.layout is None or channels is None:
             return False
+        origin, slot = _alone(given)
+        assert origin.layout is not None
         axis = 1 if call.kind == "normalization" else _only_long(value, channels.dim())
         if axis is None:
             return False
@@ -234,8 +241,14 @@ class UnitTracer:
             return False
         if origin.layout.offset != 0 or math.prod(origin.layout.size) != whole:
             return False
-        self.table.own(origin.name, "shift", numbers.cpu().reshape(size))
+        self.table.own(origin.name, "shift", numbers.cpu().reshape(size), slot=slot)
         return True
+
+
+def _alone(origin: Origin) -> tuple[Origin, Slot | None]:
+    """The origin of a layer as if it had a parameter of its own, and where in a stack it is, if it is in one."""
+    found = origin.in_stack()
+    return (origin, None) if found is None else found
 
 
 def _is_attended(call: Call) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.origins import Slot
 from lrp_prune.engine.shadow import MIXED, NOTHING, alike, units_in
 from lrp_prune.names import layer_of
 from lrp_prune.relevance.members import NOBODY, Member
@@ -35,6 +36,28 @@ class _Owned:
     numbers: Tensor
     reads: bool
     zero: bool
+    seen: set[int] | None = None
+    """Of a parameter that is a stack of layers, which of them are known."""
+
+    def put(self, index: int, numbers: Tensor) -> None:
+        """What is known of one of the layers of a stack."""
+        assert self.seen is not None
+        shape = alike(self.numbers[0], numbers)[0].shape
+        whole = (
+            self.numbers.expand(len(self.numbers), *shape).clone() if shape != self.numbers.shape[1:] else self.numbers
+        )
+        whole[index] = numbers
+        self.numbers = whole
+        self.seen.add(index)
+
+
+class Stacked(NamedTuple):
+    """Numbers of the channels of a stack of layers: the first, of how many channels and layers, and which layers were run."""
+
+    start: int
+    channels: int
+    number: int
+    seen: set[int]
 
 
 @dataclass
@@ -44,21 +67,35 @@ class UnitTable:
     shapes: Mapping[str, tuple[int, ...]]
     _parents: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64, device="cpu"))
     _ranges: dict[tuple[str, object], Tensor] = field(default_factory=dict)
+    _stacks: dict[tuple[str, object], Stacked] = field(default_factory=dict)
     _owned: dict[tuple[str, object, bool], _Owned] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _ends: dict[int, str] = field(default_factory=dict)
     _left: dict[str, str] = field(default_factory=dict)
     _used_otherwise: set[str] = field(default_factory=set)
 
-    def numbers_for(self, parameter: str, part: object, channels: int) -> Tensor:
-        """The numbers of a layer's output channels ``[channels]``: the same at each of its uses."""
+    def numbers_for(self, parameter: str, part: object, channels: int, slot: Slot | None = None) -> Tensor:
+        """The numbers of a layer's output channels ``[channels]``: the same at each of its uses.
+
+        Args:
+            parameter: canonical name.
+            part: what tells this part of the parameter from others.
+            channels: how many there are.
+            slot: which layer of a stack it is; all of them get numbers at once.
+        """
         found = self._ranges.get((parameter, part))
         if found is None:
             start = len(self._parents)
-            found = torch.arange(start, start + channels, dtype=torch.int32, device="cpu")
+            number = channels * (1 if slot is None else slot.layers)
+            found = torch.arange(start, start + number, dtype=torch.int32, device="cpu")
             self._parents = torch.cat([self._parents, found.long()])
             self._ranges[parameter, part] = found
-        return found
+            if slot is not None:
+                self._stacks[parameter, part] = Stacked(start, channels, slot.layers, set())
+        if slot is None:
+            return found
+        self._stacks[parameter, part].seen.add(slot.layer)
+        return found[slot.layer * channels : (slot.layer + 1) * channels]
 
     def roots(self, numbers: Tensor) -> Tensor:
         """The number that stands for each unit; what is no unit stays as it is."""
@@ -85,7 +122,20 @@ class UnitTable:
             self._parents.scatter_reduce_(0, high, low, "amin")
         return self.roots(first).to(device)
 
-    def own(self, parameter: str, part: object, numbers: Tensor, reads: bool = False, zero: bool = True) -> None:
+    @property
+    def stacked(self) -> set[str]:
+        """Parameters that are stacks of layers, each of which is used by itself."""
+        return {parameter for parameter, _ in self._stacks}
+
+    def own(
+        self,
+        parameter: str,
+        part: object,
+        numbers: Tensor,
+        reads: bool = False,
+        zero: bool = True,
+        slot: Slot | None = None,
+    ) -> None:
         """Note entries of a parameter as belonging to units; at a second use the units of both are merged.
 
         Args:
@@ -94,19 +144,33 @@ class UnitTable:
             numbers: in a shape that broadcasts to the parameter's.
             reads: whether the entries are what a layer reads the units by.
             zero: whether there is nothing to be read of a unit once all that it owns is zero.
+            slot: which layer of a stack these are the entries of; numbers broadcast to its shape then.
         """
         known = self._owned.get((parameter, part, reads))
         numbers = numbers.to("cpu")
-        if known is None:
+        if slot is not None:
+            if known is None:
+                nothing = torch.full((slot.layers, *(1,) * numbers.dim()), NOTHING, dtype=torch.int32, device="cpu")
+                known = self._owned[parameter, part, reads] = _Owned(parameter, nothing, reads, zero, set())
+            known.put(slot.layer, self._owned_again(known, known.numbers[slot.layer], numbers, zero, slot.layer))
+        elif known is None:
             self._owned[parameter, part, reads] = _Owned(parameter, numbers, reads, zero)
-            return
-        before, now = alike(known.numbers, numbers)
+        else:
+            known.numbers = self._owned_again(known, known.numbers, numbers, zero)
+
+    def _owned_again(
+        self, known: _Owned, before: Tensor, numbers: Tensor, zero: bool, index: int | None = None
+    ) -> Tensor:
+        """The numbers of entries after one more use of them."""
+        known.zero &= zero
+        if known.seen is not None and index not in known.seen:
+            return numbers
+        before, now = alike(before, numbers)
         merged = self.merge(before, now)
         both = (before > NOTHING) & (now > NOTHING)
-        # An entry by which something else is read as well cannot be given to the units.
-        known.numbers = torch.where(both, merged, torch.minimum(before, now))
-        known.zero &= zero
         self._share(known, torch.where(both, NOTHING, torch.maximum(before, now)))
+        # An entry by which something else is read as well cannot be given to the units.
+        return torch.where(both, merged, torch.minimum(before, now))
 
     def _share(self, entry: _Owned, numbers: Tensor) -> None:
         """Units are read by weights that have to stay for something else; they can go where they leave nothing to be read."""
@@ -141,6 +205,7 @@ class UnitTable:
 
     def groups(self) -> tuple[list[Group], dict[str, str]]:
         """The groups in the order of their first layers; and for layers whose channels are no units, why."""
+        self._complete()
         for entry in self._owned.values():
             if entry.reads and entry.parameter in self._used_otherwise:
                 self._share(entry, entry.numbers)
@@ -171,6 +236,39 @@ class UnitTable:
             else:
                 found.append(self._group(producers, units))
         return _named(found), left
+
+    def _complete(self) -> None:
+        """Let layers of a stack that nothing went to have the units of one that something did: experts are used alike."""
+        alone = [entry.numbers.reshape(-1) for entry in self._owned.values() if entry.seen is None]
+        shared = self.roots(torch.cat(alone)) if alone else torch.empty(0, dtype=torch.int32, device="cpu")
+        for key, stack in self._stacks.items():
+            numbers = self._ranges[key].reshape(stack.number, stack.channels)
+            pattern = min(stack.seen)
+            known = self.roots(numbers[pattern])
+            for index in sorted(set(range(stack.number)) - stack.seen):
+                moved = self._moved(known, pattern, index)
+                if moved is not None:
+                    self.merge(numbers[index], moved)
+                    # What all of the stack share (a shift) is of one unit with them.
+                    self.merge(numbers[index], torch.where(torch.isin(known, shared), known, NOTHING))
+        for entry in self._owned.values():
+            if entry.seen is None:
+                continue
+            pattern, missing = min(entry.seen), sorted(set(range(len(entry.numbers))) - entry.seen)
+            for index in missing:
+                moved = self._moved(self.roots(entry.numbers[pattern]), pattern, index)
+                if moved is not None:
+                    entry.put(index, moved)
+
+    def _moved(self, numbers: Tensor, pattern: int, index: int) -> Tensor | None:
+        """The numbers that another layer of the stacks has in the place of these; None where they are not of stacks alone."""
+        moved, known = numbers.clone(), numbers <= NOTHING
+        for stack in self._stacks.values():
+            start = stack.start + pattern * stack.channels
+            here = (numbers >= start) & (numbers < start + stack.channels)
+            moved[here] += (index - pattern) * stack.channels
+            known |= here
+        return moved if bool(known.all()) else None
 
     def _unread(self, numbers: Tensor) -> str:
         ways = sorted({self._ends[number] for number in numbers.tolist() if number in self._ends})

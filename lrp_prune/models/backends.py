@@ -1,4 +1,4 @@
-"""Attention backends, swapped for the time of a pass: where they are no torch function, or to compare with the plain one."""
+"""Backends of attention and experts, swapped for the time of a pass: where they hide what happens, or to compare them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,9 @@ from torch import nn
 from lrp_prune.walks import modules_of
 
 _VISIBLE = ("eager", "sdpa", None)
+_EXPERTS = "_experts_implementation_internal"
+_LOADED_SO = ("deepgemm_megamoe",)
+"""Ways to run experts that a model has its weights laid out for when it is loaded."""
 
 
 @contextmanager
@@ -23,6 +26,23 @@ def eager_attention(model: nn.Module) -> Iterator[bool]:
     """Let Hugging Face models compute attention by products and a softmax; yields whether any of them did it otherwise."""
     with _attention(model, lambda name: name not in ("eager", None), lambda module: False) as swapped:
         yield swapped
+
+
+@contextmanager
+def experts_apart(model: nn.Module) -> Iterator[None]:
+    """Let Hugging Face's mixtures run one expert after the other, each with its own tokens, and not all in one product."""
+    configurations = {id(config): config for module in modules_of(model) if (config := vars(module).get("config"))}
+    swapped = [
+        config for config in configurations.values() if vars(config).get(_EXPERTS) not in (None, "eager", *_LOADED_SO)
+    ]
+    before = [(config, vars(config)[_EXPERTS]) for config in swapped]
+    try:
+        for config in swapped:
+            setattr(config, _EXPERTS, "eager")
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, _EXPERTS, implementation)
 
 
 @contextmanager
