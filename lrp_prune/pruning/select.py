@@ -13,6 +13,7 @@ from lrp_prune.pruning.emptied import tell_emptied
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.units import existing_units, expand_units
+from lrp_prune.relevance.members import stacked_layers
 from lrp_prune.selection import bits
 from lrp_prune.selection.floors import limits_of, resolved_floor, within_limits
 from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK
@@ -65,8 +66,9 @@ def select(
         scope: what is compared: ``"global"`` (all tensors), ``"layer"`` (one tensor), ``"row"`` (the inputs of one
             output), ``"column"`` (the outputs of one input), or ``"N:M"`` (of M consecutive inputs N are kept; ``"N:8"``: as
             many as the tensor's sparsity says); or a :class:`Scope`, which also has the floor, the order and the normalization.
-            Units are compared ``"global"`` or by ``"layer"`` (one group). Optional ``relevance.layouts`` (name to one of
-            :data:`lrp_prune.selection.scopes.LAYOUTS`) says where a parameter has its outputs; else its shape does.
+            Units are compared ``"global"`` or by ``"layer"`` (one group; each expert of a stack by itself). Optional
+            ``relevance.layouts`` (name to one of :data:`lrp_prune.selection.scopes.LAYOUTS`) says where a parameter has its
+            outputs; else its shape does.
         existing: masks of earlier rounds: what they prune stays pruned and counts. Masks of parameters that are not
             selected here are taken over, and what they prune beyond a tensor's ``floor`` is not given back.
 
@@ -216,7 +218,15 @@ def _select_weights(
     for group in groups:
         rate = group.rate
         for together in [group.scored] if scope == "global" else [[name] for name in group.scored]:
-            if scope in ("global", "layer"):
+            layers = stacked_layers(relevance.members.get(together[0], ()), math.prod(shapes[together[0]]))
+            if scope == "layer" and layers > 1 and not shardings[together[0]].is_divided:
+                (name,) = together
+                rows = relevance[name].reshape(layers, -1)
+                packed = _select_rows(
+                    rows, kept.get(name), rate=rate, scope="row", layout="linear", order=order, name=name
+                )
+                found[name] = packed
+            elif scope in ("global", "layer"):
                 k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
                 if scope == "global" and relevance.granularity == "weight":
                     k = group.number  # also for those that are not scored

@@ -104,6 +104,22 @@ class Member:
         return f"Member({self.parameter!r}{where}: {units} units{width})"
 
 
+def stacked_layers(members: Sequence[Member], units: int) -> int:
+    """How many layers a group of units is of: those of a stack (the experts of a mixture) have their units one after the other.
+
+    Example:
+        >>> stacked_layers([Member("down_proj", torch.arange(6).reshape(2, 1, 3), reads=True)], 6)
+        2
+    """
+    for member in members:
+        layers = member.owners.shape[0] if member.owners.dim() > 1 else 1
+        width = units // max(layers, 1)
+        regular = layers > 1 and width > 1 and member.owners.numel() == units == layers * width
+        if regular and torch.equal(member.owners.reshape(-1).long(), torch.arange(units, device="cpu")):
+            return int(layers)
+    return 1
+
+
 def _runs(owners: Iterable[int]) -> Iterator[tuple[int, int, int]]:
     """Neighbouring entries as ``(first owner, width, number)``: each owner ``width`` times, the next one higher by one."""
     blocks: list[list[int]] = []  # owner, width

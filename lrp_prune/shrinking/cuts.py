@@ -18,12 +18,14 @@ class Cut(NamedTuple):
         rows: of a convolution in groups instead, int ``[rows]``.
         columns: of each of these rows, int ``[rows, columns]``.
         groups: how many groups are left of it.
+        layers: of layers that are stacked, what each keeps along the one axis that is in ``kept``, int ``[layers, kept]``.
     """
 
     kept: Mapping[int, Tensor]
     rows: Tensor | None = None
     columns: Tensor | None = None
     groups: int = 0
+    layers: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """A new tensor with what is kept."""
@@ -31,6 +33,12 @@ class Cut(NamedTuple):
         if self.rows is not None and self.columns is not None:
             rows, columns = self.rows.to(tensor.device), self.columns.to(tensor.device)
             return result[rows[:, None], columns].contiguous()
+        if self.layers is not None:
+            (axis,) = self.kept
+            kept = self.layers.to(tensor.device)
+            shape = [*tensor.shape[:axis], kept.shape[1], *tensor.shape[axis + 1 :]]
+            across = [size if dim in (0, axis) else 1 for dim, size in enumerate(shape)]
+            return result.gather(axis, kept.reshape(across).expand(shape))
         for axis, kept in self.kept.items():
             result = result.index_select(axis, kept.to(tensor.device))
         return result.clone() if result is tensor or not self.kept else result
@@ -49,7 +57,7 @@ def cuts_of(removal: Removal, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     for index, group in enumerate(removal.groups):
         lost = torch.cat([removal.gone[index], torch.zeros(1, dtype=torch.bool, device="cpu")])  # the last is nobody's
         for member in group.members:
-            if member.parameter not in removal.grouped:
+            if member.parameter not in removal.grouped and member.parameter not in removal.stacks:
                 # A unit that is all there is along an axis has nothing to be told apart from.
                 axis = member.dim if member.dim is not None else 0
                 note(member.parameter, axis, lost[member.owners.reshape(-1).long()])
@@ -66,6 +74,11 @@ def cuts_of(removal: Removal, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
         cut = _of_groups(removal, parameter)
         if cut is not None:
             cuts[parameter] = cut
+    for parameter, stack in removal.stacks.items():
+        lost = looked_up(removal, stack.units)
+        if bool(lost.any()):
+            layers = (~lost).nonzero()[:, 1].reshape(len(lost), -1)  # as many of each: what is over was kept
+            cuts[parameter] = Cut({stack.axis: layers[0]}, layers=layers)
     return cuts
 
 

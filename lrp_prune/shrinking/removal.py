@@ -1,28 +1,16 @@
 """Which of the dead units can be taken out together: what is left must be matrices again, and layers that fit each other."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.pruning.kinds import layer_group
-from lrp_prune.relevance.members import NOBODY, Member
+from lrp_prune.relevance.members import NOBODY
 from lrp_prune.shrinking.heads import Slices
+from lrp_prune.shrinking.tables import Grouped, Stack, grouped_of, stacks_of
 from lrp_prune.shrinking.units import Group
-
-
-class Grouped(NamedTuple):
-    """A convolution in groups: units of its rows, and of the channels that a group has along the other axis.
-
-    Args:
-        rows: ``(group of units, unit)`` of each row, int ``[groups, rows of a group, 2]``; -1 where there is no unit.
-        width: of the channels of each group, int ``[groups, width, 2]``.
-    """
-
-    rows: Tensor
-    width: Tensor
 
 
 @dataclass
@@ -33,6 +21,7 @@ class Removal:
         groups: all groups of the model.
         slices: what heads are made by, by the name of the group.
         grouped: convolutions in groups, by the name of their weight.
+        stacks: layers that are stacked in one parameter, by its name.
         gone: bool ``[units]`` for each group.
         why: for groups of which less goes than is dead, the reasons.
     """
@@ -40,6 +29,7 @@ class Removal:
     groups: Sequence[Group]
     slices: Mapping[str, Sequence[Slices]]
     grouped: Mapping[str, Grouped]
+    stacks: Mapping[str, Stack]
     gone: list[Tensor]
     why: dict[int, list[str]] = field(default_factory=dict)
 
@@ -57,7 +47,14 @@ class Removal:
         """The same of some of the groups; nothing of the others goes."""
         chosen = set(parts)
         gone = [each if index in chosen else torch.zeros_like(each) for index, each in enumerate(self.gone)]
-        return Removal(self.groups, self.slices, self.grouped, gone, self.why)
+        return Removal(self.groups, self.slices, self.grouped, self.stacks, gone, self.why)
+
+    def sets(self, index: int) -> list[Tensor]:
+        """The units of a group in sets of which as many stay of each, bool ``[units]``: those of a layer, or all of them."""
+        for stack in self.stacks.values():
+            if bool((stack.units[..., 0] == index).any()):
+                return stack.sets(index, len(self.gone[index]))
+        return [torch.ones_like(self.gone[index])]
 
 
 def removal_of(
@@ -78,15 +75,16 @@ def removal_of(
         uniform: take the same number out of each layer of a kind.
         multiple_of: what the number of neurons that are left has to be.
     """
-    grouped = _grouped(groups, parameters, owners)
-    removal = Removal(groups, slices, grouped, [group.dead.clone() for group in groups])
+    grouped = grouped_of(groups, parameters, owners)
+    stacks = stacks_of(groups, parameters, grouped)
+    removal = Removal(groups, slices, grouped, stacks, [group.dead.clone() for group in groups])
     for index, group in enumerate(groups):
-        why = _untold(group, slices, grouped)
+        why = _untold(group, slices, {*grouped, *stacks})
         if why:
             removal.keep(index, group.dead, why)
     changed = True
     while changed:  # what stays on one side stays on all others: less and less goes, until it fits everywhere
-        changed = any([_keep_one(removal), _fit_heads(removal), _fit_convolutions(removal)])
+        changed = any([_keep_one(removal), _fit_heads(removal), _fit_convolutions(removal), _fit_stacks(removal)])
         if not changed and uniform:
             changed = _fit_kinds(removal)
         if not changed and multiple_of > 1:
@@ -114,12 +112,12 @@ def coupled(removal: Removal) -> list[list[int]]:
     return sorted(sorted(part) for part in parts)
 
 
-def _untold(group: Group, slices: Mapping[str, Sequence[Slices]], grouped: Mapping[str, Grouped]) -> str:
+def _untold(group: Group, slices: Mapping[str, Sequence[Slices]], told: Collection[str]) -> str:
     """Why nothing of a group can go."""
     if group.kind == "head" and not slices.get(group.name):
         return "nothing tells which rows of query, key and value its heads are made by"
     for member in group.members:
-        if member.dim is None and member.parameter not in grouped and member.owners.numel() > 1:
+        if member.dim is None and member.parameter not in told and member.owners.numel() > 1:
             return f"its units own single entries of {member.parameter}, and no whole rows"
     return ""
 
@@ -154,7 +152,9 @@ def _fit_heads(removal: Removal) -> bool:
             )
             if each.sets is not None:
                 whole = torch.stack([bool(free[_like(each, row)].all()) * row for row in each.sets]).any(0)
-                changed |= _even(removal, index, [row for row in each.sets if not bool((row & whole).any())], parameter)
+                sets = [row for row in each.sets if not bool((row & whole).any())]
+                why = f"heads that share rows of {parameter} go together, or the same number of each such set"
+                changed |= _even(removal, index, sets, why)
     return changed
 
 
@@ -162,8 +162,8 @@ def _like(each: Slices, row: Tensor) -> Tensor:
     return (each.depends == row[:, None]).all(0)
 
 
-def _even(removal: Removal, index: int, sets: Sequence[Tensor], parameter: str) -> bool:
-    """As many heads go of each of these sets as of that of which fewest are dead."""
+def _even(removal: Removal, index: int, sets: Sequence[Tensor], why: str) -> bool:
+    """As many units go of each of these sets as of that of which fewest are dead."""
     if not sets:
         return False
     gone = removal.gone[index]
@@ -173,11 +173,7 @@ def _even(removal: Removal, index: int, sets: Sequence[Tensor], parameter: str) 
     for row in sets:
         surplus = torch.zeros_like(gone)
         surplus[(gone & row).nonzero().view(-1)[fewest:]] = True
-        changed |= removal.keep(
-            index,
-            surplus,
-            f"heads that share rows of {parameter} go together, or the same number of each such set",
-        )
+        changed |= removal.keep(index, surplus, why)
     return changed
 
 
@@ -189,40 +185,6 @@ def removable(removal: Removal, users: Sequence[tuple[int, Slices]]) -> Tensor:
         used |= each.depends.any(0)
         needed |= each.depends[~removal.gone[index]].any(0)
     return used & ~needed
-
-
-def _grouped(
-    groups: Sequence[Group], parameters: Mapping[str, Tensor], owners: Mapping[str, nn.Module]
-) -> dict[str, Grouped]:
-    found = {}
-    for name in {member.parameter for group in groups for member in group.members}:
-        layer = owners[name]
-        if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and parameters[name] is layer.weight:
-            shape = tuple(layer.weight.shape)
-            table = Grouped(
-                torch.full((shape[0], 1, 2), NOBODY, device="cpu"),
-                torch.full((shape[0], shape[1], 2), NOBODY, device="cpu"),
-            )
-            passes = shape[0] == layer.groups and shape[1] == 1
-            for index, group in enumerate(groups):
-                for member in group.members:
-                    if member.parameter == name:
-                        along_width = passes or member.reads != layer.transposed
-                        _note(table.width if along_width else table.rows, index, member)
-                        if passes:
-                            _note(table.rows, index, member)
-            rows = table.rows.reshape(layer.groups, -1, 2)
-            width = table.width.reshape(layer.groups, -1, shape[1], 2)[:, 0]
-            found[name] = Grouped(rows, width)
-    return found
-
-
-def _note(table: Tensor, index: int, member: Member) -> None:
-    owners = member.owners.flatten(2)[:, :, 0] if member.owners.dim() > 2 else member.owners
-    owners = owners.expand(table.shape[:2]).long()
-    mine = owners != NOBODY
-    table[..., 0][mine] = index
-    table[..., 1][mine] = owners[mine]
 
 
 def looked_up(removal: Removal, table: Tensor) -> Tensor:
@@ -256,6 +218,19 @@ def _fit_convolutions(removal: Removal) -> bool:
     return changed
 
 
+def _fit_stacks(removal: Removal) -> bool:
+    """The same number of units goes of each layer of a stack."""
+    changed = False
+    for name, stack in removal.stacks.items():
+        for index in torch.unique(stack.units[..., 0]).tolist():
+            if index != NOBODY:
+                sets = stack.sets(index, len(removal.gone[index]))
+                changed |= _even(
+                    removal, index, sets, f"{name} holds several layers, of which the same number of channels goes"
+                )
+    return changed
+
+
 def _fit_kinds(removal: Removal) -> bool:
     """The same number of units goes of each layer of a kind; of heads that share keys also in the same way."""
     kinds: dict[tuple[str, str, int], list[int]] = {}
@@ -267,8 +242,11 @@ def _fit_kinds(removal: Removal) -> bool:
         if all(each is not None for each in sets.values()):
             chosen = _same_of_sets(removal, {index: each for index, each in sets.items() if each is not None})
         else:
-            fewest = min(int(removal.gone[index].sum()) for index in indices)
-            chosen = {index: _first(removal.gone[index], fewest) for index in indices}
+            parts = {index: [removal.gone[index] & row for row in removal.sets(index)] for index in indices}
+            fewest = min(int(part.sum()) for each in parts.values() for part in each)
+            chosen = {
+                index: torch.stack([_first(part, fewest) for part in each]).any(0) for index, each in parts.items()
+            }
         for index, units in chosen.items():
             changed |= removal.keep(
                 index, removal.gone[index] & ~units, "uniform: no more goes than of the other layers of its kind"
@@ -280,9 +258,9 @@ def _fit_multiples(removal: Removal, number: int) -> bool:
     """So many neurons of a layer stay that their number can be divided; heads are as wide as they are."""
     changed = False
     for index, group in enumerate(removal.groups):
-        gone = removal.gone[index]
-        surplus = -(len(gone) - int(gone.sum())) % number
-        if group.kind == "neuron" and surplus:
+        for row in removal.sets(index) if group.kind == "neuron" else ():
+            gone = removal.gone[index] & row
+            surplus = -(int(row.sum()) - int(gone.sum())) % number
             last = gone & ~_first(gone, int(gone.sum()) - surplus)
             changed |= removal.keep(index, last, f"multiple_of={number}: their number is one with these")
     return changed
