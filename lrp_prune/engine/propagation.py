@@ -29,7 +29,7 @@ from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.unsharding import unsharding
 from lrp_prune.engine.uses import Use, WeightUses
 from lrp_prune.engine.wrapping import replaced, whole
-from lrp_prune.models.backends import experts_apart, traceable_attention
+from lrp_prune.models.backends import traceable
 from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
 
@@ -246,9 +246,7 @@ def propagating(
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
         stack.enter_context(unchanged_buffers(model))
-        stack.enter_context(traceable_attention(model))
-        if tracer is not None:
-            stack.enter_context(experts_apart(model))
+        stack.enter_context(traceable(model, experts=tracer is not None))
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -1,7 +1,7 @@
 """Backends of attention and experts, swapped for the time of a pass: where they hide what happens, or to compare them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,13 @@ _LOADED_SO = ("deepgemm_megamoe",)
 def traceable_attention(model: nn.Module) -> Iterator[None]:
     """Let Hugging Face models with flash or flex attention use ``sdpa``, or ``eager`` where they have no other."""
     with _attention(model, lambda name: name not in _VISIBLE, lambda module: getattr(module, "_supports_sdpa", False)):
+        yield
+
+
+@contextmanager
+def traceable(model: nn.Module, experts: bool) -> Iterator[None]:
+    """:func:`traceable_attention`, and :func:`experts_apart` where experts are to be told from each other."""
+    with traceable_attention(model), experts_apart(model) if experts else nullcontext():
         yield
 
 
