@@ -1,6 +1,7 @@
 """Relevance of what a model is given: of the tokens, pixels and features of one batch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,6 +14,7 @@ from lrp_prune.engine.composites import Composite, composite_of
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.engine.uses import WeightUses
+from lrp_prune.models.backends import experts_apart
 from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.padding import attended_labels, counted_tokens
@@ -95,7 +97,8 @@ def input_relevance(
             condition = Condition(module, explained, rules, through, granularity, unruled)
             unruled = "ignore"  # it was told of all that the value depends on
         uses = WeightUses() if condition is None else condition.uses
-        with propagating(module, rules, latent, unruled, uses, constants=True) as propagation:
+        as_before = nullcontext() if condition is None else experts_apart(module)
+        with as_before, propagating(module, rules, latent, unruled, uses, constants=True) as propagation:
             values = values_of(found, module, batch)
             if condition is not None:
                 values = condition.values(samples_in(batch))
