@@ -5,7 +5,7 @@ numbers: a residual sum, a gated product, a convolution of one filter for each c
 each set of merged numbers is a unit, and the layers that share units are a group.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.origins import Slot
+from lrp_prune.engine.reasons import Reasons
 from lrp_prune.engine.shadow import MIXED, NOTHING, alike, units_in
 from lrp_prune.names import layer_of
 from lrp_prune.relevance.members import NOBODY, Member
@@ -69,8 +70,8 @@ class UnitTable:
     _ranges: dict[tuple[str, object], Tensor] = field(default_factory=dict)
     _stacks: dict[tuple[str, object], Stacked] = field(default_factory=dict)
     _owned: dict[tuple[str, object, bool], _Owned] = field(default_factory=dict)
-    _refused: dict[int, str] = field(default_factory=dict)
-    _ends: dict[int, str] = field(default_factory=dict)
+    _refused: Reasons = field(default_factory=Reasons)
+    _ends: Reasons = field(default_factory=Reasons)
     _left: dict[str, str] = field(default_factory=dict)
     _used_otherwise: set[str] = field(default_factory=set)
 
@@ -181,8 +182,7 @@ class UnitTable:
 
     def end(self, numbers: Tensor, function: str) -> None:
         """Units that go into what is not theirs alone by a function."""
-        for number in self.roots(numbers).reshape(-1).tolist():
-            self._ends.setdefault(number, function)
+        self._ends.note(self.roots(numbers), function)
 
     def lose(self, numbers: Tensor, zero: bool, function: str) -> None:
         """Units that :meth:`end`, and whether they are zero there once they are removed, without which they cannot be."""
@@ -196,8 +196,7 @@ class UnitTable:
 
     def refuse(self, numbers: Tensor, reason: str) -> None:
         """Units that cannot be removed, and why."""
-        for number in numbers.reshape(-1).tolist():
-            self._refused.setdefault(number, reason)
+        self._refused.note(numbers, reason)
 
     def use_otherwise(self, parameter: str) -> None:
         """A parameter is used by more than layers, so that no entry of it can be given to units that layers read by it."""
@@ -211,10 +210,9 @@ class UnitTable:
                 self._share(entry, entry.numbers)
                 entry.numbers = torch.full_like(entry.numbers, MIXED)
         roots = {key: self.roots(numbers) for key, numbers in self._ranges.items()}
-        refused = {
-            int(self.roots(torch.tensor(number, dtype=torch.int32, device="cpu"))): why
-            for number, why in self._refused.items()
-        }
+        refused = Reasons()
+        for numbers, reason in self._refused.items():
+            refused.note(self.roots(numbers.to(torch.int32)), reason)
         reads = [self.roots(entry.numbers).reshape(-1) for entry in self._owned.values() if entry.reads]
         read = units_in(torch.cat(reads)) if reads else torch.empty(0, device="cpu")
         left = dict(self._left)
@@ -226,13 +224,14 @@ class UnitTable:
             }
         )
         found = []
-        for keys in _connected({key: numbers for key, numbers in roots.items() if key[0] not in left}):
+        wanted = {key: numbers for key, numbers in roots.items() if key[0] not in left}
+        for keys in _connected(wanted, len(self._parents)):
             producers = tuple(dict.fromkeys(parameter for parameter, _ in keys))
             units = _ordered(torch.cat([roots[key] for key in keys]))
             units = units[torch.isin(units, read)]  # the others end elsewhere
-            why = next((refused[number] for number in units.tolist() if number in refused), None)
-            if why is not None:
-                left.update(dict.fromkeys(producers, why))
+            why = refused.of(units)
+            if why:
+                left.update(dict.fromkeys(producers, why[0]))
             else:
                 found.append(self._group(producers, units))
         return _named(found), left
@@ -243,35 +242,42 @@ class UnitTable:
         shared = self.roots(torch.cat(alone)) if alone else torch.empty(0, dtype=torch.int32, device="cpu")
         for key, stack in self._stacks.items():
             numbers = self._ranges[key].reshape(stack.number, stack.channels)
+            missing = sorted(set(range(stack.number)) - stack.seen)
             pattern = min(stack.seen)
-            known = self.roots(numbers[pattern])
-            for index in sorted(set(range(stack.number)) - stack.seen):
-                moved = self._moved(known, pattern, index)
-                if moved is not None:
-                    self.merge(numbers[index], moved)
-                    # What all of the stack share (a shift) is of one unit with them.
-                    self.merge(numbers[index], torch.where(torch.isin(known, shared), known, NOTHING))
+            known = self.roots(numbers[pattern]) if missing else numbers[pattern]
+            steps = self._steps(known, pattern) if missing else None
+            if steps is not None:
+                away = torch.tensor(missing, dtype=torch.int32, device="cpu")[:, None] - pattern
+                self.merge(numbers[missing], known + away * steps)
+                # What all of the stack share (a shift) is of one unit with them.
+                self.merge(numbers[missing], torch.where(torch.isin(known, shared), known, NOTHING))
         for entry in self._owned.values():
             if entry.seen is None:
                 continue
             pattern, missing = min(entry.seen), sorted(set(range(len(entry.numbers))) - entry.seen)
-            for index in missing:
-                moved = self._moved(self.roots(entry.numbers[pattern]), pattern, index)
-                if moved is not None:
-                    entry.put(index, moved)
+            known = self.roots(entry.numbers[pattern])
+            steps = self._steps(known, pattern) if missing else None
+            if steps is not None:
+                for index in missing:
+                    entry.put(index, known + (index - pattern) * steps)
 
-    def _moved(self, numbers: Tensor, pattern: int, index: int) -> Tensor | None:
-        """The numbers that another layer of the stacks has in the place of these; None where they are not of stacks alone."""
-        moved, known = numbers.clone(), numbers <= NOTHING
-        for stack in self._stacks.values():
-            start = stack.start + pattern * stack.channels
-            here = (numbers >= start) & (numbers < start + stack.channels)
-            moved[here] += (index - pattern) * stack.channels
-            known |= here
-        return moved if bool(known.all()) else None
+    def _steps(self, numbers: Tensor, layer: int) -> Tensor | None:
+        """By how much the numbers of the next layer of the stacks are above these; None where they are not all of this layer.
+
+        Where there is no unit it is 0.
+        """
+        stacks = sorted(self._stacks.values())  # by their first number
+        starts = torch.tensor([stack.start for stack in stacks], device="cpu")
+        channels = torch.tensor([stack.channels for stack in stacks], device="cpu")
+        place = (torch.searchsorted(starts, numbers.long(), right=True) - 1).clamp(min=0)
+        first = starts[place] + layer * channels[place]
+        units = numbers > NOTHING
+        if bool((units & ((numbers < first) | (numbers >= first + channels[place]))).any()):
+            return None
+        return torch.where(units, channels[place], 0).to(torch.int32)
 
     def _unread(self, numbers: Tensor) -> str:
-        ways = sorted({self._ends[number] for number in numbers.tolist() if number in self._ends})
+        ways = sorted(self._ends.of(numbers))
         if not ways:
             return "nothing reads its channels"
         return f"its channels go into {', '.join(ways[:3])} before a layer reads them as they are"
@@ -289,23 +295,31 @@ class UnitTable:
         return Group("", units, (*members[True], *members[False]), producers, readers)
 
 
-def _connected(roots: Mapping[tuple[str, object], Tensor]) -> Iterable[list[tuple[str, object]]]:
-    """Layers that share a unit, together."""
-    parts: list[tuple[set[int], list[tuple[str, object]]]] = []
+def _connected(roots: Mapping[tuple[str, object], Tensor], size: int) -> list[list[tuple[str, object]]]:
+    """Layers that share a unit, together.
+
+    Args:
+        roots: the numbers of each layer's units.
+        size: above the largest of these.
+    """
+    parts: list[list[tuple[str, object]]] = []
+    part_of = torch.full((size,), -1, dtype=torch.int64, device="cpu")
+    now = list[int]()
+    """Of each part that there was, the one that it belongs to by now."""
     for key, numbers in roots.items():
-        mine = set(numbers.tolist())
-        touching = [part for part in parts if not part[0].isdisjoint(mine)]
+        before = part_of[numbers.long()]
+        touching = sorted({now[part] for part in torch.unique(before[before >= 0]).tolist()})
+        first = touching[0] if touching else len(parts)
         if not touching:
-            parts.append((mine, [key]))
-            continue
-        first = touching[0]
-        first[0].update(mine)
-        first[1].append(key)
+            parts.append([])
+            now.append(first)
+        parts[first].append(key)
         for other in touching[1:]:
-            first[0].update(other[0])
-            first[1].extend(other[1])
-            parts.remove(other)
-    return [keys for _, keys in parts]
+            parts[first] += parts[other]
+            parts[other] = []
+            now = [first if part == other else part for part in now]
+        part_of[numbers.long()] = first
+    return [part for part in parts if part]
 
 
 def _ordered(numbers: Tensor) -> Tensor:
