@@ -134,7 +134,7 @@ def test_transposed_weights_and_experts_that_one_process_does_not_use(tmp_path: 
     batches = [
         {"input_ids": torch.full((1, 3), 2 + index), "labels": torch.full((1, 3), 2 + index)} for index in range(2)
     ]
-    settings = [{"statistic": "geometric"}, {"granularity": "head"}]
+    settings = [{"statistic": "geometric"}, {"granularity": "head"}, {"granularity": "neuron"}]
     expected = [lrp_prune.attribute(build(name), batches, matmul_dtype=None, **each) for each in settings]
 
     def check(mesh: Any) -> None:
@@ -143,7 +143,7 @@ def test_transposed_weights_and_experts_that_one_process_does_not_use(tmp_path: 
         for setting, reference in zip(settings, expected, strict=True):
             relevance = lrp_prune.attribute(model, own(batches, mesh), matmul_dtype=None, **setting)
             assert furthest(relevance, reference) < 1e-5, setting
-            for scope in ("row", "2:4") if "statistic" in setting else ("global",):
+            for scope in ("row", "2:4") if "statistic" in setting else ("global", "layer"):
                 masks = lrp_prune.select(relevance, 0.5, scope=scope)
                 assert masks.gathered() == lrp_prune.select(reference, 0.5, scope=scope)
 

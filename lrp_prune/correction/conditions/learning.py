@@ -15,7 +15,8 @@ class Learned:
     """Where a correction is to act: at a module, wherever its output says that the behaviour is under way.
 
     :func:`lrp_prune.correction.correct` and :class:`~lrp_prune.callbacks.ContrastiveCorrection` learn an
-    :class:`ActivationAbove` of it, and take only weights that run later.
+    :class:`ActivationAbove` of it, and take only weights that run later. Until then the hidden states of all labelled tokens are
+    held on the CPU (``4 * width`` bytes each; in a Lightning run, those of all processes in each).
 
     Args:
         at: canonical name of the module that is looked at, ``"model.layers.12"`` say: a layer half way up is a good first try.
