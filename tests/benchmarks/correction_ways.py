@@ -35,6 +35,7 @@ from lrp_prune.correction.several import Together
 from lrp_prune.effects import Likelihood
 from lrp_prune.metrics import Suite
 from lrp_prune.names import named_parameters
+from lrp_prune.pruning import scorer
 from lrp_prune.targets import RepetitionMargin
 
 Batch = dict[str, Tensor]
@@ -86,6 +87,11 @@ class Setup:
 
 def patches(setup: Setup, ways: list[str], amount: float) -> Iterator[tuple[str, Patch]]:
     """The patch of each way, all of the same number of weights, or a stated part of it."""
+    for way, granularity in UNITS.items():  # first, as they take little memory
+        if way in ways:
+            yield way, of_units(setup, granularity, amount)
+    if not set(ways) - set(UNITS):
+        return
     model, undesired = setup.model, setup.undesired()
     combined = setup.general("signed", {"mean": Together(), "worst thrice": Together(weights={WORST: 3.0})})
     guards = setup.general("squared_token", {"mean": Together(), "largest": Together("largest")})
@@ -112,14 +118,11 @@ def patches(setup: Setup, ways: list[str], amount: float) -> Iterator[tuple[str,
     for way, recipe in recipes.items():
         if way in ways:
             yield way, recipe()
-    entries = made().num_entries
-    for way, granularity in UNITS.items():
-        if way in ways:
-            yield way, of_units(setup, granularity, entries)
 
 
-def of_units(setup: Setup, granularity: str, entries: int) -> Patch:
-    """Whole units, as many as have about so many weights."""
+def of_units(setup: Setup, granularity: str, amount: float) -> Patch:
+    """Whole units, as many as have at least this share of the weights that other ways choose from."""
+    entries = round(amount * sum(weight.numel() for weight in scorer("magnitude", setup.model).parameters.values()))
     general, undesired = (
         setup.general("signed", {"mean": Together()}, granularity)["mean"],
         setup.undesired(granularity),
