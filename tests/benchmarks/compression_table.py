@@ -208,8 +208,12 @@ def plot(results: Results, path: Path) -> None:
             if line:
                 each.plot(*zip(*line, strict=True), "o-", color=colour("", index), label=label, markersize=3)
             each.plot(*zip(*stars, strict=True), "*", color=colour("", index)) if stars else None
-        titled(each, text, "weights removed", "times the dense model's perplexity")
+        titled(each, text, "weights removed (stars: 2:4)", "times the dense model's perplexity")
         each.set_yscale("log")
+        each.set_xticks(sorted({share_of(level) for level in LEVELS}))
+        each.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        for axis in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:g}")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
 
