@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrp_prune.callbacks._batches import Source, batches_of
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._corrected import inner
-from lrp_prune.callbacks._distributed import agree, agreeing, gathered
+from lrp_prune.callbacks._distributed import agreeing, gathered
 from lrp_prune.correction import ActivationAbove, Learned, Patch
 from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.conditions.activation import UNDESIRED
@@ -80,7 +80,7 @@ class ConditionSets:
     def remember(self, batch: Any, dataloader_idx: int) -> None:
         """Keep the first batch of each set that the sanity check has."""
         for name, source in self._sets.items():
-            if source == dataloader_idx and isinstance(source, int):
+            if isinstance(source, int) and source == dataloader_idx:
                 self._first.setdefault(name, batch)
 
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,17 +131,16 @@ class ConditionSets:
         if self._model is None:
             self.start(trainer, pl_module)
         try:
-            with isolate_rng():
+            with agreeing(trainer), isolate_rng():
                 for name, source in self._sets.items():
                     if not isinstance(source, int):
                         for batch in islice(batches_of(source), self._max):
                             self._add(name, to_device(batch, trainer, pl_module, 0))
-            failure, states, later = self._failure, self._states, self._later
+                if self._failure is not None:
+                    raise self._failure
+            states, later = self._states, self._later
         finally:
             self.abandon()
-        agree(trainer, failure)
-        if failure is not None:
-            raise failure
         everyone = gathered(trainer, ({name: torch.cat(found) for name, found in states.items() if found}, later))
         with misconfiguration():
             together = {

@@ -56,6 +56,8 @@ def tell_silent(
     if relevance.shardings:
         return
     if relevance.granularity != "weight":
+        if relevance.statistic == "structure":  # of methods that look at no data: nothing is summed
+            return
         _tell("experts", silent_experts(relevance, stacked), _UNREACHED, "samples")
         return
     stopped: dict[str, tuple[int, int]] = {}

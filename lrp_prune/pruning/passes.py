@@ -47,6 +47,11 @@ def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, cho
                 uses.looked_up.update(name for name, ids in found if name is not None and ids is not None)
     if logits is not None:
         return [logits.detach()]
+    return tensors_in(output)
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The floats in what a module gives, apart from what is computed from them."""
     leaves = tree_leaves(output)
     return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

@@ -218,14 +218,12 @@ def _select_weights(
     for group in groups:
         rate = group.rate
         for together in [group.scored] if scope == "global" else [[name] for name in group.scored]:
-            layers = stacked_layers(relevance.members.get(together[0], ()), math.prod(shapes[together[0]]))
-            if scope == "layer" and layers > 1 and not shardings[together[0]].is_divided:
+            layers = _layers(relevance, together[0]) if scope == "layer" else 1
+            if layers > 1:
                 (name,) = together
                 rows = relevance[name].reshape(layers, -1)
-                packed = _select_rows(
-                    rows, kept.get(name), rate=rate, scope="row", layout="linear", order=order, name=name
-                )
-                found[name] = packed
+                choose = partial(_select_rows, rate=rate, scope="row", layout="linear", order=order, name=name)
+                found[name] = choose(rows, kept.get(name))
             elif scope in ("global", "layer"):
                 k = number_to_prune(rate, sum(math.prod(shapes[name]) for name in together))
                 if scope == "global" and relevance.granularity == "weight":
@@ -242,6 +240,13 @@ def _select_weights(
                 found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
     raise_together(failures, mesh)
     return {name: found[name] for name in relevance if name in found}
+
+
+def _layers(relevance: "Relevance", name: str) -> int:
+    """How many layers a group of units is of; where processes have parts of it, it is one."""
+    if name not in relevance.members or relevance.sharding(name).is_divided:
+        return 1
+    return stacked_layers(relevance.members[name], relevance.sharding(name).numel)
 
 
 def _select_rows(

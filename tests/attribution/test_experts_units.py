@@ -241,3 +241,12 @@ def test_filters_that_are_dead_are_no_experts() -> None:
         warnings.simplefilter("error")
         found = lrp_prune.attribute(model, [batch], "class", granularity="neuron")
     assert any(not values.all() for values in found.values())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_methods_that_look_at_no_tokens_say_nothing_of_them(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnscoredWeightsWarning)
+        lrp_prune.prune(
+            build("mixtral"), [batch_for("mixtral", 3, 9)], 0.3, method, granularity="neuron", recalibrate=False
+        )

@@ -34,14 +34,14 @@ from lrp_prune.pruning.compensation.stages import (
     stages_of,
 )
 from lrp_prune.pruning.compensation.systems import Systems, taken_of
-from lrp_prune.pruning.compensation.together import Outputs, Sized, laid_in_few, tensors_in
+from lrp_prune.pruning.compensation.together import Outputs, Sized, laid_in_few
 from lrp_prune.pruning.compensation.updating import solved_for
 from lrp_prune.pruning.compensation.ways import Compensation
 from lrp_prune.pruning.compensation.weighing import weights_of_tokens
 from lrp_prune.pruning.compensation.wholes import Wholes, copies_of, zero_
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses
-from lrp_prune.pruning.passes import outputs_of
+from lrp_prune.pruning.passes import outputs_of, tensors_in
 from lrp_prune.pruning.places import Place
 from lrp_prune.pruning.processes import Processes
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lrp_prune.engine.uses import Product
 from lrp_prune.models.batches import in_groups, laid_together, samples_in
@@ -71,12 +70,6 @@ def _alike(both: list[Tensor], first: list[Tensor], second: list[Tensor], sample
 
 def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= _precision(expected) ** 0.5 * expected.norm())
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """The floats in what a module gives, apart from what is computed from them."""
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 class Sized(PlacedUses):
