@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.engine.uses import Product
+from lrp_prune.pruning.compensation.summing import mirrored_, with_ones, with_products, with_upper_products
 from lrp_prune.pruning.compensation.weighing import roots_of_weights
 from lrp_prune.pruning.pairs import Part
 from lrp_prune.pruning.processes import Processes
@@ -95,7 +96,7 @@ class Systems:
     r"""Sums of products of a layer's inputs, of ones beside them for the bias, and with those of the dense model.
 
     :attr:`gram` is :math:`\sum x' x'^\top`, :attr:`crossed` :math:`\sum x x'^\top`, with :math:`x'` the input as it is and
-    :math:`x` the dense model's: ``[groups, in + 1, in + 1]``.
+    :math:`x` the dense model's: ``[groups, in + 1, in + 1]``. They are there once the sums are :meth:`over`.
     """
 
     def __init__(self) -> None:
@@ -108,47 +109,44 @@ class Systems:
         """Whether all inputs could be laid out as rows."""
         self.weighed = True
         """Whether each row has a weight of its own."""
+        self._width = 0
+        self._upper: Tensor | None = None
+        self._mixed: Tensor | None = None
 
     def add(self, rows: list[Tensor], dense: list[Tensor] | None, weights: Tensor | None = None) -> None:
         """Add inputs, and the dense model's for the same places; each row counts as often as its weight says."""
         alike = dense is not None and [entry.shape for entry in dense] == [entry.shape for entry in rows]
         self.paired = self.paired and alike
         for index, (entry, root) in enumerate(zip(rows, roots_of_weights(weights, rows), strict=True)):
-            pruned = _with_ones(entry, root)
+            pruned = with_ones(entry, root)
             self.weighed = self.weighed and isinstance(root, Tensor)
             self.count += entry.shape[1]
-            self.gram = _added(self.gram, pruned, pruned)
+            self._width = entry.shape[2] + 1
+            self._upper = with_upper_products(self._upper, pruned)
             if alike and dense is not None:
-                self.crossed = _added(self.crossed, _with_ones(dense[index], root), pruned)
+                self._mixed = with_products(self._mixed, with_ones(dense[index], root), pruned)
 
     def over(self, processes: Processes, device: torch.device) -> None:
         """Add what others have, so that all have the same sums, bit for bit; one that saw no input takes part with nothing."""
-        if processes.alone:
-            return
-        shape = None if self.gram is None else (tuple(self.gram.shape), self.gram.dtype)
-        everyone = processes.gathered((self.count, self.paired, self.known, shape))
-        counts, paired, known, shapes = zip(*everyone, strict=True)
-        self.count, self.paired, self.known = sum(counts), all(paired), all(known)
+        if not processes.alone:
+            self._with_others(processes, device)
+        width = self._width
+        self.gram = None if self._upper is None else mirrored_(self._upper)[:, :width, :width]
+        self.crossed = None if self._mixed is None or not self.paired else self._mixed[:, :width, :width]
+        self._upper = self._mixed = None
+
+    def _with_others(self, processes: Processes, device: torch.device) -> None:
+        shape = None if self._upper is None else (tuple(self._upper.shape), self._upper.dtype)
+        everyone = processes.gathered((self.count, self.paired, self.known, self._width, shape))
+        counts, paired, known, widths, shapes = zip(*everyone, strict=True)
+        self.count, self.paired, self.known, self._width = sum(counts), all(paired), all(known), max(widths)
         there = next((entry for entry in shapes if entry is not None), None)
         if there is None:
             return
-        crossed = any(processes.gathered(self.crossed is not None))
+        crossed = any(processes.gathered(self._mixed is not None))
         nothing = torch.zeros(there[0], dtype=there[1], device=device)
-        self.gram = processes.summed(nothing if self.gram is None else self.gram)
+        self._upper = processes.summed(nothing if self._upper is None else self._upper)
         if crossed and self.paired:
-            self.crossed = processes.summed(nothing if self.crossed is None else self.crossed)
+            self._mixed = processes.summed(nothing if self._mixed is None else self._mixed)
         else:
-            self.crossed = None
-
-
-def _with_ones(rows: Tensor, root: Tensor | float) -> Tensor:
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    padded = F.pad(rows, (0, 1), value=1.0)
-    return padded.mul_(root) if isinstance(root, Tensor) else padded
-
-
-def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    with torch.autocast(left.device.type, enabled=False):  # the model's, not that of sums
-        if total is None:
-            return left.transpose(1, 2) @ right
-        return total.baddbmm_(left.transpose(1, 2), right)
+            self._mixed = None

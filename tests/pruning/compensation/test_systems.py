@@ -15,6 +15,7 @@ from lrp_prune.pruning.compensation.systems import Systems, taken_of
 from lrp_prune.pruning.pairs import Part
 from lrp_prune.pruning.passes import outputs_of
 from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.processes import Processes
 from lrp_prune.pruning.products import computed, given
 
 LAYERS = {
@@ -85,6 +86,7 @@ def test_sums_are_those_of_all_rows() -> None:
     systems, first, second = Systems(), torch.randn(2, 1, 5, 3).double(), torch.randn(2, 1, 7, 3).double()
     systems.add([first[0]], [first[1]])
     systems.add([second[0]], [second[1]])
+    systems.over(Processes(None), torch.device("cpu"))
     ours, theirs = (torch.cat([first[index, 0], second[index, 0]]) for index in (0, 1))
     ours, theirs = (torch.cat([entry, torch.ones(12, 1)], dim=1).double() for entry in (ours, theirs))
     assert systems.count == 12 and systems.paired
@@ -95,4 +97,5 @@ def test_sums_are_those_of_all_rows() -> None:
 def test_inputs_of_another_number_are_no_pairs() -> None:
     systems = Systems()
     systems.add([torch.randn(1, 5, 3)], [torch.randn(1, 4, 3)])
+    systems.over(Processes(None), torch.device("cpu"))
     assert not systems.paired and systems.crossed is None and systems.count == 5

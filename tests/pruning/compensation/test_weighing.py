@@ -12,6 +12,7 @@ from lrp_prune.pruning import LeastSquares
 from lrp_prune.pruning.compensation import compensate_
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.weighing import weights_of_rows, weights_of_tokens
+from lrp_prune.pruning.processes import Processes
 from tests.support.compensation import half, mlp
 from tests.support.small_models import batch_for, build
 
@@ -60,6 +61,8 @@ def test_a_weight_is_how_often_a_row_is_there() -> None:
         weighed.add(pieces, [piece + 1 for piece in pieces], often.float())
         many = rows.repeat_interleave(often.repeat_interleave(rows_each), dim=1)
         repeated.add([many], [many + 1])
+        for systems in (weighed, repeated):
+            systems.over(Processes(None), torch.device("cpu"))
         assert weighed.weighed and not repeated.weighed
         torch.testing.assert_close(weighed.gram, repeated.gram)
         torch.testing.assert_close(weighed.crossed, repeated.crossed)
