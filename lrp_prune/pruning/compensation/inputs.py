@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution
@@ -139,22 +139,6 @@ class Inputs(ComputedUses):
             return None
         by_place = isinstance(found.form, Convolution)
         return weights_of_rows(self._weights, found.activation, self._counted, by_place)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage, and what its dense weights were, as far as they are here."""
-
-    name: str
-    module: nn.Module
-    held: Mapping[str, nn.Parameter]
-    before: Mapping[str, Tensor]
-    inputs: DenseInputs
-
-    @property
-    def dense(self) -> dict[nn.Parameter, Tensor]:
-        """Its parameters, with their values in the dense model."""
-        return {self.held[name]: value for name, value in self.before.items()}
 
 
 @dataclass(frozen=True)

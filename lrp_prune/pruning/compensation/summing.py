@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ALIGNED = 16
-"""Columns come in multiples of so many: with a width that is odd, as one beside the inputs makes it, a product takes half as long again."""
+"""Columns come in multiples of so many; of an odd width, as a one beside inputs makes it, products take up to twice as long."""
 _COLUMNS, _BLOCKS = 128, 8
 """Columns of a block at least, and how many blocks there are at most, of a symmetric matrix of which half is computed."""
 

@@ -36,7 +36,7 @@ def test_what_does_not_fit_is_computed_again_and_comes_to_the_same(name: str, mo
 
     monkeypatch.setattr(DenseInputs, "taken", taken)
     for room in (1 << 30, 3 * 4000, 0):
-        monkeypatch.setattr("lrp_prune.pruning.compensation.compensating.ROOM", room)
+        monkeypatch.setattr("lrp_prune.pruning.compensation.reading.ROOM", room)
         mine = copy.deepcopy(model)
         dropped.clear()
         compensate_(mine, masks, batches, LeastSquares())
@@ -55,7 +55,7 @@ def test_the_dense_model_is_run_once_for_each_stage(monkeypatch: pytest.MonkeyPa
     runs = list[int]()
     masks = half(model, ["0.a.weight", "0.b.weight", "1.a.weight"])
     for room in (1 << 30, 0):
-        monkeypatch.setattr("lrp_prune.pruning.compensation.compensating.ROOM", room)
+        monkeypatch.setattr("lrp_prune.pruning.compensation.reading.ROOM", room)
         runs.append(0)
         mine = copy.deepcopy(model)
         mine[0].a.register_forward_pre_hook(lambda *_: runs.__setitem__(-1, runs[-1] + 1))

@@ -91,7 +91,7 @@ def test_processes_compute_the_same_again_where_only_one_has_no_room(
     model, batches = mlp()
     masks = half(model, ["0.weight", "2.weight", "4.weight"])
     size = batches[1][0].nbytes
-    monkeypatch.setattr("lrp_prune.pruning.compensation.compensating.ROOM", 2 * size)
+    monkeypatch.setattr("lrp_prune.pruning.compensation.reading.ROOM", 2 * size)
     longer = [(torch.cat([x, x[:9]]), torch.cat([y, y[:9]])) for x, y in batches[:2]]
     check_equal(model, masks, [batches[:2], longer], EXACT, linear_layers, tmp_path)
 

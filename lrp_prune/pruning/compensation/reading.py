@@ -1,0 +1,99 @@
+"""What the layers of one stage get: in the dense model, and behind what is pruned and compensated."""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrp_prune.engine.uses import Product
+from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Group, Grouped, Inputs, Planned, merged
+from lrp_prune.pruning.compensation.runs import Runs
+from lrp_prune.pruning.compensation.stages import Given, holding
+from lrp_prune.pruning.compensation.systems import Systems, taken_of
+from lrp_prune.pruning.compensation.wholes import copies_of
+from lrp_prune.pruning.pairs import Part
+from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.processes import Processes
+
+
+class StageReading:
+    """A stage at which a compensation is at work.
+
+    Args:
+        name: of the stage.
+        module: it.
+        held: its parameters, by their names in the model.
+        runs: of the model.
+        known: what the stages before it give, in the dense model (None where that is not needed) and as they are by now.
+        outside: what is pruned in no stage, with its values in the dense model.
+        weights: of each batch the tokens' ``[samples, tokens]``, on any device; None where each counts for one.
+        processes: those that do this together.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, held: Mapping[str, nn.Parameter], runs: Runs, known: tuple[Given | None, Given],
+        outside: Mapping[nn.Parameter, Tensor], weights: list[Tensor | None], processes: Processes,
+    ) -> None:  # fmt: skip
+        self.name, self.module, self.held = name, module, held
+        self._runs, self._weights, self._processes = runs, weights, processes
+        self._dense, self._pruned = known
+        self.before = copies_of(held)
+        """What its dense weights are, as far as they are here."""
+        self._outside = {} if self._dense is None else outside
+        self._inputs = DenseInputs(ROOM // len(runs.batches))
+        self._planned = list[Planned]()
+
+    def run_dense(self) -> tuple[list[Group], list[Any]]:
+        """Run it with its dense weights; the layers in groups that read the same input, and what it gives to each batch."""
+        groups, outputs = list[Group](), []
+        with self._processes.agreeing():
+            for index in range(len(self._runs.batches)):
+                told = partial(self._keep, index)
+                made, seen = Choices(), Grouped(self._runs.masks, groups, self.held, told)
+                with holding(self._outside):
+                    outputs.append(self._runs.run(index, self.module, self._dense or self._pruned, seen, made))
+                self._planned.append(Planned(Counter(place for place, _ in seen.order), made.made))
+        groups = merged(self._processes.gathered(groups))
+        self._inputs.dropped.update(*self._processes.gathered(self._inputs.dropped))
+        return groups, outputs
+
+    def summed(self, place: Place, device: torch.device) -> Systems:
+        """The sums of what a layer gets, over all batches of all processes, with its weights as they are by now."""
+        systems = Systems()
+        with self._processes.agreeing():
+            for index, plan in enumerate(self._planned):
+                # In step each runs the stage to its end, whether it uses the layer or not.
+                if plan.uses[place] or self._processes.in_step:
+                    self._add(systems, place, index, plan)
+        systems.over(self._processes, device)
+        return systems
+
+    def outputs(self) -> list[Any]:
+        """What it gives to each batch as it is by now."""
+        with self._processes.agreeing():
+            return [self._runs.run(index, self.module, self._pruned) for index in range(len(self._runs.batches))]
+
+    def _add(self, systems: Systems, place: Place, index: int, plan: Planned) -> None:
+        """Add what a layer gets of one batch."""
+        runs, uses = self._runs, None if self._processes.in_step else plan.uses[place]
+        counted = runs.counted(index)
+        theirs = [] if self._dense is None else self._inputs.taken(index, place, runs.device)
+        if theirs is None and self._dense is not None:
+            again = Inputs(runs.masks, place, uses, counted)
+            with holding({**self._outside, **{self.held[name]: value for name, value in self.before.items()}}):
+                runs.run(index, self.module, self._dense, again, Choices(plan.choices))
+            theirs = again.rows
+        ours = Inputs(runs.masks, place, uses, counted, self._weights[index])
+        runs.run(index, self.module, self._pruned, ours, Choices(plan.choices))
+        systems.known = systems.known and not ours.unknown
+        for number, rows in enumerate(ours.rows):
+            dense_rows = theirs[number] if theirs is not None and number < len(theirs) else None
+            systems.add(rows, dense_rows, ours.weights[number])
+
+    def _keep(self, index: int, part: Part, found: Product) -> None:
+        if self._dense is not None:
+            self._inputs.add(index, part.place, taken_of(found, part, self._runs.counted(index)))
