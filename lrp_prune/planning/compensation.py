@@ -74,6 +74,9 @@ class _StagePlan:
     held: int = 0
     outputs: int = 0
     inputs: int = 0
+    results: int = 0
+    """Of its layers before the last one, which are given again."""
+    last: int = 0
     layers: list[_Layer] = field(default_factory=list)
 
 
@@ -135,8 +138,10 @@ class _Staged(Running):
         """Note a product that masks may be about."""
         self.largest = max(self.largest, result.numel())
         for name in self._running:
-            self.plans[name].layers.append(_layer_of(found, result))
-            self.plans[name].inputs += 0 if found.activation is self._before_last else found.activation.nbytes
+            plan = self.plans[name]
+            plan.layers.append(_layer_of(found, result))
+            plan.inputs += 0 if found.activation is self._before_last else found.activation.nbytes
+            plan.results, plan.last = plan.results + plan.last, result.nbytes
         self._before_last = found.activation
 
 
@@ -203,7 +208,7 @@ def planned(
 
 
 def _kept(runner: _Staged, order: list[str], both: bool, batches: int) -> int:
-    """The most that is kept of what stages gave to batches, and of what the layers of one stage got in the dense model."""
+    """The most that is kept of what stages gave to batches, and of what layers of one stage got in the dense model, or give."""
     needed = made_of([runner.watched], order)
     last = {
         name: max((index for index, user in enumerate(order) if name in needed[user]), default=-1) for name in order
@@ -217,8 +222,7 @@ def _kept(runner: _Staged, order: list[str], both: bool, batches: int) -> int:
     for index, name in enumerate(order):
         before, after = alive(index), alive(index + 1)
         dense = max(before + sizes[name], after) if both else 0
-        inputs = min(ROOM, batches * runner.plans[name].inputs) if both else 0
-        found = max(
-            found, batches * (dense + before) + inputs, batches * ((after if both else 0) + before + sizes[name])
-        )
+        kept = max(runner.plans[name].inputs if both else 0, runner.plans[name].results)
+        room = min(ROOM, batches * kept)
+        found = max(found, batches * (dense + before) + room, batches * ((after if both else 0) + before + sizes[name]))
     return found

@@ -22,9 +22,15 @@ class ComputedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
-        result = computed(found)
+        result = self._already(found)
+        if result is None:
+            result = computed(found)
         self._made(call, found, result)
         return given(found.activation, lambda: result)
+
+    def _already(self, found: Product) -> Tensor | None:
+        """The product, if it need not be computed; None where it has to be."""
+        return None
 
     def _made(self, call: Call, found: Product, result: Tensor) -> None:
         """A product is there, and may be changed in place before the model goes on with it."""

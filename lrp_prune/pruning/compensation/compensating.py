@@ -214,7 +214,7 @@ class _Compensating:
                 self._refining.refine(name, module, held, inputs, outputs)
         if both:
             dense.keep(name, outputs)
-        pruned.keep(name, reading.outputs())
+        pruned.keep(name, reading.outputs(trained=self._refining is not None))
 
     def _masked(self) -> dict[str, nn.Parameter]:
         return resolve(self._runs.masks, self._runs.module)
@@ -230,14 +230,14 @@ class _Compensating:
     def _update(self, stage: StageReading, groups: list[Group]) -> None:
         """Solve for what is kept of a stage's layers, one group after the other."""
         wholes = Wholes(self._parameters, stage.before, self._runs.masks)
-        for group in groups:
+        for number, group in enumerate(groups):
             wanted = [place for place in group if place.name in self._pruned]
             for place in wanted:
                 if place in self._tied:
                     self._result.left_out[place.name] = "is used by something else as well"
             alone = [place for place in wanted if place not in self._tied]
             if alone:
-                systems = stage.summed(group[0], self._runs.device)
+                systems = stage.summed(group[0], [place for later in groups[number:] for place in later])
                 if self._way.weights is not None and not systems.weighed:
                     self._result.unweighed += dict.fromkeys(place.name for place in alone)
                 for place in alone:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from torch import Tensor
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.uses import Product
+from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.compensation.repeating import RepeatedUses, Results, Seen
 from lrp_prune.pruning.compensation.stages import StageReached
 from lrp_prune.pruning.compensation.systems import Taken, taken_of
 from lrp_prune.pruning.compensation.weighing import weights_of_rows
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.pairs import Part, PlacedUses, parts_of
 from lrp_prune.pruning.places import Place
-from lrp_prune.pruning.products import ComputedUses
 
 ROOM = 4 << 30
 """Bytes for what one stage's layers got in the dense model."""
@@ -33,22 +34,34 @@ class Grouped(PlacedUses):
         groups: those that are known from earlier batches, which are added to.
         inside: names of the stage's parameters.
         told: is shown each use of the first of a group.
+        choices: that the forward makes.
     """
 
     def __init__(
-        self, masks: Masks, groups: list[Group], inside: Collection[str], told: Callable[[Part, Product], object]
-    ) -> None:
+        self, masks: Masks, groups: list[Group], inside: Collection[str], told: Callable[[Part, Product], object],
+        choices: Choices,
+    ) -> None:  # fmt: skip
         super().__init__(masks)
+        self._choices = choices
         self._groups, self._inside, self._told = groups, inside, told
-        self._input: Callable[[], Tensor | None] = lambda: None  # not the tensor itself, which would hold its graph
+        # Not the tensor itself, which would hold its graph, and how often it was written into.
+        self._input: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self._known = {place for group in groups for place in group}
         self._first = {group[0] for group in groups}
+        self.products: list[Seen] = []
+        """All products of the forward, those of layers that masks are about among them."""
+
+    def _made(self, call: Call, found: Product, result: Tensor) -> None:
+        self.products.append(Seen(found.origin.name, found.activation.shape, len(self._choices.made), []))
+        super()._made(call, found, result)
 
     def _seen(self, part: Part, found: Product, result: Tensor) -> None:
         super()._seen(part, found, result)
+        self.products[-1].parts.append(part)
         whole = len(part.place.layout.size) == 2 and part.rows is None
-        shares = whole and found.activation is self._input()
-        self._input = weakref.ref(found.activation) if whole else lambda: None
+        read, version = self._input
+        shares = whole and found.activation is read() and found.activation._version == version
+        self._input = (weakref.ref(found.activation) if whole else lambda: None, found.activation._version)
         if part.place.name not in self._inside:
             return
         if part.place not in self._known:
@@ -83,10 +96,15 @@ class DenseInputs:
         if (batch, place) in self.dropped:
             return
         kept.setdefault(place, []).append(None if taken is None else taken.on("cpu"))
-        while sum(entry.x.nbytes for uses in kept.values() for entry in uses if entry is not None) > self._room:
+        while self.left(batch) < 0:
             first = next(iter(kept))
             self.dropped.add((batch, first))
             del kept[first]
+
+    def left(self, batch: int) -> int:
+        """Bytes that are left for a batch."""
+        kept = self._kept.get(batch, {}).values()
+        return self._room - sum(entry.x.nbytes for uses in kept for entry in uses if entry is not None)
 
     def taken(self, batch: int, place: Place, device: torch.device) -> list[list[Tensor]] | None:
         """The rows of each use, see :attr:`Taken.rows`, after which they are forgotten; None where they were dropped."""
@@ -96,8 +114,19 @@ class DenseInputs:
         return [[] if entry is None else entry.on(device).rows for entry in uses]
 
 
-class Inputs(ComputedUses):
-    """Shows what one layer gets, and leaves the forward after its last use, where that is known: what follows is not needed.
+@dataclass(frozen=True)
+class Planned:
+    """What a stage did with a batch."""
+
+    uses: Mapping[Hashable, int]
+    choices: list[Tensor]
+    products: list[Seen]
+    results: Results | None
+    """What products gave that come out the same from now on; None where computing them again takes less."""
+
+
+class Inputs(RepeatedUses):
+    """Shows what one layer gets, and leaves the forward at its last use, where that is known: what follows is not needed.
 
     Args:
         masks: what is pruned.
@@ -105,15 +134,17 @@ class Inputs(ComputedUses):
         uses: how often it is used in this forward; None to stay in it.
         counted: ``[samples, tokens]``, which are no padding; None for all.
         weights: of tokens, likewise; None where each counts for one.
+        repeated: what is known of earlier forwards, see :class:`RepeatedUses`.
 
     Raises:
         StageReached: out of the forward.
     """
 
     def __init__(
-        self, masks: Masks, place: Place, uses: int | None, counted: Tensor | None, weights: Tensor | None = None
-    ) -> None:
-        super().__init__()
+        self, masks: Masks, place: Place, uses: int | None, counted: Tensor | None, weights: Tensor | None = None,
+        **repeated: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**repeated)
         self._masks, self._place, self._uses, self._counted = masks, place, uses, counted
         self._weights = weights
         self.rows: list[list[Tensor]] = []
@@ -123,30 +154,35 @@ class Inputs(ComputedUses):
         self.unknown = False
         """Whether there was a use whose inputs cannot be laid out as rows."""
 
+    def _already(self, found: Product) -> Tensor | None:
+        """What earlier forwards gave; or the forward ends here, before the product, which nobody needs."""
+        result = super()._already(found)
+        parts = [] if self.seen is None else self.seen.parts
+        if len(self.rows) + 1 == self._uses and [(part.place, part.rows) for part in parts] == [(self._place, None)]:
+            self._take(found, parts[0], apart=False)
+            raise StageReached
+        return result
+
     def _made(self, call: Call, found: Product, result: Tensor) -> None:
         """Note what the layer's weight is multiplied with."""
+        super()._made(call, found, result)
         for part in parts_of(found, call, result, self._masks):
             if part.place == self._place:
-                taken = taken_of(found, part, self._counted)
-                self.unknown = self.unknown or taken is None
-                self.rows.append([] if taken is None else taken.rows)
-                self.weights.append(self._weights_of(found, part))
+                self._take(found, part)
                 if len(self.rows) == self._uses:
                     raise StageReached
+
+    def _take(self, found: Product, part: Part, apart: bool = True) -> None:
+        taken = taken_of(found, part, self._counted, apart)
+        self.unknown = self.unknown or taken is None
+        self.rows.append([] if taken is None else taken.rows)
+        self.weights.append(self._weights_of(found, part))
 
     def _weights_of(self, found: Product, part: Part) -> Tensor | None:
         if self._weights is None or part.rows is not None:  # which tokens an expert gets, nobody knows here
             return None
         by_place = isinstance(found.form, Convolution)
         return weights_of_rows(self._weights, found.activation, self._counted, by_place)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a stage did with a batch."""
-
-    uses: Mapping[Hashable, int]
-    choices: list[Tensor]
 
 
 _Entry = TypeVar("_Entry", bound=Hashable)

@@ -1,16 +1,16 @@
 """What the layers of one stage get: in the dense model, and behind what is pruned and compensated."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Group, Grouped, Inputs, Planned, merged
+from lrp_prune.pruning.compensation.repeating import RepeatedUses, Results, settled
 from lrp_prune.pruning.compensation.runs import Runs
 from lrp_prune.pruning.compensation.stages import Given, holding
 from lrp_prune.pruning.compensation.systems import Systems, taken_of
@@ -46,48 +46,69 @@ class StageReading:
         self._outside = {} if self._dense is None else outside
         self._inputs = DenseInputs(ROOM // len(runs.batches))
         self._planned = list[Planned]()
+        self._repeats = runs.device.type == "cpu"  # others multiply again in less time than the host gives a result
 
     def run_dense(self) -> tuple[list[Group], list[Any]]:
         """Run it with its dense weights; the layers in groups that read the same input, and what it gives to each batch."""
         groups, outputs = list[Group](), []
         with self._processes.agreeing():
             for index in range(len(self._runs.batches)):
-                told = partial(self._keep, index)
-                made, seen = Choices(), Grouped(self._runs.masks, groups, self.held, told)
+                made = Choices()
+                seen = Grouped(self._runs.masks, groups, self.held, partial(self._keep, index), made)
+                results = Results(partial(self._inputs.left, index)) if self._repeats else None
                 with holding(self._outside):
                     outputs.append(self._runs.run(index, self.module, self._dense or self._pruned, seen, made))
-                self._planned.append(Planned(Counter(place for place, _ in seen.order), made.made))
+                self._planned.append(
+                    Planned(Counter(place for place, _ in seen.order), made.made, seen.products, results)
+                )
         groups = merged(self._processes.gathered(groups))
         self._inputs.dropped.update(*self._processes.gathered(self._inputs.dropped))
         return groups, outputs
 
-    def summed(self, place: Place, device: torch.device) -> Systems:
-        """The sums of what a layer gets, over all batches of all processes, with its weights as they are by now."""
+    def summed(self, place: Place, changing: Collection[Place]) -> Systems:
+        """The sums of what a layer gets, over all batches of all processes, with weights as they are by now.
+
+        Args:
+            place: the layer.
+            changing: those that are still to be changed, itself among them.
+        """
         systems = Systems()
         with self._processes.agreeing():
             for index, plan in enumerate(self._planned):
                 # In step each runs the stage to its end, whether it uses the layer or not.
                 if plan.uses[place] or self._processes.in_step:
-                    self._add(systems, place, index, plan)
-        systems.over(self._processes, device)
+                    self._add(systems, place, index, plan, settled(plan.products, changing))
+        systems.over(self._processes, self._runs.device)
         return systems
 
-    def outputs(self) -> list[Any]:
-        """What it gives to each batch as it is by now."""
-        with self._processes.agreeing():
-            return [self._runs.run(index, self.module, self._pruned) for index in range(len(self._runs.batches))]
+    def outputs(self, trained: bool) -> list[Any]:
+        """What it gives to each batch as it is by now.
 
-    def _add(self, systems: Systems, place: Place, index: int, plan: Planned) -> None:
+        Args:
+            trained: whether something else than its layers' sums was used to change it.
+        """
+        found = []
+        with self._processes.agreeing():
+            for index, plan in enumerate(self._planned):
+                results = None if trained else plan.results
+                uses = RepeatedUses(plan.products, results, settled(plan.products, (), choosing=True), last=True)
+                found.append(self._runs.run(index, self.module, self._pruned, uses))
+        return found
+
+    def _add(self, systems: Systems, place: Place, index: int, plan: Planned, settled: int) -> None:
         """Add what a layer gets of one batch."""
         runs, uses = self._runs, None if self._processes.in_step else plan.uses[place]
         counted = runs.counted(index)
         theirs = [] if self._dense is None else self._inputs.taken(index, place, runs.device)
         if theirs is None and self._dense is not None:
-            again = Inputs(runs.masks, place, uses, counted)
+            again = Inputs(runs.masks, place, uses, counted, products=plan.products)
             with holding({**self._outside, **{self.held[name]: value for name, value in self.before.items()}}):
                 runs.run(index, self.module, self._dense, again, Choices(plan.choices))
             theirs = again.rows
-        ours = Inputs(runs.masks, place, uses, counted, self._weights[index])
+        ours = Inputs(
+            runs.masks, place, uses, counted, self._weights[index],
+            products=plan.products, results=plan.results, settled=settled,
+        )  # fmt: skip
         runs.run(index, self.module, self._pruned, ours, Choices(plan.choices))
         systems.known = systems.known and not ours.unknown
         for number, rows in enumerate(ours.rows):

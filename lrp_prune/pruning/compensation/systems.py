@@ -43,26 +43,26 @@ class Taken(NamedTuple):
         return [self.x.reshape(1, -1, self.x.shape[-1])]
 
 
-def taken_of(found: Product, part: Part, counted: Tensor | None) -> Taken | None:
+def taken_of(found: Product, part: Part, counted: Tensor | None, apart: bool = True) -> Taken | None:
     """What a layer's weight is multiplied with; None where that is not known.
 
     Args:
         found: the product.
         part: of it, the layer.
         counted: ``[samples, tokens]``, which are no padding; None for all.
+        apart: whether the model may write into what it has afterwards.
     """
     x, form = found.activation.detach(), found.form
     if isinstance(form, TransposedConvolution):
         return None
-    if isinstance(form, Convolution):
-        x = x.clone()
-    elif part.rows is not None:
-        x = x[part.rows].clone()
-    elif form.channel_dim != -1:
-        return None
-    else:
-        x = x[counted] if counted is not None and x.shape[:2] == counted.shape else x.clone()
-    return Taken(x, form, found.weight.shape)
+    if not isinstance(form, Convolution):
+        if part.rows is not None:
+            x = x[part.rows]
+        elif form.channel_dim != -1:
+            return None
+        elif counted is not None and x.shape[:2] == counted.shape:
+            x, apart = x[counted], False
+    return Taken(x.clone() if apart else x, form, found.weight.shape)
 
 
 def _patches(x: Tensor, weight: torch.Size, form: Convolution) -> list[Tensor]:

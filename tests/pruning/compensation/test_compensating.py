@@ -291,7 +291,10 @@ def test_models_that_write_into_what_they_have_are_compensated_as_others() -> No
     torch.manual_seed(0)
     model, other = Written(True), Written(False)
     other.load_state_dict(model.state_dict())
-    x, names = torch.randn(64, 8), ["first.weight", "blocks.0.a.weight", "blocks.1.b.weight", "last.weight"]
+    blocks = [
+        f"blocks.{number}.{layer}.weight" for number in range(2) for layer in ("a", "b")
+    ]  # b reads what a got and more
+    x, names = torch.randn(64, 8), ["first.weight", *blocks, "last.weight"]
     found = [compensate_(entry, half(entry, names), [x], LeastSquares()) for entry in (model, other)]
     assert found[0].errors == found[1].errors and set(found[0].errors) == set(names)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), other.parameters(), strict=True))
