@@ -17,6 +17,8 @@ class Compensated:
         left_out: weights that are only masked, each with the reason.
         damped: weights of layers whose inputs differ so little that the damping had to be raised, each with by what.
         unweighed: weights for which all tokens counted alike although relevance was to weigh them, as theirs is not known there.
+        as_one: modules that read something of others beside what these give (an attribute, an object they write into), so that
+            the model was gone through as one and not block by block: more memory, and more time for each layer.
         samples: reference samples that were gone through, of all processes.
         seconds: how long it took.
     """
@@ -25,6 +27,7 @@ class Compensated:
     left_out: dict[str, str] = field(default_factory=dict)
     damped: dict[str, float] = field(default_factory=dict)
     unweighed: list[str] = field(default_factory=list)
+    as_one: list[str] = field(default_factory=list)
     samples: int = 0
     seconds: float = 0.0
 
@@ -55,7 +58,14 @@ class Compensated:
             what += f"; damping was raised, up to {max(self.damped.values()):g} times, for {_listed(list(self.damped))}"
         if self.unweighed:
             what += f"; tokens count alike for {_listed(self.unweighed)}"
+        if self.as_one:
+            what += f"; {self.told_as_one}"
         return f"{what}; only masked: {self.masked_only}" if self.left_out else what
+
+    @property
+    def told_as_one(self) -> str:
+        """Why the model was gone through as one."""
+        return f"as one and not block by block, since {_listed(self.as_one)} read something of others beside what these give"
 
     @property
     def masked_only(self) -> str:

@@ -1,6 +1,7 @@
 """Going through a model stage by stage: inputs from what is pruned and compensated before, kept weights from least squares."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters, resolve
 from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.compensation.checking import not_reproduced
 from lrp_prune.pruning.compensation.compensated import Compensated
 from lrp_prune.pruning.compensation.inputs import Group, merged
 from lrp_prune.pruning.compensation.reading import StageReading
@@ -137,14 +139,14 @@ class _Compensating:
         candidates = stages_of(self._runs.module, self._pruned)
         with self._processes.agreeing():
             forwards = self._watch(candidates)
-        stages = self._stages(candidates, forwards)
-        needed = made_of(forwards, stages)
+        stages = self._reproduced(self._stages(candidates, forwards), forwards)
+        needed = {"": set[str]()} if self._result.as_one else made_of(forwards, stages)
         if stages and self._refining is None:  # which trains on small batches
             ending = partial(self._runs.outputs_after, list(stages.values())[-1])
             self._runs.batches = laid_in_few(self._runs.batches, self._largest, ending, self._processes)
         if self._way.weights is not None:
             with self._processes.agreeing():
-                self._weigh(list(stages))
+                self._weigh([name for name in stages if name])
         self._zero_outside(stages)
         dense, pruned = (Given(stages, needed, "cpu") for _ in range(2))
         with shown("Compensating", len(stages)) as advance:
@@ -183,6 +185,23 @@ class _Compensating:
         order = merged([[[name] for name in theirs] for theirs, _ in every])
         return {name: candidates[name] for (name,) in order if calls[name] == 1}
 
+    def _reproduced(self, stages: dict[str, nn.Module], forwards: list[Watched]) -> dict[str, nn.Module]:
+        """The stages, if each is made of what others give and of nothing else; otherwise the model as one stage, and named.
+
+        Where it cannot be one, as it is trained stage by stage or divided among processes, those that are not are only masked.
+        """
+        with self._processes.agreeing():
+            wrong = not_reproduced(self._runs, stages, made_of(forwards, stages))
+        wrong = [name for name in stages if any(name in theirs for theirs in self._processes.gathered(wrong))]
+        if not wrong:
+            return stages
+        if self._refining is None and not self._processes.in_step:
+            self._result.as_one, self._result.left_out = wrong, {}
+            return {"": self._runs.module}
+        for name in wrong:
+            self._leave_out(stages.pop(name), "reads something of layers before it beside what these give")
+        return stages
+
     def _weigh(self, stages: list[str]) -> None:
         """Weights of tokens, from relevance in the dense model."""
         runs = self._runs
@@ -197,7 +216,7 @@ class _Compensating:
                 self._result.left_out.setdefault(name, reason)
 
     def _stage(self, name: str, module: nn.Module, dense: Given, pruned: Given) -> None:
-        inside = {id(parameter) for parameter in module.parameters()}
+        inside = {id(parameter) for parameter in module.parameters()} - {id(parameter) for parameter in self._outside}
         held = {key: weight for key, weight in self._parameters.items() if id(weight) in inside}
         both = self._way.dense > 0
         weights = [own.get(name) for own in self._weights] or [None] * len(self._runs.batches)
@@ -254,9 +273,12 @@ class _Compensating:
                 self._result.note(place.name, *solved.write_(self._processes))
 
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
-        """Apply masks to what is in no stage, and remember the dense model's values."""
-        inside = {id(parameter) for stage in stages.values() for parameter in stage.parameters()}
-        outside = {name: weight for name, weight in self._pruned.items() if id(weight) not in inside}
+        """Apply masks to what is in no stage or in several, and remember the dense model's values."""
+        inside = Counter(id(parameter) for stage in stages.values() for parameter in stage.parameters())
+        outside = {name: weight for name, weight in self._pruned.items() if inside[id(weight)] != 1}
+        for name, weight in outside.items():
+            if inside[id(weight)] > 1:
+                self._result.left_out[name] = "is used by something else as well"
         self._outside = {outside[name]: value for name, value in copies_of(outside).items()}
         self._changing(list(outside.values()))
         zero_(self._runs.masks, self._masked(), outside.values())

@@ -1,7 +1,7 @@
 """What is known of a stage: its layers, in groups that read the same input, and what they get."""
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,35 +44,66 @@ class Grouped(PlacedUses):
         super().__init__(masks)
         self._choices = choices
         self._groups, self._inside, self._told = groups, inside, told
-        # Not the tensor itself, which would hold its graph, and how often it was written into.
-        self._input: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self._known = {place for group in groups for place in group}
         self._first = {group[0] for group in groups}
         self.products: list[Seen] = []
         """All products of the forward, those of layers that masks are about among them."""
+        # Not the tensor itself, which would hold its graph, and how often it was written into.
+        self._input: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
 
     def _made(self, call: Call, found: Product, result: Tensor) -> None:
-        self.products.append(Seen(found.origin.name, found.activation.shape, len(self._choices.made), []))
+        read, version = self._input
+        same = found.activation is read() and found.activation._version == version
+        number = self.products[-1].read + (not same) if self.products else 0
+        self._input = (weakref.ref(found.activation), found.activation._version)
+        self.products.append(Seen(found.origin.name, found.activation.shape, number, len(self._choices.made), []))
         super()._made(call, found, result)
 
     def _seen(self, part: Part, found: Product, result: Tensor) -> None:
         super()._seen(part, found, result)
         self.products[-1].parts.append(part)
-        whole = len(part.place.layout.size) == 2 and part.rows is None
-        read, version = self._input
-        shares = whole and found.activation is read() and found.activation._version == version
-        self._input = (weakref.ref(found.activation) if whole else lambda: None, found.activation._version)
         if part.place.name not in self._inside:
             return
         if part.place not in self._known:
             self._known.add(part.place)
-            if shares and self._groups:
-                self._groups[-1].append(part.place)
+            group = self._group_of(part)
+            if group is not None:
+                group.append(part.place)
             else:
                 self._groups.append([part.place])
                 self._first.add(part.place)
         if part.place in self._first:
             self._told(part, found)
+
+    def _group_of(self, part: Part) -> Group | None:
+        """The group of a layer that read the same right before; None where there is none, or one of the two reads a part."""
+        now = self.products[-1]
+        for seen in reversed(self.products[:-1]) if _is_whole(part) else ():
+            if seen.read != now.read:
+                break
+            for other in filter(_is_whole, seen.parts):
+                return next((group for group in self._groups if other.place in group), None)
+        return None
+
+
+def _is_whole(part: Part) -> bool:
+    return part.rows is None and len(part.place.layout.size) == _MATRIX
+
+
+_MATRIX = 2
+"""Dimensions of a weight that may share its input's products with others."""
+
+
+def reading_otherwise(group: Group, forwards: Iterable[Sequence[Seen]]) -> list[Place]:
+    """The layers of a group that do not read, use by use, what its first one reads: they have systems of their own."""
+    found = list[Place]()
+    for products in forwards:
+        reads = {
+            place: [seen.read for seen in products if any(part.place == place for part in seen.parts)]
+            for place in group
+        }
+        found += [place for place in group if reads[place] != reads[group[0]]]
+    return list(dict.fromkeys(found))
 
 
 class DenseInputs:

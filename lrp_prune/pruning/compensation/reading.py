@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.choices import Choices
-from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Group, Grouped, Inputs, Planned, merged
+from lrp_prune.pruning.compensation.inputs import (
+    ROOM,
+    DenseInputs,
+    Group,
+    Grouped,
+    Inputs,
+    Planned,
+    merged,
+    reading_otherwise,
+)
 from lrp_prune.pruning.compensation.repeating import RepeatedUses, Results, settled
 from lrp_prune.pruning.compensation.runs import Runs
 from lrp_prune.pruning.compensation.stages import Given, holding
@@ -61,9 +70,19 @@ class StageReading:
                 self._planned.append(
                     Planned(Counter(place for place, _ in seen.order), made.made, seen.products, results)
                 )
-        groups = merged(self._processes.gathered(groups))
+        groups = self._parted(merged(self._processes.gathered(groups)))
         self._inputs.dropped.update(*self._processes.gathered(self._inputs.dropped))
         return groups, outputs
+
+    def _parted(self, groups: list[Group]) -> list[Group]:
+        """Groups whose layers read the same at each of their uses in each batch; the others are alone."""
+        found = list[Group]()
+        for group in groups:
+            own = reading_otherwise(group, [plan.products for plan in self._planned])
+            alone = [place for place in group if any(place in theirs for theirs in self._processes.gathered(own))]
+            found += [[place for place in group if place not in alone], *([place] for place in alone)]
+            self._inputs.dropped.update((index, place) for place in alone for index in range(len(self._planned)))
+        return found
 
     def summed(self, place: Place, changing: Collection[Place]) -> Systems:
         """The sums of what a layer gets, over all batches of all processes, with weights as they are by now.

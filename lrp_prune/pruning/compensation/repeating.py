@@ -23,12 +23,14 @@ class Seen(NamedTuple):
     Args:
         name: of the parameter.
         size: of the activation.
+        read: the number of its input: products in a row that read the same have the same one.
         choices: how many choices were made before it, see :class:`Choices`.
         parts: of the outputs, those of layers that masks are about.
     """
 
     name: str
     size: torch.Size
+    read: int
     choices: int
     parts: list[Part]
 

@@ -87,12 +87,12 @@ class Given:
         now = list(self._stages).index(name)
         for earlier, last in self._last.items():
             if last <= now and earlier in self._outputs and (earlier != name or last < 0):
-                self._outputs[earlier] = [tree_map_only(_Kept, _Kept.blank, entry) for entry in self._outputs[earlier]]
+                self._outputs[earlier] = [tree_map_only(Kept, Kept.blank, entry) for entry in self._outputs[earlier]]
 
     def taken(self, output: Any) -> Any:
         """A copy of what a stage gives, as it is kept."""
         return tree_map_only(
-            Tensor, lambda tensor: _Kept(tensor.detach().to(self._keep_on, copy=True), tensor.device), output
+            Tensor, lambda tensor: Kept(tensor.detach().to(self._keep_on, copy=True), tensor.device), output
         )
 
     @contextmanager
@@ -105,17 +105,17 @@ class Given:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """A tensor that a stage gave, kept elsewhere."""
 
     tensor: Tensor
     device: torch.device
 
-    def blank(self) -> "_Kept":
+    def blank(self) -> "Kept":
         """As large, and of no memory; what is computed from it is not a number. Others than floats are small, and stay."""
         if not self.tensor.is_floating_point():
             return self
-        return _Kept(self.tensor.new_full((), float("nan")).expand(self.tensor.shape), self.device)
+        return Kept(self.tensor.new_full((), float("nan")).expand(self.tensor.shape), self.device)
 
     def given(self) -> Tensor:
         """A tensor like the one that the stage gave: the model may write into it, and it counts as computed from the inputs."""
@@ -127,7 +127,7 @@ class _Kept:
 
 def _giving(output: Any) -> Callable[..., Any]:
     def forward(*_: Any, **__: Any) -> Any:
-        return tree_map_only(_Kept, _Kept.given, output)
+        return tree_map_only(Kept, Kept.given, output)
 
     return forward
 
@@ -190,7 +190,7 @@ Leaving = Callable[[nn.Module, Callable[[Any], None]], AbstractContextManager[No
 
 def kept_tensors(kept: Any) -> Any:
     """What :meth:`Given.taken` took, with its tensors as they are kept."""
-    return tree_map_only(_Kept, lambda entry: entry.tensor, kept)
+    return tree_map_only(Kept, lambda entry: entry.tensor, kept)
 
 
 @contextmanager

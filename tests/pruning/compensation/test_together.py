@@ -53,7 +53,7 @@ def test_many_small_batches_cost_a_fraction(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     batches = [{"input_ids": torch.randint(2, 50, (1, 12))} for _ in range(12)]
     _, (laid, apart) = both_ways(build("llama"), batches, monkeypatch)
-    assert laid < apart / 8
+    assert laid < apart / 6
 
 
 def outputs(model: nn.Module) -> Any:
@@ -83,14 +83,14 @@ class TimeFirst(nn.Module):
         return result
 
 
-class Summed(nn.Module):
-    """One value for all samples."""
+class Long(nn.Module):
+    """One value for all samples, which is no sum and no mean of theirs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.sum()
+        return x.norm()
 
 
-@pytest.mark.parametrize("kind", [Contrasting, TimeFirst, Summed, lambda: nn.BatchNorm1d(3).train()])
+@pytest.mark.parametrize("kind", [Contrasting, TimeFirst, Long, lambda: nn.BatchNorm1d(3).train()])
 def test_batches_whose_samples_are_not_alone_stay_as_they_are(kind: Any) -> None:
     torch.manual_seed(0)
     shape = (4, 5, 3) if kind is TimeFirst else (4, 3)
@@ -128,7 +128,7 @@ def test_it_is_the_last_stage_that_tells(monkeypatch: pytest.MonkeyPatch) -> Non
     model.lm_head = Contrasting()
     batches = [{"input_ids": torch.randint(2, 50, (1, 12))} for _ in range(12)]
     (mine, _), (laid, apart) = both_ways(model, batches, monkeypatch)
-    assert laid < apart / 8
+    assert laid < apart / 6
     assert mine.lm_head.calls == 1, "the first run, which finds the stages"
 
 
