@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.models.batches import in_groups, to_device
+from lrp_prune.engine.uses import WeightUses
+from lrp_prune.models.batches import in_groups, laid_together, to_device
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.laying import gives_the_same
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.pairs import DenseOutputs, PrunedUses
@@ -76,6 +78,8 @@ class Runs:
     """Names of weights that are places, or have some, and whether something else uses one as well."""
     uneven: set[str] = field(default_factory=set)
     """Names of weights whose outputs had another shape once masks were applied."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """Masks of those of which some entries are pruned: what is added to those stays nothing."""
 
     def fit(self, batches: list[Any], candidates: Sequence[Candidate]) -> None:
         """Fit scales to batches, laid together to as few as memory allows."""
@@ -91,12 +95,24 @@ class Runs:
         """Batches laid together: what a layer gets depends on the scales of those before.
 
         Fitted batch by batch, the scales of one layer would be changed again when the next have been fitted to them; deep
-        networks with batch normalization amplify that. So as many as possible are run as one.
+        networks with batch normalization amplify that. So as many as possible are run as one, where outputs are the same.
         """
         with self.processes.agreeing():
             uses = DenseOutputs(self.masks)
-            outputs_of(self.model, to_device(batches[0], self.device), uses, self.target, Choices())
-        yield from in_groups(batches, min(self.processes.gathered(max(1, ENTRIES // max(uses.entries, 1)))))
+            self._outputs(batches[0], uses)
+        size = min(self.processes.gathered(max(1, ENTRIES // max(uses.entries, 1))))
+        both = laid_together(*batches[:2]) if len(batches) > 1 and size > 1 else None
+        # Those that run one model together run it as often.
+        everyone = self.processes.gathered(both is not None)
+        asked = both is not None and (all(everyone) or not self.processes.in_step)
+        with self.processes.agreeing():
+            alike = asked and gives_the_same(both, batches[0], batches[1], self._outputs)
+        yield from in_groups(batches, size if all(self.processes.gathered(alike or both is None)) else 1)
+
+    def _outputs(self, batch: Any, uses: WeightUses | None = None) -> list[Tensor]:
+        """What the dense model gives."""
+        uses = DenseOutputs(self.masks) if uses is None else uses
+        return outputs_of(self.model, to_device(batch, self.device), uses, self.target, Choices())
 
     def _in_step(self, groups: list[tuple[Any, int]]) -> Iterator[tuple[Any, int, bool]]:
         """The same number in each process: one that has no more runs its last again, which does not count."""
@@ -126,7 +142,9 @@ class Runs:
         turns = Turns(self.processes, [turn for turn in dense.order if _is_alone(turn, dense)]) if fitting else None
         with zeroed(self.model, self.masks):
             for candidate in candidates:
-                uses = PrunedUses(self.masks, dense, candidate.channels, candidate.strength, counted, turns, adding)
+                uses = PrunedUses(
+                    self.masks, dense, candidate.channels, candidate.strength, counted, turns, adding, self.biases
+                )
                 inputs = {name: iter(values) for name, values in norms.items()}
 
                 def moved(name: str, x: Tensor, candidate: Candidate = candidate, inputs: Any = inputs) -> Any:

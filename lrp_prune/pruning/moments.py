@@ -70,7 +70,7 @@ class PairedMoments:
         whole._sums = summed(self._sums + self.count * products)
         return whole
 
-    def fit(self, strength: float, shifted: bool) -> tuple[Tensor, Tensor]:
+    def fit(self, strength: float, shifted: bool | Tensor) -> tuple[Tensor, Tensor]:
         r"""Scale and shift of each channel that bring the pruned output closest to the dense one, in the least squares.
 
         .. math::
@@ -80,16 +80,17 @@ class PairedMoments:
 
         Args:
             strength: how much of the way is gone: the scale is :math:`1 + s (f - 1)`, and the shift :math:`s c`.
-            shifted: whether there is a shift.
+            shifted: whether there is a shift; of each channel, or of all.
         """
         mean_p, mean_t = self._means
         squares, _, products = self._sums
-        if not shifted:
-            squares, products = squares + self.count * mean_p**2, products + self.count * mean_p * mean_t
+        shifted = torch.as_tensor(shifted, device=squares.device)
+        squares = torch.where(shifted, squares, squares + self.count * mean_p**2)
+        products = torch.where(shifted, products, products + self.count * mean_p * mean_t)
         known = squares > 1e-12 * self.count
         scale = torch.where(known, products / squares.clamp(min=1e-300), 1.0).clamp(_SMALLEST, _LARGEST)
         scale = 1 + strength * (scale - 1)
-        shift = strength * (mean_t - scale * mean_p) if shifted else torch.zeros_like(scale)
+        shift = torch.where(shifted, strength * (mean_t - scale * mean_p), 0.0)
         return scale, shift
 
     def change(self) -> tuple[Tensor, Tensor]:

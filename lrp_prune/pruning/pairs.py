@@ -1,6 +1,7 @@
 """Pairs of a layer's outputs: dense, and as they will be with masks and scales, product by product in one forward each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from lrp_prune.engine.tracing import channel_axis
 from lrp_prune.engine.uses import Product, RecurrentLayer
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
-from lrp_prune.pruning.places import BiasPlace, Place
+from lrp_prune.pruning.places import BiasPlace, Place, shifted_in
 from lrp_prune.pruning.processes import Turn, Turns
 from lrp_prune.pruning.products import ComputedUses
 from lrp_prune.pruning.recurrent_gates import Gates, copied, gates_of
@@ -130,6 +131,7 @@ class PrunedUses(ComputedUses):
         counted: ``[samples, tokens]``, which are no padding; None for all.
         turns: sums moments over processes; None: what is known is only used.
         adding: whether this batch counts.
+        biases: masks of those of which some entries are pruned, which get no shift.
     """
 
     replaces_values = True
@@ -143,8 +145,10 @@ class PrunedUses(ComputedUses):
         counted: Tensor | None,
         turns: Turns | None = None,
         adding: bool = True,
+        biases: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        self._biases = biases
         self._masks, self._channels, self._strength = masks, channels, strength
         self._counted, self._turns, self._adding = counted, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
@@ -199,7 +203,9 @@ class PrunedUses(ComputedUses):
             if whole is not None:
                 self._channels.setdefault(place, PairedMoments(width)).merge([whole])
         moments = self._channels.get(place)
-        return None if moments is None or not moments.told else moments.fit(self._strength, place.bias is not None)
+        if moments is None or not moments.told:
+            return None
+        return moments.fit(self._strength, shifted_in(place.bias, self._biases))
 
     def _rows(self, outputs: Tensor, axis: int) -> Tensor:
         last = axis % outputs.dim() == outputs.dim() - 1

@@ -1,5 +1,6 @@
 """Places in parameters that are scaled by their output channels."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +13,18 @@ class BiasPlace(NamedTuple):
 
     name: str
     layout: Layout
+
+
+def shifted_in(bias: BiasPlace | None, pruned: Mapping[str, Tensor]) -> bool | Tensor:
+    """Whether what is added to a layer's channels may change: there is something, and of the channel it is not pruned.
+
+    Args:
+        bias: of the layer.
+        pruned: masks of biases of which some entries are.
+    """
+    if bias is None or bias.name not in pruned:
+        return bias is not None
+    return bias.layout.on(pruned[bias.name])
 
 
 class Place(NamedTuple):

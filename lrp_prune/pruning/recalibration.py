@@ -14,7 +14,7 @@ batches that it has not yet been fitted to.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from lrp_prune.pruning.compared import comparing_by
 from lrp_prune.pruning.fitting import Candidate, Runs
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.passes import BatchNormalization
-from lrp_prune.pruning.places import Place
+from lrp_prune.pruning.places import Place, shifted_in
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets import Target
@@ -203,10 +203,11 @@ def recalibrate(
     candidates = [Candidate(strength) for strength in (0.0, *strengths)]
     shown = progress if callable(progress) else bar if progress else no_bar
     with shown("Recalibrating", len(fitted) * len(candidates) + len(judged) * (1 + len(candidates))) as advance:
-        runs = Runs(module, masks, target, processes, device, advance)
+        biases = {name: masks.whole(name).to(device) for name, shape in masks.shapes.items() if len(shape) == 1}
+        runs = Runs(module, masks, target, processes, device, advance, biases=biases)
         runs.fit(fitted, candidates[1:])
         runs.judge(judged, candidates)
-    result = _best(candidates, processes)
+    result = _best(candidates, processes, runs.biases)
     known = [place for place, moments in candidates[-1].channels.items() if moments.told]
     fitted_to = {entry.name for place in known for entry in (place, *place.also)}
     pruned = [name for name in masks if masks.pruned_in(name) and name not in fitted_to]
@@ -253,7 +254,7 @@ def parts_of_reference(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     return batches[:-number], batches[-number:]
 
 
-def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
+def _best(candidates: list[Candidate], processes: Processes, biases: Mapping[str, Tensor]) -> Recalibration:
     """The strength whose outputs are closest on batches that it was not fitted to."""
     judged = _divergences(candidates, processes)
     finite = {strength: value for strength, value in judged.items() if math.isfinite(value)}
@@ -262,7 +263,7 @@ def _best(candidates: list[Candidate], processes: Processes) -> Recalibration:
     result = Recalibration(strength, judged)
     for place, moments in chosen.channels.items() if strength else ():
         if moments.told:
-            result.scales[place], shift = moments.fit(strength, place.bias is not None)
+            result.scales[place], shift = moments.fit(strength, shifted_in(place.bias, biases))
             if place.bias is not None:
                 result.shifts[place] = shift
     result.normalizations = {name: moments.change() for name, moments in chosen.norms.items() if moments.told}

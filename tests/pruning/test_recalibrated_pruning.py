@@ -12,6 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.recalibration import enough, recalibrate
 from tests.support.recalibrated import MODELS, applied, masks_of
 from tests.support.small_models import batch_for, build
@@ -179,3 +180,48 @@ def test_what_nothing_could_be_fitted_to_is_told_with_the_reason() -> None:
     assert str(few).endswith("; not fitted: *.weight (is reached by fewer than 16 samples or tokens)")
     enough_of_them = recalibrate(model, masks, [(torch.randn(32, 8), torch.randint(4, (32,)))])
     assert not enough_of_them.left_out and str(enough_of_them).endswith(")")
+
+
+def _units() -> dict[str, tuple[nn.Module, list[Any]]]:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.Sigmoid(), nn.Linear(32, 4))
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    return {
+        "mlp": (mlp, [(torch.randn(64, 16), torch.randint(4, (64,))) for _ in range(4)]),
+        "cnn": (cnn, [(torch.randn(16, 3, 8, 8), torch.randint(4, (16,))) for _ in range(4)]),
+        "gpt2": (build("gpt2"), [batch_for("gpt2", 4, 12) for _ in range(3)]),
+        "bert": (build("bert"), [batch_for("bert", 4, 12) for _ in range(3)]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [("mlp", "neuron"), ("cnn", "neuron"), ("gpt2", "neuron"), ("bert", "neuron"), ("gpt2", "block")],
+)
+def test_biases_of_units_that_are_gone_stay_nothing(name: str, granularity: Any) -> None:
+    model, batches = _units()[name]
+    method = "magnitude" if granularity == "neuron" else "lrp"
+    masks = lrp_prune.prune(model, batches, 0.5, method, granularity=granularity, recalibrate=True)
+    parameters = dict(model.named_parameters())
+    biases = [each for each in masks if parameters[each].dim() == 1 and masks.pruned_in(each)]
+    assert biases
+    for each in masks:
+        assert not parameters[each].detach()[~masks[each]].any(), each
+    before = {each: weight.detach().clone() for each, weight in parameters.items()}
+    masks.apply_(model)
+    assert all(torch.equal(before[each], weight) for each, weight in parameters.items())
+
+
+def test_channels_without_a_shift_have_the_least_squares_without_one() -> None:
+    torch.manual_seed(0)
+    pruned, dense, moments = torch.randn(50, 3) + 1, torch.randn(50, 3), PairedMoments(3)
+    moments.add(pruned, dense)
+    shifted = torch.tensor([True, False, True])
+    scale, shift = moments.fit(1.0, shifted)
+    for channel, (with_shift, x, y) in enumerate(
+        zip(shifted.tolist(), pruned.T.double(), dense.T.double(), strict=True)
+    ):
+        matrix = torch.stack([x, torch.ones(50).double()], dim=1) if with_shift else x[:, None]
+        expected = torch.linalg.lstsq(matrix, y).solution.clamp(min=float(scale.min()))
+        assert abs(float(scale[channel] - expected[0])) < 1e-5 or float(scale[channel]) == float(scale.min())
+        assert with_shift or float(shift[channel]) == 0

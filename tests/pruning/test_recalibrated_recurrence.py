@@ -59,7 +59,7 @@ def made(name: str, sparsity: float = 0.6) -> tuple[Reader, lrp_prune.Masks, lis
     with torch.no_grad():
         for parameter in model.layer.parameters():
             parameter.mul_(2)
-    batches = [(torch.randn(32, 7, 6) + torch.randn(32, 1, 1),) for _ in range(4)]
+    batches = [(torch.randn(35, 7, 6) + torch.randn(35, 1, 1),) for _ in range(4)]
     return model, lrp_prune.select(scorer(lrp_prune.Random(seed=1), model).compute(), sparsity, scope="layer"), batches
 
 
