@@ -1,7 +1,7 @@
 """Pruned models on disk: sharded safetensors, of which every pruned weight is read again and is zero."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,16 +80,19 @@ def save_pruned(
     written = {name for held in found.values() for name in held}
     if all(written & set(names[name]) for name in masks):
         return _checked(masks, found, names)
-    again = resolve(masks, type(module).from_pretrained(folder))
-    return _counted(masks, found, {name: _not_zero(masks, name, entry.detach()) for name, entry in again.items()})
+    return check_saved(folder, masks, type(module).from_pretrained)
 
 
-def check_saved(folder: str | os.PathLike[str], masks: Masks) -> Saved:
+def check_saved(
+    folder: str | os.PathLike[str], masks: Masks, load: Callable[[str], nn.Module] | None = None
+) -> Saved:  # fmt: skip
     """Read the safetensors files of a folder, and make sure that what masks prune is zero there.
 
     Args:
         folder: holds the files.
         masks: of parameters by the names that they have in the files, or those without what comes before the model's own.
+        load: reads the model of a folder, as ``AutoModelForCausalLM.from_pretrained`` does, for files with other names than the
+            model (mixtures of experts); None to read the files themselves.
 
     Raises:
         RuntimeError: if a pruned weight is not zero.
@@ -105,12 +108,20 @@ def check_saved(folder: str | os.PathLike[str], masks: Masks) -> Saved:
         model.safetensors: 1 of 2 weights are pruned, and zero (50.00%)
     """
     found = _files(Path(folder))
+    if load is not None:
+        again = resolve(masks, load(os.fspath(folder)))
+        return _counted(masks, found, {name: _not_zero(masks, name, entry.detach()) for name, entry in again.items()})
     written = [name for held in found.values() for name in held]
-    names = {name: [each for each in written if each == name or each.endswith(f".{name}")] for name in masks}
+    names = {
+        name: [name] if name in written else [each for each in written if each.endswith(f".{name}")] for name in masks
+    }
     lacking = [name for name, each in names.items() if len(each) != 1]
     if lacking:
         what = "several tensors" if names[lacking[0]] else "none"
-        raise ValueError(f"{what} of {folder} may be {lacking[0]}: were the masks made for another model?")
+        raise ValueError(
+            f"{what} of {folder} may be {lacking[0]}: were the masks made for another model? If files have names of their "
+            "own, pass what reads them, as in load=AutoModelForCausalLM.from_pretrained"
+        )
     return _checked(masks, found, names)
 
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +31,7 @@ from lrp_prune.shrinking.taking import Taking
 from lrp_prune.shrinking.units import Group, groups_of
 
 
+@torch.inference_mode(False)  # where parameters would be none that anything could be trained with
 def shrink(
     model: nn.Module,
     masks: Masks | None,

@@ -77,3 +77,17 @@ def test_names_without_the_prefix_of_a_larger_model_are_found(tmp_path: Path) ->
         check_saved(tmp_path, masks)
     with pytest.raises(ValueError, match="has no safetensors files"):
         check_saved(tmp_path / "empty", masks)
+
+
+def test_files_with_names_of_their_own_are_read_by_what_reads_them(tmp_path: Path) -> None:
+    model, masks = pruned("mixtral")
+    saved = save_pruned(model, tmp_path, masks)
+    with pytest.raises(ValueError, match=r"load=AutoModelForCausalLM.from_pretrained"):
+        check_saved(tmp_path, masks)
+    assert check_saved(tmp_path, masks, load=type(model).from_pretrained) == saved
+
+
+def test_a_name_that_is_there_as_it_is_is_not_confused_with_one_that_ends_alike(tmp_path: Path) -> None:
+    mask = torch.tensor([[True, False]])
+    save_file({"a.weight": torch.tensor([[1.0, 0.0]]), "b.a.weight": torch.ones(1, 2)}, tmp_path / "model.safetensors")
+    assert check_saved(tmp_path, lrp_prune.Masks({"a.weight": mask})).zeros == 1

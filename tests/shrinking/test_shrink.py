@@ -230,3 +230,13 @@ def test_masks_by_the_callbacks_and_by_relevance_are_taken_out_alike() -> None:
     expected = model(batch[0])
     assert lrp_prune.shrink(model, loaded, [batch]).taken == 4
     torch.testing.assert_close(model(batch[0]), expected)
+
+
+def test_a_model_that_was_shrunk_in_inference_mode_can_be_trained() -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), [torch.randn(16, 4)]
+    with torch.inference_mode():
+        masks = lrp_prune.prune(model, batches, 0.5, "magnitude", granularity="neuron", recalibrate=False)
+        lrp_prune.shrink(model, masks, batches)
+    model(batches[0]).sum().backward()
+    assert model[0].weight.shape[0] < 8 and model[0].weight.grad is not None
