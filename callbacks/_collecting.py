@@ -4,17 +4,21 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from lrp_prune.callbacks import _uneven
 from lrp_prune.callbacks._averages import trained_weights
+from lrp_prune.models.batches import contained
 
 
 class CollectingCallback(Callback, ABC):
-    """Takes each validation batch and ends with the validation, always with the trained weights in the module."""
+    """Takes each validation batch, as it was before the step, and ends with the validation, always with the trained weights."""
 
     _validating = False
+    _given: Any = None
+    """The batch at hand as the loader gave it: a step may take entries out of it."""
 
     @abstractmethod
     def _uses_validation(self, trainer: Trainer) -> bool:
@@ -53,6 +57,14 @@ class CollectingCallback(Callback, ABC):
             _uneven.check_batches(trainer, pl_module)
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # A step that takes batches by itself has none yet.
+        takes = is_param_in_hook_signature(pl_module.validation_step, "dataloader_iter", explicit=True)
+        self._given = contained(batch) if self._uses_validation(trainer) and not takes else None
+
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -62,6 +74,7 @@ class CollectingCallback(Callback, ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        batch, self._given = batch if self._given is None else self._given, None
         if trainer.sanity_checking:
             self._remember(batch, dataloader_idx)
             return
@@ -75,6 +88,7 @@ class CollectingCallback(Callback, ABC):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._given = None
         self._abandon()
 
     @override

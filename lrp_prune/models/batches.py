@@ -106,6 +106,19 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return pytree.tree_map(leaf, value, is_leaf=_is_packed)
 
 
+def contained(batch: Any) -> Any:
+    """The same tensors in containers of their own, so that the batch may lose or get entries and this stays as it is.
+
+    Example:
+        >>> batch = {"x": torch.zeros(1), "more": [torch.ones(1)]}
+        >>> kept = contained(batch)
+        >>> _ = batch.pop("x"), batch["more"].clear()
+        >>> kept
+        {'x': tensor([0.]), 'more': [tensor([1.])]}
+    """
+    return mapped(batch, lambda tensor: tensor)
+
+
 def laid_together(first: Any, second: Any) -> Any:
     """One batch with the samples of two; None if they do not fit: other lengths or types, or tensors without a row a sample.
 
@@ -159,6 +172,11 @@ def _mapped_mapping(value: Mapping[Any, Any], function: Callable[[Tensor], Tenso
     items = {name: mapped(item, function) for name, item in value.items()}
     try:
         made: Any = copy.copy(value)
+        # A class of its own may keep its entries in a dictionary, which a copy shares.
+        stores = {
+            name: copy.copy(store) for name, store in getattr(made, "__dict__", {}).items() if isinstance(store, dict)
+        }
+        getattr(made, "__dict__", {}).update(stores)
         for name, item in items.items():
             made[name] = item
     except TypeError:  # one that cannot be changed
