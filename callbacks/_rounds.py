@@ -1,6 +1,7 @@
 """When each round collects and prunes, and whether all rounds fit into a training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -180,7 +181,9 @@ class Times:
     def _check_steps(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
         if not trainer.lightning_module.automatic_optimization:
             return  # how often the module will step is its own affair
-        total = trainer.estimated_stepping_batches
+        total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+        if total < 0:  # epochs of unknown length are the only limit
+            total = math.inf
         needed = self.time_of(self.count - 1) + 1
         placed, last = done, self.time_of(self.count - 1)
         if uses_validation and not math.isinf(total):
@@ -190,16 +193,19 @@ class Times:
         elif last < total:
             placed = self.count
         if placed < self.count:
-            per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            epochs = math.ceil(needed / per_epoch) + (1 if uses_validation else 0)
             validations = (
                 ", with a validation after each of them that leaves steps to train," if uses_validation else ""
             )
+            if math.isinf(batches):
+                remedy = "a larger max_steps is needed"
+            else:
+                per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+                epochs = math.ceil(needed / per_epoch) + (1 if uses_validation else 0)
+                remedy = f"about {epochs} epochs of {per_epoch} steps are needed"
             raise MisconfigurationException(
                 f"{self.count} rounds, one every {self.every} steps from step {self.start} on, need {needed} optimizer "
-                f"steps{validations} but only {placed} of them fit into the {total:g} steps of this training: about "
-                f"{epochs} epochs of {per_epoch} steps are needed, or fewer rounds, a smaller every_n_steps, or a "
-                "smaller val_check_interval"
+                f"steps{validations} but only {placed} of them fit into the {total:g} steps of this training: "
+                f"{remedy}, or fewer rounds, a smaller every_n_steps, or a smaller val_check_interval"
             )
 
 
@@ -217,9 +223,16 @@ def _epochs_of(trainer: Trainer) -> tuple[float, str]:
     return epochs, limit
 
 
-def _validation_steps(trainer: Trainer, total: int) -> list[int]:
-    """Optimizer steps taken at each validation after which training goes on; those of unknown time are left out."""
+def _validation_steps(trainer: Trainer, total: int) -> Sequence[int]:
+    """Optimizer steps taken at each validation after which training goes on; those of unknown time are left out.
+
+    Where nobody knows how long an epoch is, a validation may be after each step, unless they are so many batches apart.
+    """
     batches, between = trainer.num_training_batches, trainer.val_check_batch
+    if math.isinf(batches):
+        apart = trainer.check_val_every_n_epoch is None and trainer.accumulate_grad_batches == 1
+        known = apart and between is not None and not math.isinf(between)
+        return range(int(between), total, int(between)) if known else range(1, total)
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     interval = trainer.check_val_every_n_epoch
     if between is None or math.isinf(between):
