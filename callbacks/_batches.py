@@ -1,10 +1,13 @@
 """The batches that a collection is made of: those of a validation, or reference data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+
+from lrp_prune.wrapper.internals import mode_of, validation_loaders
 
 Source = int | Iterable[Any]
 """A set of batches: the index of a validation loader, or batches that can be iterated over again."""
@@ -16,21 +19,48 @@ def batches_of(reference: "Iterable[Any] | LightningDataModule | None") -> Itera
         reference.prepare_data()
         reference.setup("validate")
         loaders = reference.val_dataloader()
-        return chain.from_iterable(loaders) if isinstance(loaders, list | tuple) else cast("Iterable[Any]", loaders)
+        if not isinstance(loaders, CombinedLoader):
+            found = CombinedLoader(loaders, "sequential").flattened
+            return cast("Iterable[Any]", found[0]) if len(found) == 1 else chain.from_iterable(found)
+        return (batch for batch, _ in _gone_through(loaders, [float("inf")] * len(loaders.flattened), None))
     return reference if reference is not None else ()
+
+
+def batches_by_loader(trainer: Trainer) -> list[float]:
+    """How many batches of each validation loader are looked at; loaders that are gone through side by side are one."""
+    loaders = validation_loaders(trainer)
+    return list(trainer.num_val_batches) if loaders is None else _numbers(loaders, trainer.num_val_batches)
 
 
 def number_of_batches(trainer: Trainer, loader: int | None) -> float:
     """How many batches of a validation are looked at; infinite where its loaders do not tell."""
-    batches = trainer.num_val_batches
+    batches = batches_by_loader(trainer)
     return sum(batches) if loader is None else batches[min(loader, len(batches) - 1)]
 
 
 def validation_batches(trainer: Trainer, loader: int | None) -> Iterator[tuple[Any, int]]:
     """The batches that a validation would see, each with its loader's index."""
-    loaders = trainer.val_dataloaders
-    for index, found in enumerate(loaders if isinstance(loaders, list | tuple) else [loaders]):
+    loaders = validation_loaders(trainer)
+    return iter(()) if loaders is None else _gone_through(loaders, trainer.num_val_batches, loader)
+
+
+def _numbers(loaders: CombinedLoader, limits: Sequence[float]) -> list[float]:
+    mode = mode_of(loaders)
+    return list(limits) if mode == "sequential" or not limits else [min(limits) if mode == "min_size" else max(limits)]
+
+
+def _gone_through(loaders: CombinedLoader, limits: Sequence[float], loader: int | None) -> Iterator[tuple[Any, int]]:
+    """The batches of all loaders, or of one of them, as Lightning's loops go through them, each with its loader's index."""
+    mode: Any = mode_of(loaders)
+    one_by_one: list[Iterable[Any]] = loaders.flattened
+    if mode != "sequential":
+        one_by_one = [_side_by_side(loaders, mode)]
+    for index, (found, limit) in enumerate(zip(one_by_one, _numbers(loaders, limits), strict=True)):
         if loader in (None, index):
-            limit = trainer.num_val_batches[index]
             for batch in islice(found, None if limit == float("inf") else int(limit)):
                 yield batch, index
+
+
+def _side_by_side(loaders: CombinedLoader, mode: Any) -> Iterator[Any]:
+    # In one of its own: Lightning may be within the other.
+    yield from (batch for batch, _, _ in CombinedLoader(loaders.iterables, mode))

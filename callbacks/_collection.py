@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lrp_prune.attribution.observers import check_included
-from lrp_prune.callbacks._batches import batches_of, number_of_batches, validation_batches
+from lrp_prune.callbacks._batches import batches_by_loader, batches_of, number_of_batches, validation_batches
 from lrp_prune.callbacks._checks import (
     check_count,
     check_reference,
@@ -131,7 +131,7 @@ class Collection:
             self._check_index(trainer)
 
     def _check_index(self, trainer: Trainer) -> None:
-        loaders = len(trainer.num_val_batches)
+        loaders = len(batches_by_loader(trainer))
         if self.loader is not None and self.loader >= loaders > 0:
             raise MisconfigurationException(
                 f"{self._argument}={self.loader}, but there {'is one validation loader' if loaders == 1 else f'are {loaders}'}, "

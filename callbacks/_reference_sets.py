@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lrp_prune.callbacks._batches import Source
+from lrp_prune.callbacks._batches import Source, batches_by_loader
 from lrp_prune.callbacks._checks import checked_kinds, checked_method
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._condition import Conditioned, ConditionSets
@@ -133,7 +133,7 @@ class ReferenceSets:
             self._conditions.start(trainer, pl_module)
 
     def _check_loaders(self, trainer: Trainer) -> None:
-        loaders = len(trainer.num_val_batches)
+        loaders = len(batches_by_loader(trainer))
         for index in self._indices:
             if index >= loaders:
                 raise MisconfigurationException(

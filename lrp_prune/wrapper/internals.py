@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -50,6 +51,17 @@ def starts_processes(trainer: Trainer) -> bool:
 def has_validated(trainer: Trainer) -> bool:
     """Whether the epoch at hand had a validation."""
     return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)
+
+
+def validation_loaders(trainer: Trainer) -> CombinedLoader | None:
+    """The validation's loaders, however they were given; None before they are set up."""
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return loop._combined_loader
+
+
+def mode_of(loaders: CombinedLoader) -> str:
+    """How loaders are gone through: ``"sequential"`` is one after the other, all others side by side."""
+    return loaders._mode
 
 
 def to_device(batch: Any, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> Any:
