@@ -112,3 +112,11 @@ def warn_of_pending(done: int) -> None:
         f"the training ended after round {done + 1} had collected and before it could prune: its masks are applied now, with no "
         "training after them and in no checkpoint written so far"
     )
+
+
+def warn_of_refused(done: int, count: int) -> None:
+    """Say that the masks of the round after so many are not applied at the end, as another callback refuses the round."""
+    rank_zero_warn(
+        f"the training ended after {done} of {count} pruning rounds: round {done + 1} had collected and is not applied, as "
+        "RoundQuality refuses rounds with no training after them, or any more"
+    )

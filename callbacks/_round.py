@@ -9,6 +9,7 @@ from lrp_prune.callbacks._checks import layouts_of
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
+from lrp_prune.callbacks._resuming import warn_of_pending, warn_of_refused
 from lrp_prune.callbacks._summary import preview, round_table, show
 from lrp_prune.pruning import Masks
 from lrp_prune.pruning.compared import asked_of
@@ -83,9 +84,14 @@ class Round:
     def prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
         """Apply the masks that wait, or those that are collected for now, and tell of it."""
         pruner, previous = self._pruner, self._pruner.state.masks
+        done = pruner.state.round
         if not is_allowed(trainer, pl_module, trains_on=log):
             pruner.state.pending = None
+            if not log:
+                warn_of_refused(done, self._count)
             return
+        if not log:
+            warn_of_pending(done)
         masks, samples, sparsity = pruner.state.pending, pruner.state.pending_samples, pruner.target
         explained = pruner.state.pending_target
         if masks is None:

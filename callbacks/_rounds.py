@@ -231,8 +231,9 @@ def _validation_steps(trainer: Trainer, total: int) -> Sequence[int]:
     batches, between = trainer.num_training_batches, trainer.val_check_batch
     if math.isinf(batches):
         apart = trainer.check_val_every_n_epoch is None and trainer.accumulate_grad_batches == 1
-        known = apart and between is not None and not math.isinf(between)
-        return range(int(between), total, int(between)) if known else range(1, total)
+        if between is None or math.isinf(between) or not apart:
+            return range(1, total)
+        return range(int(between), total, int(between))
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     interval = trainer.check_val_every_n_epoch
     if between is None or math.isinf(between):

@@ -277,7 +277,6 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             if self.previewed is None and self.round < self._times.count:
                 rank_zero_warn("the training ended before the first round had collected: there is no preview")
         elif self._pruner.state.pending is not None:
-            _resuming.warn_of_pending(self.round)
             self._prune(trainer, pl_module, log=False)
         elif self.round < self._times.count and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(f"the training ended after {self.round} of {self._times.count} pruning rounds")

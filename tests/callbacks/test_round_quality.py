@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_zeros_are_kept_where_the_training_has_to_go_on(make_module, make_loader
         weights = module.get_parameter(name)
         assert not weights[~mask].any() and weights[mask].all()
         assert not torch.equal(weights, planned.weights[1][name])
+
+
+def test_masks_that_a_guard_refuses_at_the_end_are_not_said_to_be_applied(
+    make_module, make_loader, make_trainer
+) -> None:
+    class Stop(Callback):
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            trainer.should_stop = not trainer.sanity_checking
+
+    module, masks = make_module(), RelevancePruning(0.9, 2, summary=False)
+    trainer = make_trainer(callbacks=[masks, RoundQuality("val_loss", limit=100.0), Stop()], max_epochs=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    messages = [str(entry.message) for entry in caught if "the training ended after" in str(entry.message)]
+    assert len(messages) == 1 and "after 0 of 2 pruning rounds: round 1 had collected and is not applied" in messages[0]
+    assert masks.masks is None and not any((entry == 0).any() for entry in module.parameters() if entry.dim() == 2)
 
 
 @pytest.mark.slow
