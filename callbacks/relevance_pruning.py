@@ -79,7 +79,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             :func:`lrp_prune.prune`): ``"exact"``, ``"obs"``, or an object such as :class:`lrp_prune.pruning.LeastSquares`. It
             takes some forward passes a layer over all batches that relevance was collected on (``max_batches`` limits them),
             which are read once more. Optimizer states stay as they are.
-        monitor: name of a metric logged in ``validation_step``; ``<name>/<monitor>`` equals it once all rounds are done
+        monitor: name of a metric logged in validation; ``<name>/<monitor>`` equals it once all rounds are done
             and is worse than any value before, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
         monitor_mode: ``"min"`` if a smaller value of that metric is better, else ``"max"``.
         summary: print a table after each round.
@@ -137,7 +137,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         targets = _checks.check_schedule(sparsity, self._times.count, schedule, scope)
         self._pruner = Pruner(targets, scope, name)
         self._round = Round(collection, self._pruner, self._times.count, recalibrate, compensation, summary)
-        self._monitor, self._monitor_mode, self._preview = monitor, monitor_mode, preview
+        self._monitored, self._preview = _monitor.Monitored(monitor, monitor_mode, name), preview
         self._compensates, self._allow_untested = compensation is not None and not preview, allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}
         if name != "pruning":
@@ -188,15 +188,14 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             _checks.check_compensated_strategy(trainer)
         _checks.check_other_pruning(trainer, type(self).__name__)
         _checks.check_names(_checks.names_of(trainer, RelevancePruning))
-        known = self._module() if self._module is not None else None
-        if known is not pl_module:  # what was pruned in another model says nothing about this one
+        self._monitored.check_modes(trainer)
+        known, self._module = self._module, weakref.ref(pl_module)
+        if known is None or known() is not pl_module:  # what was pruned in another model says nothing about this one
             self._pruner.state = PruningState()
             self._times = self._planned
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
-        self._module = weakref.ref(pl_module)
         self._checked = self._restored = False
-        self._round.previewed = None
-        self._logged = []
+        self._round.previewed, self._logged = None, []
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,8 +216,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         if self.round < self._times.count:
             self._round.rehearse(trainer, pl_module, self._preview)
         self._make_up(trainer, pl_module)
-        if self._monitor is not None:
-            _monitor.check_sanity(self._monitor, self._logged)
+        _monitor.check_sanity(self._monitored.metric, self._logged)
         if self._preview:
             self._times.check_validations(trainer, self._collection.uses_validation)
             return
@@ -229,6 +227,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitored.forget(trainer)
         collects = self._uses_validation(trainer) and not trainer.sanity_checking
         if collects and self._times.needs_validation(trainer, self.round):
             self._collection.start(trainer, pl_module)
@@ -255,6 +254,10 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         self._log_progress(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitored.catch_up(trainer, self, self.round == self._times.count)
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.resume(trainer, pl_module)  # parameters and optimizers may have been replaced since
         self._prune_if_due(trainer, pl_module)
@@ -267,8 +270,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_progress(trainer, pl_module)
-        if self._monitor is not None:
-            _monitor.check_logged(trainer, self._monitor, _checks.names_of(trainer, RelevancePruning))
+        _monitor.check_logged(trainer, self._monitored.metric, _checks.names_of(trainer, RelevancePruning))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -316,7 +318,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     def _make_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The uninterrupted training collected in this validation; the weights are still those that it saw.
         epoch = _resuming.skipped_validation(trainer)
-        uses = epoch is not None and self._collection.uses_validation
+        uses = self._collection.uses_validation
         if epoch is not None and uses and self._times.needs_validation(trainer, self.round, epoch):
             self._pend(trainer, self._collection.run(trainer, pl_module), epoch)
 
@@ -341,9 +343,8 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, log: bool) -> None:
         self._round.prune(trainer, pl_module, log)
+        self._monitored.forget(trainer)  # it was measured on the model from before
 
     def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.log_progress(pl_module)
-        if self._monitor is not None:
-            done = self.round == self._times.count
-            _monitor.log_monitored(trainer, pl_module, self._monitor, self._monitor_mode, done, self.name)
+        self._monitored.log(trainer, pl_module, self.round == self._times.count)
