@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
@@ -221,6 +222,28 @@ def _epochs_of(trainer: Trainer) -> tuple[float, str]:
         if by_steps < epochs:
             epochs, limit = by_steps, f"max_steps={trainer.max_steps}"
     return epochs, limit
+
+
+def warn_of_no_epoch(trainer: Trainer, name: str, every_n_epochs: int, what: str) -> None:
+    """Warn, in ``on_train_start``, where no epoch that is one of every so many ends, with a validation, in this training.
+
+    Args:
+        trainer: the training.
+        name: of the callback.
+        every_n_epochs: how often it works.
+        what: it does not do then.
+    """
+    epochs, limit = _epochs_of(trainer)
+    interval = trainer.check_val_every_n_epoch or 1
+    first = math.lcm(every_n_epochs, interval)
+    first *= trainer.current_epoch // first + 1
+    if first > epochs and not getattr(trainer, "fast_dev_run", False):
+        often = f" and check_val_every_n_epoch={interval}" if interval > 1 else ""
+        rank_zero_warn(
+            f"{name}(every_n_epochs={every_n_epochs}) {what} nothing in this training: with it{often} the first time is after "
+            f"{first} epochs, and the training ends after {epochs:g} ({limit}): set a smaller every_n_epochs, or "
+            f"Trainer(max_epochs={first})"
+        )
 
 
 def _validation_steps(trainer: Trainer, total: int) -> Sequence[int]:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
 from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, check_validation, misconfiguration
+from lrp_prune.callbacks._rounds import warn_of_no_epoch
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import Ablation, check_ablation
 from lrp_prune.circuits.discover import check_nodes, check_options
@@ -136,6 +137,7 @@ class CircuitDiscovery(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now a training without validations, a model without such nodes, or a task that does not suit it."""
         check_validation(trainer, type(self).__name__, "finds circuits")
+        warn_of_no_epoch(trainer, type(self).__name__, self._every_n_epochs, "finds")
         with misconfiguration(), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
             check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)
 

@@ -9,6 +9,7 @@ from typing_extensions import override
 from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, check_validation
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
+from lrp_prune.callbacks._rounds import warn_of_no_epoch
 from lrp_prune.engine.unsharding import make_ordinary
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Granularity
@@ -114,6 +115,7 @@ class RelevanceCollector(CollectingCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_validation(trainer, type(self).__name__, "collects")
+        warn_of_no_epoch(trainer, type(self).__name__, self._every_n_epochs, "collects")
         super().on_train_start(trainer, pl_module)
         self._collection.check(trainer, pl_module)
         self._collection.check_loader(trainer)

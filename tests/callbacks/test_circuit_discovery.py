@@ -43,6 +43,13 @@ def held_out() -> TableTask:
 
 
 @pytest.mark.slow
+def test_epochs_that_never_come_are_warned_about(tmp_path: Path) -> None:
+    callback = CircuitDiscovery(small_task(), "head", held_out=held_out(), every_n_epochs=2)
+    with pytest.warns(UserWarning, match=r"CircuitDiscovery\(every_n_epochs=2\) finds nothing in this training"):
+        trainer(tmp_path, callbacks=[callback], max_epochs=1).fit(Module(), loader(), loader())
+
+
+@pytest.mark.slow
 def test_a_validation_finds_what_discovery_finds(tmp_path: Path) -> None:
     module = Module()
     callback = CircuitDiscovery(small_task(), "head", method="attribution_patching", size=2, held_out=held_out())

@@ -1,6 +1,8 @@
 """The collector gives the relevance of the validation's batches, and the training does not notice it."""
 
 import copy
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -116,6 +118,28 @@ def test_every_n_epochs_and_max_batches(make_module, make_loader, make_trainer) 
     trainer = make_trainer(callbacks=[collector], max_epochs=1)
     trainer.fit(module, make_loader(), make_loader(seed=2))
     assert collector.relevance is first
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "told"),
+    [
+        (5, {}, r"after 5 epochs, and the training ends after 3 \(max_epochs=3\)"),
+        (2, {"check_val_every_n_epoch": 3}, "with it and check_val_every_n_epoch=3 the first time is after 6 epochs"),
+        (3, {"max_steps": 8}, r"ends after 2 \(max_steps=8\)"),
+        (3, {}, None),
+        (3, {"check_val_every_n_epoch": 3}, None),
+    ],
+)
+def test_epochs_that_never_come_are_warned_about(every, options, told, make_module, make_loader, make_trainer) -> None:
+    collector = RelevanceCollector("magnitude", every_n_epochs=every)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(callbacks=[collector], **{"max_epochs": 3, **options}).fit(
+            make_module(), make_loader(), make_loader()
+        )
+    found = [str(entry.message) for entry in caught if "RelevanceCollector(every_n_epochs=" in str(entry.message)]
+    assert len(found) == (told is not None) == (collector._relevance is None)
+    assert told is None or re.search(f"collects nothing in this training: .*{told}", found[0])
 
 
 @pytest.mark.parametrize(("reference", "samples"), [(0, 64), (1, 32), ("all", 96)])
