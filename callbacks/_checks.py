@@ -187,7 +187,8 @@ def layouts_of(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[s
     parameters, layers = named_parameters(pl_module), set()
     for module in pl_module.modules():
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            layers.add(id(module.weight))
+            # A weight that is computed would be computed now; those of spectral_norm change by that.
+            layers.add(id(module._parameters.get("weight")))
     known = {name: layout_of(tuple(parameters[name].shape)) for name in names if name in parameters}
     return {name: known.get(name) if not data or id(parameters.get(name)) in layers else None for name in names}
 

@@ -55,6 +55,18 @@ def test_the_training_is_dense_and_bit_for_bit_the_same(
     assert re.match(rf"Preview of pruning by {callback.get('method', 'lrp')}.*: no weight is changed", shown[0])
 
 
+def test_weights_that_are_computed_by_what_changes_are_left_alone(make_loader, make_trainer, make_module) -> None:
+    states = []
+    for callbacks in ([], [RelevancePruning(0.5, 1, preview=True)]):
+        torch.manual_seed(3)
+        module = make_module()
+        module.net[0] = torch.nn.utils.parametrizations.spectral_norm(module.net[0])
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+        states.append(module.state_dict())
+    assert any("parametrizations" in name for name in states[0])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_what_is_shown_is_what_one_round_would_prune(make_module, make_loader, make_trainer, shown) -> None:
     found = []
     for arguments in ({"rounds": 1}, {"rounds": 3, "schedule": "linear", "preview": True}):
