@@ -1,7 +1,7 @@
 """What is refused, or warned about, before anything is collected or pruned."""
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.selection.scopes import Structure, check_reachable, layout_of, parse_scope
 from lrp_prune.wrapper.internals import starts_processes
 
@@ -247,6 +248,23 @@ def check_names(names: Sequence[str]) -> None:
         raise MisconfigurationException(
             f"several RelevancePruning callbacks would log {name}/sparsity, each of other weights: give each a name, as "
             "in RelevancePruning(..., name='attention')"
+        )
+
+
+def check_apart(name: str, claimed: Set[str], other: str, theirs: Set[str]) -> None:
+    """Refuse two pruning callbacks that prune the same.
+
+    Args:
+        name: of the one.
+        claimed: what it prunes.
+        other: the name of the other.
+        theirs: what that prunes.
+    """
+    both = sorted(claimed & theirs)
+    if both:
+        raise MisconfigurationException(
+            f"RelevancePruning(name={other!r}) and RelevancePruning(name={name!r}) would both prune "
+            f"{', '.join(patterns_of(both))}, and neither would log what is pruned of it: part them by include= and exclude="
         )
 
 

@@ -1,11 +1,13 @@
 """What a round does: from relevance to masks, from masks to a pruned model, and the table that tells of it."""
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lrp_prune.callbacks._checks import layouts_of
+from lrp_prune.callbacks._callbacks import callbacks_of
+from lrp_prune.callbacks._checks import check_apart, layouts_of
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
@@ -40,11 +42,18 @@ class Round:
         self._collection, self._pruner, self._count = collection, pruner, count
         self._recalibrate, self._compensation, self._summary = recalibrate, compensation, summary
         self._told = ""
-        self.previewed: Masks | None = None
+        self.reset()
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def reset(self) -> None:
+        """Forget what another training found."""
+        self.previewed: Masks | None = None
+        self._claimed: set[str] = set()
+
+    def check(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
         """Refuse now what can be known without data."""
         scored = self._collection.check(trainer, pl_module)
+        if not preview:
+            self._claim(trainer, scored)
         self._collection.check_prunable(pl_module)
         if scored:
             shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
@@ -66,9 +75,30 @@ class Round:
         relevance = self._collection.rehearse(trainer, pl_module)
         if relevance is not None:
             self._pruner.check_scored(relevance)
+            if not preview:
+                self._claim(trainer, relevance)
 
-    def pend(self, relevance: Relevance, epoch: int) -> None:
+    def _claim(self, trainer: Trainer, names: Iterable[str]) -> None:
+        """Note what these rounds prune; refuses what those of another callback prune, whose zeros would count as well as ours.
+
+        Raises:
+            MisconfigurationException: and says which, and by which callbacks.
+        """
+        self._claimed.update(names)
+        others = [getattr(entry, "_round", None) for entry in callbacks_of(trainer)]
+        for other in others:
+            if isinstance(other, Round) and other is not self and other._collection.kinds == self._collection.kinds:
+                check_apart(self._pruner.name, self._claimed, other._pruner.name, other._all_claimed)
+
+    @property
+    def _all_claimed(self) -> set[str]:
+        """Weights, also of rounds that are done and were not looked at in this training; or modules whose units these are."""
+        masks = self._pruner.state.masks if self._collection.kinds == ("weight",) else None
+        return self._claimed.union(masks or ())
+
+    def pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
         """Select masks in a validation, to be applied when the training goes on."""
+        self._claim(trainer, relevance)
         state = self._pruner.state
         state.pending = self._pruner.select(relevance)
         state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
@@ -98,6 +128,7 @@ class Round:
             # No data are needed, or there are reference data, or the validation was left out.
             relevance = self._collection.run(trainer, pl_module)
             explained = relevance.target
+            self._claim(trainer, relevance)
             masks = pruner.select(relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
         tell_before_round(trainer, pl_module, masks, self._recalibrate or self._compensation is not None)

@@ -194,8 +194,8 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             self._pruner.state = PruningState()
             self._times = self._planned
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it
-        self._checked = self._restored = False
-        self._round.previewed, self._logged = None, []
+        self._checked, self._restored, self._logged = False, False, []
+        self._round.reset()
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -306,7 +306,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
         self._pruner.resume(trainer, pl_module)
         if self.round < self._times.count and not self._checked:
-            self._round.check(trainer, pl_module)
+            self._round.check(trainer, pl_module, self._preview)
             self._checked = True
 
     def _begin_late(self, trainer: Trainer) -> None:
@@ -326,7 +326,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         if self._preview:
             self._round.preview(trainer, relevance)
         else:
-            self._round.pend(relevance, epoch)
+            self._round.pend(trainer, relevance, epoch)
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._pruner.state

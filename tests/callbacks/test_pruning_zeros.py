@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from lrp_prune import CorrectedModule, Patch
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds
 
 ENTRIES = 8 * 24 + 24 * 16 + 16 * 4
 
@@ -168,6 +168,43 @@ def test_instances_for_different_layers_have_their_own_state(make_module, make_l
     assert trainer.callback_metrics["pruning/sparsity"] == 0.5 and trainer.callback_metrics["second/sparsity"] == 0.25
     assert int((module.net[0].weight == 0).sum()) == 8 * 24 // 2
     assert int((module.net[4].weight == 0).sum()) == 24 * 16 // 4
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        ({"method": "magnitude"}, {"method": "magnitude"}),
+        ({"include": ["net.0", "net.4"]}, {"include": ["net.4", "net.6"], "method": "wanda"}),
+        ({"granularity": "neuron"}, {"granularity": "neuron"}),
+    ],
+    ids=["all weights", "one layer", "neurons"],
+)
+def test_the_same_weights_under_two_names_are_refused(
+    options: Any, others: Any, sanity: int, make_module, make_loader, make_trainer
+) -> None:
+    callbacks = [RelevancePruning(0.5, **options, summary=False), RelevancePruning(0.25, **others, name="second")]
+    module, match = make_module(), r"name='pruning'\) and .*name='second'\) would both prune .*net\.[4*].*include="
+    trainer = make_trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=sanity)
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    known = sanity or "granularity" not in options  # of units, what there are shows on the first batch
+    assert len(module.zeros_after_step) == (0 if known else 4) and not any(module.zeros_after_step)
+
+
+def test_rounds_that_are_done_have_their_weights_still(make_module, make_loader, make_trainer) -> None:
+    first, module = RelevancePruning(0.5, Rounds(start=0), method="magnitude", summary=False), make_module()
+    make_trainer(callbacks=[first], max_epochs=1).fit(module, make_loader(), make_loader(seed=2))
+    second = RelevancePruning(0.5, Rounds(start=0), method="magnitude", name="second", include=["net.0"])
+    with pytest.raises(MisconfigurationException, match=r"would both prune net\.0\.weight"):
+        make_trainer(callbacks=[first, second], max_epochs=1).fit(module, make_loader(), make_loader(seed=2))
+
+
+def test_a_preview_may_look_at_what_another_prunes(make_module, make_loader, make_trainer) -> None:
+    pruning = RelevancePruning(0.5, method="magnitude", summary=False)
+    shows = RelevancePruning(0.25, preview=True, name="shown")
+    make_trainer(callbacks=[shows, pruning], max_epochs=2).fit(make_module(), make_loader(), make_loader(seed=2))
+    assert pruning.round == 1 and shows.previewed is not None
 
 
 def test_two_meanings_of_one_metric_are_refused(make_module, make_loader, make_trainer) -> None:
