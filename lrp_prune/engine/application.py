@@ -111,8 +111,8 @@ class Application:
             return result
         operands = call.operands()
         active = [index for index, value in enumerate(operands) if is_activation(value)]
-        if not active:
-            return call.run() if len(operands) != 2 else _of_constants(call)
+        if not active:  # but what their product is added to may be one
+            return call.run() if len(operands) != 2 or call.has_activations else _of_constants(call)
         if len(active) == 1 and len(operands) == 2 and call.rule == gradient:
             return _as_in_the_model(call, active[0]).run()
         return call.ruled()
@@ -151,7 +151,7 @@ class Application:
 
     def _composed(self, call: Call) -> Any:
         """The value of the one operation, and the relevance of those that it stands for."""
-        if not any(map(is_activation, call.operands())):
+        if not call.has_activations:
             return call.run()
         seeing = self._seeing()
         assert seeing is not None

@@ -78,6 +78,18 @@ class Call(NamedTuple):
         """All operands in the order of the operation."""
         return [self.operand(index) for index in range(len(self.operation.operands))]
 
+    @property
+    def has_activations(self) -> bool:
+        """Whether any of its arguments is an activation, operand or not."""
+        return any(map(is_activation, (*self.args, *self.kwargs.values())))
+
+    def replacing(self, old: Tensor, new: Tensor) -> "Call":
+        """The same call with one tensor in another's place."""
+        args = tuple(new if value is old else value for value in self.args)
+        return self._replace(
+            args=args, kwargs={name: new if value is old else value for name, value in self.kwargs.items()}
+        )
+
     def with_operands(self, values: Sequence[Any]) -> "Call":
         """The same call with other operands."""
         return self.with_arguments(dict(zip(self.operation.operands, values, strict=True)))

@@ -221,7 +221,7 @@ class PropagationMode(TorchFunctionMode):
         Returns:
             The result, and the call with its arguments as they were before.
         """
-        target, functional = call.operand(0), call.operation.functional
+        target, functional = call.argument(0, "input"), call.operation.functional
         if call.operation.drops:
             return target, call
         if call.operation.enters and not self._application.shares(call) and not self._roots.absorbs(call):
@@ -229,22 +229,22 @@ class PropagationMode(TorchFunctionMode):
             if self._tracer is not None and call.operation.adds and is_activation(target):
                 copy = target.clone()  # what it was made of is seen from its node, and it is about to get another
                 self.carry(target, copy)
-                before = call._replace(args=tuple(copy if arg is target else arg for arg in call.args))
+                before = call.replacing(target, copy)
             result = call.run()
             if not is_activation(target):
                 self._roots.written(target, call.operand(1))
             return result, before
         assert functional is not None
-        if not any(map(is_activation, call.operands())):
+        if not call.has_activations:
             return call.run(), call
         twin = OPERATIONS[functional]
         before = target.clone()
         self.carry(target, before)
-        args = tuple(before if arg is target else arg for arg in call.args)
-        result = self._application.apply(call._replace(function=functional, operation=twin, args=args))
+        as_before = call.replacing(target, before)
+        result = self._application.apply(as_before._replace(function=functional, operation=twin))
         written = target.copy_(result)
         tags.set_tag(written, tags.tag_of(result))
-        return written, call._replace(args=args)
+        return written, as_before
 
     def _plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args and not kwargs:

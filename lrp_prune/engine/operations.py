@@ -196,6 +196,7 @@ ROWS: dict[str, Operation] = {
     **_rows("addmv", "matmul", ((1, "mat"), (2, "vec")), data=_FIRST, added=_FIRST[0]),
     **_rows("addbmm baddbmm", "matmul", ((1, "batch1"), (2, "batch2")), data=_FIRST, added=_FIRST[0]),
     **_rows("addcmul", "matmul", ((1, "tensor1"), (2, "tensor2")), data=_FIRST, added=_FIRST[0]),
+    **_rows("addr", "matmul", ((1, "vec1"), (2, "vec2")), data=_FIRST, added=_FIRST[0]),
     **_rows(_named("avg"), "average_pooling", linear=True, channels="pooled"),
     **_rows(_named("max"), "max_pooling", linear=True, channels="pooled"),
     **_rows("lp_pool1d lp_pool2d lp_pool3d", "norm_pool", channels="pooled"),
@@ -332,9 +333,8 @@ def _build() -> dict[Callable[..., Any], Operation]:
     table[Tensor.where] = _joined(((0, "self"), (2, "other")), channels="entrywise")
     table[Tensor.__setitem__] = _joined(((0, "input"), (2, "value")))
     table[Tensor.copy_] = _joined(((0, "input"), (1, "src")))
-    table[torch.einsum] = Operation("einsum")
     table[torch.sparse.mm], table[torch.sparse.addmm] = ROWS["_sparse_mm"], ROWS["addmm"]
-    table[F.softsign] = ROWS["softsign"]
+    table[F.softsign], table[torch.einsum] = ROWS["softsign"], Operation("einsum")
     for function in (F.lp_pool1d, F.lp_pool2d, F.lp_pool3d):
         table[function] = ROWS[function.__name__]
     for name, row in ROWS.items():
