@@ -21,6 +21,7 @@ from lrp_prune.names import layer_of, matches
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning, patterns_of
+from lrp_prune.without_data import on_own_data
 
 UNIT_KINDS: tuple[str, ...] = ("block", "head", "neuron")
 """The granularities that are found by tracing, from coarse to fine."""
@@ -124,6 +125,7 @@ class UnitObservers:
             self._reads[kind, name] = ReadStatistic(layer_of(name), self._statistic, self._batch, units, path)
         return self._reads[kind, name]
 
+    @on_own_data()
     def _units(self, kind: str, use: Use) -> Tensor:
         assert use.reading is not None
         if kind == "neuron":

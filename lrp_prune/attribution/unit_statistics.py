@@ -19,6 +19,7 @@ from lrp_prune.engine.shadow import distinct
 from lrp_prune.engine.tracing import by_weight, channel_axis
 from lrp_prune.engine.uses import Use
 from lrp_prune.relevance.statistics import Statistic, power_of
+from lrp_prune.without_data import has_data
 
 
 class ReadStatistic:
@@ -88,7 +89,7 @@ class ReadStatistic:
         return activation * gradient if self.path is None else self.path.add(activation, gradient)
 
     def _add(self, numbers: Tensor, values: Tensor) -> None:
-        if self._parts and torch.equal(self._parts[-1][0], numbers):
+        if self._parts and has_data(numbers) and torch.equal(self._parts[-1][0], numbers):
             self._parts[-1] = numbers, self._parts[-1][1] + values
         else:
             self._parts.append((numbers, values))

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrp_prune.engine.endings import ending_of
 from lrp_prune.names import canonical_name
+from lrp_prune.without_data import has_data
 
 HUGE = 1e4
 """From here on, below zero, an entry among zeros masks something; so large a number does."""
@@ -78,6 +79,8 @@ class Constants:
 
 
 def _masks(value: Tensor) -> bool:
+    if not has_data(value):
+        return True  # nothing is kept for either
     lowest = torch.finfo(value.dtype).min / 2
     forbidden = value <= max(-HUGE, lowest)
     never = ~torch.isfinite(value) | (value <= max(lowest, -1e30))

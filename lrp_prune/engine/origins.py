@@ -15,6 +15,7 @@ from torch import Tensor
 from lrp_prune.engine.facts import Fact
 from lrp_prune.engine.operations import PRODUCTS
 from lrp_prune.relevance.unscored import RESCALED, computed
+from lrp_prune.without_data import has_data, keeps_zeros, on_own_data
 
 _ELEMENTWISE = frozenset(
     "abs neg negative sign clamp clip clamp_min clamp_max round floor ceil trunc fix absolute".split()
@@ -217,13 +218,32 @@ def of_operation(
         return origin._replace(scaled=True)
     if stem in _CHOOSING:
         fillers = [operand for operand in operands if operand is not carrier and not _is_mask(operand)]
-        kept = len(found) == 1 and all(not bool(torch.as_tensor(filler).any()) for filler in fillers)
+        kept = len(found) == 1 and all(map(_is_zero, fillers))
         return origin._replace(scaled=True) if kept else lost(name, origins, kind)
-    if (kind in ("activation", "power") or stem in _ELEMENTWISE) and len(found) == 1:
-        zeros = again(carrier, torch.zeros_like(carrier))
-        if isinstance(zeros, Tensor) and not bool(zeros.any()):
-            return origin._replace(scaled=True)
+    elementwise = len(found) == 1 and (kind in ("activation", "power") or stem in _ELEMENTWISE)
+    if elementwise and _keeps_zeros(lambda zeros: again(carrier, zeros), carrier):
+        return origin._replace(scaled=True)
     return lost(name, origins, kind)
+
+
+def _is_zero(filler: Any) -> bool:
+    """Whether there is nothing but zeros in what is put in an entry's place; of what has no entries, that is assumed."""
+    if isinstance(filler, Tensor):
+        return not has_data(filler) or not bool(filler.any())
+    with on_own_data():
+        return not bool(torch.as_tensor(filler).any())
+
+
+def _keeps_zeros(function: Callable[[Tensor], Any], carrier: Tensor) -> bool:
+    """Whether an elementwise function of a constant is zero where that is."""
+    if has_data(carrier):
+        return keeps_zeros(function, carrier, tuple(carrier.shape))
+    try:
+        return keeps_zeros(
+            function, carrier, (1,) * carrier.dim()
+        )  # there is no telling how many entries there would be
+    except RuntimeError:
+        return False
 
 
 def _is_mask(value: Any) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrp_prune.without_data import has_data
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: rules choose their precision by themselves.
@@ -17,5 +19,5 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all entries are finite, as far as there are any: on the meta device there are shapes alone."""
-    return value.is_meta or bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
+    """Whether all entries are finite, as far as there are any."""
+    return not has_data(value) or bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.uses import Use
+from lrp_prune.without_data import has_data
 
 
 class Seen:
@@ -27,7 +28,7 @@ class Seen:
         known, values = layout.once(layout.on(self._values)), layout.once(use.weight.detach().to(self._values))
         agree = known.isnan() | torch.isclose(known, values, rtol=1e-2)
         known.copy_(values)
-        return bool(agree.all())
+        return not has_data(agree) or bool(agree.all())
 
     def values(self) -> Tensor | None:
         """In the parameter's shape; None where all uses were of the parameter itself."""

@@ -27,6 +27,7 @@ from lrp_prune.engine.shadow import (
     together,
     units_in,
 )
+from lrp_prune.without_data import has_data
 
 
 class Shadows:
@@ -79,6 +80,7 @@ class Shadows:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             numbers = torch.full((), NOTHING if own is None else MIXED, dtype=torch.int32, device=target.device)
             numbers = (numbers if own is None else own.numbers).expand(target.shape).clone()
+            index = _readable(index)
             if isinstance(value, Tensor):
                 numbers[index] = _untold(value) if other is None else other.numbers.expand(value.shape)
             else:
@@ -216,7 +218,7 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
     def numbers(value: Any) -> Any:
         nonlocal zero
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
+            return _readable(value)
         shadow = shadow_of(value)
         if shadow is None:
             return torch.full((), _untold(value), dtype=torch.int32, device=value.device).expand(value.shape)
@@ -243,7 +245,17 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
 
 def _untold(value: Tensor) -> int:
     """The number of entries without units: they are nothing only where they are zero, since layers read the others as well."""
-    return MIXED if value.requires_grad or (not value.is_meta and bool(value.any())) else NOTHING
+    return MIXED if value.requires_grad or (has_data(value) and bool(value.any())) else NOTHING
+
+
+def _readable(index: Any) -> Any:
+    """An index with entries: in a run without data the first, which stands for all."""
+    return tree_map(
+        lambda value: (
+            value if not isinstance(value, Tensor) or has_data(value) else torch.zeros(value.shape, dtype=value.dtype)
+        ),
+        index,
+    )
 
 
 def _padded_with_nothing(

@@ -23,6 +23,7 @@ from lrp_prune.engine.shadow import MIXED, NOTHING, Call, Shadow, cast_shadow, p
 from lrp_prune.engine.shadows import Shadows
 from lrp_prune.engine.tags import tag_of
 from lrp_prune.engine.unit_table import UnitTable
+from lrp_prune.without_data import on_own_data
 
 STACKED = "it holds several layers, as those of the experts of a mixture, whose channels are not told apart"
 """Why a weight that is multiplied layer by layer has no units."""
@@ -51,6 +52,7 @@ class UnitTracer:
         granularities: ``"neuron"``, ``"head"``, ``"block"``, or several.
     """
 
+    @on_own_data()
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], granularities: Iterable[str]) -> None:
         self.table = UnitTable(shapes)
         wanted = set(granularities)
@@ -70,6 +72,7 @@ class UnitTracer:
         if self.blocks is not None:
             self.blocks.carry(source, copy)
 
+    @on_own_data()
     def outputs(self, values: Iterable[Any]) -> None:
         """The model's own outputs: no unit may be among them."""
         for value in values:
@@ -79,6 +82,7 @@ class UnitTracer:
                 self.table.end(units, "the model's output")
                 self.table.refuse(units, "its channels are outputs of the model")
 
+    @on_own_data()
     def after(self, call: Call) -> None:
         """Follow a function that has just run."""
         if self._written is not None and call.result is self._written:
@@ -94,6 +98,7 @@ class UnitTracer:
         if self._heads is not None and _is_attended(call):
             self._cast_heads(call.result)
 
+    @on_own_data()
     def reads(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Reading:
         """What a layer reads, before it runs."""
         neurons = None if self._neurons is None else self._read_neurons(form, weight, origin, activation)
@@ -101,6 +106,7 @@ class UnitTracer:
         channels = 0 if axis is None else int(activation.shape[axis])
         return Reading(neurons, self._read_heads(form, origin, activation), channels, passes_channels(form, weight))
 
+    @on_own_data()
     def writes(
         self, form: Form, weight: Tensor, origin: Origin, reading: Reading, bias: Tensor | None, result: Tensor
     ) -> None:

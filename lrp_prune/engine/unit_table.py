@@ -17,6 +17,7 @@ from lrp_prune.engine.reasons import Reasons
 from lrp_prune.engine.shadow import MIXED, NOTHING, alike, units_in
 from lrp_prune.names import layer_of
 from lrp_prune.relevance.members import NOBODY, Member
+from lrp_prune.without_data import on_own_data
 
 
 class Group(NamedTuple):
@@ -98,6 +99,7 @@ class UnitTable:
         self._stacks[parameter, part].seen.add(slot.layer)
         return found[slot.layer * channels : (slot.layer + 1) * channels]
 
+    @on_own_data()
     def roots(self, numbers: Tensor) -> Tensor:
         """The number that stands for each unit; what is no unit stays as it is."""
         numbers = numbers.to("cpu")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrp_prune.models.profile import Profile
+from lrp_prune.without_data import has_data
 
 _OWN_COUNTS = ("create_position_ids_from_input_ids", "get_rope_index", "compute_3d_position_ids")
 
@@ -20,7 +21,9 @@ def counted_positions(profile: Profile, taken: Container[str], arguments: Mappin
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or "position_ids" not in taken or "position_ids" in arguments:
         return {}
-    if profile.inner is None or not profile.left_to_right or not bool((mask[:, 0] == 0).any()):
+    if profile.inner is None or not profile.left_to_right or not has_data(mask):
+        return {}
+    if not bool((mask[:, 0] == 0).any()):
         return {}
     if any(map(_counts_itself, profile.inner.modules())):
         return {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.engine.composites import composite_of
@@ -51,7 +52,7 @@ def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) 
         own = {entry.untyped_storage()._cdata for entry in state.values()}
         try:
             saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with undisturbed(runner), saving, torch.enable_grad():
+            with undisturbed(runner), saving, torch.enable_grad(), _InAnyPrecision():  # type: ignore[no-untyped-call]  # torch's
                 output = torch.func.functional_call(runner, state, (given,))
             logits = logits_of(output)
         except Exception as error:
@@ -61,6 +62,20 @@ def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) 
         keep(logits)
         total = sum(size for storage, (size, _) in kept.items() if storage not in own)
         return total, logits.untyped_storage().nbytes()
+
+
+class _InAnyPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Products of groups of rows are made in any precision, as they are with data: without, torch takes bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return func(*args, **kwargs)
+        taken = [
+            entry.to(torch.bfloat16) if torch.is_tensor(entry) and entry.is_floating_point() else entry
+            for entry in args
+        ]
+        return func(*taken, **kwargs).to(args[0].dtype)
 
 
 class Running(nn.Module):

@@ -12,6 +12,7 @@ from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.rule import Rule
 from lrp_prune.engine.rules.scales import share_of_power
 from lrp_prune.engine.tags import DECAYS, Tag, is_decay, is_gate, is_statistic, set_tag
+from lrp_prune.without_data import keeps_zeros
 
 _ZERO_AT_ZERO = frozenset(
     "relu gelu silu tanh elu selu celu leaky_relu relu6 hardswish mish softsign prelu erf sin square sign".split()
@@ -108,7 +109,7 @@ class Shares(Rule):
 def _absorbs(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether a function is not zero at zero; also where that cannot be told from a single entry."""
     try:
-        return bool((function(torch.zeros((1,) * x.dim(), dtype=x.dtype, device=x.device)) != 0).any())
+        return not keeps_zeros(function, x, (1,) * x.dim())
     except (RuntimeError, TypeError, ValueError, IndexError):
         return True
 

@@ -21,6 +21,7 @@ from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
 from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rule import Rule
+from lrp_prune.without_data import has_data
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def without_masked_rows(result: Any, dim: int) -> None:
         dim: along which it was taken.
     """
     node = getattr(result, "grad_fn", None)
-    if node is None or result.is_meta or result.dim() == 0 or result.shape[dim] == 0:
+    if node is None or not has_data(result) or result.dim() == 0 or result.shape[dim] == 0:
         return
     masked = result.detach().narrow(dim, 0, 1).isnan()  # as the whole row is, if one of its entries is
     if masked.is_cpu and not bool(masked.any()):
