@@ -16,6 +16,7 @@ from lrp_prune.engine.rules.messages import Message
 from lrp_prune.engine.rules.terms import power_of_part
 from lrp_prune.engine.seen import Seen
 from lrp_prune.engine.uses import Use
+from lrp_prune.names import layer_of
 from lrp_prune.relevance.statistics import Statistic, power_of
 from lrp_prune.relevance.unscored import RULES_DIFFER, SEVERAL
 
@@ -64,7 +65,10 @@ class WeightStatistic:
             return
         with torch.no_grad():
             activation = activation.detach()
-            self.add(input_energy(use, activation if use.all_tokens else self._batch.only_counted(activation)), use)
+            self.add(input_energy(use, activation if use.all_tokens else self._counted(use, activation)), use)
+
+    def _counted(self, use: Use, tensor: Tensor) -> Tensor:
+        return self._batch.only_counted(tensor, layer_of(self.name), use.edge)
 
     def make_room(self) -> None:
         """Allocate the sums ahead of the first backward pass.
@@ -86,9 +90,9 @@ class WeightStatistic:
         if use.all_tokens:
             pass
         elif use.messages is not None or activation.numel() <= d.numel() or self.statistic.contributing:
-            activation = self._batch.counted_activation(activation)
+            activation = self._batch.counted_activation(activation, layer_of(self.name), use.edge)
         else:
-            d = self._batch.only_counted(d)
+            d = self._counted(use, d)
         if self.statistic.contributing:
             self._add_inputs(use, activation if use.scale is None else activation * _by_channel(use.scale, activation))
         self._note_factor(use.messages)
@@ -102,7 +106,7 @@ class WeightStatistic:
     def _apart(self, use: Use, tensor: Tensor) -> Tensor:
         """The tensor with what is summed by itself, a sample or the maps of an image, along its first dimension."""
         if not self.statistic.by_map:
-            return self._batch.by_sample(tensor, self.name)
+            return self._batch.by_sample(tensor, self.name, use.edge)
         return tensor if tensor.dim() == use.weight.dim() else tensor[None]
 
     def _by_sample(self, use: Use, activation: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,7 +137,7 @@ class WeightStatistic:
         for message in found:
             a = message.of_input(activation)
             # Of a constant something is contributed by what does not count as well.
-            yield message, a if use.all_tokens or message.constant is None else self._batch.only_counted(a)
+            yield message, a if use.all_tokens or message.constant is None else self._counted(use, a)
 
     def _by_sign(self, use: Use, arrived: Iterable[tuple[Message, Tensor]], power: int, dtype: torch.dtype) -> Tensor:
         """What is contracted under a rule with terms: each message by itself, at the entries that it is about.

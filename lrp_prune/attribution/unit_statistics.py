@@ -55,7 +55,7 @@ class ReadStatistic:
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
             axis = _axis(use, activation)
-            counted = self._batch.only_counted(activation.detach())
+            counted = self._batch.only_counted(activation.detach(), self.name, use.edge)
             energy = _wide(counted).movedim(axis, -1).reshape(-1, activation.shape[axis]).square().sum(0)
             if not self.statistic.weighing:
                 self._add(self._units(use).to(energy.device), energy)
@@ -71,14 +71,14 @@ class ReadStatistic:
         relevance = self._relevance(_wide(activation), _wide(input_gradient))
         if relevance is None:
             return
-        relevance = self._batch.only_counted(relevance).movedim(axis, -1)
+        relevance = self._batch.only_counted(relevance, self.name, use.edge).movedim(axis, -1)
         units = self._units(use).to(relevance.device)
         relevance, numbers = _by_unit(relevance, units)
         if self.statistic.by_map and isinstance(use.form, Convolution):
             maps = relevance if activation.dim() == use.weight.dim() else relevance[None]  # there may be no samples
             reduced = maps.reshape(maps.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
         elif self.statistic.by_sample:
-            samples = self._batch.by_sample(relevance, self.name)
+            samples = self._batch.by_sample(relevance, self.name, use.edge)
             reduced = samples.reshape(samples.shape[0], -1, len(numbers)).sum(1).abs().sum(0)
         else:
             reduced = power_of(relevance.reshape(-1, len(numbers)), self.statistic.power, relevance.dtype).sum(0)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lrp_prune.engine.call import Call, is_activation
 from lrp_prune.engine.forms import Convolution, Form, form_of
@@ -41,6 +42,7 @@ class Use:
         messages: how relevance comes back to it by the terms of the layer's rule; None for the plain gradient.
         scale: by what the weight multiplies each channel of the activation besides, where a normalisation before the layer is
             folded into it; None for nothing.
+        edge: the activation's in the graph, which tells the order of its rows; None where there is none.
     """
 
     def __init__(
@@ -53,13 +55,15 @@ class Use:
         constant: bool = False,
         messages: list[Message] | None = None,
         scale: Tensor | None = None,
+        edge: GradientEdge | None = None,
     ) -> None:
+        self.edge = edge
         self.form, self.weight, self.origin, self.reading = form, weight, origin, reading
         self.all_tokens, self.constant, self.messages, self.scale = all_tokens, constant, messages, scale
 
     def coming_back(self, weight: Tensor, messages: list[Message] | None = None, scale: Tensor | None = None) -> "Use":
         """The use as it is seen in backward."""
-        return Use(self.form, weight, self.origin, self.reading, self.all_tokens, messages=messages, scale=scale)
+        return Use(self.form, weight, self.origin, self.reading, self.all_tokens, False, messages, scale, self.edge)
 
     def told(self, rule: Any, activation: Tensor, d: Tensor) -> "Use":
         """The use in backward, with the messages of a rule for its layer, if that has terms."""
@@ -284,7 +288,7 @@ class WeightUses:
             return None
         activation, weight, origin, form = found
         reading = None if self._tracer is None else self._tracer.reads(form, weight, origin, activation)
-        use = Use(form, weight, origin, reading, self._all_tokens)
+        use = Use(form, weight, origin, reading, self._all_tokens, edge=get_gradient_edge(activation))
         observers = [] if origin.name in self.left_out else self._observers(use)
         if observers and call.rule is not None and not call.rule.scores_weights:
             raise ValueError(
