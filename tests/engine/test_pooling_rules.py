@@ -144,10 +144,33 @@ def test_summands_share_the_relevance_of_their_sum(way: str, rule: str) -> None:
     torch.testing.assert_close(scored.sums["branch.weight"].sum(), of_branch.sum(), rtol=1e-6, atol=1e-9)
 
 
-def test_sums_with_constants_or_of_other_shapes_are_left_alone() -> None:
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_what_is_broadcast_has_the_shares_of_all_places(rule: str, samples: int) -> None:
+    """The same of positions that are added to a batch as of those that are repeated for it."""
+
+    class Placed(nn.Module):
+        def __init__(self, repeated: bool) -> None:
+            super().__init__()
+            self.places, self.repeated = nn.Parameter(torch.linspace(-1, 2, 8).view(1, 2, 4).double()), repeated
+
+        def forward(self, input: Tensor) -> Tensor:
+            places = self.places + 0 * input[:1]
+            return input + (places.expand(len(input), -1, -1).clone() if self.repeated else places)
+
+    torch.manual_seed(0)
+    x, c = torch.randn(samples, 2, 4).double(), torch.randn(samples, 2, 4).double()
+    ours, share = RULES[rule]
+    found = [relevance(Placed(repeated), x, c, {"sum": ours}) for repeated in (False, True)]
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+    places = torch.linspace(-1, 2, 8).view(1, 2, 4).double().expand_as(x)
+    torch.testing.assert_close(found[0], share(x, places) * c * (x + places), **EXACT)
+
+
+def test_sums_with_constants_are_left_alone() -> None:
     class Shifted(nn.Module):
         def forward(self, input: Tensor) -> Tensor:
-            return input + 1.0 + input.mean(-1, keepdim=True)
+            return input + 1.0
 
     x, c = torch.randn(3, 4).double(), torch.ones(3, 4).double()
     torch.testing.assert_close(relevance(Shifted(), x, c, {"sum": "equal_shares"}), relevance(Shifted(), x, c, {}))

@@ -19,7 +19,10 @@ _SIGNS = {"add": 1, "sub": -1, "subtract": -1}
 
 @dataclass(frozen=True)
 class _Summing(Rule):
-    """What hands on the relevance of a sum entry by entry; other sums (with constants, of other shapes) keep the gradient."""
+    """What hands on the relevance of a sum entry by entry; other sums (with constants) keep the gradient.
+
+    What is broadcast has the shares of all places that it stands in.
+    """
 
     kinds: ClassVar[tuple[str, ...] | None] = ("sum",)
 
@@ -30,8 +33,10 @@ class _Summing(Rule):
     def __call__(self, call: Call) -> Any:
         values = call.operands()
         sign = _SIGNS.get(call.function.__name__.rstrip("_"))
-        if sign is None or not all(map(is_activation, values)) or values[0].shape != values[1].shape:
+        if sign is None or not all(map(is_activation, values)):
             return call.run()
+        shape = torch.broadcast_shapes(*(value.shape for value in values))
+        values = [value if value.shape == shape else value.expand(shape) for value in values]
         alpha = call.kwargs.get("alpha", 1)
         of_nothing = call.with_operands([None, None])
         return _shared(
