@@ -135,6 +135,11 @@ def _refuse_quantized(
     for name, what in found.items():
         if matches(name, exclude) or (include is not None and not matches(name, include)):
             continue
+        if name in parameters and parameters[name].is_complex():
+            raise ValueError(
+                f"{name} is complex ({what}): relevance is a number for each weight, and a complex one is two. Leave it out "
+                "(exclude=), or hold its real and imaginary parts in parameters of their own"
+            )
         raise ValueError(
             f"{name} is quantized ({what}): its codes can be neither scored nor set to zero. Prune the model in a "
             "floating-point type and quantize it then"

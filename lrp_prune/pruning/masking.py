@@ -75,6 +75,10 @@ def masked_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 def _check_parameter(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(parameter.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}, its mask {shape}: was it made for another model?")
+    if parameter.is_complex():
+        raise ValueError(
+            f"{name} has type {parameter.dtype}: complex weights are not pruned, leave it out of the masks"
+        )
     if not parameter.is_floating_point():
         raise ValueError(
             f"{name} has type {parameter.dtype}: quantized weights cannot be set to zero, dequantize first"

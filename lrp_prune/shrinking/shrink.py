@@ -221,7 +221,12 @@ def _check_possible(model: nn.Module) -> None:
             f"{listed(adapted, 2)} have adapters, which are as wide as the layers: merge them before "
             "(lrp_prune.merge_adapters(model, masks))"
         )
-    integers = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    typed = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_floating_point()}
+    for name in (name for name, parameter in typed.items() if parameter.is_complex()):
+        raise ValueError(
+            f"{name} is complex: what becomes of its channels is not followed, so that nothing can be taken out"
+        )
+    integers = list(typed)
     if integers:
         raise ValueError(
             f"{integers[0]} is quantized: its codes cannot be taken apart by rows. Shrink the model in a floating-point type, "

@@ -121,8 +121,13 @@ class LastToken:
 
 
 def last_logits(model: nn.Module, batch: Any) -> Tensor:
-    """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are, of pixels their mean."""
+    """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are, of pixels their mean.
+
+    A model with a single output, ``[samples]``, has one class.
+    """
     logits = logits_for(model, batch)
+    if logits.dim() < 2:
+        return logits.reshape(-1, 1)
     if logits.dim() == 2:
         return logits
     if logits.dim() > 3:  # a class for each pixel

@@ -182,6 +182,23 @@ def test_quantized_layers_are_refused_by_name(make: Callable[[], nn.Module], mes
         assert list(candidates(model, exclude=["0"] if make is _static else None, include=["1"])) == ["1.weight"]
 
 
+def test_a_complex_weight_is_refused_as_such_and_can_be_left_out() -> None:
+    class Filtering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter, self.last = nn.Parameter(torch.randn(8, 8, dtype=torch.complex64)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last((x.to(torch.complex64) @ self.filter).real + x)
+            return result
+
+    batch = (torch.randn(3, 8), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"filter is complex \(torch.complex64\).*exclude="):
+        lrp_prune.attribute(Filtering(), [batch], target="class")
+    found = lrp_prune.attribute(Filtering(), [batch], target="class", exclude=["filter"], unruled="ignore")
+    assert list(found) == ["last.weight"]
+
+
 def test_a_quantized_recurrent_layer_is_named_once() -> None:
     from lrp_prune.engine.quantized import quantized_modules
 

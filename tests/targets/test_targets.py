@@ -178,3 +178,21 @@ def test_an_unfitting_batch_is_named() -> None:
         )
     with pytest.raises(ValueError, match="holds no tensor"):
         lrp_prune.attribute(nn.Linear(2, 2), ["text"])
+
+
+def test_a_single_output_for_each_sample_is_one_class() -> None:
+    """Of a model that leaves the dimension of classes out."""
+
+    class Regressing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(x).squeeze(-1)
+            return result
+
+    model, x = Regressing(), torch.randn(3, 4)
+    found = lrp_prune.explain(model, x)
+    torch.testing.assert_close(found.values, model(x).detach())
+    torch.testing.assert_close(found.inputs["x"].relevance, x * model.last.weight.detach())
