@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lrp_prune.engine.call import Call, is_activation
-from lrp_prune.engine.forms import Convolution, Form, form_of
+from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution, form_of
 from lrp_prune.engine.functional import own_memory
 from lrp_prune.engine.held import Held, Switch
 from lrp_prune.engine.operands import Latest
@@ -74,6 +74,8 @@ class Use:
 
     def layout(self) -> str | None:
         """What a row of the weight is (see :class:`~lrp_prune.relevance.Relevance`); None where the use does not tell."""
+        if isinstance(self.form, TransposedConvolution):  # in groups an index of outputs is one of several
+            return "transposed_convolution" if self.form.groups == 1 else None
         if isinstance(self.form, Convolution):
             return "convolution"
         if self.form.channel_dim is None or self.origin.layout is None:

@@ -17,6 +17,7 @@ from lrp_prune.attribution.sharded import shardings_of
 from lrp_prune.distributed.sharding import Sharding, agreeing, local_part, sharding_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.checking import explaining_nothing
+from lrp_prune.pruning.layouts import layouts_of
 from lrp_prune.pruning.methods import (
     Collects,
     Method,
@@ -154,6 +155,7 @@ class Scorer:
             members=members if rows else None,
             unscored={name: refused[name] for name in self._parameters if name in refused},
             shardings=shardings_of(self._model),
+            layouts={} if rows else {name: kind for name, kind in layouts_of(self._model).items() if name in scored},
         )
 
 

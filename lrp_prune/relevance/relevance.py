@@ -52,7 +52,8 @@ class Relevance(Mapping[str, Tensor]):
             :mod:`lrp_prune.relevance.unscored`): queries and keys under CP-LRP, experts that no token went to. What they
             matter is unknown, so that they are never pruned; but a sparsity is the share of everything that was asked for.
         layouts: what is a row of each weight, by what was seen of its use: ``"linear"`` ``[out, in]``, ``"transposed"``
-            ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``.
+            ``[in, out]``, ``"stacked"`` and ``"stacked_transposed"`` (one matrix per expert), ``"convolution"``,
+            ``"transposed_convolution"``.
         inputs: of statistics with contributions (``geometric``), sums over samples and tokens of the squares of what each
             weight multiplies, in shapes that broadcast to the weights'.
         mean_weights: of the same, the mean absolute weight for each of the ``inputs``.

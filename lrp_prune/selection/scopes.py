@@ -11,7 +11,14 @@ from torch import Tensor
 from lrp_prune.names import matches
 
 SCOPES: tuple[str, ...] = ("global", "layer", "row", "column", "N:M")
-LAYOUTS: tuple[str, ...] = ("linear", "transposed", "stacked", "stacked_transposed", "convolution")
+LAYOUTS: tuple[str, ...] = (
+    "linear",
+    "transposed",
+    "stacked",
+    "stacked_transposed",
+    "convolution",
+    "transposed_convolution",
+)
 
 
 class Structure(NamedTuple):
@@ -184,6 +191,7 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
     | ``stacked`` (experts) | ``[stack, out, in]`` | ``stack, out`` | ``stack, in`` | ``in`` |
     | ``stacked_transposed`` | ``[stack, in, out]`` | ``stack, out`` | ``stack, in`` | ``in`` |
     | ``convolution`` | ``[out, in, *kernel]`` | ``out`` | ``in`` | ``in`` |
+    | ``transposed_convolution`` (not in groups) | ``[in, out, *kernel]`` | ``out`` | ``in`` | ``in`` |
     | ``vector`` | ``[n]`` | the whole | none | ``n`` |
 
     Raises:
@@ -198,10 +206,10 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
         view = tensor.reshape(1, 1, -1)
     else:
         stacked = layout.startswith("stacked")
-        if tensor.dim() < 2 + stacked or (layout != "convolution" and tensor.dim() != 2 + stacked):
+        if tensor.dim() < 2 + stacked or (not layout.endswith("convolution") and tensor.dim() != 2 + stacked):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is not {layout}")
         view = tensor if stacked else tensor.unsqueeze(0)
-        if layout.endswith("transposed"):
+        if "transposed" in layout:
             view = view.transpose(1, 2)
         if scope == "column":
             view = view.transpose(1, 2)
@@ -217,7 +225,7 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
 
 def input_dim(layout: str) -> int:
     """The dimension that lies along a layer's inputs."""
-    return {"vector": 0, "transposed": 0, "stacked": 2}.get(layout, 1)
+    return {"vector": 0, "transposed": 0, "transposed_convolution": 0, "stacked": 2}.get(layout, 1)
 
 
 def row_dims(layout: str, scope: str | Structure) -> list[int]:

@@ -35,7 +35,7 @@ class _Summing(Rule):
         sign = _SIGNS.get(call.function.__name__.rstrip("_"))
         if sign is None or not all(map(is_activation, values)):
             return call.run()
-        shape = torch.broadcast_shapes(*(value.shape for value in values))  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_tensors(*values)[0].shape  # type: ignore[no-untyped-call]  # torch's
         values = [value if value.shape == shape else value.expand(shape) for value in values]
         alpha = call.kwargs.get("alpha", 1)
         of_nothing = call.with_operands([None, None])
