@@ -102,6 +102,8 @@ def _followed(edge: GradientEdge, rows: int, read: Reader) -> Tensor | None:
     shape = edge.node._input_metadata[edge.output_nr].shape
     numbers = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
     leading = 1 if shape[0] == rows else 2
+    if math.prod(shape[:leading]) != rows:  # of a convolution, whose second dimension are channels
+        return None
     numbers = numbers.reshape(*shape[:leading], *(1,) * (len(shape) - leading))
     pending: list[tuple[Any, int, Tensor]] = [(edge.node, edge.output_nr, numbers)]
     seen: set[Any] = set()
