@@ -245,7 +245,8 @@ def _passes(batches: int) -> tuple[int, int]:
     """How many forward passes recalibration takes, and how many batches it fits scales to."""
     fitted, judged = (len(part) for part in parts_of_reference(list(range(batches))))
     one_to_measure = 1
-    return one_to_measure + fitted * (1 + len(STRENGTHS)) + judged * (2 + len(STRENGTHS)), fitted
+    whether_together = 4 if fitted > 1 else 0  # two batches alone, and as one
+    return one_to_measure + whether_together + fitted * (1 + len(STRENGTHS)) + judged * (2 + len(STRENGTHS)), fitted
 
 
 def _compared(runner: "Comparing", batch: Any, dtype: torch.dtype | None, fitted: int) -> int:
