@@ -62,7 +62,7 @@ def test_recalibrating_takes_what_is_planned(sizes, batches, monkeypatch):
     counted = live.peak + _bytes(model.parameters()) + _bytes(model.buffers())
     assert plan.recalibrating == pytest.approx(counted, rel=0.15)
     assert plan.recalibration_passes == sum(forwards)
-    assert lrp_prune.estimate(model, batch=(2, 128), batches=40).recalibration_passes == 1 + 12 * 3 + 4 * 4
+    assert lrp_prune.estimate(model, batch=(2, 128), batches=40).recalibration_passes == 1 + 4 + 12 * 3 + 4 * 4
     dense = lrp_prune.estimate(model, batch=(2, 128), batches=batches, sparsity=0.0)
     values = sum(model.get_parameter(name).nbytes for name in masks)
     assert plan.recalibration - dense.recalibration == pytest.approx(values / 2, rel=0.01)
