@@ -27,6 +27,7 @@ from lrp_prune.progress import number_of
 from lrp_prune.pruning import Compensation, Method, Scope, sparsity_schedule
 from lrp_prune.pruning.adjusting import check_alone
 from lrp_prune.pruning.compensation import compensation_of
+from lrp_prune.pruning.layouts import layouts_of
 from lrp_prune.pruning.methods import method_of
 from lrp_prune.pruning.schedules import Schedule, rounds_of
 from lrp_prune.pruning.scope import settled
@@ -177,21 +178,17 @@ def checked_scope(scope: Any, method: Method, kinds: tuple[str, ...]) -> Scope:
         return settled(scope, method, kinds)
 
 
-def layouts_of(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[str, str | None]:
+def known_layouts(pl_module: nn.Module, names: Iterable[str], data: bool) -> dict[str, str | None]:
     """What a row of each weight is, as far as it is known before the model has run.
 
     Args:
         pl_module: the model.
         names: of the weights.
-        data: whether uses in a forward will tell; else shapes do.
+        data: whether uses in a forward will tell; else shapes do, where modules do not.
     """
-    parameters, layers = named_parameters(pl_module), set()
-    for module in pl_module.modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            # A weight that is computed would be computed now; those of spectral_norm change by that.
-            layers.add(id(module._parameters.get("weight")))
-    known = {name: layout_of(tuple(parameters[name].shape)) for name in names if name in parameters}
-    return {name: known.get(name) if not data or id(parameters.get(name)) in layers else None for name in names}
+    parameters, known = named_parameters(pl_module), layouts_of(pl_module)
+    shapes = {name: tuple(parameters[name].shape) for name in names if name in parameters}
+    return {name: known.get(name, None if data or name not in shapes else layout_of(shapes[name])) for name in names}
 
 
 def check_validation(trainer: Trainer, name: str, what: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._callbacks import callbacks_of
-from lrp_prune.callbacks._checks import check_apart, layouts_of
+from lrp_prune.callbacks._checks import check_apart, known_layouts
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
@@ -58,7 +58,7 @@ class Round:
         if scored:
             shapes = {name: tuple(parameter.shape) for name, parameter in scored.items()}
             self._pruner.check_adapters(pl_module, shapes)
-            self._pruner.check(layouts_of(pl_module, scored, self._collection.needs_data), shapes)
+            self._pruner.check(known_layouts(pl_module, scored, self._collection.needs_data), shapes)
 
     def rehearse(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
         """Refuse now what one batch tells, see :meth:`Collection.rehearse`.

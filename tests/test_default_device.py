@@ -19,7 +19,6 @@ def _files() -> list[Path]:
             *(ROOT / "callbacks").rglob("*.py")]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_each_new_tensor_has_a_device() -> None:
     assert len(_files()) > 150
     without = [

@@ -250,12 +250,11 @@ def _untold(value: Tensor) -> int:
 
 def _readable(index: Any) -> Any:
     """An index with entries: in a run without data the first, which stands for all."""
-    return tree_map(
-        lambda value: (
-            value if not isinstance(value, Tensor) or has_data(value) else torch.zeros(value.shape, dtype=value.dtype)
-        ),
-        index,
-    )
+    return tree_map(lambda value: _first(value) if isinstance(value, Tensor) and not has_data(value) else value, index)
+
+
+def _first(index: Tensor) -> Tensor:
+    return torch.zeros(index.shape, dtype=index.dtype, device="cpu")
 
 
 def _padded_with_nothing(

@@ -17,9 +17,16 @@ def layouts_of(model: nn.Module) -> dict[str, str]:
     kinds: dict[int, str] = {}
     for module in unwrap(model).modules():
         kind = _kind_of(module)
-        if kind is not None:
-            kinds.update({id(entry): kind for entry in module.parameters(recurse=False) if entry.dim() > 1})
+        if kind is None:
+            continue
+        for entry in module.parameters(recurse=False):
+            if entry.dim() == _MATRIX or (entry.dim() > _MATRIX and kind.endswith("convolution")):
+                kinds[id(entry)] = kind
     return {name: kinds[id(entry)] for name, entry in named_parameters(unwrap(model)).items() if id(entry) in kinds}
+
+
+_MATRIX = 2
+"""Dimensions of a weight that is no kernel; what else a module has (a key added to all) is none."""
 
 
 def _kind_of(module: nn.Module) -> str | None:

@@ -81,6 +81,29 @@ def test_numbers_are_sums_or_means_of_samples(number: Callable[[Tensor], Tensor]
     assert gives_the_same(torch.cat([first, second]), first, second, lambda batch: [number(batch)]) == expected
 
 
+def by_time(batch: Tensor) -> list[Tensor]:
+    """Rows of all samples, one step after the other, as they are packed."""
+    return [batch.transpose(0, 1).flatten(0, 1)]
+
+
+def test_rows_may_come_in_another_order_and_not_be_others() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(3, 4, 2), torch.randn(5, 4, 2)
+    both = torch.cat([first, second])
+    assert gives_the_same(both, first, second, by_time)
+    assert not gives_the_same(both, first, second, lambda batch: [by_time(batch)[0].cumsum(0)])
+
+
+def test_rows_that_add_up_to_nothing_are_compared_one_by_one() -> None:
+    half = torch.randn(4, 3)
+    batch = torch.cat([half, -half])
+
+    def outputs(given: Tensor) -> list[Tensor]:
+        return [given * (1 + 1e-6 * torch.rand(given.shape))]
+
+    assert gives_the_same(torch.cat([batch, batch]), batch, batch, outputs)
+
+
 def test_memory_that_is_not_enough_is_no_answer() -> None:
     def outputs(batch: Tensor) -> list[Tensor]:
         if len(batch) > 2:

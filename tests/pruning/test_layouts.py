@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrp_prune
 from lrp_prune.pruning import scorer
+from lrp_prune.pruning.layouts import layouts_of
 
 LAYERS = {
     "linear": (lambda: nn.Linear(8, 4), (2, 8), 1),
@@ -42,3 +43,8 @@ def test_two_of_four_inputs_are_kept_by_each_method(case: str, method: str) -> N
             assert bool((outputs.sum(1) * 2 == outputs.shape[1]).all())
         else:
             assert bool((kept.unflatten(-1, (-1, size)).sum(-1) == 2).all())
+
+
+def test_what_else_a_module_has_is_no_matrix() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    assert layouts_of(attention) == {"in_proj_weight": "linear", "out_proj.weight": "linear"}

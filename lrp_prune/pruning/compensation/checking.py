@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.uses import Product
-from lrp_prune.pruning.compensation.runs import Runs
+from lrp_prune.pruning.compensation.partial_runs import PartialRuns
 from lrp_prune.pruning.compensation.stages import Given, Kept
+from lrp_prune.pruning.processes import Processes
 from lrp_prune.pruning.products import ComputedUses
 
 _BATCHES = 2
@@ -63,7 +64,9 @@ class _Noted(ComputedUses):
             self.inputs[name].append((found.origin.name, size))
 
 
-def not_reproduced(runs: Runs, stages: Mapping[str, nn.Module], needed: Mapping[str, Collection[str]]) -> list[str]:
+def not_reproduced(
+    runs: PartialRuns, stages: Mapping[str, nn.Module], needed: Mapping[str, Collection[str]], processes: Processes
+) -> list[str]:
     """The stages whose layers get something else where the outputs of those before them stand in for these.
 
     Of a model that gives something else each time it is run, none can be told.
@@ -72,21 +75,25 @@ def not_reproduced(runs: Runs, stages: Mapping[str, nn.Module], needed: Mapping[
         runs: of the model, as it is; its first two batches are taken, so that what one leaves behind is found by the other.
         stages: in the order of execution.
         needed: for each stage those whose outputs it is made of.
+        processes: those that do this together, who all find what one of them finds.
     """
-    expected = [_whole(runs, index, stages) for index in range(min(len(runs.batches), _BATCHES))]
+    with processes.agreeing():
+        expected = [_whole(runs, index, stages) for index in range(min(len(runs.batches), _BATCHES))]
     given, wrong = Given(stages, needed, "cpu"), list[str]()
     for name, stage in stages.items():
-        outputs = [_run_alike(runs, index, name, stage, given, whole[name]) for index, whole in enumerate(expected)]
-        if all(outputs):
+        with processes.agreeing():
+            outputs = [_run_alike(runs, index, name, stage, given, whole[name]) for index, whole in enumerate(expected)]
+        if all(processes.gathered(all(outputs))):
             given.keep(name, [output[0] for output in outputs if output is not None])
         else:
             wrong.append(name)
-    again = _whole(runs, 0, stages) if wrong else expected[0]
-    return wrong if all(_alike(again[name], expected[0][name]) for name in stages) else []
+    with processes.agreeing():
+        again = _whole(runs, 0, stages) if wrong else expected[0]
+    return wrong if all(processes.gathered(all(_alike(again[name], expected[0][name]) for name in stages))) else []
 
 
 def _run_alike(
-    runs: Runs, index: int, name: str, stage: nn.Module, given: Given, expected: _Inputs
+    runs: PartialRuns, index: int, name: str, stage: nn.Module, given: Given, expected: _Inputs
 ) -> tuple[Any] | None:  # fmt: skip
     """What a stage gives; None if its layers do not get, at each time that it is run, what they got."""
     output: Any = None
@@ -106,7 +113,7 @@ def _run_alike(
     return (output,)
 
 
-def _whole(runs: Runs, index: int, stages: Mapping[str, nn.Module]) -> dict[str, _Inputs]:
+def _whole(runs: PartialRuns, index: int, stages: Mapping[str, nn.Module]) -> dict[str, _Inputs]:
     """What the layers of all stages get where none stands in for another; what comes behind the last one is not run."""
     noted = _Noted(stages)
     if stages:

@@ -18,10 +18,10 @@ from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.checking import not_reproduced
 from lrp_prune.pruning.compensation.compensated import Compensated
-from lrp_prune.pruning.compensation.inputs import Group, merged
+from lrp_prune.pruning.compensation.grouping import Group, merged
+from lrp_prune.pruning.compensation.partial_runs import PartialRuns
 from lrp_prune.pruning.compensation.reading import StageReading
 from lrp_prune.pruning.compensation.refining import Refining
-from lrp_prune.pruning.compensation.runs import Runs
 from lrp_prune.pruning.compensation.stages import (
     Given,
     Watched,
@@ -110,7 +110,7 @@ def compensate_(
     target = subject.own_target if subject.own_target is not None and not callable(target) else target
     begun = time.perf_counter()
     changing = changing or (lambda _: None)
-    runs = Runs(module, masks, reference, target, device)
+    runs = PartialRuns(module, masks, reference, target, device)
     run = _Compensating(runs, compensation, processes, changing, refining)
     found = run.run(shown)
     found.samples = sum(processes.gathered(samples))
@@ -122,7 +122,7 @@ class _Compensating:
     """One run through a model."""
 
     def __init__(
-        self, runs: Runs, way: Compensation, processes: Processes,
+        self, runs: PartialRuns, way: Compensation, processes: Processes,
         changing: Callable[[Sequence[nn.Parameter]], object], refining: Refining | None,
     ) -> None:  # fmt: skip
         self._runs, self._way, self._refining = runs, way, refining
@@ -190,9 +190,7 @@ class _Compensating:
 
         Where it cannot be one, as it is trained stage by stage or divided among processes, those that are not are only masked.
         """
-        with self._processes.agreeing():
-            wrong = not_reproduced(self._runs, stages, made_of(forwards, stages))
-        wrong = [name for name in stages if any(name in theirs for theirs in self._processes.gathered(wrong))]
+        wrong = not_reproduced(self._runs, stages, made_of(forwards, stages), self._processes)
         if not wrong:
             return stages
         if self._refining is None and not self._processes.in_step:

@@ -9,18 +9,10 @@ from torch import Tensor, nn
 
 from lrp_prune.engine.uses import Product
 from lrp_prune.pruning.choices import Choices
-from lrp_prune.pruning.compensation.inputs import (
-    ROOM,
-    DenseInputs,
-    Group,
-    Grouped,
-    Inputs,
-    Planned,
-    merged,
-    reading_otherwise,
-)
+from lrp_prune.pruning.compensation.grouping import Group, Grouped, merged, reading_otherwise
+from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Inputs, Planned
+from lrp_prune.pruning.compensation.partial_runs import PartialRuns
 from lrp_prune.pruning.compensation.repeating import RepeatedUses, Results, settled
-from lrp_prune.pruning.compensation.runs import Runs
 from lrp_prune.pruning.compensation.stages import Given, holding
 from lrp_prune.pruning.compensation.systems import Systems, taken_of
 from lrp_prune.pruning.compensation.wholes import copies_of
@@ -44,8 +36,9 @@ class StageReading:
     """
 
     def __init__(
-        self, name: str, module: nn.Module, held: Mapping[str, nn.Parameter], runs: Runs, known: tuple[Given | None, Given],
-        outside: Mapping[nn.Parameter, Tensor], weights: list[Tensor | None], processes: Processes,
+        self, name: str, module: nn.Module, held: Mapping[str, nn.Parameter], runs: PartialRuns,
+        known: tuple[Given | None, Given], outside: Mapping[nn.Parameter, Tensor], weights: list[Tensor | None],
+        processes: Processes,
     ) -> None:  # fmt: skip
         self.name, self.module, self.held = name, module, held
         self._runs, self._weights, self._processes = runs, weights, processes

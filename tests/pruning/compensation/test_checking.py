@@ -12,13 +12,16 @@ import lrp_prune
 from lrp_prune.pruning import LeastSquares, Masks
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation import compensate_
-from lrp_prune.pruning.compensation.checking import not_reproduced
+from lrp_prune.pruning.compensation.checking import _alike, not_reproduced
 from lrp_prune.pruning.compensation.compensated import Compensated
-from lrp_prune.pruning.compensation.runs import Runs
+from lrp_prune.pruning.compensation.partial_runs import PartialRuns
 from lrp_prune.pruning.compensation.stages import Watched, made_of, stages_of
 from lrp_prune.pruning.pairs import PlacedUses
+from lrp_prune.pruning.processes import Processes
 from tests.support.compensation import EXACT, check_closed_form, half
 from tests.support.small_models import batch_for, build
+
+ALONE = Processes(None)
 
 
 class State:
@@ -91,8 +94,11 @@ class Sideways(Stacked):
 class Noisy(Stacked):
     """Gives something else each time."""
 
+    calls = 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.1 * torch.randn_like(x))
+        self.calls += 1
+        return super().forward(x + 0.1 * self.calls)
 
 
 class Keyed(Stacked):
@@ -139,14 +145,14 @@ def pruned(model: nn.Module) -> Masks:
     return half(model, [name for name, weight in model.named_parameters() if weight.dim() > 1])
 
 
-def found_in(model: nn.Module, batches: list[Any]) -> list[str]:
+def found_in(model: nn.Module, batches: list[Any], processes: Processes = ALONE) -> list[str]:
     masks = pruned(model)
-    runs = Runs(model, masks, batches, "", torch.device("cpu"))
+    runs = PartialRuns(model, masks, batches, "", torch.device("cpu"))
     stages = stages_of(model, {name: weight for name, weight in model.named_parameters() if name in masks})
     watched = Watched(stages)
     with watched.watching():
         runs.outputs(batches[0], PlacedUses(masks), Choices())
-    return not_reproduced(runs, stages, made_of([watched], stages))
+    return not_reproduced(runs, stages, made_of([watched], stages), processes)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -207,6 +213,27 @@ def test_those_that_are_trained_stage_by_stage_leave_them_out_by_name() -> None:
     for name, weight in model.named_parameters():
         if name in masks:
             assert not weight[~masks[name]].any()
+
+
+def test_inputs_are_alike_where_the_same_weights_get_as_much() -> None:
+    expected = [("a", 1.0), ("b", 2.0)]
+    assert _alike([("a", 1.0), ("b", 2.00001)], expected)
+    for other in ([("a", 1.0), ("b", 2.1)], [("a", 1.0)], [("a", 1.0), ("c", 2.0)], []):
+        assert not _alike(other, expected)
+
+
+def test_what_one_process_finds_all_find() -> None:
+    class Pair(Processes):
+        """Another process, in which the second stage is not reproduced."""
+
+        asked = 0
+
+        def gathered(self, value: Any) -> list[Any]:
+            self.asked += 1
+            return [value, self.asked != 2]
+
+    torch.manual_seed(0)
+    assert found_in(Stacked(), [torch.randn(32, 8)], Pair(None)) == ["blocks.1"]
 
 
 def test_a_model_of_one_batch_and_of_plain_stages_is_told_as_before() -> None:

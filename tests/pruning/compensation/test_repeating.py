@@ -15,7 +15,8 @@ from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon, scorer
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation import compensate_
-from lrp_prune.pruning.compensation.inputs import Grouped, Inputs
+from lrp_prune.pruning.compensation.grouping import Grouped
+from lrp_prune.pruning.compensation.inputs import Inputs
 from lrp_prune.pruning.compensation.repeating import RepeatedUses, Results, Seen, settled
 from lrp_prune.pruning.compensation.stages import StageReached
 from lrp_prune.pruning.masks import Masks

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.pruning import LeastSquares
 from lrp_prune.pruning.compensation import compensate_
 from tests.support.compensation import EXACT, half
 
@@ -36,6 +35,23 @@ class Sometimes(nn.Module):
         return q + (self.b(x) if len(x) > 40 else self.b(3 * q.relu() + 1))
 
 
+def check_regression(dense: nn.Module, model: nn.Module, name: str, batches: list[Tensor], masks: Tensor) -> None:
+    """A layer is the ridge regression on what it gets at all of its uses; half of its targets are of what the dense one gets."""
+    layer, before = model.get_submodule(name), dense.get_submodule(name)
+    x, wanted = (inputs_of(entry, entry.get_submodule(name), batches) for entry in (model, dense))
+    ones, theirs = (torch.cat([entry, torch.ones(len(entry), 1).to(entry)], dim=1) for entry in (x, wanted))
+    damping = EXACT.damping * float(x.square().sum(0).mean())
+    mixed = ones.lerp(theirs, EXACT.dense)
+    start = torch.cat([before.weight, before.bias[:, None]], dim=1).detach()  # type: ignore[list-item, index]
+    gram = ones.T @ ones + damping * torch.eye(ones.shape[1]).to(x)
+    for row, own in enumerate(masks):
+        at = torch.cat([own, torch.tensor([True])])
+        cross = start[row] @ (mixed.T @ ones) + damping * start[row]
+        expected = torch.linalg.solve(gram[at][:, at], cross[at])
+        found = torch.cat([layer.weight[row, own], layer.bias[row : row + 1]]).detach()  # type: ignore[index]
+        assert torch.allclose(found, expected, atol=1e-6), name
+
+
 def inputs_of(model: nn.Module, layer: nn.Module, batches: list[Tensor]) -> Tensor:
     """What a layer gets, at all of its uses."""
     found = list[Tensor]()
@@ -56,16 +72,9 @@ def test_a_layer_has_the_least_squares_of_all_of_its_uses(make: Callable[[], nn.
     batches = [torch.randn(48, 8).double(), torch.randn(32, 8).double()]
     names = [name for name, weight in model.named_parameters() if weight.dim() > 1]
     masks, dense = half(model, names), copy.deepcopy(model)
-    compensate_(model, masks, batches, LeastSquares(dense=0.0, damping=1e-8, steps=500, tolerance=1e-12))
+    compensate_(model, masks, batches, EXACT)
     for name in ("0.0.b", "0.1.b"):
-        layer, before = model.get_submodule(name), dense.get_submodule(name)
-        x = inputs_of(model, layer, batches)
-        ones = torch.cat([x, torch.ones(len(x), 1).double()], dim=1)
-        for row, kept in enumerate(masks[f"{name}.weight"]):
-            at = torch.cat([kept, torch.tensor([True])])
-            expected = torch.linalg.lstsq(ones[:, at], before(x)[:, row].detach()).solution
-            found = torch.cat([layer.weight[row, kept], layer.bias[row : row + 1]]).detach()
-            assert torch.allclose(found, expected, atol=1e-4), name
+        check_regression(dense, model, name, batches, masks[f"{name}.weight"])
 
 
 class Turned(nn.Module):
@@ -91,16 +100,4 @@ def test_a_layer_of_several_blocks_is_masked_by_name_and_its_dense_values_make_t
     assert found.left_out == {"0.shared.weight": "is used by something else as well"} and len(found.errors) == 2
     kept = masks["0.shared.weight"]
     assert torch.equal(model[0].shared.weight, dense[0].shared.weight * kept)
-    # Half of the targets of the second block's own layer are made of what the dense one gets.
-    x, wanted = (inputs_of(entry, entry[1].own, batches) for entry in (model, dense))
-    ones, theirs = (torch.cat([entry, torch.ones(len(entry), 1).double()], dim=1) for entry in (x, wanted))
-    damping = EXACT.damping * float(x.square().sum(0).mean())
-    mixed = ones.lerp(theirs, EXACT.dense)
-    before = torch.cat([dense[1].own.weight, dense[1].own.bias[:, None]], dim=1).detach()
-    gram = ones.T @ ones + damping * torch.eye(9).double()
-    for row, own in enumerate(masks["1.own.weight"]):
-        at = torch.cat([own, torch.tensor([True])])
-        cross = before[row] @ (mixed.T @ ones) + damping * before[row]
-        expected = torch.linalg.solve(gram[at][:, at], cross[at])
-        mine = torch.cat([model[1].own.weight[row, own], model[1].own.bias[row : row + 1]]).detach()
-        assert torch.allclose(mine, expected, atol=1e-6)
+    check_regression(dense, model, "1.own", batches, masks["1.own.weight"])

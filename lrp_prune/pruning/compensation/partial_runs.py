@@ -16,8 +16,8 @@ from lrp_prune.pruning.pairs import PlacedUses
 from lrp_prune.pruning.passes import outputs_of, tensors_in
 
 
-class Runs:
-    """Runs of a model on reference batches.
+class PartialRuns:
+    """PartialRuns of a model on reference batches.
 
     Args:
         module: the model.
