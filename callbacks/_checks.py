@@ -191,15 +191,6 @@ def known_layouts(pl_module: nn.Module, names: Iterable[str], data: bool) -> dic
     return {name: known.get(name, None if data or name not in shapes else layout_of(shapes[name])) for name in names}
 
 
-def check_validation(trainer: Trainer, name: str, what: str) -> None:
-    """Refuse a training without validations for a callback that works in them and nowhere else."""
-    if not trainer.enable_validation:
-        raise MisconfigurationException(
-            f"{name} {what} at the end of validations, but this training has none: give it a validation loader and a "
-            "validation_step (and limit_val_batches > 0), or call trainer.validate afterwards"
-        )
-
-
 def checked_key(callback: Callback, key: str, way_out: str) -> str:
     """A callback's state key; refuses a second callback with the same one, and says what to do about it.
 

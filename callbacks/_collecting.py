@@ -3,14 +3,29 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-from lrp_prune.callbacks import _uneven
+from lrp_prune.callbacks import _resuming, _uneven
 from lrp_prune.callbacks._averages import trained_weights
 from lrp_prune.models.batches import contained
+
+
+def check_validation(trainer: Trainer, name: str, does: str) -> None:
+    """Refuse a training without validations for a callback that works in them alone; say where a resume leaves one out.
+
+    Raises:
+        MisconfigurationException: likewise.
+    """
+    if not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"{name} {does} at the end of validations, but this training has none: give it a validation loader and a "
+            "validation_step (and limit_val_batches > 0), or call trainer.validate afterwards"
+        )
+    _resuming.warn_of_skipped(trainer, f"{name} {does} at the end of the next, if there is one")
 
 
 class CollectingCallback(Callback, ABC):

@@ -19,6 +19,7 @@ from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.conditions.activation import UNDESIRED
 from lrp_prune.correction.conditions.states import joined, module_at, states_in
 from lrp_prune.correction.gating import later_parameters, within_reach
+from lrp_prune.models.subject import subject_of
 from lrp_prune.relevance import Relevance
 from lrp_prune.wrapper.internals import to_device
 
@@ -75,7 +76,7 @@ class ConditionSets:
     def check(self, pl_module: LightningModule) -> None:
         """Raise now if there is no such module."""
         with misconfiguration((ValueError, KeyError)):
-            module_at(inner(pl_module), self._learned.at)
+            module_at(subject_of(inner(pl_module)).module, self._learned.at)
 
     def remember(self, batch: Any, dataloader_idx: int) -> None:
         """Keep the first batch of each set that the sanity check has."""
@@ -102,7 +103,7 @@ class ConditionSets:
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the validation that begins."""
         self._forget()
-        self._model, self._context = inner(pl_module), trainer.precision_plugin.val_step_context
+        self._model, self._context = subject_of(inner(pl_module)).module, trainer.precision_plugin.val_step_context
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
         """Take the states of a validation batch for the sets that it belongs to."""

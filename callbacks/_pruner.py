@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_info, rank_zero_only
+from lightning.fabric.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -222,6 +222,19 @@ class Pruner:
             assert self._keeper is not None  # later masks were kept by it
             self._keeper.update(state.masks)
             self.mask_adapters(pl_module)
+
+    def check_zeros(self) -> None:
+        """Let what is pruned be zero at the very end as well, and say of which weights something else had brought it back."""
+        names = self._keeper.brought_back() if self._keeper is not None else []
+        if names:
+            assert self._keeper is not None
+            self._keeper.enforce()
+            rank_zero_warn(
+                f"{self.name}: after the last step something wrote to pruned weights of {', '.join(patterns_of(names))}, such as "
+                "a callback that copies averages of its own in on_train_end: they are zero again now, but not in a checkpoint "
+                "that was written in between; lightning's EMAWeightAveraging is masked as the model is, and "
+                "trainer.save_checkpoint after the training has the zeros"
+            )
 
     def release(self) -> None:
         """Take off every hook; the weights keep their zeros."""

@@ -36,6 +36,21 @@ def skipped_validation(trainer: Trainer) -> int | None:
     return epoch if due else None
 
 
+def warn_of_skipped(trainer: Trainer, lost: str) -> bool:
+    """Say what is lost with a validation that is left out, if one is. To be asked in ``on_train_start``.
+
+    Returns:
+        Whether one is left out.
+    """
+    epoch = skipped_validation(trainer)
+    if epoch is not None:
+        rank_zero_warn(
+            f"{trainer.ckpt_path} was written before the validation of epoch {epoch}, which Lightning takes for done: {lost} "
+            "(checkpoints that are written in or after validations have none to come)"
+        )
+    return epoch is not None
+
+
 def warn_of_losses(trainer: Trainer, pl_module: LightningModule) -> None:
     """Say what a resumed training has lost, with pruning as without. To be called in ``on_train_start``."""
     if not trainer.ckpt_path or trainer.global_step == 0:

@@ -16,11 +16,10 @@ from lrp_prune.callbacks._checks import (
     check_choice,
     check_flags,
     check_strategy,
-    check_validation,
     checked_key,
     misconfiguration,
 )
-from lrp_prune.callbacks._collecting import CollectingCallback
+from lrp_prune.callbacks._collecting import CollectingCallback, check_validation
 from lrp_prune.callbacks._contrast import (
     check_removal,
     checked_amount,

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, check_validation
-from lrp_prune.callbacks._collecting import CollectingCallback
+from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy
+from lrp_prune.callbacks._collecting import CollectingCallback, check_validation
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._rounds import warn_of_no_epoch
 from lrp_prune.engine.unsharding import make_ordinary

@@ -140,8 +140,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         self._monitored, self._preview = _monitor.Monitored(monitor, monitor_mode, name), preview
         self._compensates, self._allow_untested = compensation is not None and not preview, allow_untested
         self._identity = {"granularity": ",".join(collection.kinds), "include": include, "exclude": exclude}
-        if name != "pruning":
-            self._identity["name"] = name
+        self._identity |= {"name": name} if name != "pruning" else {}
         described = {"total sparsities": targets, "rounds": self._times, "method": collection.method, "scope": scope}
         self._fingerprint = {what: str(value) for what, value in described.items()}
         self._module: weakref.ref[LightningModule] | None = None
@@ -275,6 +274,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where ModelCheckpoint may still write the last metrics' checkpoint.
+        self._pruner.check_zeros()
         if self._preview:
             if self.previewed is None and self.round < self._times.count:
                 rank_zero_warn("the training ended before the first round had collected: there is no preview")

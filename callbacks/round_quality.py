@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks import _checks, _monitor
+from lrp_prune.callbacks import _checks, _monitor, _resuming
 from lrp_prune.callbacks._distributed import gathered
 from lrp_prune.callbacks._listening import RoundListener
 from lrp_prune.callbacks._summary import show
@@ -105,7 +105,7 @@ class RoundQuality(RoundListener):
         self._seen: Any = None
         self._ended_at: int | None = None
         self._good: EndOfRound | None = None
-        self._stopped = False
+        self._stopped = self._skipped = False
         self._logged: list[str] = []
         self._module: weakref.ref[LightningModule] | None = None
 
@@ -141,6 +141,8 @@ class RoundQuality(RoundListener):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _monitor.check_sanity(self.monitor, self._logged)
+        lost = f"RoundQuality takes the {self.monitor} of an earlier one for the round, or does not judge it if there is none"
+        self._skipped = _resuming.warn_of_skipped(trainer, lost)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,7 +250,7 @@ class RoundQuality(RoundListener):
         if value is None:
             self._tell_unknown(trainer, done)
             return
-        self._latest = None
+        self._latest, self._skipped = None, False
         masks = [entry.masks for entry in prunings_of(trainer) if entry.masks is not None]
         entries = sum(each.num_entries for each in masks)
         sparsity = sum(each.num_pruned for each in masks) / entries if entries else 0.0
@@ -285,7 +287,7 @@ class RoundQuality(RoundListener):
     def _tell_unknown(self, trainer: Trainer, done: int) -> None:
         if done == 0 and not self._guards:
             return  # the first round may be before any validation
-        if self._guards:
+        if self._guards and not self._skipped:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise MisconfigurationException(
                 f"{self.monitor!r} was not logged between round {done} and the next, so that RoundQuality cannot judge it (there "
@@ -294,3 +296,4 @@ class RoundQuality(RoundListener):
         rank_zero_warn(
             f"{self.monitor!r} was not logged in round {done}, which has no point in the curve of RoundQuality"
         )
+        self._skipped = False

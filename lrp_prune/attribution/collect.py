@@ -24,6 +24,7 @@ from lrp_prune.engine.unsharding import refuse_inference_tensors
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import check_batches, samples_in, to_device
 from lrp_prune.models.padding import counted_tokens
+from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.statistics import Statistic
@@ -76,6 +77,7 @@ class RelevanceAccumulator:
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._subject: Subject = subject_of(model)
+        refuse_scripted(self._subject.module)
         best = best_for(granularity)
         self._composite = composite_of(composite or best.composite)
         self._composite.check_scores_weights()

@@ -213,10 +213,16 @@ def unpadded(module: nn.Module, batch: Any, skip_first: int = 0) -> dict[str, Te
 
 
 def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tensor]) -> list[str | None]:
-    """Which argument each lookup is of, by the ids; None for positions and the like.
+    """Which argument each lookup is of; None for positions and the like.
+
+    It is of the argument that it reads from memory, or whose ids are the same where nothing reads that (they were copied to a
+    device, say): positions 0, 1, 2, ... are no tokens that happen to have these ids.
 
     Where two arguments are equal (an encoder and a decoder that read the same), each has its own lookup, in their order.
     """
+    read = {
+        name for name, value in given.items() if any(ids is not None and _same_memory(ids, value) for ids in lookups)
+    }
     found: list[str | None] = []
     for ids in lookups:
         fitting = [
@@ -226,7 +232,11 @@ def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tenso
             and not value.is_floating_point()
             and value.shape == ids.shape
             and not any(part in name for part in _NOT_TOKENS)
-            and bool((value.to(ids.device) == ids).all())
+            and (_same_memory(ids, value) if name in read else bool((value.to(ids.device) == ids).all()))
         ]
         found.append(next((name for name in fitting if name not in found), fitting[0] if fitting else None))
     return found
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.data_ptr() == other.data_ptr() and one.data_ptr() != 0

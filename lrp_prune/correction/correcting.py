@@ -19,6 +19,7 @@ from lrp_prune.correction.search import Automatic, search_amount
 from lrp_prune.correction.several import Together
 from lrp_prune.correction.trials import Search
 from lrp_prune.effects import Effect, SideEffects, Suite
+from lrp_prune.models.subject import subject_of
 from lrp_prune.relevance import Relevance
 
 SEARCHED = Automatic(amounts=(0.00005, 0.0002, 0.0004), strengths=(0.25, 0.5))
@@ -115,7 +116,8 @@ def correct(
     selection, test = behaviour.suites(halves)
     sets = behaviour.general(halves[0] if collecting is None else collecting)
     learned = None if condition is None else condition.learn(model, behaviour.batches, sets)
-    later = None if condition is None else later_parameters(model, condition.at, behaviour.batches[0])
+    inside, first = subject_of(model).module, behaviour.batches[0]
+    later = None if condition is None else later_parameters(inside, condition.at, first)
 
     def explained(batches: Any, target: Any, statistic: str) -> Relevance:
         # First tokens are sinks of attention, whose activations dwarf all others.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lrp_prune.engine.precision import without_autocast
+from lrp_prune.engine.precision import as_run_now, without_autocast
 
 _bypass = torch._C.DisableTorchFunction
 
@@ -53,7 +53,7 @@ class IdentityRule(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], kept: torch.dtype | None = None) -> Tensor:
-        ctx.function, ctx.dtype = function, x.dtype
+        ctx.function, ctx.dtype = as_run_now(function, x.device), x.dtype
         # Neither the output, which the model may add to in place, nor the ratio, which many are never asked for.
         ctx.save_for_backward(x if kept is None or kept.itemsize >= x.itemsize else x.to(kept))
         return function(x)
@@ -79,7 +79,7 @@ class AbsorbingIdentity(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, one: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.function = function
+        ctx.function = as_run_now(function, x.device)
         ctx.save_for_backward(x)
         return function(x)
 
@@ -182,7 +182,7 @@ class ContiguousGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.function = function
+        ctx.function = as_run_now(function, x.device)
         ctx.save_for_backward(x)
         return function(x)
 

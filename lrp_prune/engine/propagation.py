@@ -1,19 +1,18 @@
 """``attributing``: LRP for the time of a context, on any model, without a trace."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from lrp_prune.engine.audit import Audit, Finding
 from lrp_prune.engine.checkpoints import propagating_checkpoints
 from lrp_prune.engine.composites import Composite, CompositeLike, composite_of
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
+from lrp_prune.engine.entering import guard
 from lrp_prune.engine.entries import check_places
 from lrp_prune.engine.held import Held
 from lrp_prune.engine.latent import latent_modules, recorded
@@ -30,11 +29,11 @@ from lrp_prune.engine.unsharding import unsharding
 from lrp_prune.engine.uses import Use, WeightUses
 from lrp_prune.engine.wrapping import replaced, whole
 from lrp_prune.models.backends import traceable
+from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
 
 UNRULED = ("warn", "error", "ignore")
-_NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
 
 
 class Propagation:
@@ -234,6 +233,7 @@ def propagating(
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
     running = eager(model)  # before it is unwrapped
     model, modules = unwrap(model), named_modules(model)
+    refuse_scripted(model)
     check_places(composite.name, composite.entries, modules)
     wanted = latent_modules(modules, latent)
     # Where statistics are features, what keeps them from zero would have relevance as well.
@@ -262,7 +262,7 @@ def propagating(
         for name in wanted:
             handle = modules[name].register_forward_hook(recorded(name, roots, propagation.note_latent, mode.carry))
             stack.callback(handle.remove)
-        _guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
+        guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
         stack.enter_context(mode)
         if not composite.is_plain:
             stack.enter_context(opening(mode, lambda: mode.is_acting))
@@ -288,63 +288,3 @@ def _followed(places: Places, mode: PropagationMode, constants: Constants | None
 
     with places.following(before, after):
         yield
-
-
-def _guard(
-    stack: ExitStack,
-    model: nn.Module,
-    entries: Sequence[nn.Module],
-    mode: PropagationMode,
-    roots: Roots,
-    endings: Endings,
-    constants: Constants | None,
-    tracer: UnitTracer | None,
-) -> None:
-    """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
-    calls: list[ExitStack] = []
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        outermost = not mode.is_acting
-        call = ExitStack()
-        call.enter_context(mode.acting())
-        calls.append(call)
-        if not outermost:
-            return None
-        if mode.audit is not None:
-            with torch._C.DisableTorchFunction():
-                mode.audit.entered((args, kwargs))
-        adopt = module is model
-        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-        named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
-        converted = tuple(
-            arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in zip(named, args, strict=True)
-        )
-        return converted, {
-            name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()
-        }
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if calls:
-            calls.pop().close()
-        if calls:
-            return
-        if tracer is not None and module is model:
-            tracer.outputs(tree_flatten(output)[0])
-        if output is not None:
-            with torch._C.DisableTorchFunction():
-                endings.called(output)
-        if mode.audit is not None:
-            mode.audit.forget()
-        if constants is not None:
-            constants.forget()
-
-    for module in dict.fromkeys(entries):
-        # First of all: hooks of the model's own compute weights (torch.nn.utils.prune).
-        before = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        after = module.register_forward_hook(leave, always_call=True)
-        stack.callback(before.remove)
-        stack.callback(after.remove)
-
-
-def _is_no_data(name: str) -> bool:
-    return any(part in name for part in _NOT_DATA)

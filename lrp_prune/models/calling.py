@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrp_prune.models.batches import fields, label_name
 from lrp_prune.models.binding import Call, Signature, by_name, of_pair
 from lrp_prune.models.profile import profile_of
+from lrp_prune.models.subject import forwarded
 from lrp_prune.models.wording import WAY_OUT, described
 from lrp_prune.names import class_name, unwrap
 
@@ -25,6 +26,8 @@ def call_of(model: nn.Module, batch: Any, labelled: bool = False) -> Call:
     - A pair: inputs and labels. Inputs that are a tuple are unpacked for a forward with as many parameters, those with
       names are passed by name. A forward that requires two inputs is given both.
     - Anything else: as it is.
+
+    Of a ``LightningModule`` without a ``forward`` it is the model that it holds (:func:`~lrp_prune.models.subject.forwarded`).
 
     A Hugging Face model is called without labels, since its loss would cost copies of the logits; the decoder's inputs of an
     encoder-decoder are made from them as the model itself makes them.
@@ -41,7 +44,7 @@ def call_of(model: nn.Module, batch: Any, labelled: bool = False) -> Call:
         >>> call_of(nn.Linear(2, 2), ("inputs", "labels"))[:3]
         (('inputs',), {}, 'labels')
     """
-    profile, named = profile_of(model), fields(batch)
+    profile, named = profile_of(forwarded(model)), fields(batch)
     if isinstance(batch, tuple | list):
         names = Signature(profile).names
         read = named is not None and (label_name(named) is not None or any(name in names for name in named))
@@ -65,11 +68,12 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def called(model: nn.Module, call: Call) -> Any:
     """The output of a call; where something was assumed, an error of the forward says so."""
+    model = forwarded(model)
     if call.assumed is None:
         return model(*call.args, **call.kwargs)
     try:
         return model(*call.args, **call.kwargs)
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
             f"{class_name(unwrap(model))}.forward failed ({type(error).__name__}: {error}). {call.assumed}; if that is not what "
             f"its training does, {WAY_OUT}"

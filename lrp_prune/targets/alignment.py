@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrp_prune.models.batches import IGNORED
+from lrp_prune.models.batches import IGNORED, tensors
 from lrp_prune.models.kinds import SEGMENTATION
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import Profile
@@ -47,6 +47,26 @@ def classes_last(logits: Tensor, labels: Tensor, profile: Profile, class_dim: in
     if last:
         return logits
     return logits.movedim(1, -1) if first else None
+
+
+def positions_first(logits: Tensor, batch: Any) -> Tensor:
+    """Outputs ``[samples, positions, classes]`` of a model for a batch, also where it tells the classes first.
+
+    Positions are what the batch has as many of (tokens, steps), in a dimension that is not that of its samples. Where it does
+    not tell, or both dimensions are, positions come first.
+
+    Example:
+        >>> signals = torch.zeros(2, 3, 30)
+        >>> tuple(positions_first(torch.zeros(2, 5, 30), signals).shape)
+        (2, 30, 5)
+    """
+    first, second = logits.shape[1:]
+    for given in tensors(batch):
+        if given.dim() in (2, 3) and len(given) == len(logits):
+            lengths = given.shape[1:]
+            if first in lengths or second in lengths:
+                return logits if first in lengths else logits.transpose(1, 2)
+    return logits
 
 
 def enlarged(logits: Tensor, labels: Tensor) -> Tensor:

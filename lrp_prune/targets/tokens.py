@@ -1,5 +1,6 @@
 """Targets with one label for each token or pixel, or for the one that follows."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from lrp_prune.models.batches import IGNORED, entry
 from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import profile_of
-from lrp_prune.targets.alignment import check_range, classes_last, shape_of, without_ignored
+from lrp_prune.targets.alignment import check_range, classes_last, positions_first, shape_of, without_ignored
 from lrp_prune.targets.likelihood import log_likelihood
 
 
@@ -22,7 +23,7 @@ class NextToken:
 
     Raises:
         ValueError: on a call, for logits that are not ``[samples, tokens, vocabulary]`` (or ``[samples, vocabulary,
-            tokens]``), labels that are not ``[samples, tokens]``, or none that counts.
+            tokens]``), or labels that are not ``[samples, tokens]``.
 
     Example:
         >>> ids = torch.tensor([[0, 2, 1]])
@@ -66,8 +67,7 @@ class TokenLabel:
         ignored: a further label that is left out; by default that of the model's own loss (255 for most segmentations).
 
     Raises:
-        ValueError: on a call, if labels and logits do not fit, or fit in both ways; for labels that are no classes, or none
-            that counts.
+        ValueError: on a call, if labels and logits do not fit, or fit in both ways; for labels that are no classes.
 
     Example:
         >>> images, labels = torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 3], [255, 1]]])
@@ -123,6 +123,8 @@ class LastToken:
 def last_logits(model: nn.Module, batch: Any) -> Tensor:
     """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are, of pixels their mean.
 
+    Which dimension has the positions of a model that is not of transformers, its batch tells (:func:`positions_first`).
+
     A model with a single output, ``[samples]``, has one class.
     """
     logits = logits_for(model, batch)
@@ -132,6 +134,8 @@ def last_logits(model: nn.Module, batch: Any) -> Tensor:
         return logits
     if logits.dim() > 3:  # a class for each pixel
         return logits.flatten(2).mean(-1)
+    if profile_of(model).kind is None:
+        logits = positions_first(logits, batch)
     attended = attended_labels(model, batch)
     if attended is None or attended.shape != logits.shape[:2]:
         return logits[:, -1]
@@ -143,6 +147,7 @@ def last_logits(model: nn.Module, batch: Any) -> Tensor:
 def _check_labels(labels: Tensor, classes: int, target: str) -> None:
     check_range(labels, classes, target)
     if not bool((labels != IGNORED).any()):
-        raise ValueError(
-            f"the batch has no labelled, unpadded token: nothing can be explained by {target!r}, leave such batches out"
+        warnings.warn(
+            f"a batch has no labelled, unpadded token: target {target!r} explains nothing of it, and it adds no relevance",
+            stacklevel=2,
         )

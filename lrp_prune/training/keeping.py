@@ -137,6 +137,14 @@ class MaskKeeper:
         for optimizer in self._optimizers:
             self._zero_moments(optimizer)
 
+    def brought_back(self) -> list[str]:
+        """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them."""
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if bool(local_part(parameter).detach()[self._bits(name, parameter) == 0].any())
+        ]
+
     def remove(self) -> None:
         """Take off every hook. The weights stay as they are; the next step may change pruned ones again."""
         self._parameter_hooks.clear()

@@ -160,6 +160,36 @@ def test_a_resumed_training_goes_back_to_the_same(make_module, make_loader, make
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("guard", [{}, {"limit": 2.5}], ids=["curve", "guard"])
+def test_a_round_whose_validation_a_resume_leaves_out_is_not_judged_and_the_next_is(
+    make_module, make_loader, make_trainer, tmp_path: Path, guard: dict[str, float]
+) -> None:
+    def fit(**options: Any) -> tuple[Any, RelevancePruning, RoundQuality]:
+        written = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        module, masks, quality = make_module(), pruning(), RoundQuality("quality", **guard)
+        callbacks = [masks, Planned([1.0, 2.0, 3.0, 4.0]), quality, *([] if options else [written])]
+        trainer = make_trainer(callbacks=callbacks, max_epochs=4, enable_checkpointing=not options)
+        trainer.fit(module, make_loader(), make_loader(seed=2), **options)
+        return module, masks, quality
+
+    fit()
+    with pytest.warns(UserWarning) as told:
+        module, masks, quality = fit(ckpt_path=tmp_path / "step=8.ckpt")
+    said = [str(entry.message) for entry in told]
+    assert any(
+        "before the validation of epoch 1, which Lightning takes for done: RoundQuality" in each for each in said
+    )
+    assert any("'quality' was not logged in round 1, which has no point" in each for each in said)
+    points = [(point.round, point.value, point.undone) for point in quality.points]
+    if guard:
+        assert points == [(0, 1.0, False), (2, 3.0, True)] and masks.masks is None
+        good = torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"]
+        assert all(torch.equal(good[name], value) for name, value in module.state_dict().items() if "num_" not in name)
+    else:
+        assert points == [(0, 1.0, False), (2, 3.0, False), (3, 4.0, False)]
+
+
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_go_back_together(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
     """Also where one of them, by its own figures, would have gone on: they are 2 and 2.1."""

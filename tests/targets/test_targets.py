@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.models import profile_of, subject_of
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import ClassLogit, LastToken, Logit, LogitDifference, NextToken, checked, describe, predicted
 from tests.support.small_models import batch_for, build, forward
 
@@ -111,10 +112,6 @@ def test_a_target_that_cannot_be_inferred_says_what_to_pass() -> None:
         lrp_prune.attribute(build("bert"), [batch_for("bert")])
     with pytest.raises(ValueError, match="target must be one of"):
         checked("logit")
-    with pytest.raises(ValueError, match="no labelled, unpadded token"):
-        NextToken()(
-            build("llama"), {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
-        )
     assert describe(LastToken()) == "last_token"
 
 
@@ -196,3 +193,42 @@ def test_a_single_output_for_each_sample_is_one_class() -> None:
     found = lrp_prune.explain(model, x)
     torch.testing.assert_close(found.values, model(x).detach())
     torch.testing.assert_close(found.inputs["x"].relevance, x * model.last.weight.detach())
+
+
+@pytest.mark.parametrize("steps", [30, 5], ids=["other lengths", "as many steps as classes"])
+def test_the_last_step_is_told_by_what_the_model_was_given(steps: int) -> None:
+    torch.manual_seed(0)
+    convolution, signals = nn.Conv1d(3, 5, 3, padding=1), torch.randn(2, 3, steps)
+    if steps == 30:
+        assert torch.equal(LastToken()(convolution, signals), convolution(signals)[..., -1].amax(-1).sum())
+    recurrent = nn.Linear(3, 5)
+    assert torch.equal(LastToken()(recurrent, signals.mT), recurrent(signals.mT)[:, -1].amax(-1).sum())
+    ids = torch.randint(0, 9, (2, 12))
+    tagger = nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 5), nn.Flatten(2))
+    assert torch.equal(LastToken()(tagger, ids), tagger(ids)[:, -1].amax(-1).sum())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_a_batch_in_which_nothing_is_labelled_adds_nothing(first: bool) -> None:
+    model, batch = build("llama"), batch_for("llama")
+    ids = batch["input_ids"]
+    labelled, empty = {**batch, "labels": ids}, {**batch, "labels": torch.full_like(ids, -100)}
+    with pytest.warns(
+        UserWarning, match="a batch has no labelled, unpadded token: target 'next_token' explains nothing"
+    ):
+        found = lrp_prune.attribute(model, [empty, labelled] if first else [labelled, empty], statistic="signed")
+    alone = lrp_prune.attribute(model, [labelled], statistic="signed")
+    assert found.target == "next_token" and all(
+        torch.equal(sums, alone.sums[name]) for name, sums in found.sums.items()
+    )
+
+
+@pytest.mark.parametrize("what", ["tokens", "classes"])
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_relevance_of_nothing_is_told(what: str, granularity: str) -> None:
+    model = build("llama") if what == "tokens" else nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    batch: Any = torch.randn(5, 3), torch.full((5,), -100)
+    if what == "tokens":
+        batch = {"input_ids": torch.ones(5, 4, dtype=torch.long), "labels": torch.full((5, 4), -100)}
+    with pytest.warns(UnscoredWeightsWarning, match="relevance is zero everywhere.* explained nothing of 5 samples"):
+        lrp_prune.attribute(model, [batch], granularity=granularity)

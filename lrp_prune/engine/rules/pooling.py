@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.arguments import check_number
 from lrp_prune.engine.call import Call, is_activation
-from lrp_prune.engine.precision import without_autocast
+from lrp_prune.engine.precision import as_run_now, without_autocast
 from lrp_prune.engine.rule import Rule
 
 Average = Callable[[Tensor], Tensor]
@@ -114,7 +114,8 @@ class _Proportional(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Any], average: Average, stabilizer: float) -> Any:
         ctx.save_for_backward(x)
-        ctx.function, ctx.average, ctx.stabilizer = function, average, stabilizer
+        ctx.function, ctx.average = (as_run_now(each, x.device) for each in (function, average))
+        ctx.stabilizer = stabilizer
         made = function(x)
         if isinstance(made, tuple):
             ctx.mark_non_differentiable(*made[1:])  # indices

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lrp_prune.engine import functional
 from lrp_prune.engine.call import Call, detached, is_activation
-from lrp_prune.engine.precision import without_autocast
+from lrp_prune.engine.precision import as_run_now, without_autocast
 from lrp_prune.engine.rule import Rule
 from lrp_prune.without_data import has_data
 
@@ -102,7 +102,7 @@ class _SoftmaxZPlus(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], dim: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.function, ctx.dim = function, dim
+        ctx.function, ctx.dim = as_run_now(function, x.device), dim
         return function(x)
 
     @staticmethod
