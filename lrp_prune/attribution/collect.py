@@ -132,7 +132,7 @@ class RelevanceAccumulator:
         sharded = table if isinstance(table, ShardedTable) else None
         mesh = None if sharded is None else sharded.mesh
         device = next(module.parameters()).device if mesh is None else device_of(mesh)
-        with unaltered(module):
+        with unaltered(module, again=self.num_samples > 0):
             batch = to_device(batch, device)
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)

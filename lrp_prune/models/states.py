@@ -1,10 +1,13 @@
 """Running a model without a trace: as it is written, in evaluation mode, with modes, random numbers and buffers restored."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrp_prune.walks import modules_of
 
@@ -31,7 +34,10 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's mode and the random number generators come out as they went in."""
+    """Evaluation mode inside; every module's mode and the generators of random numbers come out as they went in.
+
+    These are torch's, numpy's and Python's.
+    """
     modules = modules_of(model)
     modes = [(module, module.training) for module in modules]
     devices = sorted(
@@ -42,6 +48,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if parameter is not None and parameter.device.type == "cuda"
         }
     )
+    of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         if any(training for _, training in modes):
             model.eval()
@@ -51,6 +58,33 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 if module.training != training:
                     module.training = training
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+
+
+def make_kept_ordinary(model: nn.Module) -> None:
+    """Let tensors that a forward kept for later while in ``torch.inference_mode`` (tables of positions, masks) be ordinary ones.
+
+    Nothing can be differentiated through the others. They are buffers, attributes, or in a list or a dictionary that is one.
+    """
+    for module in modules_of(model):
+        own = vars(module)
+        for name, value in own.items():
+            if name in _OF_TORCH:
+                continue
+            if type(value) is dict or name == "_buffers":
+                value.update({key: entry.clone() for key, entry in value.items() if _is_inference(entry)})
+            elif type(value) is list:
+                value[:] = [entry.clone() if _is_inference(entry) else entry for entry in value]
+            elif _is_inference(value):
+                own[name] = value.clone()
+
+
+def _is_inference(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 @contextmanager
