@@ -32,8 +32,44 @@ def percent_axis(axes: Any, percentages: Iterable[float]) -> None:
     axes.xaxis.set_major_formatter("{x:,g}")
 
 
+_LETTERS = 48
+"""Of a name beside an axis; longer ones would leave no room for the axis."""
+
+
+def shortened(text: str, letters: int) -> str:
+    """A text of at most so many letters: what it begins with, and twice as much of what it ends with.
+
+    Example:
+        >>> shortened("backbone.encoder.layers.3.mlp", 16)
+        'backb…yers.3.mlp'
+    """
+    if len(text) <= letters:
+        return text
+    begin = letters // 3
+    return f"{text[:begin]}…{text[len(text) - (letters - begin - 1) :]}"
+
+
+def _as_written(figure: "Figure") -> None:
+    """Names stay names: no two dollar signs make a formula of what is between them, and none takes all the room."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+    numbers = set[Any]()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            ticks = axis.get_ticklabels(which="both")
+            if isinstance(axis.get_major_formatter(), LogFormatter | ScalarFormatter):
+                numbers.update(ticks)  # powers of ten are formulas
+            elif any(len(tick.get_text()) > _LETTERS for tick in ticks):
+                axis.set_ticklabels([shortened(tick.get_text(), _LETTERS) for tick in axis.get_ticklabels()])
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text not in numbers:
+            text.set_parse_math(False)
+
+
 def saved(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figure":
     """The figure, written to a file if there is a path; its ending says in which format."""
+    _as_written(figure)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -4,7 +4,7 @@ import os
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from lrp_prune.figures import new_figure, saved
+from lrp_prune.figures import new_figure, saved, shortened
 from lrp_prune.visualization.colours import colour_map, hexadecimal, ink_on
 from lrp_prune.visualization.parts import Pixels, Tokens
 
@@ -19,10 +19,13 @@ _POINTS, _LINE = 9.0, 0.24
 _LETTER = 0.602 * _POINTS / 72
 """The width in inches of a letter of DejaVu Sans Mono."""
 _MARGIN = 0.15
+_LINE_WIDTH = _WIDTH - 2 * _MARGIN - 0.3
 _TITLE = 100
 """Letters of a title's line, of which it has two at most."""
 _BARS, _IMAGE = 2.4, 2.6
 _MOST_BARS = 30
+_UNDER = 20
+"""Letters of a name under an axis."""
 _TEXT = ("tokens", "ids")
 
 
@@ -74,8 +77,9 @@ def _laid_out(part: Tokens, sample: int) -> list[tuple[int, float, str]]:
     for label, _ in part.of(sample):
         text = label.replace("\n", "↵").replace("\t", "→") or " "
         text = f" {text} " if part.kind == "ids" else text
+        text = shortened(text, int(_LINE_WIDTH / _LETTER))
         width = _LETTER * len(text)
-        if place and place + width > _WIDTH - 2 * _MARGIN - 0.3:
+        if place and place + width > _LINE_WIDTH:
             line, place = line + 1, 0.0
         found.append((line, place, text))
         place += width
@@ -94,11 +98,10 @@ def _draw_text(axes: Any, part: Tokens, sample: int, largest: float, height: flo
         share = value / largest
         box = Rectangle((place, line + 0.08), _LETTER * len(text), 0.84, color=hexadecimal(share), linewidth=0)
         axes.add_patch(box)
-        # A dollar sign would begin a formula.
         axes.text(
             place,
             line + 0.5,
-            text.replace("$", r"\$"),
+            text,
             fontsize=_POINTS,
             family="monospace",
             color=ink_on(share),
@@ -120,7 +123,8 @@ def _draw_bars(axes: Any, part: Tokens, sample: int) -> None:
     axes.axhline(0, color="grey", linewidth=0.8)
     step = max(len(entries) // 40, 1)
     ticks = range(0, len(entries), step)
-    axes.set_xticks(ticks, [entries[tick][0] for tick in ticks], rotation=45, ha="right", fontsize="x-small")
+    names = [shortened(entries[tick][0], _UNDER) for tick in ticks]
+    axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize="x-small")
     axes.set_ylim(
         -1.15 * largest if min(values, default=0) < 0 else 0, 1.15 * largest if max(values, default=0) > 0 else 0
     )
@@ -174,13 +178,16 @@ def plot_layers(explanation: "Explanation", path: str | os.PathLike[str] | None,
         ),
         None,
     )
-    figure = new_figure(max(4.0, min(2.5 + 0.26 * width, 16.0)), 1.6 + 0.26 * len(rows))
+    figure = new_figure(max(6.5, min(2.5 + 0.26 * width, 16.0)), 1.6 + 0.26 * len(rows))
     axes = figure.add_subplot()
     shown = axes.imshow(table, cmap=colour_map(), vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(rows)), list(rows), fontsize="x-small")
     if labels is not None and width <= 80:
-        axes.set_xticks(range(width), [label.strip() or "·" for label in labels], rotation=90, fontsize="x-small")
-    left_out = f"\n(left out, of other lengths: {', '.join(other)})" if other else ""
-    axes.set_title(f"Relevance of each position, as a share of its layer's{left_out}", fontsize="medium")
+        axes.set_xticks(
+            range(width), [shortened(label.strip(), _UNDER) or "·" for label in labels], rotation=90, fontsize="x-small"
+        )
+    left_out = textwrap.wrap(f"(left out, of other lengths: {', '.join(other)})", 80, max_lines=2) if other else []
+    title = "\n".join(["Relevance of each position, as a share of its layer's", *left_out])
+    figure.suptitle(title, fontsize="medium")
     figure.colorbar(shown, ax=axes, shrink=0.8)
     return saved(figure, path)

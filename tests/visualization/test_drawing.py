@@ -123,7 +123,7 @@ def test_figures_show_text_images_and_bars(tmp_path: Path) -> None:
     text = of_tokens(["Price", " $5", " \n", " end"], [2.0, -1.0, 0.0, 0.5])
     figure = text.plot(tmp_path / "text.png")
     assert (tmp_path / "text.png").stat().st_size > 1000
-    assert [each.get_text() for each in figure.axes[0].texts] == ["Price", r" \$5", " ↵", " end"]
+    assert [each.get_text() for each in figure.axes[0].texts] == ["Price", " $5", " ↵", " end"]
     boxes = [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
     assert boxes[0] == pytest.approx([channel / 255 for channel in colour_of(1.0)])
     bars = of_tokens(["a", "b"], [2.0, -1.0], "features").plot()
@@ -145,6 +145,36 @@ def test_long_texts_go_on_in_the_next_line_and_stay_within_the_figure() -> None:
     assert len({patch.get_y() for patch in axes.patches}) > 3
     assert all(patch.get_x() + patch.get_width() <= axes.get_xlim()[1] for patch in axes.patches)
     assert all(patch.get_y() + patch.get_height() <= axes.get_ylim()[0] for patch in axes.patches)
+
+
+def test_a_word_that_is_longer_than_a_line_is_shortened_to_it() -> None:
+    pytest.importorskip("matplotlib")
+    explanation = of_tokens(["a", " word", "w" * 300, " end"], [1.0, -1.0, 0.5, 0.2])
+    (axes,) = explanation.plot().axes
+    texts, boxes = [text.get_text() for text in axes.texts], axes.patches
+    assert texts[2].startswith("www") and texts[2].endswith("www") and "…" in texts[2] and len(texts[2]) > 80
+    assert max(box.get_x() + box.get_width() for box in boxes) <= axes.get_xlim()[1]
+
+
+def test_names_with_dollars_are_no_formulas_and_long_ones_leave_room(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    model, names = nn.Linear(3, 2), ["cost $a_{$", "$half", "of all that " * 20]
+    explanation = lrp_prune.explain(model, torch.randn(1, 3), features=names)
+    named = replace(
+        explanation,
+        target="the logit of '$x_{$'",
+        layers={f"{'layer.' * 20}{at}": torch.randn(1, 3) for at in range(2)},
+    )
+    figure = named.plot(tmp_path / "bars.png")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()[:2]] == names[:2]
+    layers = named.plot_layers(tmp_path / "layers.png")
+    ticks = [tick.get_text() for tick in layers.axes[0].get_yticklabels()]
+    assert all(
+        len(tick) <= 48 and tick.startswith("layer.") and tick.endswith(f"layer.{at}") for at, tick in enumerate(ticks)
+    )
+    box = layers.axes[0].get_position()
+    assert box.width > 0.3 and box.height > 0.3
 
 
 @pytest.mark.slow
