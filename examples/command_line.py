@@ -43,17 +43,26 @@ def add_search(given: argparse.ArgumentParser, amounts: Sequence[float], strengt
     add("--guard", type=float, default=0.7, help="fraction of the weights that may be chosen at all")
 
 
-def add_condition(given: argparse.ArgumentParser) -> None:
+EVERYWHERE = "everywhere"
+
+
+def add_condition(given: argparse.ArgumentParser, at: str = EVERYWHERE, holding: float = 0.02) -> None:
     """Where a patch acts."""
     add = given.add_argument
-    add("--at", default=None, help="a module such as model.layers.12: act only where its output shows the behaviour")
-    add("--holding", nargs="*", default=["*=0.02"], help="largest share of each kind of text at which --at may hold")
+    what = f"a module such as model.layers.8: act only where its output shows the behaviour; or {EVERYWHERE!r}"
+    add("--at", default=at, help=what)
+    add(
+        "--holding",
+        nargs="*",
+        default=[f"*={holding}"],
+        help="largest share of each kind of text at which --at may hold",
+    )
     add("--shrinkage", type=float, default=0.02, help="of the covariance that the direction of --at is found with")
 
 
 def condition(options: argparse.Namespace) -> Learned | None:
     """What the options above say, None for everywhere."""
-    return None if options.at is None else Learned(options.at, limits(options.holding), options.shrinkage)
+    return None if options.at == EVERYWHERE else Learned(options.at, limits(options.holding), options.shrinkage)
 
 
 def add_suite(given: argparse.ArgumentParser, windows: int, length: int, samples: int, allowed: Sequence[str]) -> None:

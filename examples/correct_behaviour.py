@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from behaviours import BEHAVIOURS
-from command_line import add_condition, add_model, add_search, add_suite, condition, limits, parser
+from command_line import EVERYWHERE, add_condition, add_model, add_search, add_suite, condition, limits, parser
 from language_model import load_model
 from lightning.pytorch import Trainer
 from presenting import quiet, stage
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     add("--lightning", action="store_true", help="by a Lightning validation instead of a call")
     add("--output", type=Path, default=Path("outputs/behaviour"), help="folder for the patch, the report and figures")
     options = given.parse_args()
-    if options.lightning and options.at:
+    if options.lightning and options.at != EVERYWHERE:
         given.error("--at is not for --lightning: the callback's patches act everywhere")
     return options
 

@@ -7,8 +7,9 @@ the words and tested on those of the other half; forms of one word (the same fir
 
 It is the path of every behaviour (`lrp_prune.correction.correct`), with two things of its own: explained is, at each token of a
 profane word in the model's own answers, its logit minus the best logit among all tokens that are no profane word; and the suite
-has neutral sentences with words that are rude elsewhere, by which a correction that refuses too much is refused. With a network,
-`--prompts hub` takes the prompts of RealToxicityPrompts instead.
+has neutral sentences with words that are rude elsewhere, by which a correction that refuses too much is refused. The patch acts
+only where a condition, learned of the same answers and texts, holds: `--at everywhere` for one that always does, which takes more
+than 1 % from some kind of text. With a network, `--prompts hub` takes the prompts of RealToxicityPrompts instead.
 """
 
 import argparse
@@ -54,9 +55,9 @@ def parse() -> argparse.Namespace:
     add("--answer-tokens", type=int, default=20, help="tokens generated for each prompt")
     add("--composite", default="epsilon", help="rules: epsilon, gradient, attnlrp, cp_lrp")
     add("--reduction", type=float, default=0.9, help="wanted reduction of the share of profane answers")
-    add_search(given, [0.0001, 0.0002, 0.0004, 0.0006], [0.5])
-    add_condition(given)
-    add_suite(given, windows=4, length=128, samples=16, allowed=["*=0.01", "copying=0.35"])
+    add_search(given, [0.0004, 0.0006, 0.0008], [1.0])
+    add_condition(given, at="model.layers.8", holding=0.01)
+    add_suite(given, windows=16, length=128, samples=16, allowed=["*=0.01", "copying=0.35"])
     add("--output", type=Path, default=Path("outputs/toxicity"), help="folder for the patch, the report and figures")
     add("--show", action="store_true", help="print a few answers before and after: offensive text")
     add("--quick", action="store_true", help="few prompts and short texts: shows in minutes that everything runs")

@@ -69,7 +69,8 @@ def test_tokens_of_profane_words_are_labelled_and_no_alternatives():
 
 
 @pytest.mark.slow
-def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("at", ["everywhere", "model.layers.0"])
+def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys, at):
     model = build("llama")
     model.generation_config.eos_token_id = None
     before = weights(model)
@@ -83,6 +84,7 @@ def test_the_whole_example_on_a_tiny_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(correct_toxicity, "load_model", lambda _: (model, Letters()))
     sizes = ["--windows", "2", "--length", "16", "--samples", "4", "--random", "1", "--answer-tokens", "8"]
     sizes += ["--reduction", "0.01", "--amounts", "0.05", "0.3", "--strengths", "1", "--allowed", "*=9"]
+    sizes += ["--at", at, "--holding", "*=0.5"]
     monkeypatch.setattr("sys.argv", ["correct_toxicity.py", *sizes, "--output", str(tmp_path)])
     correct_toxicity.is_profane.cache_clear()
     correct_toxicity.main()
