@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.axes import axes_of
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.operations import Place
 from lrp_prune.engine.origins import marked
@@ -33,6 +34,12 @@ class Form:
 
     def __init__(self, call: Call, activation: int, weight: int) -> None:
         self.call, self._activation, self._weight = call, activation, weight
+
+    def axes(self) -> tuple[int, int] | None:
+        """Axes of the weight along the output's channels and along the activation's; None where it has not one of each."""
+        if self.channel_dim is not None:
+            return self.out_axis, self.in_axis
+        return axes_of(self.call, self._activation, self._weight)
 
     def forward(self, activation: Tensor, weight: Tensor) -> Tensor:
         """The operation, exactly as the model called it."""

@@ -78,11 +78,15 @@ class Use:
             return "transposed_convolution" if self.form.groups == 1 else None
         if isinstance(self.form, Convolution):
             return "convolution"
-        if self.form.channel_dim is None or self.origin.layout is None:
+        axes, view = self.form.axes(), self.origin.layout
+        if axes is None or view is None:
             return None
-        strides = self.origin.layout.stride
-        upright = strides[self.form.out_axis] > strides[self.form.in_axis]
+        out_axis, in_axis = axes
+        upright = view.stride[out_axis] > view.stride[in_axis]
         if len(self.origin.parameter.size) == 3:
+            others = [stride for axis, stride in enumerate(view.stride) if axis not in axes]
+            if others and others[0] < max(view.stride[axis] for axis in axes):
+                return None  # what it is a stack along is not its first dimension
             return "stacked" if upright else "stacked_transposed"
         return "linear" if upright else "transposed"
 

@@ -110,8 +110,6 @@ def of_pair(profile: Profile, batch: Sequence[Any], labelled: bool) -> Call:
             args, assumed = tuple(inputs), "It was given the entries of the batch's inputs one by one"
         else:
             assumed = "It was given the batch's inputs as one argument"
-    elif len(batch) == 2:
-        assumed = "It was given the first entry of the batch, and the second was taken for labels"
     if profile.hands_on:
         given = _decoder_inputs(profile, labels, {})
         if isinstance(labels, Tensor) and (labelled or _needs_labels(profile, given)):

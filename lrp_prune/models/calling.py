@@ -68,14 +68,17 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def called(model: nn.Module, call: Call) -> Any:
     """The output of a call; where something was assumed, an error of the forward says so."""
-    model = forwarded(model)
-    if call.assumed is None:
-        return model(*call.args, **call.kwargs)
+    model, assumed = forwarded(model), call.assumed
     try:
         return model(*call.args, **call.kwargs)
     except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        unpacks = isinstance(error, ValueError) and "to unpack" in str(error)
+        if unpacks and assumed is None and call.labels is not None:
+            assumed = "It was given the batch without what was taken for labels"
+        if assumed is None or (isinstance(error, ValueError) and not unpacks):
+            raise
         raise ValueError(
-            f"{class_name(unwrap(model))}.forward failed ({type(error).__name__}: {error}). {call.assumed}; if that is not what "
+            f"{class_name(unwrap(model))}.forward failed ({type(error).__name__}: {error}). {assumed}; if that is not what "
             f"its training does, {WAY_OUT}"
         ) from error
 

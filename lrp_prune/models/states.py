@@ -75,7 +75,7 @@ def make_kept_ordinary(model: nn.Module) -> None:
         for name, value in own.items():
             if name in _OF_TORCH:
                 continue
-            if type(value) is dict or name == "_buffers":
+            if type(value) is dict or (name == "_buffers" and isinstance(value, dict)):
                 value.update({key: entry.clone() for key, entry in value.items() if _is_inference(entry)})
             elif type(value) is list:
                 value[:] = [entry.clone() if _is_inference(entry) else entry for entry in value]

@@ -1,6 +1,7 @@
 """From relevance to masks: exactly the asked share of what is compared, the least relevant first."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.units import existing_units, expand_units
 from lrp_prune.relevance.members import stacked_layers
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.selection import bits
 from lrp_prune.selection.floors import limits_of, resolved_floor, within_limits
 from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK
@@ -179,8 +181,24 @@ def check_selection(
         check_selectable(dict.fromkeys(relevance), {}, sparsity, compared, relevance.granularity)
         return
     shapes = {name: tuple(relevance.parameter_shapes[name]) for name in (*relevance, *relevance.unscored)}
-    layouts = {name: relevance.layouts.get(name) or layout_of(shape) for name, shape in shapes.items()}
+    layouts = _layouts(relevance, shapes, told=False)
     check_selectable({**layouts, **dict.fromkeys(relevance.unscored)}, shapes, sparsity, compared)
+
+
+def _layouts(relevance: "Relevance", shapes: Mapping[str, tuple[int, ...]], told: bool = True) -> dict[str, str]:
+    """What is a row of each weight; where no use told, and no module did, its shape does, and that is said."""
+    guessed = {name: layout_of(shape) for name, shape in shapes.items() if name not in relevance.layouts}
+    matrices = [name for name, layout in guessed.items() if layout != "vector" and name in relevance]
+    if told and relevance.model and matrices:
+        examples = ", ".join(f"{name} as {guessed[name]}" for name in matrices[:2])
+        warnings.warn(
+            f"nothing tells along which dimension {', '.join(patterns_of(matrices))} have their outputs: they are taken for "
+            f"layers' by their shapes ({examples}; relevance.layouts can say otherwise). Methods that see a forward, such as "
+            "'lrp' and 'wanda', know it of products with one dimension for each; scope='layer' needs it of none",
+            UserWarning,
+            stacklevel=4,
+        )
+    return {**relevance.layouts, **guessed}
 
 
 def _all_kept(relevance: "Relevance", name: str) -> Tensor:
@@ -215,6 +233,7 @@ def _select_weights(
     def choose_together(names: Sequence[str], k: int) -> ChosenTogether:
         return smallest_of(relevance, names, k, order, kept)
 
+    layouts = {} if scope in ("global", "layer") else _layouts(relevance, shapes)
     for group in groups:
         rate = group.rate
         for together in [group.scored] if scope == "global" else [[name] for name in group.scored]:
@@ -235,7 +254,7 @@ def _select_weights(
                     found.update(choose_together(together, k).masks())
             else:
                 (name,) = together
-                layout = relevance.layouts.get(name) or layout_of(shapes[name])
+                layout = layouts[name]
                 choose = partial(_select_rows, rate=rate, scope=scope, layout=layout, order=order, name=name)
                 found[name] = rows_together(relevance, name, scope, layout, kept.get(name), choose, failures)
     raise_together(failures, mesh)

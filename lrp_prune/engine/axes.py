@@ -1,0 +1,46 @@
+"""Which axes of a weight lie along what a product sums over, and along what it makes."""
+
+from lrp_prune.engine.call import Call
+
+_MATRICES = frozenset("mm bmm matmul addmm addbmm baddbmm _grouped_mm grouped_mm".split())
+
+
+def axes_of(call: Call, activation: int, weight: int) -> tuple[int, int] | None:
+    """Axes of a weight in a product: ``(outputs, inputs)``; None where it has not one of each, or nothing tells.
+
+    A further axis, which the activation and the output have as well, is that of a stack (heads, experts).
+
+    Args:
+        call: of a product.
+        activation: index of the activation among the operands.
+        weight: index of the weight.
+    """
+    name, dims = call.function.__name__, call.operand(weight).dim()
+    if name == "einsum":
+        return _of_equation(str(call.args[0]), activation, weight)
+    if name not in _MATRICES or dims < 2 or {activation, weight} != {0, 1}:
+        return None
+    return (dims - 2, dims - 1) if weight == 0 else (dims - 1, dims - 2)
+
+
+def _of_equation(equation: str, activation: int, weight: int) -> tuple[int, int] | None:
+    """The same of an einsum.
+
+    Example:
+        >>> _of_equation("b s i, i o -> b s o", 0, 1), _of_equation("oi,bi", 1, 0), _of_equation("bi,iho->bho", 0, 1)
+        ((1, 0), (0, 1), None)
+    """
+    left, arrow, made = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    if len(operands) != 2 or "." in operands[weight]:
+        return None
+    ours, other = operands[weight], operands[activation]
+    if not arrow:
+        made = "".join(letter for letter in ours + other if (ours + other).count(letter) == 1)
+    inputs = [axis for axis, letter in enumerate(ours) if letter in other and letter not in made]
+    outputs = [axis for axis, letter in enumerate(ours) if letter in made and letter not in other]
+    if len(outputs) == 2 and len(ours) == 3 and outputs[0] == 0:  # heads that read the same: a stack
+        outputs = outputs[1:]
+    if len(inputs) != 1 or len(outputs) != 1 or len(set(ours)) != len(ours):
+        return None
+    return outputs[0], inputs[0]
