@@ -224,15 +224,17 @@ class GateTraining(LightningModule):
         return loss
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.pressure.step(self.locations(), self._progress())
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not in on_train_batch_end, before which callbacks write checkpoints: the multipliers are part of them.
+        self.pressure.step(self.locations(), self._progress(done=1))
 
-    def _progress(self) -> float:
+    def _progress(self, done: int = 0) -> float:
+        """The share of the warm-up that is over, with so many steps that the trainer has not counted yet."""
         steps = float(self.trainer.estimated_stepping_batches)
         if self._warmup <= 0 or steps == float("inf"):
             return 1.0
-        return self.trainer.global_step / max(self._warmup * steps, 1.0)
+        return (self.trainer.global_step + done) / max(self._warmup * steps, 1.0)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

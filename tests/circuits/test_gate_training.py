@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lrp_prune import circuits
 from lrp_prune.circuits import Circuit, GateTraining
@@ -156,6 +158,41 @@ def test_the_model_is_neither_trained_nor_stored(tmp_path: Path) -> None:
     wrong = GateTraining(build("llama"), small_task(), "head")
     with pytest.raises(ValueError, match="checkpoint's gates are for sites"):
         wrong.on_load_checkpoint(checkpoint)
+
+
+class Seeding(Callback):
+    """Lightning does not store the states of random number generators."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_of_any_step_goes_on_as_if_nothing_had_happened(tmp_path: Path, accumulate: int) -> None:
+    """Also one that is written in on_train_batch_end, and at an epoch's last window, which is a short one."""
+
+    def fit(*callbacks: Callback, path: Path | None = None) -> GateTraining:
+        gates = GateTraining(build("llama"), small_task(), "neuron", density=0.3, batch_size=1)
+        trainer = Trainer(
+            max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            callbacks=[Seeding(), *callbacks], enable_checkpointing=bool(callbacks), limit_val_batches=0,
+            accumulate_grad_batches=accumulate, limit_train_batches=3,
+        )  # fmt: skip
+        loader = (
+            gates.task.batches(1)[:1] * 3
+        )  # Lightning begins with the first batch where a resume is within an epoch
+        trainer.fit(gates, DataLoader(loader, batch_size=None), ckpt_path=path)
+        return gates
+
+    whole = fit(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    assert bool(whole.pressure.multipliers.any())
+    written = sorted(tmp_path.glob("*.ckpt"))
+    assert len(written) == (6 if accumulate == 1 else 4)
+    for path in written[:-1]:
+        again = fit(path=path)
+        assert torch.equal(again.pressure.multipliers, whole.pressure.multipliers), path
+        assert all(torch.equal(one, other) for one, other in zip(whole.log_alpha, again.log_alpha, strict=True)), path
 
 
 def test_a_validation_that_moves_the_model_leaves_it_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
