@@ -92,7 +92,7 @@ class Row:
 
 
 def rows(chosen: list[Case], methods: list[str], seeds: range, sparsities: list[float], trained: bool) -> Iterator[Row]:
-    """All rows, those of one trained model after each other."""
+    """All rows, those of one trained model after each other; without sparsities for one shot those of rounds alone."""
     for case, seed in itertools.product(chosen, seeds):
         for method, sparsity in itertools.product(methods, sparsities):
             yield Row(case.name, seed, method, sparsity, 1)
@@ -175,8 +175,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases()], help="models; all by default")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="all by default")
     parser.add_argument("--sparsities", nargs="+", type=float, choices=SPARSITIES, help="in one shot; all by default")
-    parser.add_argument("--one-shot", action="store_true", help="no rounds with training")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--one-shot", action="store_true", help="no rounds with training")
+    part.add_argument("--trained", action="store_true", help="rounds with training alone")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, of data and models")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--report", action="store_true", help="only table and figures of what there is")
     parser.add_argument("--output", type=Path, default=Path("outputs/panel"))
     arguments = parser.parse_args()
@@ -192,9 +195,9 @@ def main() -> None:
             chosen = [case for case in chosen if case.epochs]
         methods = arguments.methods or list(QUICK if quick else METHODS)
         sparsities = arguments.sparsities or list(QUICK_SPARSITIES if quick else SPARSITIES)
-        todo = rows(
-            chosen, methods, range(1 if quick else arguments.seeds), sparsities, not (quick or arguments.one_shot)
-        )
+        first, number = arguments.first_seed, 1 if quick else arguments.seeds
+        one_shot = [] if arguments.trained else sparsities
+        todo = rows(chosen, methods, range(first, first + number), one_shot, not (quick or arguments.one_shot))
         run(list(todo), results, arguments.output / "models")
     found = list(done(results).values())
     print(table(found))
