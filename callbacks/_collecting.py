@@ -14,8 +14,14 @@ from lrp_prune.callbacks._averages import trained_weights
 from lrp_prune.models.batches import contained
 
 
-def check_validation(trainer: Trainer, name: str, does: str) -> None:
+def check_validation(trainer: Trainer, name: str, does: str, every_n_epochs: int = 1) -> None:
     """Refuse a training without validations for a callback that works in them alone; say where a resume leaves one out.
+
+    Args:
+        trainer: the training that begins.
+        name: of the callback.
+        does: what it does in them.
+        every_n_epochs: in which it does so, the last of so many.
 
     Raises:
         MisconfigurationException: likewise.
@@ -25,7 +31,7 @@ def check_validation(trainer: Trainer, name: str, does: str) -> None:
             f"{name} {does} at the end of validations, but this training has none: give it a validation loader and a "
             "validation_step (and limit_val_batches > 0), or call trainer.validate afterwards"
         )
-    _resuming.warn_of_skipped(trainer, f"{name} {does} at the end of the next, if there is one")
+    _resuming.warn_of_skipped(trainer, f"{name} {does} at the end of a later one, if there is one", every_n_epochs)
 
 
 class CollectingCallback(Callback, ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._corrected import inner, uncorrected
-from lrp_prune.callbacks._distributed import agreeing, check_equal
+from lrp_prune.callbacks._distributed import agreeing, check_equal, gathered
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.distributed.sharding import local_part, sharding_of
@@ -223,12 +223,20 @@ class Pruner:
             self._keeper.update(state.masks)
             self.mask_adapters(pl_module)
 
-    def check_zeros(self) -> None:
+    def check_zeros(self, trainer: Trainer) -> None:
         """Let what is pruned be zero at the very end as well, and say of which weights something else had brought it back."""
-        names = self._keeper.brought_back() if self._keeper is not None else []
+        if self._keeper is None:
+            return
+        try:
+            mine = self._keeper.brought_back()
+        except KeyError as error:
+            rank_zero_warn(
+                f"{self.name}: the model has other weights than in the training, and may not be pruned: {error}"
+            )
+            return
+        names = sorted({name for theirs in gathered(trainer, mine) for name in theirs})
         if names:
-            assert self._keeper is not None
-            self._keeper.enforce()
+            self._keeper.attach(trainer.optimizers)  # which finds weights again that were replaced
             rank_zero_warn(
                 f"{self.name}: after the last step something wrote to pruned weights of {', '.join(patterns_of(names))}, such as "
                 "a callback that copies averages of its own in on_train_end: they are zero again now, but not in a checkpoint "

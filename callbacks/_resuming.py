@@ -36,19 +36,25 @@ def skipped_validation(trainer: Trainer) -> int | None:
     return epoch if due else None
 
 
-def warn_of_skipped(trainer: Trainer, lost: str) -> bool:
+def warn_of_skipped(trainer: Trainer, lost: str, every_n_epochs: int = 1) -> bool:
     """Say what is lost with a validation that is left out, if one is. To be asked in ``on_train_start``.
+
+    Args:
+        trainer: the training that begins.
+        lost: what would have been done in it.
+        every_n_epochs: of so many epochs the last one's validation is of use alone.
 
     Returns:
         Whether one is left out.
     """
     epoch = skipped_validation(trainer)
-    if epoch is not None:
+    if epoch is not None and epoch % every_n_epochs == every_n_epochs - 1:
         rank_zero_warn(
             f"{trainer.ckpt_path} was written before the validation of epoch {epoch}, which Lightning takes for done: {lost} "
             "(checkpoints that are written in or after validations have none to come)"
         )
-    return epoch is not None
+        return True
+    return False
 
 
 def warn_of_losses(trainer: Trainer, pl_module: LightningModule) -> None:

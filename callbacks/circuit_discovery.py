@@ -137,7 +137,7 @@ class CircuitDiscovery(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now a training without validations, a model without such nodes, or a task that does not suit it."""
-        check_validation(trainer, type(self).__name__, "finds circuits")
+        check_validation(trainer, type(self).__name__, "finds circuits", self._every_n_epochs)
         warn_of_no_epoch(trainer, type(self).__name__, self._every_n_epochs, "finds")
         with misconfiguration(), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
             check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)

@@ -114,7 +114,7 @@ class RelevanceCollector(CollectingCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_validation(trainer, type(self).__name__, "collects")
+        check_validation(trainer, type(self).__name__, "collects", self._every_n_epochs)
         warn_of_no_epoch(trainer, type(self).__name__, self._every_n_epochs, "collects")
         super().on_train_start(trainer, pl_module)
         self._collection.check(trainer, pl_module)

@@ -274,7 +274,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where ModelCheckpoint may still write the last metrics' checkpoint.
-        self._pruner.check_zeros()
+        self._pruner.check_zeros(trainer)
         if self._preview:
             if self.previewed is None and self.round < self._times.count:
                 rank_zero_warn("the training ended before the first round had collected: there is no preview")

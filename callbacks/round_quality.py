@@ -130,7 +130,7 @@ class RoundQuality(RoundListener):
             )
         known = self._module() if self._module is not None else None
         if known is not pl_module:
-            self._points, self._latest, self._good, self._stopped = [], None, None, False
+            self._points, self._latest, self._good, self._stopped, self._skipped = [], None, None, False, False
         self._module, self._logged = weakref.ref(pl_module), []
         self._seen = self._ended_at = None
 
@@ -142,7 +142,7 @@ class RoundQuality(RoundListener):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _monitor.check_sanity(self.monitor, self._logged)
         lost = f"RoundQuality takes the {self.monitor} of an earlier one for the round, or does not judge it if there is none"
-        self._skipped = _resuming.warn_of_skipped(trainer, lost)
+        self._skipped |= _resuming.warn_of_skipped(trainer, lost)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,12 +174,14 @@ class RoundQuality(RoundListener):
             "latest": self._latest,
             "good": self._good.to_dict() if self._good is not None else None,
             "stopped": self._stopped,
+            "skipped": self._skipped,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._points = [RoundPoint(**point) for point in state_dict["points"]]
         self._latest, self._stopped = state_dict["latest"], state_dict["stopped"]
+        self._skipped = state_dict.get("skipped", False)
         good = state_dict["good"]
         self._good = EndOfRound.from_dict(good) if good is not None else None
 
@@ -287,11 +289,13 @@ class RoundQuality(RoundListener):
     def _tell_unknown(self, trainer: Trainer, done: int) -> None:
         if done == 0 and not self._guards:
             return  # the first round may be before any validation
-        if self._guards and not self._skipped:
+        # Without the dense model's value there would be no margin in all the rounds to come.
+        if self._guards and (not self._skipped or (self.margin is not None and not done)):
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise MisconfigurationException(
                 f"{self.monitor!r} was not logged between round {done} and the next, so that RoundQuality cannot judge it (there "
                 f"is {logged}): log it by self.log in validation_step, and validate between rounds"
+                f"{', or resume from a checkpoint that was written in a validation or after it' if self._skipped else ''}"
             )
         rank_zero_warn(
             f"{self.monitor!r} was not logged in round {done}, which has no point in the curve of RoundQuality"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from language_model import PACKAGED_MODEL
+from torch import nn
 
 from lrp_prune.correction import Learned
 
@@ -63,6 +64,12 @@ def add_condition(given: argparse.ArgumentParser, at: str = EVERYWHERE, holding:
 def condition(options: argparse.Namespace) -> Learned | None:
     """What the options above say, None for everywhere."""
     return None if options.at == EVERYWHERE else Learned(options.at, limits(options.holding), options.shrinkage)
+
+
+def check_place(options: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse now a module for a condition that the model does not have."""
+    if options.at != EVERYWHERE and options.at not in dict(model.named_modules()):
+        raise SystemExit(f"--at {options.at}: the model has no such module; give one of its layers, or {EVERYWHERE!r}")
 
 
 def add_suite(given: argparse.ArgumentParser, windows: int, length: int, samples: int, allowed: Sequence[str]) -> None:

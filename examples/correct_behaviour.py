@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 from behaviours import BEHAVIOURS
-from command_line import EVERYWHERE, add_condition, add_model, add_search, add_suite, condition, limits, parser
+from command_line import (
+    EVERYWHERE,
+    add_condition,
+    add_model,
+    add_search,
+    add_suite,
+    check_place,
+    condition,
+    limits,
+    parser,
+)
 from language_model import load_model
 from lightning.pytorch import Trainer
 from presenting import quiet, stage
@@ -92,6 +102,7 @@ def main() -> None:
     quiet()
     stage(f"loading {options.model} and texts")
     model, tokenizer = load_model(options.model)
+    check_place(options, model)
     sizes = {"windows": options.windows, "length": options.length, "samples": options.samples}
     halves = Suite.halves(tokenizer, **sizes, seed=options.seed, allowed=limits(options.allowed))
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from command_line import add_condition, add_model, add_search, add_suite, condition, limits, parser
+from command_line import add_condition, add_model, add_search, add_suite, check_place, condition, limits, parser
 from correct_behaviour import shown_examples
 from language_model import load_model
 from presenting import quiet, stage
@@ -134,6 +134,7 @@ def main() -> None:
     quiet()
     stage(f"loading {options.model} and texts")
     model, tokenizer = load_model(options.model)
+    check_place(options, model)
     sizes = {"windows": options.windows, "length": options.length, "samples": options.samples}
     halves = Suite.halves(tokenizer, **sizes, seed=options.seed, allowed=limits(options.allowed))
     collecting, _ = Suite.halves(tokenizer, **sizes, seed=options.seed + 1)

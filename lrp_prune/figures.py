@@ -55,13 +55,15 @@ def _as_written(figure: "Figure") -> None:
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     numbers = set[Any]()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            ticks = axis.get_ticklabels(which="both")
-            if isinstance(axis.get_major_formatter(), LogFormatter | ScalarFormatter):
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        for minor in (False, True):
+            ticks = axis.get_ticklabels(minor=minor)
+            formatter = axis.get_minor_formatter() if minor else axis.get_major_formatter()
+            if isinstance(formatter, LogFormatter | ScalarFormatter):
                 numbers.update(ticks)  # powers of ten are formulas
             elif any(len(tick.get_text()) > _LETTERS for tick in ticks):
-                axis.set_ticklabels([shortened(tick.get_text(), _LETTERS) for tick in axis.get_ticklabels()])
+                names = [shortened(tick.get_text(), _LETTERS) for tick in ticks]
+                axis.set_ticks(axis.get_ticklocs(minor=minor), names, minor=minor)
     for text in figure.findobj(Text):
         if isinstance(text, Text) and text not in numbers:
             text.set_parse_math(False)

@@ -28,6 +28,7 @@ from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.statistics import Statistic
+from lrp_prune.relevance.unscored import tell_nothing
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 
@@ -132,7 +133,7 @@ class RelevanceAccumulator:
         sharded = table if isinstance(table, ShardedTable) else None
         mesh = None if sharded is None else sharded.mesh
         device = next(module.parameters()).device if mesh is None else device_of(mesh)
-        with unaltered(module, again=self.num_samples > 0):
+        with unaltered(module):
             batch = to_device(batch, device)
             table.batch.samples = samples_in(batch)
             table.batch.counted = counted_tokens(module, batch, self._skip_first)
@@ -308,4 +309,5 @@ def attribute(
     collect(accumulator, batches, model, chunks)
     relevance = accumulator.compute()
     check_included(include, relevance, relevance.unscored)
+    tell_nothing(relevance, stacklevel=3)
     return relevance

@@ -22,6 +22,7 @@ from lrp_prune.models.profile import parameters_of, profile_of
 from lrp_prune.models.states import eager, unchanged_buffers
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
+from lrp_prune.targets.tokens import labelled
 
 _NOT_TOKENS = ("position", "token_type", "segment", "label")
 """Parts of names of integers that are looked up and are no tokens."""
@@ -87,7 +88,7 @@ def input_relevance(
     subject = subject_of(model)
     module = subject.module
     check_samples(batch)
-    with unaltered(module):
+    with unaltered(module), labelled():
         batch = on_device_of(module, batch)
         found = target_for(module, batch, target, subject.own_target)
         rules = composite_of(composite)
@@ -215,8 +216,8 @@ def unpadded(module: nn.Module, batch: Any, skip_first: int = 0) -> dict[str, Te
 def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tensor]) -> list[str | None]:
     """Which argument each lookup is of; None for positions and the like.
 
-    It is of the argument that it reads from memory, or whose ids are the same where nothing reads that (they were copied to a
-    device, say): positions 0, 1, 2, ... are no tokens that happen to have these ids.
+    It is of the argument whose ids are the same. Numbers that follow one another are positions, and no tokens that happen to have
+    these ids, unless they are read from the argument's own memory, or nothing is (ids may have been copied to a device).
 
     Where two arguments are equal (an encoder and a decoder that read the same), each has its own lookup, in their order.
     """
@@ -232,10 +233,15 @@ def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tenso
             and not value.is_floating_point()
             and value.shape == ids.shape
             and not any(part in name for part in _NOT_TOKENS)
-            and (_same_memory(ids, value) if name in read else bool((value.to(ids.device) == ids).all()))
+            and (_same_memory(ids, value) or not (name in read and _is_counting(ids)))
+            and bool((value.to(ids.device) == ids).all())
         ]
         found.append(next((name for name in fitting if name not in found), fitting[0] if fitting else None))
     return found
+
+
+def _is_counting(ids: Tensor) -> bool:
+    return ids.dim() > 0 and bool((ids.diff(dim=-1) == 1).all())
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -45,7 +45,7 @@ def stops_within(composite: Composite) -> bool:
 def tell_silent(
     relevance: Relevance, composite: Composite, held: Mapping[str, Tensor], stacked: Collection[str] = ()
 ) -> None:
-    """Warn of relevance that is zero everywhere, of outputs without any where rules stop it, and of experts without any.
+    """Warn of outputs without relevance where rules stop it, and of experts without any.
 
     Args:
         relevance: of weights; of neurons, experts alone are told of.
@@ -54,14 +54,6 @@ def tell_silent(
         stacked: where units are scored, weights of which each entry of the first dimension is a layer of its own.
     """
     if relevance.shardings:
-        return
-    if relevance.statistic != "structure" and not any(bool(relevance.sums[name].any()) for name in relevance):
-        warnings.warn(
-            f"relevance is zero everywhere: target {relevance.target!r} explained nothing of {relevance.num_samples} samples (no "
-            "label that counts, or an output that depends on nothing), and what is selected by it is arbitrary",
-            UnscoredWeightsWarning,
-            stacklevel=4,
-        )
         return
     if relevance.granularity != "weight":
         if relevance.statistic == "structure":  # of methods that look at no data: nothing is summed

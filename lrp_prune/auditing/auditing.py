@@ -21,6 +21,7 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_modules
 from lrp_prune.relevance.unscored import patterns_of
+from lrp_prune.targets.tokens import labelled
 
 CONSERVING = "cp_lrp"
 """The preset under which nothing but biases and operations without a rule loses relevance."""
@@ -94,7 +95,7 @@ def _passed(model: nn.Module, batch: Any, target: Any, rules: Composite) -> _Pas
     subject = subject_of(model)
     module, passing = subject.module, Passing()
     check_samples(batch)
-    with unaltered(module):
+    with unaltered(module), labelled():
         batch = on_device_of(module, batch)
         explained = target_for(module, batch, target, subject.own_target)
         with propagating(module, rules, None, "warn", WeightUses(), constants=True) as propagation:

@@ -6,6 +6,7 @@ the parameter each of its entries is. It is known as long as a zero in the param
 scales (``weight * mask``, ``weight / sigma``), but not through sums and products of matrices.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +95,39 @@ class Origin(NamedTuple):
             return axis % len(self.parameter.size)
         stride = self.layout.stride[axis]
         return self.parameter.stride.index(stride) if stride in self.parameter.stride else None
+
+    def dims(self) -> list[int] | None:
+        """The parameter's dimension that each axis of the tensor goes along, all of it or a part; None where one goes along none.
+
+        Axes of size one, whose stride says nothing, go where there is one of that size.
+        """
+        if self.layout is None:
+            return None
+        found: list[int] = []
+        for size, stride in zip(self.layout.size, self.layout.stride, strict=True):
+            fitting = [
+                dim
+                for dim, (whole, step) in enumerate(zip(self.parameter.size, self.parameter.stride, strict=True))
+                if step == stride and size <= whole and dim not in found
+            ]
+            fitting = [dim for dim in fitting if self.parameter.size[dim] == size] or fitting
+            if not fitting:
+                return None
+            found.append(fitting[0])
+        return found
+
+    def flattened_axis(self) -> int | None:
+        """The axis along the parameter's first dimension of a matrix whose other axis goes along all others (of patches)."""
+        layout, whole = self.layout, self.parameter
+        if layout is None or len(whole.size) < 3 or layout.offset:
+            return None
+        first = whole.size[0], whole.stride[0]
+        rest = math.prod(whole.size[1:]), whole.stride[-1]
+        dense = all(
+            whole.stride[dim] == whole.stride[dim + 1] * whole.size[dim + 1] for dim in range(1, len(whole.size) - 1)
+        )
+        axes = list(zip(layout.size, layout.stride, strict=True))
+        return axes.index(first) if dense and axes in ([first, rest], [rest, first]) else None
 
     def in_stack(self) -> "tuple[Origin, Slot] | None":
         """As the origin of one layer of a stack, where the tensor is one entry of the parameter's first dimension; and which."""

@@ -12,21 +12,18 @@ from lrp_prune.models.states import make_kept_ordinary, unchanged_configuration,
 
 
 @contextmanager
-def unaltered(module: nn.Module, again: bool = False) -> Iterator[None]:
+def unaltered(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no inference mode inside, activation checkpoints at work; modes, random numbers and configuration come
     out as they went in.
 
     Args:
         module: what is run, without wrappers.
-        again: whether this is no first pass, so that what the model keeps from inference mode has been looked for already.
     """
-    inference_mode = torch.is_inference_mode_enabled()
     with (
         torch.inference_mode(False),
         undisturbed(module),
         unchanged_configuration(profile_of(module).config),
         recomputed_in_evaluation(module),
     ):
-        if inference_mode or not again:
-            make_kept_ordinary(module)
+        make_kept_ordinary(module)
         yield

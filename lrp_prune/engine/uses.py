@@ -78,17 +78,18 @@ class Use:
             return "transposed_convolution" if self.form.groups == 1 else None
         if isinstance(self.form, Convolution):
             return "convolution"
-        axes, view = self.form.axes(), self.origin.layout
-        if axes is None or view is None:
+        axes = self.form.axes()
+        if axes is None:
             return None
-        out_axis, in_axis = axes
-        upright = view.stride[out_axis] > view.stride[in_axis]
-        if len(self.origin.parameter.size) == 3:
-            others = [stride for axis, stride in enumerate(view.stride) if axis not in axes]
-            if others and others[0] < max(view.stride[axis] for axis in axes):
-                return None  # what it is a stack along is not its first dimension
-            return "stacked" if upright else "stacked_transposed"
-        return "linear" if upright else "transposed"
+        dims, number = self.origin.dims(), len(self.origin.parameter.size)
+        if dims is None:
+            return "convolution" if axes[0] == self.origin.flattened_axis() else None
+        out, into = (dims[axis] for axis in axes)
+        if number == 2:
+            return "linear" if out < into else "transposed"
+        if number == 3 and {out, into} == {1, 2}:
+            return "stacked" if out < into else "stacked_transposed"
+        return None  # it is no stack along its first dimension
 
 
 class RecurrentLayer(NamedTuple):

@@ -74,7 +74,7 @@ def called(model: nn.Module, call: Call) -> Any:
     except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         unpacks = isinstance(error, ValueError) and "to unpack" in str(error)
         if unpacks and assumed is None and call.labels is not None:
-            assumed = "It was given the batch without what was taken for labels"
+            assumed = "It may want the whole batch, and was given it without what was taken for labels"
         if assumed is None or (isinstance(error, ValueError) and not unpacks):
             raise
         raise ValueError(

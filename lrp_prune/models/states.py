@@ -63,28 +63,50 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+_LARGEST = 1024
+"""Entries of a container that is looked into: caches are by layer, length or device."""
 
 
 def make_kept_ordinary(model: nn.Module) -> None:
     """Let tensors that a forward kept for later while in ``torch.inference_mode`` (tables of positions, masks) be ordinary ones.
 
-    Nothing can be differentiated through the others. They are buffers, attributes, or in a list or a dictionary that is one.
+    Nothing can be differentiated through the others. They are buffers, attributes, or in containers that are; what several
+    modules share they share afterwards.
     """
+    # By number; what is held gives its number to nothing else.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: dict[int, Any] = {}
     for module in modules_of(model):
         own = vars(module)
         for name, value in own.items():
-            if name in _OF_TORCH:
-                continue
-            if type(value) is dict or (name == "_buffers" and isinstance(value, dict)):
-                value.update({key: entry.clone() for key, entry in value.items() if _is_inference(entry)})
-            elif type(value) is list:
-                value[:] = [entry.clone() if _is_inference(entry) else entry for entry in value]
-            elif _is_inference(value):
-                own[name] = value.clone()
+            if name not in _OF_TORCH and isinstance(value, Tensor | dict | list | tuple):
+                ordinary = _ordinary(value, made, seen)
+                if ordinary is not value:
+                    own[name] = ordinary
 
 
-def _is_inference(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_inference()
+def _ordinary(value: Any, made: dict[int, tuple[Tensor, Tensor]], seen: dict[int, Any]) -> Any:
+    """The value with other tensors in place of those of inference mode, in place where that can be; itself without any."""
+    if isinstance(value, Tensor):
+        if not value.is_inference():
+            return value
+        return made.setdefault(id(value), (value, value.clone()))[1]
+    if not isinstance(value, dict | list | tuple) or len(value) > _LARGEST or id(value) in seen:
+        return value
+    seen[id(value)] = value
+    if isinstance(value, dict):
+        for key, entry in list(value.items()):
+            ordinary = _ordinary(entry, made, seen)
+            if ordinary is not entry:
+                value[key] = ordinary
+        return value
+    entries = [_ordinary(entry, made, seen) for entry in value]
+    if all(one is other for one, other in zip(entries, value, strict=True)):
+        return value
+    if isinstance(value, list):
+        value[:] = entries
+        return value
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 @contextmanager

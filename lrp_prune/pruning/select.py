@@ -15,7 +15,7 @@ from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.units import existing_units, expand_units
 from lrp_prune.relevance.members import stacked_layers
-from lrp_prune.relevance.unscored import patterns_of
+from lrp_prune.relevance.unscored import patterns_of, tell_nothing
 from lrp_prune.selection import bits
 from lrp_prune.selection.floors import limits_of, resolved_floor, within_limits
 from lrp_prune.selection.keys import CHUNK, DEVICE_CHUNK
@@ -156,6 +156,7 @@ def select(
     masks = Masks.from_bits(
         chosen, shapes, granularity=granularity, shardings=shardings, unscored=unscored, layouts=layouts
     )
+    tell_nothing(relevance, stacklevel=3)
     tell_unscored(groups, relevance, masks)
     tell_emptied(groups, masks, existing, compared)
     return masks
@@ -187,8 +188,12 @@ def check_selection(
 
 def _layouts(relevance: "Relevance", shapes: Mapping[str, tuple[int, ...]], told: bool = True) -> dict[str, str]:
     """What is a row of each weight; where no use told, and no module did, its shape does, and that is said."""
-    guessed = {name: layout_of(shape) for name, shape in shapes.items() if name not in relevance.layouts}
-    matrices = [name for name, layout in guessed.items() if layout != "vector" and name in relevance]
+    guessed = {name: layout_of(shape) for name, shape in shapes.items()}
+    matrices = [
+        name
+        for name, layout in guessed.items()
+        if layout != "vector" and name in relevance and name not in relevance.layouts
+    ]
     if told and relevance.model and matrices:
         examples = ", ".join(f"{name} as {guessed[name]}" for name in matrices[:2])
         warnings.warn(
@@ -198,7 +203,7 @@ def _layouts(relevance: "Relevance", shapes: Mapping[str, tuple[int, ...]], told
             UserWarning,
             stacklevel=4,
         )
-    return {**relevance.layouts, **guessed}
+    return {name: relevance.layouts.get(name) or layout for name, layout in guessed.items()}
 
 
 def _all_kept(relevance: "Relevance", name: str) -> Tensor:

@@ -1,7 +1,12 @@
 """Weights that were asked for and that nothing is known about: why, how many, and how to say so."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrp_prune.relevance.relevance import Relevance
 
 UNUSED = "was used in no forward of the reference samples (an expert without tokens, a part that does not run)"
 NO_PRODUCT = "is used, but in no product with activations that is observed"
@@ -28,6 +33,22 @@ _SHOWN = 6
 
 class UnscoredWeightsWarning(UserWarning):
     """Weights that were asked for could not be scored, and stay as they are."""
+
+
+def tell_nothing(relevance: "Relevance", stacklevel: int) -> None:
+    """Warn of relevance of samples that is zero everywhere; of sharded one, of which a process has a part, it is not asked."""
+    if (
+        not relevance.num_samples
+        or relevance.shardings
+        or any(bool((relevance.sums[name] != 0).any()) for name in relevance)
+    ):
+        return
+    warnings.warn(
+        f"relevance is zero everywhere: target {relevance.target!r} explained nothing of {relevance.num_samples} samples (no "
+        "label that counts, or an output that depends on nothing), and what is selected by it is arbitrary",
+        UnscoredWeightsWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def computed(steps: Iterable[str]) -> str:

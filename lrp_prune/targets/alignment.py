@@ -52,8 +52,8 @@ def classes_last(logits: Tensor, labels: Tensor, profile: Profile, class_dim: in
 def positions_first(logits: Tensor, batch: Any) -> Tensor:
     """Outputs ``[samples, positions, classes]`` of a model for a batch, also where it tells the classes first.
 
-    Positions are what the batch has as many of (tokens, steps), in a dimension that is not that of its samples. Where it does
-    not tell, or both dimensions are, positions come first.
+    Positions are what the batch has as many of: labels or tokens ``[samples, positions]``, or else the steps of signals
+    ``[samples, steps, features]`` or ``[samples, channels, steps]``. Where it does not tell, or both would do, they come first.
 
     Example:
         >>> signals = torch.zeros(2, 3, 30)
@@ -61,11 +61,11 @@ def positions_first(logits: Tensor, batch: Any) -> Tensor:
         (2, 30, 5)
     """
     first, second = logits.shape[1:]
-    for given in tensors(batch):
-        if given.dim() in (2, 3) and len(given) == len(logits):
-            lengths = given.shape[1:]
-            if first in lengths or second in lengths:
-                return logits if first in lengths else logits.transpose(1, 2)
+    given = [tensor for tensor in tensors(batch) if tensor.dim() in (2, 3) and len(tensor) == len(logits)]
+    for tensor in sorted(given, key=lambda tensor: (tensor.dim(), tensor.is_floating_point())):
+        lengths = [length for length in tensor.shape[1:] if length > 1]
+        if first in lengths or second in lengths:
+            return logits if first in lengths else logits.transpose(1, 2)
     return logits
 
 

@@ -1,6 +1,8 @@
 """Targets with one label for each token or pixel, or for the one that follows."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,25 @@ from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import profile_of
 from lrp_prune.targets.alignment import check_range, classes_last, positions_first, shape_of, without_ignored
 from lrp_prune.targets.likelihood import log_likelihood
+
+
+class UnlabelledBatchWarning(UserWarning):
+    """Nothing in a batch is labelled, so that nothing of it is explained."""
+
+
+@contextmanager
+def labelled() -> Iterator[None]:
+    """For what is about one batch: one in which nothing is labelled is refused.
+
+    Raises:
+        ValueError: likewise.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnlabelledBatchWarning)
+        try:
+            yield
+        except UnlabelledBatchWarning as warning:
+            raise ValueError(str(warning)) from None
 
 
 class NextToken:
@@ -149,5 +170,6 @@ def _check_labels(labels: Tensor, classes: int, target: str) -> None:
     if not bool((labels != IGNORED).any()):
         warnings.warn(
             f"a batch has no labelled, unpadded token: target {target!r} explains nothing of it, and it adds no relevance",
+            UnlabelledBatchWarning,
             stacklevel=2,
         )

@@ -139,9 +139,10 @@ class MaskKeeper:
 
     def brought_back(self) -> list[str]:
         """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them."""
+        current = resolve(self._kept, self._model) if self._kept else {}  # whatever has been put in their place
         return [
             name
-            for name, parameter in self._parameters.items()
+            for name, parameter in current.items()
             if bool(local_part(parameter).detach()[self._bits(name, parameter) == 0].any())
         ]
 

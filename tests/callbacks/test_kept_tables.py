@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 import lrp_prune
 from lrp_prune.callbacks import RelevanceCollector
+from lrp_prune.pruning import scorer
 
 
 class Keeping(LightningModule):
@@ -20,6 +21,7 @@ class Keeping(LightningModule):
         self.table: Tensor | None = None
         self.by_width: dict[int, Tensor] = {}
         self.several: list[Tensor] = []
+        self.nested: dict[str, tuple[list[Tensor], int]] = {}
         self.register_buffer("kept", None)
 
     def factors(self) -> Tensor:
@@ -34,6 +36,8 @@ class Keeping(LightningModule):
             return self.table
         if self.where == "dictionary":
             return self.by_width.setdefault(4, made)
+        if self.where == "nested":
+            return self.nested.setdefault("tables", ([made], 4))[0][0]
         if not self.several:
             self.several.append(made)
         return self.several[0]
@@ -45,7 +49,7 @@ class Keeping(LightningModule):
         self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
 
-@pytest.mark.parametrize("where", ["attribute", "dictionary", "list", "buffer"])
+@pytest.mark.parametrize("where", ["attribute", "dictionary", "list", "nested", "buffer"])
 def test_relevance_goes_through_them(make_trainer, where: str) -> None:
     generator = torch.Generator().manual_seed(1)
     data = [(torch.randn(4, generator=generator), index % 3) for index in range(8)]
@@ -68,3 +72,16 @@ def test_so_it_does_after_a_validation_without_it(make_trainer) -> None:
     batch = torch.ones(4, 4), torch.ones(4, dtype=torch.long)
     found, expected = (lrp_prune.attribute(each, [batch]) for each in (module, other))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_table_that_grows_between_batches_and_one_that_is_shared() -> None:
+    module = Keeping("attribute")
+    scores = scorer("lrp", module)
+    batch = torch.ones(4, 4), torch.ones(4, dtype=torch.long)
+    scores.update(batch)
+    with torch.inference_mode():
+        module.table = torch.arange(1.0, 5.0)
+        module.by_width[4] = module.table
+    scores.update(batch)
+    assert not module.table.is_inference() and module.by_width[4] is module.table
+    assert scores.compute().num_samples == 8

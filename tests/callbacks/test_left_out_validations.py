@@ -20,8 +20,8 @@ def correction() -> ContrastiveCorrection:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (correction, "ContrastiveCorrection makes its patch at the end of the next"),
-        (RelevanceCollector, "RelevanceCollector collects at the end of the next"),
+        (correction, "ContrastiveCorrection makes its patch at the end of a later one"),
+        (RelevanceCollector, "RelevanceCollector collects at the end of a later one"),
     ],
     ids=["correction", "collector"],
 )
@@ -41,3 +41,13 @@ def test_it_is_told(
     told = [str(entry.message) for entry in recwarn if says in str(entry.message)]
     assert len(told) == (step == 4)
     assert all("before the validation of epoch 0, which Lightning takes for done" in each for each in told)
+
+
+def test_one_that_would_have_done_nothing_is_not(
+    make_module, make_loader, make_trainer, recwarn, tmp_path: Path
+) -> None:
+    written = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    for callback, path in ((written, None), (RelevanceCollector(every_n_epochs=2), tmp_path / "step=4.ckpt")):
+        trainer = make_trainer(callbacks=[callback], max_epochs=2, enable_checkpointing=path is None)
+        trainer.fit(make_module(), make_loader(), make_loader(seed=2), ckpt_path=path)
+    assert not [entry for entry in recwarn if "takes for done" in str(entry.message)]

@@ -190,6 +190,21 @@ def test_a_round_whose_validation_a_resume_leaves_out_is_not_judged_and_the_next
 
 
 @pytest.mark.slow
+def test_a_margin_needs_the_dense_model(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
+    """Where the validation that is left out is the only one before the first round: else nothing would guard the others."""
+    written = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+
+    def fit(callbacks: list[Callback], **options: Any) -> None:
+        trainer = make_trainer(callbacks=callbacks, max_epochs=4, enable_checkpointing=not options)
+        trainer.fit(make_module(), make_loader(), make_loader(seed=2), **options)
+
+    fit([pruning(), Planned([1.0] * 4), RoundQuality("quality", margin=0.1), written])
+    again = [pruning(), Planned([1.0, 50.0, 60.0, 80.0]), RoundQuality("quality", margin=0.1)]
+    with pytest.raises(MisconfigurationException, match="or resume from a checkpoint that was written in a validation"):
+        fit(again, ckpt_path=tmp_path / "step=4.ckpt")
+
+
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_go_back_together(make_module, make_loader, make_trainer, tmp_path: Path) -> None:
     """Also where one of them, by its own figures, would have gone on: they are 2 and 2.1."""

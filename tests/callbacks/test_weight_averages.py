@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from torch import nn
 
 import lrp_prune.pruning.scorers as scorers
 from lrp_prune import circuits
@@ -47,29 +48,36 @@ def test_zeros_survive_weight_averaging(make_module, make_loader, make_trainer, 
 class OwnAverage(Callback):
     """An average of one's own, which does not know of masks, and replaces the weights at the very end."""
 
+    def __init__(self, way: str) -> None:
+        self.way = way
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.kept = {name: entry.detach().clone() for name, entry in pl_module.named_parameters()}
+        self.kept = {name: nn.Parameter(entry.detach().clone()) for name, entry in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         for name, entry in pl_module.named_parameters():
-            self.kept[name].lerp_(entry.detach(), 0.1)
+            self.kept[name].data.lerp_(entry.detach(), 0.1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.load_state_dict(self.kept, strict=False)
+        if self.way == "module":
+            replaced = copy.deepcopy(pl_module.net)
+            pl_module.net = replaced
+        pl_module.load_state_dict(self.kept, strict=False, assign=self.way == "assigned")
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("way", ["copied", "assigned", "module"])
 def test_what_another_average_brings_back_is_zero_at_the_end_and_told(
-    make_module, make_loader, make_trainer, count_zeros, first
+    make_module, make_loader, make_trainer, count_zeros, first, way
 ) -> None:
     module, pruning = make_module(), RelevancePruning(sparsity=0.5, rounds=Rounds(start=1))
-    average = OwnAverage()
+    average = OwnAverage(way)
     trainer = make_trainer(callbacks=[average, pruning] if first else [pruning, average], max_epochs=3)
     with pytest.warns(UserWarning, match="pruning: after the last step something wrote to pruned weights of net"):
         trainer.fit(module, make_loader(), make_loader(seed=2))
     assert count_zeros(module) == ENTRIES // 2
     kept = pruning.masks["net.0.weight"]  # type: ignore[index]
-    assert torch.equal(module.net[0].weight, average.kept["net.0.weight"] * kept)
+    assert torch.equal(module.net[0].weight, average.kept["net.0.weight"].detach() * kept)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the average", "after the average"])

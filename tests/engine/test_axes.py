@@ -23,12 +23,24 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], Product, str]] = {
     "bmm": ((2, 4, 4), lambda x, w: torch.bmm(x.expand(2, -1, -1), w).movedim(0, 1).flatten(1), "stacked_transposed"),
     "bmm of a view": ((2, 4, 4), lambda x, w: torch.bmm(x.expand(2, -1, -1), w.mT).movedim(0, 1).flatten(1), "stacked"),
     "einsum of heads": ((2, 4, 4), lambda x, w: torch.einsum("bi,hio->bho", x, w).flatten(1), "stacked_transposed"),
+    "a flattened kernel": ((8, 2, 2, 1), lambda x, w: nn.functional.linear(x, w.flatten(1)), "convolution"),
+    "a flattened kernel, transposed": ((8, 2, 2), lambda x, w: x @ w.flatten(1).T, "convolution"),
+    "a part": ((16, 4), lambda x, w: nn.functional.linear(x, w[4:12]), "linear"),
+    "one of a stack": ((2, 4, 8), lambda x, w: x @ w[0] + x @ w[1], "stacked_transposed"),
+    "of one input": ((8, 1), lambda x, w: nn.functional.linear(x[:, :1], w), "linear"),
+    "of one input, transposed": ((1, 8), lambda x, w: x[:, :1] @ w, "transposed"),
     "einsum by head": ((2, 4, 2), lambda x, w: torch.einsum("bhi,hoi->bho", x.view(-1, 2, 2), w).flatten(1), "stacked"),
 }
 UNTOLD: dict[str, tuple[tuple[int, ...], Product]] = {
     "heads in the middle": ((4, 2, 4), lambda x, w: torch.einsum("bi,iho->bho", x, w).flatten(1)),
     "heads last": ((4, 4, 2), lambda x, w: torch.einsum("bi,ioh->bho", x, w).flatten(1)),
     "a sum over outputs": ((4, 8), lambda x, w: torch.einsum("bi,io->b", x, w)[:, None].expand(-1, 8)),
+    "heads as columns": ((4, 2, 4), lambda x, w: torch.einsum("bi,io->bo", x, w.flatten(1))),
+    "flattened inputs": ((2, 2, 8), lambda x, w: x @ w.flatten(0, 1)),
+    "a slice in the middle": ((4, 2, 8), lambda x, w: x @ w[:, 0]),
+    "a slice at the end": ((4, 8, 2), lambda x, w: x @ w[..., 0]),
+    "a stack of stacks": ((2, 2, 4, 4), lambda x, w: (x @ w).movedim(2, 0).flatten(1)),
+    "heads that are rows": ((4, 8), lambda x, w: torch.einsum("bhi,hio->bo", x.view(-1, 2, 2), w.view(2, 2, 8))),
     "two inputs": ((2, 2, 8), lambda x, w: torch.einsum("bij,ijo->bo", x.view(-1, 2, 2), w)),
 }
 
@@ -64,9 +76,10 @@ def test_a_row_is_what_one_output_depends_on(name: str) -> None:
             (product(x, alone.view(shape)) - product(x, torch.zeros(shape))).any(0).nonzero()[:, 0].tolist()
         )
     rows = as_rows(numbers, layout, "row", name).flatten(0, 1).flatten(1).tolist()
-    outputs = [{moved[entry] for entry in row} for row in rows]
-    assert all(len(each) == 1 for each in outputs)
-    assert len({each for found in outputs for each in found}) == len(rows)
+    outputs = [{moved[entry] for entry in row} for row in rows if moved[row[0]]]  # a part is used
+    assert all(len(each) == 1 for each in outputs) and len(outputs) >= len(rows) // 2
+    if name != "one of a stack":  # whose layers make the same outputs
+        assert len({each for found in outputs for each in found}) == len(outputs)
 
 
 @pytest.mark.parametrize("method", ["lrp", "wanda"])
@@ -75,8 +88,9 @@ def test_each_output_loses_half_of_its_inputs(name: str, method: str, recwarn: p
     shape, product, layout = PRODUCTS[name]
     model, batch = made(shape, product)
     lrp_prune.prune(model, [batch], 0.5, method=method, scope="row", recalibrate=False)
-    kept = as_rows(model.weight.detach() != 0, layout, "row", name).flatten(2).sum(-1)
-    assert set(kept.flatten().tolist()) == {(shape[-2] if layout.endswith("transposed") else shape[-1]) // 2}
+    kept = as_rows(model.weight.detach() != 0, layout, "row", name).flatten(2)
+    kept, inputs = kept.sum(-1), kept.shape[-1]
+    assert set(kept.flatten().tolist()) == {inputs - inputs // 2}
     assert not [each for each in recwarn if "nothing tells along which dimension" in str(each.message)]
 
 

@@ -200,7 +200,7 @@ def test_a_forward_of_two_inputs_is_given_both_of_a_pair_which_are_no_labels_the
         (NamedWithLengths, (X,), "missing a required argument: 'lengths'"),
         (Open, (X, Y), "too many positional arguments"),
         (WholeMapping, (X, Y), r"failed \(TypeError.*given the whole batch as 'batch'"),
-        (Unpacking, (X, Y), r"failed \(ValueError.*given the batch without what was taken for labels"),
+        (Unpacking, (X, Y), r"failed \(ValueError.*was given it without what was taken for labels"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_way_out(kind: type[Recorder], batch: Any, message: str) -> None:

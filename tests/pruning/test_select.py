@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lrp_prune.pruning import Masks, Scope, select
+from lrp_prune.pruning.select import check_selection
 from lrp_prune.relevance import Relevance
 from lrp_prune.relevance.members import Member
 from lrp_prune.selection.scopes import number_to_prune, parse_scope
@@ -283,3 +284,12 @@ def test_an_empty_relevance_and_an_unknown_ranking_are_refused():
         select(Relevance({}), 0.5)
     with pytest.raises(ValueError, match="order must be one of"):
         select(relevance_of(), 0.5, Scope(order="largest"))
+
+
+def test_layouts_of_more_than_there_is_do_no_harm() -> None:
+    values = torch.tensor([[1.0, 3.0], [2.0, 0.5], [5.0, 4.0]])
+    relevance = Relevance({"a": values}, statistic="signed", layouts={"a": "transposed", "b": "linear"})
+    check_selection(relevance, 0.5, "row")
+    assert select(relevance, 1 / 3, "row")["a"].sum(0).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="b"):
+        check_selection(relevance, {"a": 0.5, "b": 0.5}, "row")

@@ -11,6 +11,7 @@ import lrp_prune
 from lrp_prune.models import profile_of, subject_of
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
 from lrp_prune.targets import ClassLogit, LastToken, Logit, LogitDifference, NextToken, checked, describe, predicted
+from lrp_prune.targets.alignment import positions_first
 from tests.support.small_models import batch_for, build, forward
 
 
@@ -195,17 +196,29 @@ def test_a_single_output_for_each_sample_is_one_class() -> None:
     torch.testing.assert_close(found.inputs["x"].relevance, x * model.last.weight.detach())
 
 
-@pytest.mark.parametrize("steps", [30, 5], ids=["other lengths", "as many steps as classes"])
-def test_the_last_step_is_told_by_what_the_model_was_given(steps: int) -> None:
+@pytest.mark.parametrize(
+    ("outputs", "batch", "expected"),
+    [
+        ((2, 5, 30), [torch.zeros(2, 3, 30)], (2, 30, 5)),  # a convolution
+        ((2, 30, 5), [torch.zeros(2, 30, 3)], (2, 30, 5)),  # a recurrent layer
+        ((2, 12, 5), [torch.zeros(2, 12, dtype=torch.long)], (2, 12, 5)),  # a tagger
+        ((2, 5, 12), [torch.zeros(2, 12, dtype=torch.long)], (2, 12, 5)),
+        ((2, 3, 30), [torch.zeros(2, 3, 30), torch.zeros(2, 30, dtype=torch.long)], (2, 30, 3)),  # labels know better
+        ((2, 30, 30), [torch.zeros(2, 30, 30)], (2, 30, 30)),
+        ((2, 16, 1), [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1)], (2, 16, 1)),  # one label a sample is no position
+        ((2, 4, 7), [torch.zeros(2, 9, 8)], (2, 4, 7)),
+    ],
+)
+def test_positions_are_what_the_batch_has_as_many_of(outputs: Any, batch: list[Tensor], expected: Any) -> None:
+    assert tuple(positions_first(torch.zeros(outputs), tuple(batch)).shape) == expected
+
+
+def test_the_last_step_is_explained() -> None:
     torch.manual_seed(0)
-    convolution, signals = nn.Conv1d(3, 5, 3, padding=1), torch.randn(2, 3, steps)
-    if steps == 30:
-        assert torch.equal(LastToken()(convolution, signals), convolution(signals)[..., -1].amax(-1).sum())
+    convolution, signals = nn.Conv1d(3, 5, 3, padding=1), torch.randn(2, 3, 30)
+    assert torch.equal(LastToken()(convolution, signals), convolution(signals)[..., -1].amax(-1).sum())
     recurrent = nn.Linear(3, 5)
     assert torch.equal(LastToken()(recurrent, signals.mT), recurrent(signals.mT)[:, -1].amax(-1).sum())
-    ids = torch.randint(0, 9, (2, 12))
-    tagger = nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 5), nn.Flatten(2))
-    assert torch.equal(LastToken()(tagger, ids), tagger(ids)[:, -1].amax(-1).sum())
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lrp_prune
+from lrp_prune.figures import new_figure, saved
 from lrp_prune.visualization import Explanation, Pixels, Tokens, plot_by_layer, plot_heads
 from lrp_prune.visualization.colours import colour_of, hexadecimal
 from tests.support.small_models import batch_for, build
@@ -175,6 +176,21 @@ def test_names_with_dollars_are_no_formulas_and_long_ones_leave_room(tmp_path: P
     )
     box = layers.axes[0].get_position()
     assert box.width > 0.3 and box.height > 0.3
+
+
+@pytest.mark.filterwarnings("error")
+def test_bars_with_long_names_and_powers_of_ten(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = new_figure(8, 4)
+    left, right = figure.subplots(1, 2)
+    left.barh(["a $name$ that " * 8, "another"], [1.0, 2.0])
+    right.plot([1.0, 1e4], [1, 2])
+    right.set_xscale("log")
+    saved(figure, tmp_path / "bars.png")
+    names = [tick.get_text() for tick in left.get_yticklabels()]
+    assert names[1] == "another" and len(names[0]) == 48 and names[0].startswith("a $name$ that")
+    assert all(tick.get_parse_math() for tick in right.get_xticklabels())
+    assert not any(tick.get_parse_math() for tick in left.get_yticklabels())
 
 
 @pytest.mark.slow

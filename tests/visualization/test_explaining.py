@@ -54,6 +54,33 @@ def test_ids_that_a_model_copies_are_found_by_their_values() -> None:
     assert set(found.inputs) == {"input_ids"} and any("places" in name for name in found.elsewhere)
 
 
+class Hashed(nn.Module):
+    """Looks tokens up twice, the second time by a copy of their ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.others, self.head = nn.Embedding(16, 4), nn.Embedding(16, 4), nn.Linear(4, 3, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.words(input_ids) + self.others(torch.where(input_ids < 16, input_ids, 0))).mean(1)
+
+
+def test_a_copy_of_the_tokens_is_of_them_as_well() -> None:
+    torch.manual_seed(0)
+    found = lrp_prune.explain(Hashed(), {"input_ids": torch.tensor([[3, 1, 4, 1, 5]])})
+    assert not found.elsewhere
+    torch.testing.assert_close(found.inputs["input_ids"].relevance.sum(1), found.values)
+
+
+def test_what_no_label_says_is_no_explanation() -> None:
+    model, ids = build("llama"), batch_for("llama")["input_ids"]
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    with pytest.raises(ValueError, match="a batch has no labelled, unpadded token"):
+        lrp_prune.explain(model, batch, target="next_token")
+    (problem,) = lrp_prune.audit(model, batch, target="next_token").problems
+    assert "a batch has no labelled, unpadded token" in str(problem)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "vit", "resnet"])
 def test_with_all_that_is_elsewhere_it_conserves(name: str) -> None:

@@ -17,7 +17,7 @@ from lrp_prune.pruning.passes import outputs_of, tensors_in
 
 
 class PartialRuns:
-    """PartialRuns of a model on reference batches.
+    """Runs of a model on reference batches, each as far as it is needed.
 
     Args:
         module: the model.
