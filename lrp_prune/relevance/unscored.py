@@ -36,7 +36,7 @@ class UnscoredWeightsWarning(UserWarning):
 
 
 def tell_nothing(relevance: "Relevance", stacklevel: int) -> None:
-    """Warn of relevance of samples that is zero everywhere; of sharded one, of which a process has a part, it is not asked."""
+    """Warn of relevance for a target that is zero everywhere; of sharded one, of which a process has a part, it is not asked."""
     if (
         not relevance.num_samples
         or relevance.shardings

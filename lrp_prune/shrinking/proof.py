@@ -81,8 +81,8 @@ class Proof:
         if apart > self.tolerance:
             raise ValueError(
                 f"{class_name(module)} puts out something else when it is run on the same batch again (apart by {apart:.2g} of "
-                "the largest): nothing could be proved by that. Random numbers of torch are the same in each run, others "
-                "(Python's, NumPy's) are not"
+                "the largest): nothing could be proved by that. Random numbers of torch, NumPy and Python are the same in each "
+                "run, those of generators of its own are not"
             )
 
     def with_eager_attention(self, module: nn.Module) -> None:
