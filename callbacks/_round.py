@@ -41,7 +41,7 @@ class Round:
     ) -> None:  # fmt: skip
         self._collection, self._pruner, self._count = collection, pruner, count
         self._recalibrate, self._compensation, self._summary = recalibrate, compensation, summary
-        self._told = ""
+        self._told: list[str] = []
         self.reset()
 
     def reset(self) -> None:
@@ -170,9 +170,10 @@ class Round:
         done = self._pruner.compensate(trainer, pl_module, masks, batches, target, compensation)
         if trainer.is_global_zero:
             _logger.info("%s: round %d: %s", self._pruner.name, self._pruner.state.round, done)
-            if done.left_out and done.masked_only != self._told:
-                _logger.warning("not compensated, only masked: %s", done.masked_only)
-                self._told = done.masked_only
+            for remark in done.remarks:
+                if remark not in self._told:
+                    _logger.warning(remark)
+            self._told = done.remarks
         return done
 
     def _explains(self, target: str) -> str:

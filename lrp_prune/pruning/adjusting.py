@@ -40,8 +40,7 @@ class Adjusting:
         empty = number_of(reference) == 0
         self._recalibrating = recalibrates(recalibrate, reference)
         self._asked = recalibrate is True
-        self._told = ""
-        self._as_one: list[str] = []
+        self._told: list[str] = []
         check_alone(self._compensation, self._asked)
         if self._compensation is not None:
             if empty:
@@ -79,12 +78,10 @@ class Adjusting:
                     undo.append(remembered(model, parameters))
 
             done = compensate_(model, masks, reference, self._compensation, compared, progress, changing)
-            if done.left_out and done.masked_only != self._told:
-                _logger.warning("not compensated, only masked: %s", done.masked_only)
-                self._told = done.masked_only
-            if done.as_one and self._as_one != done.as_one:
-                _logger.warning("compensated %s: more memory, and more time for each layer", done.told_as_one)
-                self._as_one = done.as_one
+            for remark in done.remarks:
+                if remark not in self._told:
+                    _logger.warning(remark)
+            self._told = done.remarks
             return str(done)
         found = self._measured(model, masks, reference, compared, progress) if self._recalibrating else None
         self._recalibrating = found is not None

@@ -19,6 +19,7 @@ class Compensated:
         unweighed: weights for which all tokens counted alike although relevance was to weigh them, as theirs is not known there.
         as_one: modules that read something of others beside what these give (an attribute, an object they write into), so that
             the model was gone through as one and not block by block: more memory, and more time for each layer.
+        few: weights whose layer had less than twice as many rows of inputs (tokens, places) as inputs: both numbers.
         samples: reference samples that were gone through, of all processes.
         seconds: how long it took.
     """
@@ -28,6 +29,7 @@ class Compensated:
     damped: dict[str, float] = field(default_factory=dict)
     unweighed: list[str] = field(default_factory=list)
     as_one: list[str] = field(default_factory=list)
+    few: dict[str, tuple[int, int]] = field(default_factory=dict)
     samples: int = 0
     seconds: float = 0.0
 
@@ -61,6 +63,21 @@ class Compensated:
         if self.as_one:
             what += f"; {self.told_as_one}"
         return f"{what}; only masked: {self.masked_only}" if self.left_out else what
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of it before the weights are used."""
+        found = [f"not compensated, only masked: {self.masked_only}"] if self.left_out else []
+        if self.as_one:
+            found.append(f"compensated {self.told_as_one}: more memory, and more time for each layer")
+        if self.few:
+            rows, inputs = min(self.few.values(), key=lambda both: both[0] / both[1])
+            found.append(
+                f"compensated on few samples: {_listed(list(self.few))} saw as few as {rows:,} rows for {inputs:,} inputs, where "
+                "the least squares fit what is particular to them, and may be worse than the masks alone: give more batches "
+                "(twice as many tokens, or places, as inputs at least), or recalibrate in place of compensation"
+            )
+        return found
 
     @property
     def told_as_one(self) -> str:

@@ -118,6 +118,13 @@ def compensate_(
     return found
 
 
+_ENOUGH = 2
+"""Rows for each input, below which the least squares are said to be of few.
+
+Of SmolLM2, whose layers have 576 and 1,536 inputs, 1,024 tokens gave a perplexity of 43.5, where the mask alone had 39.0.
+"""
+
+
 class _Compensating:
     """One run through a model."""
 
@@ -269,6 +276,8 @@ class _Compensating:
                 self._result.left_out[place.name] = solved
             else:
                 self._result.note(place.name, *solved.write_(self._processes))
+                if systems.count < _ENOUGH * systems.inputs:
+                    self._result.few.setdefault(place.name, (systems.count, systems.inputs))
 
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage or in several, and remember the dense model's values."""

@@ -113,6 +113,11 @@ class Systems:
         self._upper: Tensor | None = None
         self._mixed: Tensor | None = None
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs a row has, without the one for the bias."""
+        return self._width - 1
+
     def add(self, rows: list[Tensor], dense: list[Tensor] | None, weights: Tensor | None = None) -> None:
         """Add inputs, and the dense model's for the same places; each row counts as often as its weight says."""
         alike = dense is not None and [entry.shape for entry in dense] == [entry.shape for entry in rows]

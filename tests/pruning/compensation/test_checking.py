@@ -241,3 +241,13 @@ def test_a_model_of_one_batch_and_of_plain_stages_is_told_as_before() -> None:
     model, batches = Stacked(), [torch.randn(48, 8)]
     found = compensate_(model, pruned(model), batches, LeastSquares())
     assert found.as_one == [] and "as one" not in str(found) and isinstance(found, Compensated)
+
+
+@pytest.mark.parametrize(("samples", "told"), [(20, True), (64, False)])
+def test_few_samples_are_told(samples: int, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Of layers with sixteen inputs: with less than 32 rows the least squares fit what is particular to these."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    lrp_prune.prune(model, [torch.randn(samples, 16)], 0.5, method="magnitude", compensation="exact", rounds=2)
+    said = [record.message for record in caplog.records if "compensated on few samples" in record.message]
+    assert len(said) == told and all("20 rows for 16 inputs" in each for each in said)
