@@ -16,8 +16,8 @@ def axes_of(call: Call, activation: int, weight: int) -> tuple[int, int] | None:
         weight: index of the weight.
     """
     name, dims = call.function.__name__, call.operand(weight).dim()
-    if name == "einsum":
-        return _of_equation(str(call.args[0]), activation, weight)
+    if name == "einsum" and isinstance(call.args[0], str):
+        return _of_equation(call.args[0], activation, weight)
     if name not in _MATRICES or dims < 2 or {activation, weight} != {0, 1}:
         return None
     return (dims - 2, dims - 1) if weight == 0 else (dims - 1, dims - 2)

@@ -200,7 +200,6 @@ def _layouts(relevance: "Relevance", shapes: Mapping[str, tuple[int, ...]], told
             f"nothing tells along which dimension {', '.join(patterns_of(matrices))} have their outputs: they are taken for "
             f"layers' by their shapes ({examples}; relevance.layouts can say otherwise). Methods that see a forward, such as "
             "'lrp' and 'wanda', know it of products with one dimension for each; scope='layer' needs it of none",
-            UserWarning,
             stacklevel=4,
         )
     return {name: relevance.layouts.get(name) or layout for name, layout in guessed.items()}

@@ -39,6 +39,7 @@ def tell_nothing(relevance: "Relevance", stacklevel: int) -> None:
     """Warn of relevance for a target that is zero everywhere; of sharded one, of which a process has a part, it is not asked."""
     if (
         not relevance.num_samples
+        or not relevance.target
         or relevance.shardings
         or any(bool((relevance.sums[name] != 0).any()) for name in relevance)
     ):

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.targets.alignment import check_range, classes_last, positions_first, shape_of, without_ignored
 from lrp_prune.targets.likelihood import log_likelihood
 
-
-class UnlabelledBatchWarning(UserWarning):
-    """Nothing in a batch is labelled, so that nothing of it is explained."""
+_ONE_BATCH = ContextVar("_ONE_BATCH", default=False)
+"""Whether what is explained is one batch, and nothing where that has no labels."""
 
 
 @contextmanager
@@ -27,12 +27,11 @@ def labelled() -> Iterator[None]:
     Raises:
         ValueError: likewise.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnlabelledBatchWarning)
-        try:
-            yield
-        except UnlabelledBatchWarning as warning:
-            raise ValueError(str(warning)) from None
+    token = _ONE_BATCH.set(True)
+    try:
+        yield
+    finally:
+        _ONE_BATCH.reset(token)
 
 
 class NextToken:
@@ -168,8 +167,7 @@ def last_logits(model: nn.Module, batch: Any) -> Tensor:
 def _check_labels(labels: Tensor, classes: int, target: str) -> None:
     check_range(labels, classes, target)
     if not bool((labels != IGNORED).any()):
-        warnings.warn(
-            f"a batch has no labelled, unpadded token: target {target!r} explains nothing of it, and it adds no relevance",
-            UnlabelledBatchWarning,
-            stacklevel=2,
-        )
+        told = f"a batch has no labelled, unpadded token: target {target!r} explains nothing of it"
+        if _ONE_BATCH.get():
+            raise ValueError(told)
+        warnings.warn(f"{told}, and it adds no relevance", stacklevel=2)

@@ -293,3 +293,11 @@ def test_layouts_of_more_than_there_is_do_no_harm() -> None:
     assert select(relevance, 1 / 3, "row")["a"].sum(0).tolist() == [2, 2]
     with pytest.raises(ValueError, match="b"):
         check_selection(relevance, {"a": 0.5, "b": 0.5}, "row")
+
+
+@pytest.mark.parametrize("target", ["class", ""], ids=["of a target", "of none, as by wanda"])
+def test_relevance_that_explains_nothing_is_told(target: str, recwarn: pytest.WarningsRecorder) -> None:
+    relevance = Relevance({"a": torch.zeros(2, 4)}, statistic="signed", target=target, num_samples=3)
+    select(relevance, 0.5)
+    said = [str(each.message) for each in recwarn if "relevance is zero everywhere" in str(each.message)]
+    assert len(said) == bool(target)
