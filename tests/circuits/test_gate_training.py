@@ -195,6 +195,14 @@ def test_a_checkpoint_of_any_step_goes_on_as_if_nothing_had_happened(tmp_path: P
         assert all(torch.equal(one, other) for one, other in zip(whole.log_alpha, again.log_alpha, strict=True)), path
 
 
+def test_multipliers_move_by_the_steps_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gates, shares = gates_of(density=0.3, warmup=0.5), list[float]()
+    monkeypatch.setattr(gates.pressure, "step", lambda located, progress: shares.append(progress))
+    trainer = trained(gates, 4, tmp_path, limit_val_batches=0)
+    steps = trainer.global_step
+    assert shares == pytest.approx([2 * (step + 1) / steps for step in range(steps)])
+
+
 def test_a_validation_that_moves_the_model_leaves_it_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation runs in inference mode; changing the type of the weights stands for moving them to another device."""
     gates = gates_of()

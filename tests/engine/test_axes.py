@@ -36,6 +36,7 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], Product, str]] = {
     "a part": ((16, 4), lambda x, w: nn.functional.linear(x, w[4:12]), "linear"),
     "one of a stack": ((2, 4, 8), lambda x, w: x @ w[0] + x @ w[1], "stacked_transposed"),
     "of one input": ((8, 1), lambda x, w: nn.functional.linear(x[:, :1], w), "linear"),
+    "of one input, by a view": ((8, 1), lambda x, w: x[:, :1] @ w.t(), "linear"),
     "of one input, transposed": ((1, 8), lambda x, w: x[:, :1] @ w, "transposed"),
     "groups of rows": ((2, 16, 8), by_groups, "stacked_transposed"),
     "einsum by head": ((2, 4, 2), lambda x, w: torch.einsum("bhi,hoi->bho", x.view(-1, 2, 2), w).flatten(1), "stacked"),
