@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from lrp_prune.pruning import LeastSquares, Masks, OptimalBrainSurgeon
 
-EXACT = LeastSquares(steps=500, tolerance=1e-12)
+EXACT = LeastSquares(damping=0.01, steps=500, tolerance=1e-12)
 """Solved to the last digits, so that results can be compared."""
 WAYS = {
     "exact": EXACT,
     "obs": OptimalBrainSurgeon(dense=0.0),
-    "weighted": LeastSquares(steps=500, tolerance=1e-12, weights="relevance"),
+    "weighted": LeastSquares(damping=0.01, steps=500, tolerance=1e-12, weights="relevance"),
 }
 """What has to come to the same in one process and in several."""
 

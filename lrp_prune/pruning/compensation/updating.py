@@ -17,6 +17,7 @@ from lrp_prune.pruning.processes import Processes
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
 _LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
+_DAMPING = 0.01
 _SINGULAR = 0.01
 """What may be left of a system when it is solved, as a share: beyond, rounding has made it another one."""
 
@@ -75,6 +76,7 @@ def solved_for(
     mixed = gram if crossed is None or share == 0 else gram.lerp(crossed.to(found.dtype), share)
     if not weight.has_bias:
         gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
+    damping = damping_of(way, systems)
     rows, errors, own, raised = torch.zeros_like(found), [0.0, 0.0], processes.share(found.shape[1]), 1.0
     for group in range(len(gram)):
         inputs, kept, dense = gram[group].diagonal(), weight.kept[group, own], found[group, own]
@@ -82,14 +84,23 @@ def solved_for(
         if size == 0 or not len(kept):  # nothing ever comes in, or others solve
             rows[group, own] = dense * kept
             continue
-        update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size)
+        update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size * damping)
         rows[group, own], raised = update, max(raised, times)
         errors = [errors[0] + before, errors[1] + after]
     return Solved(weight, rows, (errors[0], errors[1]), raised)
 
 
+def damping_of(way: Compensation, systems: Systems) -> float:
+    """What is asked for; else 0.01, or the square of inputs by rows where that is more: from 1 at as many rows as inputs.
+
+    Of SmolLM2 at 50 %, whose layers have 576 and 1,536 inputs, 0.01 / 0.1 / 1 gave a perplexity of 43.5 / 36.2 / 34.0 with 1,024
+    rows (39.0 with masks alone), 36.4 / 34.3 / 33.3 with 2,048 (38.2), and 17.1 / 17.1 / 17.7 with 16,384 of another text.
+    """
+    return max(_DAMPING, (systems.inputs / systems.count) ** 2) if way.damping is None else way.damping
+
+
 def _solved(
-    gram: Tensor, mixed: Tensor, kept: Tensor, dense: Tensor, way: Compensation, size: float
+    gram: Tensor, mixed: Tensor, kept: Tensor, dense: Tensor, way: Compensation, least: float
 ) -> tuple[Tensor, float, float, float]:
     """Rows, their errors before and after, and by what the damping was raised, as rounding made the system singular without.
 
@@ -99,11 +110,12 @@ def _solved(
         kept: boolean ``[out, in]``.
         dense: weights ``[out, in]``.
         way: how.
-        size: the mean of squared inputs.
+        least: the damping, if nothing is lost in rounding.
     """
     times, masked = 1.0, dense * kept
+    size = float(gram.diagonal().mean())
     while True:
-        damping = times * way.damping * size
+        damping = times * least
         damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * damping
         cross = dense @ mixed + damping * dense
         try:
@@ -116,7 +128,7 @@ def _solved(
             if not after <= before + _SINGULAR * float((made * best).sum()):
                 raise _LinAlgError("the update is worse than the mask alone")
         except _LinAlgError:
-            if damping > size:  # that is no rounding any more
+            if damping > max(size, least):  # that is no rounding any more
                 return masked, 0.0, 0.0, math.inf
             times *= 10
             continue

@@ -20,7 +20,8 @@ class Compensation(ABC):
         dense: share of the dense model's inputs in the targets, in [0, 1]. 0: the layer does to its inputs what it did to them
             before; 1: it gives what the dense model's layer gives, and makes up for the layers before as well.
         damping: :math:`\delta`, as a fraction of the mean of :math:`X'^2` over inputs: what reference samples do not tell stays
-            as it is.
+            as it is. None: 0.01, and more where there are few rows (samples, tokens or places): the square of a layer's inputs by
+            its rows, which is 0.01 at ten rows for each input, and 1 at one.
         weights: ``"relevance"``: tokens (of what has none, samples) count by the root of the absolute relevance of what the block
             gives there, from one backward pass over each batch. None: all alike, which was as good or better.
 
@@ -29,7 +30,7 @@ class Compensation(ABC):
     """
 
     dense: float
-    damping: float
+    damping: float | None
     weights: Literal["relevance"] | None
 
     def check(self) -> None:
@@ -38,8 +39,10 @@ class Compensation(ABC):
             raise ValueError(
                 f"dense is the share of the dense model's inputs in the targets, in [0, 1], got {self.dense!r}"
             )
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive (0.01 is usual), got {self.damping!r}")
+        if self.damping is not None and not self.damping > 0:
+            raise ValueError(
+                f"damping must be positive (0.01 is usual), or None for what the samples allow, got {self.damping!r}"
+            )
         if self.weights not in (None, "relevance"):
             raise ValueError(f"weights must be 'relevance' or None, got {self.weights!r}")
 
@@ -76,7 +79,7 @@ class LeastSquares(Compensation):
     """
 
     dense: float = 0.5
-    damping: float = 0.01
+    damping: float | None = None
     weights: Literal["relevance"] | None = None
     steps: int = 100
     tolerance: float = 1e-3
@@ -106,7 +109,7 @@ class OptimalBrainSurgeon(Compensation):
     """
 
     dense: float = 0.5
-    damping: float = 0.01
+    damping: float | None = None
     weights: Literal["relevance"] | None = None
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon
+from lrp_prune.pruning import LeastSquares, Masks, OptimalBrainSurgeon
 from lrp_prune.pruning.compensation import Compensation, compensate_
 from tests.support.compensation import half
 
@@ -49,3 +49,18 @@ def test_what_no_damping_helps_is_only_masked_and_named() -> None:
     assert found.left_out == {"0.weight": "has inputs that no damping tells apart in their precision"}
     assert not found.errors and not found.damped
     assert torch.equal(model[0].weight, masked[0].weight) and torch.equal(model[0].bias, masked[0].bias)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "damping"), [(64, 64, 1.0), (256, 64, 1 / 16), (6400, 64, 0.01)])
+def test_few_rows_are_damped_more(rows: int, inputs: int, damping: float) -> None:
+    """Whatever few samples do not tell stays as it is, unless a damping is asked for."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs), torch.randn(8, inputs)
+    found = []
+    for way in (LeastSquares(), LeastSquares(damping=damping), LeastSquares(damping=0.3)):
+        model = nn.Sequential(nn.Linear(inputs, 8, bias=False))
+        model[0].weight.data = weight.clone()
+        masks = Masks({"0.weight": weight.abs() > weight.abs().median()})
+        compensate_(model, masks, [x], way)
+        found.append(model[0].weight.detach())
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
