@@ -1,7 +1,7 @@
 """Prunes a language model from start to end and shows what each step costs in perplexity.
 
 By default SmolLM2-135M-Instruct, calibrated on some State of the Union speeches and measured on others. The stages: (1)
-load, (2) measure the dense model, (3) prune it in one shot by each method, and with `--full` once more with what is kept
+load, (2) measure the dense model, (3) prune it in one shot by each method, and by LRP once more with what is kept
 updated to make up for it, (4) prune and fine-tune in rounds through Lightning's `Trainer` with `RelevancePruning`, (5) save,
 reload with `AutoModelForCausalLM.from_pretrained`, and check that every pruned weight is still zero.
 
@@ -42,7 +42,7 @@ SIZES = {
         "held_out_windows": 8,
         "window": 256,
         "steps": 2,
-        "compensation": "none",
+        "compensation": "exact",
     },
     "full": {
         "sparsities": [0.3, 0.5, 0.6],
@@ -78,9 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=methods, help="what is compared")
     add("--sparsities", nargs="+", type=float, help="fractions of weights to remove in one shot")
     add("--sparsity", type=float, default=0.5, help="fraction of weights removed after the last of the rounds")
-    help_ = (
-        "update what LRP keeps at that sparsity to the dense layers' outputs; wants more windows than the short run has"
-    )
+    help_ = "update what LRP keeps at that sparsity to the dense layers' outputs"
     add("--compensation", choices=["exact", "obs", "none"], help=help_)
     add("--rounds", type=int, default=2, help="prune / fine-tune rounds; 0 leaves them out")
     add("--steps", type=int, help="training steps in each round")

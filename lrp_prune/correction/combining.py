@@ -70,17 +70,29 @@ def union(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> dict[s
 def difference(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> dict[str, Entries]:
     """What is in the first and not in the second."""
     _check_same_model(first, second, "subtract")
-    entries: dict[str, Entries] = {}
-    for name, mine in first.items():
-        left = (
-            ~torch.isin(mine.positions, second[name].positions)
-            if name in second
-            else torch.ones_like(mine.positions, dtype=torch.bool)
-        )
-        if bool(left.any()):
-            entries[name] = Entries(mine.positions[left], mine.originals[left], mine.shape, mine.checksum)
+    entries = _entries_of(first, second, inside=False)
     if not entries:
         raise ValueError("nothing is left: the other patch touches all entries of this one")
+    return entries
+
+
+def intersection(first: Mapping[str, Entries], second: Mapping[str, Entries]) -> dict[str, Entries]:
+    """What is in both."""
+    _check_same_model(first, second, "intersect")
+    entries = _entries_of(first, second, inside=True)
+    if not entries:
+        raise ValueError("nothing is left: the patches touch no entry in common")
+    return entries
+
+
+def _entries_of(first: Mapping[str, Entries], second: Mapping[str, Entries], inside: bool) -> dict[str, Entries]:
+    """Of the first what is in the second, or what is not."""
+    entries: dict[str, Entries] = {}
+    for name, mine in first.items():
+        theirs = second[name].positions if name in second else mine.positions[:0]
+        left = torch.isin(mine.positions, theirs, invert=not inside)
+        if bool(left.any()):
+            entries[name] = Entries(mine.positions[left], mine.originals[left], mine.shape, mine.checksum)
     return entries
 
 

@@ -290,6 +290,17 @@ class Patch(Mapping[str, Entries]):
         provenance = combining.combined_provenance(self.provenance, other.provenance, "|")
         return Patch(combining.union(self, other), provenance)
 
+    def __and__(self, other: "Patch") -> "Patch":
+        """The entries of this patch that the other one touches as well.
+
+        Raises:
+            ValueError: if they were made for different models, or touch nothing in common.
+        """
+        if not isinstance(other, Patch):
+            return NotImplemented
+        provenance = combining.combined_provenance(self.provenance, other.provenance, "&")
+        return Patch(combining.intersection(self, other), provenance)
+
     def __sub__(self, other: "Patch") -> "Patch":
         """The entries of this patch that the other one does not touch.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.metrics.mean import Mean
+from lrp_prune.tasks.metrics import kl_divergence
 
 
 def next_token_divergence(preds: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -31,8 +32,7 @@ def next_token_divergence(preds: Tensor, target: Tensor, mask: Tensor | None = N
     counted = torch.ones(preds.shape[:2], dtype=torch.bool, device=preds.device) if mask is None else mask.bool()
     total = preds.new_zeros((), dtype=torch.float64)
     for row, target_row, rows in zip(preds, target, counted, strict=True):
-        base = target_row[rows].float().log_softmax(-1)
-        total += (base.exp() * (base - row[rows].float().log_softmax(-1))).sum(dtype=torch.float64)
+        total += kl_divergence(target_row[rows].float(), row[rows].float()).sum(dtype=torch.float64)
     return total, counted.sum()
 
 
@@ -45,6 +45,8 @@ def kl_to_base(preds: Tensor, target: Tensor, mask: Tensor | None = None) -> Ten
         tensor(0.)
         >>> kl_to_base(torch.tensor([[[1.0, -1.0]]]), base)
         tensor(0.4338)
+
+    Tokens that both exclude (logits of minus infinity) add nothing; one that only the model excludes makes it infinite.
     """
     total, count = next_token_divergence(preds, target, mask)
     return (total / count).float()

@@ -130,9 +130,10 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found[path] = list(file.keys())
+            if not (file.metadata() or {}).get("format", "").startswith("lrp_prune."):  # masks beside the weights
+                found[path] = list(file.keys())
     if not found:
-        raise ValueError(f"{folder} has no safetensors files")
+        raise ValueError(f"{folder} has no safetensors files with weights")
     return found
 
 

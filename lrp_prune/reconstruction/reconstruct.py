@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lrp_prune.adapters import adapter_parameters
 from lrp_prune.arguments import check_integer
 from lrp_prune.distributed.sharding import is_sharded
-from lrp_prune.models.batches import check_batches, to_device
+from lrp_prune.models.batches import check_batches, tensors, to_device
 from lrp_prune.models.states import undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.pruning.compensation import Compensation, LeastSquares, compensate_, compensation_of
@@ -77,8 +77,8 @@ def reconstruct(
         optimizer: from parameters to an optimizer; None for AdamW that moves each tensor by up to 0.3 % of its root mean square
             in a step, and without a compensation, from which there is much further to go, by 3 %. The rate goes to zero linearly.
         target: what is run, where it is no logits, see :func:`lrp_prune.attribute`.
-        folder: where each block is written once it is done. A call with the same model, masks and folder goes on from there, so
-            that an interruption costs the block at hand.
+        folder: where each block is written once it is done. A call with the same model, arguments and folder goes on from there,
+            so that an interruption costs the block at hand.
         trainer: further arguments of each block's ``Trainer``, such as ``{"precision": "bf16-mixed", "gradient_clip_val": 1.0}``.
         progress: show a progress bar.
 
@@ -87,7 +87,8 @@ def reconstruct(
 
     Raises:
         ValueError: fewer than two batches, a model that is divided among processes or one of several processes, a folder of
-            another model or other masks, and what :func:`lrp_prune.prune` says of its compensation.
+            another model or other arguments, and what :func:`lrp_prune.prune` says of its compensation.
+        RuntimeError: in inference mode.
 
     Example:
         >>> import torch, lrp_prune
@@ -121,12 +122,20 @@ def reconstruct(
                 "own: reconstruct before the training in several processes, or after it"
             )
     optimizer = optimizer or partial(by_size, rate=0.03 if way is None else 0.003)
-    refining = _Reconstructing(module, masks, steps, optimizer, trainer or {}, folder, way is not None)
+    arguments: dict[str, Any] = {}
+    if folder is not None:
+        arguments = {"compensation": repr(way), "dense": dense, "optimizer": _name_of(optimizer)}
+        arguments |= {"trainer": repr(trainer or {}), "batches": _fingerprint_of(reference)}
+    refining = _Reconstructing(module, masks, steps, optimizer, trainer or {}, folder, way is not None, arguments)
     # The dense model's own inputs are run where they are what blocks learn from, whatever layers are solved for.
     way = way if way is not None else LeastSquares(dense=dense)
     if (way.dense > 0) != (dense > 0):
         raise ValueError(
             f"compensation has dense={way.dense:g}, so that dense={dense:g} would be of another model: let both be 0, or neither"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "blocks are trained by gradient, which inference mode rules out: call reconstruct outside of it"
         )
     begun = time.perf_counter()
     with undone_on_error() as undo:
@@ -150,13 +159,13 @@ class _Reconstructing:
 
     def __init__(
         self, module: nn.Module, masks: Masks, steps: int, make_optimizer: MakeOptimizer, options: Mapping[str, Any],
-        folder: str | os.PathLike[str] | None, updates: bool,
+        folder: str | os.PathLike[str] | None, updates: bool, arguments: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.updates, self.result = updates, Reconstructed()
         self._module, self._masks, self._steps = module, masks, steps
         self._make_optimizer, self._options = make_optimizer, options
         self._folder = Path(folder) if folder is not None else None
-        self._of = {"masks": masks.checksum(), "steps": steps, "updates": updates}
+        self._of = {"masks": masks.checksum(), "steps": steps, "updates": updates, **arguments}
         self._dense: dict[str, str] = {}
 
     def restored(self, name: str, held: Mapping[str, nn.Parameter]) -> bool:
@@ -191,18 +200,19 @@ class _Reconstructing:
             return
         number = max(1, round(_HELD_OUT * len(batches)))
         training = StageTraining(stage, self._module, self._masked(held), trained, self._make_optimizer)
-        restore, frozen = remembered(stage), [(entry, entry.requires_grad) for entry in held.values()]
+        restore, frozen = remembered(stage), [(entry, entry.requires_grad, entry.grad) for entry in held.values()]
         with undisturbed(stage):
             before = _error(training, batches[-number:])
             try:
-                for entry, _ in frozen:
+                for entry, *_ in frozen:
+                    entry.grad = None
                     entry.requires_grad_(any(entry is other for other in trained))
                 self._fit(training, batches[:-number])
             finally:
                 training.release()
-                for entry, requires in frozen:
+                for entry, requires, gradient in frozen:
                     entry.requires_grad_(requires)
-                    entry.grad = None
+                    entry.grad = gradient
             after = _error(training, batches[-number:])
         taken_back = not after < before
         if taken_back:
@@ -217,7 +227,8 @@ class _Reconstructing:
             kind = device.type
             options = {**_QUIET, "accelerator": "gpu" if kind == "cuda" else kind, "default_root_dir": nowhere}
             options |= {"max_steps": self._steps, "max_epochs": -1, **self._options}
-            loader: Any = DataLoader(batches, batch_size=None, shuffle=True)  # type: ignore[arg-type]  # a list is one
+            order = torch.Generator().manual_seed(0)  # the same whatever is drawn elsewhere
+            loader: Any = DataLoader(batches, batch_size=None, shuffle=True, generator=order)  # type: ignore[arg-type]  # a list is one
             Trainer(**options).fit(training, loader)
             training.stage.to(device)  # a trainer leaves it on the CPU
 
@@ -269,13 +280,25 @@ def _error(training: StageTraining, batches: list[Any]) -> float:
         return sum(float(training.error(to_device(batch, device))) for batch in batches) / len(batches)
 
 
-def _fingerprint(held: Mapping[str, nn.Parameter]) -> str:
+def _fingerprint(held: Mapping[str, Tensor]) -> str:
     """What a stage's weights were, as far as masks have left them."""
     digest = hashlib.sha256()
     for name in sorted(held):
-        digest.update(name.encode())
+        digest.update(f"{name} {tuple(held[name].shape)}".encode())
         digest.update(held[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fingerprint_of(batches: list[Any]) -> str:
+    """Of all tensors of the batches, at their places."""
+    return _fingerprint({f"{index:09d}": tensor for index, tensor in enumerate(tensors(batches))})
+
+
+def _name_of(optimizer: MakeOptimizer) -> str:
+    """What makes optimizers, as far as it says what it is: of a function its name, of a partial one its arguments as well."""
+    if isinstance(optimizer, partial):
+        return f"{_name_of(optimizer.func)} {optimizer.args} {sorted(optimizer.keywords.items())}"
+    return getattr(optimizer, "__qualname__", type(optimizer).__qualname__)
 
 
 @contextmanager

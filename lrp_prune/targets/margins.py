@@ -44,7 +44,7 @@ class RepetitionMargin:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         ids, logits, labelled = predictions(model, batch, "RepetitionMargin")
-        total = logits.new_zeros(())
+        total = logits[..., :0].sum()  # zero, and of the logits where nothing is added
         for tokens, scores, counted in zip(ids, logits, labelled, strict=True):
             places = counted.nonzero().view(-1)
             said = tokens[places]

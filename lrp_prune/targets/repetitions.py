@@ -133,7 +133,7 @@ class LoopMargin:
         ids, logits, labelled = predictions(model, batch, "LoopMargin")
         given, mask = entry(batch, "input_ids"), entry(batch, "attention_mask")
         again = repeated(given, mask, self.length)[:, 1:].to(labelled.device) & labelled
-        total = logits.new_zeros(())
+        total = logits[..., :0].sum()  # zero, and of the logits where nothing is added
         for row, scores in enumerate(logits):
             places = again[row].nonzero().view(-1)[: self.first]
             if len(places):

@@ -68,7 +68,9 @@ def kl_divergence(full_logits: Tensor, logits: Tensor) -> Tensor:
     r""":math:`\sum_v p_\mathrm{full}(v) (\log p_\mathrm{full}(v) - \log p(v))` of logits ``[samples, vocabulary]``."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     full, log_p = full_logits.to(wide).log_softmax(-1), logits.to(wide).log_softmax(-1)
-    return (full.exp() * (full - log_p)).sum(-1)
+    return torch.where(full > -torch.inf, full.exp() * (full - log_p), 0.0).sum(
+        -1
+    )  # what has no probability adds nothing
 
 
 def batch_metric(metric: str, logits: Tensor, batch: Mapping[str, Tensor], full_logits: Tensor | None = None) -> Tensor:

@@ -60,6 +60,20 @@ def test_union_and_difference() -> None:
         first - union
 
 
+def test_intersection() -> None:
+    model = build("llama")
+    first, second = some_patch(model, 0, behaviour="a"), some_patch(model, 1, behaviour="b")
+    shared = Patch.from_positions(model, {UP: torch.cat([first[UP].positions[:3], second[UP].positions[:2]])})
+    both = first & shared
+    assert both == shared & first and both[UP].positions.tolist() == first[UP].positions[:3].tolist()
+    assert both | (first - shared) == first
+    assert (first & (first | second)).behaviour == "a & (a | b)" and first & (first | second) == first
+    with pytest.raises(ValueError, match="no entry in common"):
+        (first - shared) & both
+    with pytest.raises(TypeError, match="unsupported operand"):
+        first & 1
+
+
 def test_patches_of_different_models_are_not_combined() -> None:
     model, other = build("llama"), build("llama")
     other.get_parameter(UP).data.view(-1)[0] += 1

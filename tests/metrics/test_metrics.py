@@ -21,6 +21,7 @@ from lrp_prune.metrics import (
     response_uniqueness_ratio,
     toxicity,
 )
+from lrp_prune.tasks.metrics import kl_divergence
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -104,6 +105,17 @@ def test_divergence_equals_the_sum_of_relative_entropies() -> None:
     first.update(logits[:1], base[:1], mask[:1])
     second.update(logits[1:], base[1:], mask[1:])
     assert merged(first, second).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_that_both_exclude_are_no_divergence() -> None:
+    base = torch.tensor([[[0.0, 1.0, -torch.inf], [2.0, -torch.inf, 0.0]]])
+    assert kl_to_base(base, base) == 0
+    assert kl_to_base(base + 1, base).abs() < 1e-6
+    torch.testing.assert_close(
+        kl_to_base(base[..., :2][:, :1] * 2, base[..., :2][:, :1]), kl_to_base(base[:, :1] * 2, base[:, :1])
+    )
+    assert kl_to_base(base.masked_fill(base == 1.0, -torch.inf), base) == torch.inf
+    assert torch.equal(kl_divergence(base[0], base[0]), torch.zeros(2))
 
 
 @pytest.mark.parametrize("count", ["prefix", "position", "exact"])

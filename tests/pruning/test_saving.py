@@ -28,6 +28,13 @@ def test_the_zeros_of_all_files_are_read_again(tmp_path: Path, dtype: torch.dtyp
     assert check_saved(tmp_path, masks) == saved
 
 
+def test_masks_may_lie_beside_the_weights(tmp_path: Path) -> None:
+    model, masks = pruned()
+    saved = save_pruned(model, tmp_path, masks)
+    masks.save(tmp_path / "masks.safetensors")
+    assert check_saved(tmp_path, masks) == saved == save_pruned(model, tmp_path, masks)
+
+
 def test_a_weight_that_is_not_zero_on_disk_is_seen(tmp_path: Path) -> None:
     model, masks = pruned()
     save_pruned(model, tmp_path, masks)

@@ -147,6 +147,45 @@ def test_an_interruption_costs_the_block_at_hand(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changed", ["compensation", "damping", "trainer", "optimizer", "batches"])
+def test_a_folder_of_other_arguments_is_refused(tmp_path: Path, changed: str) -> None:
+    batches = data()
+    masks = masks_of(dense_model())
+    options: dict[str, Any] = {
+        "compensation": {"compensation": "obs"},
+        "damping": {"compensation": LeastSquares(damping=0.3)},
+        "trainer": {"trainer": {"gradient_clip_val": 1.0}},
+        "optimizer": {"optimizer": torch.optim.SGD},
+    }.get(changed, {})
+    lrp_prune.reconstruct(dense_model(), masks, batches, steps=2, folder=tmp_path, progress=False)
+    again = dense_model()
+    lrp_prune.reconstruct(again, masks, batches, steps=2, folder=tmp_path, progress=False)
+    other = batches[1:] + batches[:1] if changed == "batches" else batches
+    with pytest.raises(ValueError, match="of other arguments"):
+        lrp_prune.reconstruct(dense_model(), masks, other, steps=2, folder=tmp_path, progress=False, **options)
+
+
+def test_gradients_and_what_is_drawn_elsewhere_play_no_part() -> None:
+    batches, found = data(), []
+    for seed in (1, 2):
+        model = dense_model()
+        masks = masks_of(model)
+        gradients = {}
+        for name, entry in model.named_parameters():
+            entry.grad = gradients[name] = torch.full_like(entry, seed)
+        torch.manual_seed(seed)
+        lrp_prune.reconstruct(model, masks, batches, steps=3, progress=False)
+        assert all(
+            entry.grad is gradients[name] and bool((entry.grad == seed).all())
+            for name, entry in model.named_parameters()
+        )
+        found.append(weights(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of it"):
+        lrp_prune.reconstruct(dense_model(), masks, batches, steps=1, progress=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trainer": {"precision": "bf16-mixed"}, "dense": 0, "compensation": None}])
 def test_language_models(options: dict[str, Any]) -> None:
     """Blocks with arguments by name; embeddings and what is tied to them stay."""

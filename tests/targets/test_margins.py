@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
-from lrp_prune.targets import RepetitionMargin, TokenMargin
+from lrp_prune.targets import LoopMargin, RepetitionMargin, TokenMargin
 from tests.support.small_models import build
 
 PROMPT = 2
@@ -48,6 +48,18 @@ def test_padding_is_no_response() -> None:
 def test_no_repetition_is_nothing_to_explain_but_no_error() -> None:
     model = build("llama")
     assert RepetitionMargin()(model, {name: values[1:] for name, values in batch().items()}).item() == 0
+
+
+@pytest.mark.parametrize("target", [RepetitionMargin(), LoopMargin()])
+def test_batches_without_a_repetition_add_nothing_to_others(target: RepetitionMargin | LoopMargin) -> None:
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    without, repeated = {"input_ids": ids, "labels": ids}, {"input_ids": ids % 2 + 3, "labels": ids % 2 + 3}
+    options = {"target": target, "composite": "gradient", "statistic": "signed", "matmul_dtype": None}
+    alone = lrp_prune.attribute(build("llama"), [repeated], **options)
+    both = lrp_prune.attribute(build("llama"), [without, repeated], **options)
+    assert both.num_samples == 2
+    for name, values in alone.items():
+        torch.testing.assert_close(2 * both[name], values)
 
 
 def test_a_token_is_compared_with_the_best_that_is_allowed() -> None:

@@ -73,9 +73,9 @@ class Compensated:
         if self.few:
             rows, inputs = min(self.few.values(), key=lambda both: both[0] / both[1])
             found.append(
-                f"compensated on few samples: {_listed(list(self.few))} saw as few as {rows:,} rows for {inputs:,} inputs, where "
-                "the least squares fit what is particular to them, and may be worse than the masks alone: give more batches "
-                "(twice as many tokens, or places, as inputs at least), or recalibrate in place of compensation"
+                f"compensated on few samples: {_listed(list(self.few))} saw as few as {rows:,} rows for {inputs:,} inputs, so "
+                "that much stays as it is in the dense model: more batches (twice as many tokens, or places, as inputs at least) "
+                "make up for more. With a small damping of one's own it may be worse than the masks alone"
             )
         return found
 

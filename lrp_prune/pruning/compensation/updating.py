@@ -81,8 +81,16 @@ def solved_for(
     for group in range(len(gram)):
         inputs, kept, dense = gram[group].diagonal(), weight.kept[group, own], found[group, own]
         size = float((inputs[:-1] if weight.has_bias else inputs).mean())
-        if size == 0 or not len(kept):  # nothing ever comes in, or others solve
+        if not len(kept):  # others solve
+            continue
+        if size == 0:  # nothing ever comes in, and a bias gives what it gives alone
             rows[group, own] = dense * kept
+            if weight.has_bias:
+                alone = (dense @ mixed[group])[:, -1] / inputs[-1]
+                apart = (rows[group, own, -1] - alone).square() * inputs[-1]
+                rows[group, own, -1] = torch.where(kept[:, -1], alone, 0.0)
+                left = apart * ~kept[:, -1]
+                errors = [errors[0] + float(apart.sum()), errors[1] + float(left.sum())]
             continue
         update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size * damping)
         rows[group, own], raised = update, max(raised, times)

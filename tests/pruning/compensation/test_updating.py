@@ -64,3 +64,18 @@ def test_few_rows_are_damped_more(rows: int, inputs: int, damping: float) -> Non
         compensate_(model, masks, [x], way)
         found.append(model[0].weight.detach())
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+@pytest.mark.parametrize("dense", [0.0, 0.5, 1.0])
+def test_a_bias_makes_up_for_inputs_that_are_gone(dense: float) -> None:
+    """Nothing comes into the second layer any more, whose least squares are a bias of the mean of the targets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 3)).double()
+    original, x = copy.deepcopy(model), torch.randn(64, 6).double() + 1
+    masks = Masks({"0.weight": torch.zeros(6, 6, dtype=torch.bool), "1.weight": torch.rand(3, 6) > 0.5})
+    found = compensate_(model, masks, [x], LeastSquares(dense=dense))
+    theirs, ours = original(x), model[0](x)
+    assert not ours.any()
+    target = dense * theirs + (1 - dense) * original[1](ours)
+    torch.testing.assert_close(model(x).mean(0), target.mean(0))
+    assert not model[1].weight[~masks["1.weight"]].any() and "1.weight" in found.errors
