@@ -12,6 +12,7 @@ from torch import Tensor
 from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.wrapper.internals import has_validated
 
+_OF_LOADER = "/dataloader_idx_"
 _WORST = 3e38
 
 
@@ -33,12 +34,13 @@ class Monitored:
         self._before: Tensor | None = None
         self._late = self._told = False
 
-    def check_modes(self, trainer: Trainer) -> None:
-        """Refuse a callback that takes for better what this takes for worse.
+    def check(self, trainer: Trainer) -> None:
+        """Refuse a trainer that logs nothing, and a callback that takes for better what this takes for worse.
 
         Raises:
             MisconfigurationException: names it.
         """
+        check_logs(trainer, "RelevancePruning", self.metric)
         for callback in callbacks_of(trainer) if self.metric is not None else ():
             mode = getattr(callback, "mode", None)
             if getattr(callback, "monitor", None) == self._key and mode in ("min", "max") and mode != self._mode:
@@ -69,7 +71,9 @@ class Monitored:
         if not final:
             worst = _WORST / (1 + trainer.global_step)
             value = torch.tensor(worst if self._mode == "min" else -worst, device=pl_module.device)
-        if value is not None:
+        if value is not None and _OF_LOADER in self._key:  # which Lightning adds itself, and does not take
+            trainer.callback_metrics[self._key] = value
+        elif value is not None:
             pl_module.log(self._key, value, on_step=False, on_epoch=True, logger=False, sync_dist=False)
 
     def catch_up(self, trainer: Trainer, callback: Callback, final: bool) -> None:
@@ -121,6 +125,18 @@ def check_sanity(metric: str | None, logged: Collection[str]) -> None:
     if meant:
         raise MisconfigurationException(f"{message}: is {meant[0]!r} meant?")
     rank_zero_warn(f"{message}: log it by self.log({metric!r}, ...) in validation_step")
+
+
+def check_logs(trainer: Trainer, callback: str, metric: str | None) -> None:
+    """Refuse to follow a metric where nothing is logged.
+
+    Raises:
+        MisconfigurationException: the trainer is bare.
+    """
+    if metric is not None and trainer.barebones:
+        raise MisconfigurationException(
+            f"{callback}(monitor={metric!r}) follows a metric, and Trainer(barebones=True) logs none: leave out one of the two"
+        )
 
 
 def check_logged(trainer: Trainer, metric: str | None, names: Collection[str]) -> None:

@@ -23,6 +23,7 @@ from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.compensation import Compensated, Compensation, compensate_
 from lrp_prune.pruning.coverage import groups_of
 from lrp_prune.pruning.kinds import figures_by_kind
+from lrp_prune.pruning.masking import masked_parameters
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
 from lrp_prune.pruning.restoring import remembered, undone_on_error
 from lrp_prune.pruning.select import check_selection
@@ -50,6 +51,28 @@ class Pruner:
         self._keeper: MaskKeeper | None = None
         self._told: set[str] = set()
         self._adapted: set[str] = set()
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether all that was pruned is zero in this model, as a copy of a callback finds it; warns if masks are given up.
+
+        A copy (pickled, or by ``copy.deepcopy``) does not know any more which model it has pruned.
+        """
+        masks = self.state.masks
+        if masks is None:
+            return False
+        wrong = "has other weights"
+        try:
+            parameters = masked_parameters(model, masks.shapes)
+            if not any(bool(local_part(entry)[~masks.part(name, entry)].any()) for name, entry in parameters.items()):
+                return True
+            wrong = "has pruned weights that are not zero"
+        except (KeyError, ValueError):
+            pass
+        rank_zero_warn(
+            f"{self.name}: the masks of {self.state.round} earlier rounds are given up, as this model {wrong}; pruning begins "
+            "anew"
+        )
+        return False
 
     @property
     def target(self) -> float | dict[str, float]:

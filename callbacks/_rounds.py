@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.callbacks._checks import check_count, checked_rounds
 from lrp_prune.pruning import Schedule
 
@@ -160,10 +162,16 @@ class Times:
     def _check_epochs(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
         available, limit = _epochs_of(trainer)
         needed = self.time_of(self.count - 1) + 1
+        if trainer.max_steps >= 0 and not trainer.lightning_module.automatic_optimization:
+            rank_zero_warn(
+                f"{self.count} rounds need {needed} epochs; how many fit into max_steps={trainer.max_steps} is up to the module, "
+                "which steps its optimizers itself (each step of each of them counts): set Trainer(max_epochs=...) instead to be "
+                "sure"
+            )
         if needed > available:
             raise MisconfigurationException(
                 f"{self.count} rounds, one every {self.every} epochs from epoch {self.start} on, need {needed} epochs, "
-                f"but the training ends after {available:g} ({limit}): set Trainer(max_epochs={needed}), or use fewer "
+                f"but the training ends after {available:g} ({limit}): {_remedy(trainer, limit, needed)}, or use fewer "
                 f"rounds, a smaller every_n_epochs, or every_n_steps"
             )
         interval = trainer.check_val_every_n_epoch
@@ -216,12 +224,37 @@ def _epochs_of(trainer: Trainer) -> tuple[float, str]:
     limit = "no limit"
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         epochs, limit = trainer.max_epochs, f"max_epochs={trainer.max_epochs}"
-    if trainer.max_steps >= 0 and not math.isinf(trainer.num_training_batches):
-        per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        by_steps = math.ceil(trainer.max_steps / per_epoch)
+    if trainer.max_steps >= 0 and _steps_known(trainer):
+        by_steps = _epochs_within(trainer, trainer.max_steps, epochs)
         if by_steps < epochs:
             epochs, limit = by_steps, f"max_steps={trainer.max_steps}"
     return epochs, limit
+
+
+def _steps_known(trainer: Trainer) -> bool:
+    """Whether it is the trainer that decides when an optimizer steps, in epochs of known length."""
+    return trainer.lightning_module.automatic_optimization and not math.isinf(trainer.num_training_batches)
+
+
+def _epochs_within(trainer: Trainer, steps: int, most: float) -> int:
+    """How many epochs begin within so many steps, each of as many as gradients are accumulated in it."""
+    done = epoch = 0
+    while done < steps and epoch < most:
+        done += _steps_of(trainer, epoch)
+        epoch += 1
+    return epoch
+
+
+def _steps_of(trainer: Trainer, epoch: int) -> int:
+    schedulers = [each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler)]
+    every = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+    return max(1, math.ceil(trainer.num_training_batches / every))
+
+
+def _remedy(trainer: Trainer, limit: str, needed: int) -> str:
+    if limit.startswith("max_epochs"):
+        return f"set Trainer(max_epochs={needed})"
+    return f"set Trainer(max_steps={sum(_steps_of(trainer, epoch) for epoch in range(needed - 1)) + 1}) or more"
 
 
 def warn_of_no_epoch(trainer: Trainer, name: str, every_n_epochs: int, what: str) -> None:

@@ -1,5 +1,6 @@
 """What pruning has done so far, as it is written into a checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,15 @@ class PruningState:
         }
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], fingerprint: Mapping[str, str]) -> "PruningState":
+    def from_dict(
+        cls, state: Mapping[str, Any], fingerprint: Mapping[str, str], rounds: float = math.inf
+    ) -> "PruningState":
         """The state that :meth:`to_dict` gave; warns if it was made with other arguments.
+
+        Args:
+            state: what it gave.
+            fingerprint: the arguments of now.
+            rounds: how many there are by these.
 
         Raises:
             MisconfigurationException: the state is of another version.
@@ -65,7 +73,13 @@ class PruningState:
             for name, value in fingerprint.items()
             if state["fingerprint"].get(name) != value
         ]
-        if changed:
+        if changed and state["round"] >= rounds:
+            rank_zero_warn(
+                f"the checkpoint was written with other pruning arguments, and all of its {state['round']} rounds are done: "
+                f"nothing more is pruned by {'; '.join(changed)}. To prune further, ask for more rounds, or load its "
+                "weights into the module and begin a training without ckpt_path"
+            )
+        elif changed:
             rank_zero_warn(
                 f"the checkpoint was written with other pruning arguments; the {state['round']} rounds that are done "
                 f"count, and the rest goes on with {'; '.join(changed)}"

@@ -174,7 +174,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pruner.state = PruningState.from_dict(state_dict, self._fingerprint)
+        self._pruner.state = PruningState.from_dict(state_dict, self._fingerprint, self._planned.count)
         self._times = self._planned.delayed(self._pruner.state.delay)
         self._restored = True
 
@@ -187,9 +187,9 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
             _checks.check_compensated_strategy(trainer)
         _checks.check_other_pruning(trainer, type(self).__name__)
         _checks.check_names(_checks.names_of(trainer, RelevancePruning))
-        self._monitored.check_modes(trainer)
+        self._monitored.check(trainer)
         known, self._module = self._module, weakref.ref(pl_module)
-        if known is None or known() is not pl_module:  # what was pruned in another model says nothing about this one
+        if not (self._pruner.fits(pl_module) if known is None else known() is pl_module):
             self._pruner.state = PruningState()
             self._times = self._planned
         self._pruner.state.pending_epoch = -1  # this trainer may count its epochs anew; a checkpoint overrides it

@@ -122,6 +122,7 @@ class RoundQuality(RoundListener):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        _monitor.check_logs(trainer, type(self).__name__, self.monitor)
         if self._guards:
             _checks.check_strategy(trainer, f"{type(self).__name__} with a limit or a margin", allow_untested=False)
         if not prunings_of(trainer):

@@ -19,7 +19,7 @@ from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.padding import attended_labels, counted_tokens
 from lrp_prune.models.profile import parameters_of, profile_of
-from lrp_prune.models.states import eager, unchanged_buffers
+from lrp_prune.models.states import eager, unchanged_state
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Target, check_suits, checked, explaining, predicted, values_of
 from lrp_prune.targets.tokens import labelled
@@ -163,7 +163,7 @@ def target_for(module: nn.Module, batch: Any, target: Any, own: Any = None) -> T
     """
     found = explaining(target)
     if found is None and (target is not None or own is None):
-        with unchanged_buffers(module), eager(module):
+        with unchanged_state(module), eager(module):
             return predicted(module, batch)
     found = checked(own if found is None else found)
     check_suits(found, module)

@@ -147,9 +147,11 @@ def renewed(patch: Mapping[str, Entries], model: nn.Module) -> dict[str, Entries
 def combined_provenance(first: Mapping[str, Any], second: Mapping[str, Any], operation: str) -> dict[str, Any]:
     """Where a patch comes from that was made of two others, by what is known of them."""
     kept = ("model", "num_parameters", "fingerprint", "lrp_prune")
+    named = [entry.get("behaviour", "") for entry in (first, second)]
+    terms = [f"({name})" if "operation" in entry else name for name, entry in zip(named, (first, second), strict=True)]
     return {
         **{key: first[key] for key in kept if key in first},
-        "behaviour": f"{first.get('behaviour', '')} {operation} {second.get('behaviour', '')}".strip(),
+        "behaviour": f" {operation} ".join(terms).strip(),
         "operation": operation,
         "of": [first, second],
     }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrp_prune.models.outputs import answer_of
-from lrp_prune.models.states import eager, unchanged_buffers, undisturbed
+from lrp_prune.models.states import eager, unchanged_state, undisturbed
 from lrp_prune.tasks.metrics import kl_divergence
 from lrp_prune.tasks.task import Task, answer_logits
 
@@ -88,7 +88,7 @@ def line_name(entry: str, line: str) -> str:
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode and without gradients, which comes out as it went in."""
-    with torch.no_grad(), eager(model), undisturbed(model), unchanged_buffers(model):
+    with torch.no_grad(), eager(model), undisturbed(model), unchanged_state(model):
         yield
 
 

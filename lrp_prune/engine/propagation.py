@@ -30,7 +30,7 @@ from lrp_prune.engine.uses import Use, WeightUses
 from lrp_prune.engine.wrapping import replaced, whole
 from lrp_prune.models.backends import traceable
 from lrp_prune.models.scripted import refuse_scripted
-from lrp_prune.models.states import eager, unchanged_buffers
+from lrp_prune.models.states import eager, unchanged_state
 from lrp_prune.names import class_name, named_modules, named_parameters, unwrap
 
 UNRULED = ("warn", "error", "ignore")
@@ -245,7 +245,7 @@ def propagating(
     propagation = Propagation(mode, roots, endings)
     with ExitStack() as stack:
         stack.enter_context(unsharding(model, mode))
-        stack.enter_context(unchanged_buffers(model))
+        stack.enter_context(unchanged_state(model))
         stack.enter_context(traceable(model, experts=tracer is not None))
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))

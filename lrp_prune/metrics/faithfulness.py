@@ -13,7 +13,7 @@ from lrp_prune.metrics.perturbed import PerturbationCurve
 from lrp_prune.metrics.perturbing import BASELINES, Replacing, by_position, grid, replaced_arguments
 from lrp_prune.models.batches import check_batches, samples_in
 from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
+from lrp_prune.models.states import eager, unchanged_configuration, unchanged_state, undisturbed
 from lrp_prune.models.subject import subject_of
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.targets import Target, values_of
@@ -130,7 +130,7 @@ def _by_rules(composite: Composite) -> Explainer:
 @contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
     configuration = profile_of(module).config
-    with undisturbed(module), unchanged_configuration(configuration), unchanged_buffers(module), eager(module):
+    with undisturbed(module), unchanged_configuration(configuration), unchanged_state(module), eager(module):
         yield
 
 

@@ -1,6 +1,8 @@
 """Running a model without a trace: as it is written, in evaluation mode, with modes, random numbers and buffers restored."""
 
+import copy
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -110,8 +112,62 @@ def _ordinary(value: Any, made: dict[int, tuple[Tensor, Tensor]], seen: dict[int
 
 
 @contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Running statistics, counters and caches come out as they went in, also where a forward replaces a buffer."""
+def unchanged_state(model: nn.Module) -> Iterator[None]:
+    """What a forward writes into a model comes out as it went in: buffers, also replaced ones, metrics, numbers and strings.
+
+    Running statistics and caches are buffers; a count of calls is a number; what a ``torchmetrics.Metric`` has gathered is kept
+    in attributes.
+    """
+    plain = [(module, type(module), _plain(module)) for module in modules_of(model)]
+    kind = getattr(
+        sys.modules.get("torchmetrics"), "Metric", ()
+    )  # whose import takes seconds: without it there is none
+    metrics = [(module, _gathered(module)) for module in modules_of(model) if isinstance(module, kind)]
+    with _unchanged_buffers(model):
+        try:
+            yield
+        finally:
+            for module, before, values in plain:
+                if type(module) is before:  # a lazy module has become another one
+                    own = vars(module)
+                    for name, value in values.items():
+                        if name in own and own[name] is not value:
+                            own[name] = value
+            for metric, state in metrics:
+                for name, (value, kept) in state.items():
+                    vars(metric)[name] = _put_back(value, kept)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    own = vars(module)
+    return {
+        name: value for name, value in own.items() if isinstance(value, int | float | str) and name not in _OF_TORCH
+    }
+
+
+def _gathered(metric: Any) -> dict[str, tuple[Any, Any]]:
+    """What a metric knows, each with a copy: updates change tensors in place and append to lists."""
+    own, names = vars(metric), (*metric._defaults, "_computed", "_cache", "_forward_cache")
+    found = {name: own[name] for name in names if name in own}
+    return {
+        name: (value, value.clone() if isinstance(value, Tensor) else copy.copy(value)) for name, value in found.items()
+    }
+
+
+def _put_back(value: Any, kept: Any) -> Any:
+    """The same object with what it had."""
+    if isinstance(value, list):
+        value[:] = kept
+    elif isinstance(value, Tensor) and not torch.equal(value, kept):
+        if value.is_inference():
+            return kept
+        with torch.no_grad():
+            value.copy_(kept)
+    return value
+
+
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone(), set(buffer.__dict__))
         for module in modules_of(model)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.models.batches import to_device
-from lrp_prune.models.states import unchanged_buffers
+from lrp_prune.models.states import unchanged_state
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.targets import Inferred
 from lrp_prune.targets.naming import TARGETS
@@ -67,7 +67,7 @@ def comparing_by(
 def _inferred(module: nn.Module, batch: Any, mesh: "DeviceMesh | None") -> tuple[str, str]:
     """The name of the target that fits, and why there is none."""
     try:
-        with unaltered(module), unchanged_buffers(module):
+        with unaltered(module), unchanged_state(module):
             chosen = Inferred(tells=False).decide(module, batch, mesh)
     except ValueError as error:
         return BY_SQUARES, str(error)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.models.batches import check_batches
-from lrp_prune.models.states import unchanged_buffers, undisturbed
+from lrp_prune.models.states import unchanged_state, undisturbed
 from lrp_prune.progress import is_first
 from lrp_prune.pruning.adjusting import Adjusting
 from lrp_prune.pruning.comparison import Comparison
@@ -195,7 +195,7 @@ def _scored(model: nn.Module, reference: list[Any], entry: Mapping[str, Any]) ->
 
 def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     """What a function says of a model, which is as it was afterwards."""
-    with undisturbed(model), unchanged_buffers(model):
+    with undisturbed(model), unchanged_state(model):
         value = evaluate(model)
     try:
         return float(value)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrp_prune.models.backends import eager_attention
 from lrp_prune.models.batches import tensors, to_device
 from lrp_prune.models.profile import profile_of
-from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration, undisturbed
+from lrp_prune.models.states import eager, unchanged_configuration, unchanged_state, undisturbed
 from lrp_prune.names import class_name
 
 _ROUNDINGS = 1000
@@ -34,7 +34,7 @@ def tolerance_for(dtype: torch.dtype) -> float:
 def unrecorded(module: nn.Module) -> Iterator[None]:
     """Passes that leave a model, its buffers and its configuration as they were."""
     with ExitStack() as stack:
-        for context in (torch.inference_mode(False), undisturbed(module), unchanged_buffers(module), eager(module)):
+        for context in (torch.inference_mode(False), undisturbed(module), unchanged_state(module), eager(module)):
             stack.enter_context(context)
         stack.enter_context(unchanged_configuration(profile_of(module).config))
         yield

@@ -12,7 +12,7 @@ from lrp_prune.models.kinds import SEGMENTATION
 from lrp_prune.models.outputs import Inside, logits_in, noting
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import Profile, parameters_of, profile_of
-from lrp_prune.models.states import eager, unchanged_buffers, unchanged_configuration
+from lrp_prune.models.states import eager, unchanged_configuration, unchanged_state
 from lrp_prune.names import unwrap
 from lrp_prune.targets.alignment import without_ignored
 
@@ -48,7 +48,7 @@ def look(model: nn.Module, batch: Any, ask_inside: bool = True) -> Seen:
     with (
         torch.no_grad(),
         eager(model),
-        unchanged_buffers(unwrap(model)),
+        unchanged_state(unwrap(model)),
         unchanged_configuration(profile.config),
         noting(profile) as inside,
     ):
@@ -100,7 +100,7 @@ def reads_left_to_right(model: nn.Module, seen: Seen, ids: Tensor | None) -> boo
         places = (torch.arange(ids.shape[1], device=ids.device) * counted).amax(-1)
         others = _other_ids(ids, places)
         changed = mapped(seen.batch, lambda tensor: others if tensor is ids else tensor)
-    with torch.no_grad(), eager(model), unchanged_buffers(unwrap(model)), noting(profile_of(model)) as inside:
+    with torch.no_grad(), eager(model), unchanged_state(unwrap(model)), noting(profile_of(model)) as inside:
         output = called(model, call_of(model, changed))
     after = logits_in(output)
     if after is None and len(inside.outputs) == 1:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lrp_prune.callbacks import RelevancePruning, RoundQuality, Rounds
@@ -105,3 +105,29 @@ def test_opposite_modes_are_refused(make: Any, make_module, make_loader, make_tr
     assert not module.zeros_after_step
     module.validation_step = lambda batch, batch_idx: module.log("acc", 0.5)
     trainer(monitor_mode="max").fit(module, make_loader(), make_loader())
+
+
+def test_a_metric_of_one_of_several_loaders(make_module, make_loader, make_trainer, tmp_path) -> None:
+    name = "val_loss/dataloader_idx_1"
+    pruning, quality = RelevancePruning(0.9, 1, monitor=name, summary=False), RoundQuality(name, summary=False)
+    best = ModelCheckpoint(tmp_path, monitor=f"pruning/{name}")
+    trainer = make_trainer(callbacks=[pruning, quality, best], enable_checkpointing=True, max_epochs=3)
+    module = make_module()
+    trainer.fit(module, make_loader(), [make_loader(seed=2), make_loader(seed=3)])
+    assert trainer.callback_metrics[f"pruning/{name}"] == trainer.callback_metrics[name]
+    twin = make_module()
+    twin.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    (measured,) = make_trainer().validate(twin, make_loader(seed=3), verbose=False)
+    assert measured["val_loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_a_bare_trainer_logs_nothing_to_follow(guards: bool, make_module, make_loader) -> None:
+    callbacks = [RelevancePruning(0.5, 1, monitor=None if guards else "val_loss", summary=False)]
+    callbacks += [RoundQuality("val_loss", limit=0.7)] if guards else []
+    trainer = Trainer(callbacks=callbacks, barebones=True, max_epochs=2, accelerator="cpu")
+    module = make_module()
+    name = "RoundQuality" if guards else "RelevancePruning"
+    with pytest.raises(MisconfigurationException, match=rf"{name}\(monitor='val_loss'\).*barebones=True"):
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert not module.zeros_after_step
