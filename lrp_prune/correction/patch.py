@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -285,10 +285,7 @@ class Patch(Mapping[str, Entries]):
         Raises:
             ValueError: if they were made for different models: they disagree in a parameter's shape, checksum or value.
         """
-        if not isinstance(other, Patch):
-            return NotImplemented
-        provenance = combining.combined_provenance(self.provenance, other.provenance, "|")
-        return Patch(combining.union(self, other), provenance)
+        return self._combined(other, "|", combining.union)
 
     def __and__(self, other: "Patch") -> "Patch":
         """The entries of this patch that the other one touches as well.
@@ -296,10 +293,7 @@ class Patch(Mapping[str, Entries]):
         Raises:
             ValueError: if they were made for different models, or touch nothing in common.
         """
-        if not isinstance(other, Patch):
-            return NotImplemented
-        provenance = combining.combined_provenance(self.provenance, other.provenance, "&")
-        return Patch(combining.intersection(self, other), provenance)
+        return self._combined(other, "&", combining.intersection)
 
     def __sub__(self, other: "Patch") -> "Patch":
         """The entries of this patch that the other one does not touch.
@@ -307,10 +301,13 @@ class Patch(Mapping[str, Entries]):
         Raises:
             ValueError: if they were made for different models, or nothing is left.
         """
+        return self._combined(other, "-", combining.difference)
+
+    def _combined(self, other: "Patch", operation: str, combine: Callable[..., dict[str, Entries]]) -> "Patch":
         if not isinstance(other, Patch):
             return NotImplemented
-        provenance = combining.combined_provenance(self.provenance, other.provenance, "-")
-        return Patch(combining.difference(self, other), provenance)
+        provenance = combining.combined_provenance(self.provenance, other.provenance, operation)
+        return Patch(combine(self, other), provenance)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Patch):

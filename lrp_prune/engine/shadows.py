@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lrp_prune.engine.operations import channels_of
+from lrp_prune.engine.operations import PRODUCTS, channels_of
 from lrp_prune.engine.shadow import (
     MIXED,
     NOTHING,
@@ -65,7 +65,9 @@ class Shadows:
                 answer = self._found(call)
                 if answer is None:
                     for shadow in before:
-                        self._lose(shadow, shadow.numbers, call)
+                        # A weight reads zeros as nothing; what mixes channels and has as many of them (a softmax, a sorting) does not.
+                        kept = call.kind not in _READING and any(_has_its_places(shadow, output) for output in outputs)
+                        self._lose(Shadow(shadow.numbers, shadow.zero and not kept), shadow.numbers, call)
                 else:
                     found = answer
         for output, shadow in zip(outputs, found, strict=True):
@@ -149,11 +151,12 @@ class Shadows:
             groups = call.args[1] if len(call.args) > 1 else call.kwargs["num_groups"]
             numbers = self._together(own, list(range(2, dims)), call)
             by_group = numbers.expand(-1, argument.shape[1], *numbers.shape[2:]).reshape(len(numbers), groups, -1)
-            merged = self._together(Shadow(by_group, own.zero), [2], call)
+            merged = self._together(Shadow(by_group, False), [2], call)  # less the mean, zero is zero no more
             numbers = merged.expand(by_group.shape).reshape(len(numbers), argument.shape[1], *(1,) * (dims - 2))
         else:
             shape = call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]
-            numbers = self._together(own, list(range(dims - len(shape), dims)), call)
+            less_mean = Shadow(own.numbers, own.zero and "rms" in call.name)  # zero is zero no more
+            numbers = self._together(less_mean, list(range(dims - len(shape), dims)), call)
         shifted = "rms" not in call.name and any(value.dim() == 1 for value in call.tensors[1:])
         return Shadow(numbers, own.zero and not shifted)
 
@@ -303,3 +306,14 @@ def keeps_zero(call: Call, active: Tensor) -> bool:
         return bool((value == 0).all())
     except (RuntimeError, TypeError, AttributeError):
         return False
+
+
+_READING = PRODUCTS | {"attention", "recurrent", "product", "division"}
+"""Kinds of operations to which a channel of zeros adds nothing, whatever becomes of the axis."""
+
+
+def _has_its_places(shadow: Shadow, output: Tensor | None) -> bool:
+    """Whether an output has the places of what is shadowed."""
+    if output is None or output.dim() != shadow.numbers.dim():
+        return False
+    return all(number in (1, size) for number, size in zip(shadow.numbers.shape, output.shape, strict=True))

@@ -139,6 +139,8 @@ def unchanged_state(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
+    if type(module).__module__.partition(".")[0] == "torch":  # of copies among processes it is what they agreed on
+        return {}
     own = vars(module)
     return {
         name: value for name, value in own.items() if isinstance(value, int | float | str) and name not in _OF_TORCH

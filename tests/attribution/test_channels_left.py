@@ -27,6 +27,25 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
         lambda n, x: pooled(n.b(y := n.a(x).sigmoid())) * pooled(y).mean(1, keepdim=True),
         "mean still has something of its channels",
     ),
+    # A layer reads the channels as they are as well; what mixes them makes something of a channel of zeros.
+    "layer norm besides": (
+        lambda n, x: (
+            pooled(n.b(y := n.a(x).relu())) * F.layer_norm(y.movedim(1, -1), (6,)).mean((1, 2)).mean(1, keepdim=True)
+        ),
+        "layer_norm still has something of its channels",
+    ),
+    "group norm besides": (
+        lambda n, x: pooled(n.b(y := n.a(x).relu())) * pooled(F.group_norm(y, 2)).mean(1, keepdim=True),
+        "group_norm still has something of its channels",
+    ),
+    "softmax besides": (
+        lambda n, x: pooled(n.b(y := n.a(x).relu())) * pooled(y.softmax(1)).mean(1, keepdim=True),
+        "softmax still has something of its channels",
+    ),
+    "sorting besides": (
+        lambda n, x: pooled(n.b(y := n.a(x).relu())) * pooled(y.sort(1).values).mean(1, keepdim=True),
+        "sort still has something of its channels",
+    ),
 }
 
 

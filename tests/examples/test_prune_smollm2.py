@@ -104,13 +104,13 @@ def test_full_and_quick_change_what_is_not_chosen():
     assert (quick.window, full.window) == (128, 512)
     chosen = prune_smollm2.parse(["--full", "--steps", "7", "--sparsities", "0.2"])
     assert (chosen.steps, chosen.sparsities, chosen.calibration_windows) == (7, [0.2, 0.5], full.calibration_windows)
-    assert [each.compensation for each in (short, full, quick)] == ["none", "exact", "none"]
+    assert [each.compensation for each in (short, full, quick)] == ["exact", "exact", "none"]
     told = [prune_smollm2.introduction(each) for each in (short, full, quick)]
     assert all(text.startswith(f"The {name} run") for text, name in zip(told, ("short", "full", "quick"), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["--full"], []])
+@pytest.mark.parametrize("arguments", [["--full"], [], ["--compensation", "none"]])
 def test_what_is_printed_are_results_and_which_run_they_are_of(arguments, model, tmp_path, monkeypatch, capsys, caplog):
     """The whole job on a tiny model: rows appear as they are measured, and nothing of what libraries say of themselves."""
     monkeypatch.setattr(prune_smollm2, "load_model", lambda name: (model, Characters()))
@@ -120,13 +120,13 @@ def test_what_is_printed_are_results_and_which_run_they_are_of(arguments, model,
     prune_smollm2.main()
     printed = capsys.readouterr()
     rows = [line for line in printed.out.splitlines() if line.startswith("| ") and "--" not in line]
-    updated = ["lrp"] if arguments else []
+    updated, full = [] if "none" in arguments else ["lrp"], "--full" in arguments
     measured = ["perplexity", "dense", "lrp", *updated, "wanda", "magnitude"]
     assert [cells(row)[0].split(",")[0] for row in rows] == [*measured, *measured, "lrp"]
     assert rows[: len(measured)] == rows[len(measured) : 2 * len(measured)]
-    assert len(cells(rows[0])) == (4 if arguments else 2)
-    assert printed.out.startswith("The full run" if arguments else "The short run")
-    assert (tmp_path / "perplexity.md").read_text().startswith("The full run" if arguments else "The short run")
+    assert len(cells(rows[0])) == (4 if full else 2)
+    assert printed.out.startswith("The full run" if full else "The short run")
+    assert (tmp_path / "perplexity.md").read_text().startswith("The full run" if full else "The short run")
     assert "Pruning round 2 of 2 by lrp" in caplog.text
     for noise in ("Tip", "GPU available", "Loading weights", "LeafSpec", "num_workers", "Trainer.fit"):
         assert noise not in printed.out + printed.err + caplog.text

@@ -147,6 +147,8 @@ def _ridge(x: Tensor, dense: Tensor, weight: Tensor, kept: Tensor, way: LeastSqu
     for row, support, start in zip(found, kept, weight, strict=True):
         if not support.any() or delta == 0:
             row[support] = start[support]
+            if bias and delta == 0 and support[-1]:  # alone
+                row[-1] = start @ mixed[:, -1] / gram[-1, -1]
             continue
         system = (gram + delta * torch.eye(len(gram), dtype=gram.dtype))[support][:, support]
         row[support] = torch.linalg.solve(system, (start @ mixed + delta * start)[support])
