@@ -65,7 +65,7 @@ class Shadows:
                 answer = self._found(call)
                 if answer is None:
                     for shadow in before:
-                        # A weight reads zeros as nothing; what mixes channels and has as many of them (a softmax, a sorting) does not.
+                        # A weight reads zeros as nothing; what mixes channels and has as many of them (a softmax) does not.
                         kept = call.kind not in _READING and any(_has_its_places(shadow, output) for output in outputs)
                         self._lose(Shadow(shadow.numbers, shadow.zero and not kept), shadow.numbers, call)
                 else:
