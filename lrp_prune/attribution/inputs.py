@@ -7,13 +7,15 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution.conditional import Condition
 from lrp_prune.engine.composites import Composite, composite_of
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.unaltered import unaltered
-from lrp_prune.engine.uses import WeightUses
+from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.backends import experts_apart
 from lrp_prune.models.batches import entry, fields, samples_in, to_device
 from lrp_prune.models.calling import call_of
@@ -41,6 +43,7 @@ class InputRelevance:
         values: the explained value of each sample ``[samples]``, or where the target knows the sum only, that: ``[1]``; of units
             that relevance is propagated through, theirs.
         target: what is explained.
+        channels: which dimension of a floating-point input has the channels that convolutions go over, of those that any reads.
     """
 
     inputs: dict[str, Tensor]
@@ -49,6 +52,39 @@ class InputRelevance:
     latent: dict[str, Tensor]
     values: Tensor
     target: Target
+    channels: dict[str, int]
+
+
+class _Convolved:
+    """Notes what convolutions go over, to tell an input's channels from its steps."""
+
+    backward_needed = False
+    operand_dtype: torch.dtype | None = None
+    propagated_dtype: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, torch.Size, tuple[int, ...]]] = []
+
+    def of(self, use: Use) -> list[Observer]:
+        """Itself, for convolutions of batches."""
+        found = isinstance(use.form, Convolution) and not use.constant
+        return [self] if found else []
+
+    def forward(self, use: Use, activation: Tensor) -> None:
+        if activation.dim() == use.weight.dim():
+            self._seen.append((activation.data_ptr(), activation.shape, activation.stride()))
+
+    def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None: ...
+
+    def channels(self, value: Tensor) -> int | None:
+        """The dimension of an input that a convolution takes for its channels: of the same memory, also turned, or shape."""
+        for pointer, shape, strides in self._seen:
+            axes = list(zip(value.shape, value.stride(), strict=True))
+            if pointer == value.data_ptr() and sorted(axes) == sorted(zip(shape, strides, strict=True)):
+                return axes.index((shape[1], strides[1]))
+            if shape == value.shape:
+                return 1
+        return None
 
 
 def input_relevance(
@@ -97,7 +133,8 @@ def input_relevance(
             explained = partial(values_of, found, module, batch)
             condition = Condition(module, explained, rules, through, granularity, unruled)
             unruled = "ignore"  # it was told of all that the value depends on
-        uses = WeightUses() if condition is None else condition.uses
+        convolved = _Convolved()
+        uses = WeightUses(convolved.of) if condition is None else condition.uses
         as_before = nullcontext() if condition is None else experts_apart(module)
         with as_before, propagating(module, rules, latent, unruled, uses, constants=True) as propagation:
             values = values_of(found, module, batch)
@@ -128,7 +165,9 @@ def input_relevance(
             f"none of what {profile_of(module).name} is given has relevance of its own: it looks up no token ids of the batch, "
             f"and has no floating-point input; relevance ended at {', '.join(elsewhere) or 'nothing'}"
         )
-    return InputRelevance(inputs, kept, elsewhere, layers, values.detach(), found)
+    dims = {name: convolved.channels(value) for name, value in kept.items() if value.is_floating_point()}
+    channels = {name: dim for name, dim in dims.items() if dim is not None}
+    return InputRelevance(inputs, kept, elsewhere, layers, values.detach(), found, channels)
 
 
 def _check_followed(patterns: Sequence[str] | None, followed: set[str]) -> None:

@@ -51,8 +51,8 @@ def explain(
         tokenizer: of transformers, for texts, and for what tokens are called; without it they are called by their ids.
         latent: patterns of modules whose outputs' relevance is kept by position, for
             :meth:`~lrp_prune.Explanation.plot_layers`.
-        features: what the entries of floating-point inputs ``[samples, features]``, or the steps of ``[samples, steps, ...]``,
-            are called.
+        features: what the entries of floating-point inputs ``[samples, features]``, or the steps of ``[samples, steps, ...]``
+            (``[samples, channels, steps]`` where convolutions go over them), are called.
         unruled: what to do about operations without a rule: ``"warn"``, ``"error"`` or ``"ignore"``.
         through: group -> places of units, as in :func:`lrp_prune.top_samples`: what of the input speaks for the prediction by way
             of these units alone, which is what they stand for (conditional relevance, Achtibat et al. 2023). ``values`` are
@@ -81,7 +81,7 @@ def explain(
         name: found.given[name].detach().to("cpu", copy=True) for name in found.inputs
     }  # the batch may be written to
     parts = {
-        name: _part(name, relevance.float().cpu(), given[name], shown.get(name), tokenizer, features)
+        name: _part(name, *_laid_out(found, name, given[name]), shown.get(name), tokenizer, features)
         for name, relevance in found.inputs.items()
     }
     return Explanation(
@@ -117,13 +117,24 @@ def _batch(model: nn.Module, inputs: Any, tokenizer: Any) -> Any:
     return {**named, "decoder_input_ids": ids.new_full((len(ids), 1), start)}
 
 
+def _laid_out(found: InputRelevance, name: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance and values with samples first, and then channels of images, or the steps that a convolution goes over."""
+    relevance = found.inputs[name].float().cpu()
+    if relevance.dim() < 2:  # one number for each sample, or one sample
+        shape = (-1, 1) if found.values.numel() == relevance.numel() else (1, -1)
+        return relevance.reshape(shape), values.reshape(shape)
+    channels = found.channels.get(name)
+    if channels is None or relevance.dim() < 3:
+        return relevance, values
+    turned = relevance.movedim(channels, 1), values.movedim(channels, 1)
+    return turned if relevance.dim() == 4 else (turned[0].transpose(1, 2), turned[1].transpose(1, 2))
+
+
 def _part(
     name: str, relevance: Tensor, values: Tensor, shown: Tensor | None, tokenizer: Any, features: Sequence[str] | None
 ) -> Tokens | Pixels:
     if values.is_floating_point() and values.dim() == 4:
         return Pixels(relevance, values.float())
-    if relevance.dim() < 2:
-        relevance, values = relevance.reshape(1, -1), values.reshape(1, -1)
     rows = relevance if relevance.dim() == 2 else relevance.flatten(2).sum(-1)
     if shown is None or shown.shape != rows.shape:
         shown = torch.ones_like(rows, dtype=torch.bool)
