@@ -63,7 +63,7 @@ class _Convolved:
     propagated_dtype: torch.dtype | None = None
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, torch.Size, tuple[int, ...]]] = []
+        self._seen: list[tuple[torch.Size, tuple[int, ...]]] = []
 
     def of(self, use: Use) -> list[Observer]:
         """Itself, for convolutions of batches."""
@@ -72,15 +72,15 @@ class _Convolved:
 
     def forward(self, use: Use, activation: Tensor) -> None:
         if activation.dim() == use.weight.dim():
-            self._seen.append((activation.data_ptr(), activation.shape, activation.stride()))
+            self._seen.append((activation.shape, activation.stride()))
 
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None: ...
 
     def channels(self, value: Tensor) -> int | None:
-        """The dimension of an input that a convolution takes for its channels: of the same memory, also turned, or shape."""
-        for pointer, shape, strides in self._seen:
-            axes = list(zip(value.shape, value.stride(), strict=True))
-            if pointer == value.data_ptr() and sorted(axes) == sorted(zip(shape, strides, strict=True)):
+        """The dimension of an input that the first convolution of its shape, also turned, takes for its channels."""
+        axes = list(zip(value.shape, value.stride(), strict=True))
+        for shape, strides in self._seen:
+            if sorted(axes) == sorted(zip(shape, strides, strict=True)):
                 return axes.index((shape[1], strides[1]))
             if shape == value.shape:
                 return 1
