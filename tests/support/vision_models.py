@@ -144,7 +144,7 @@ VISION_MODELS: dict[str, Vision] = {
     ),
     "torchvision swin": Vision(partial(_swin, 1), 32, 2, 2, ("features.0.0", "layer_norm")),
     "torchvision swin_v2": Vision(partial(_swin, 2), 32, 2, 2, ("features.0.0", "layer_norm")),
-    "torchvision maxvit": Vision(_maxvit, 32, 12, 4, ("blocks.1.layers.0.layers.MBconv.proj.1", "layer_norm")),
+    "torchvision maxvit": Vision(_maxvit, 32, 11, 4, ("blocks.1.layers.0.layers.MBconv.proj.1", "layer_norm")),
     "timm resnet": Vision(partial(_timm, "resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)), 32, 9),
     "timm vgg": Vision(_timm_vgg, 32, 4),
     "timm mobilenetv3": Vision(partial(_timm, "mobilenetv3_small_050"), 32, 26),
@@ -173,7 +173,7 @@ VISION_MODELS: dict[str, Vision] = {
         3,
         ("patch_embed.proj", "layer_norm"),
     ),
-    "timm maxvit": Vision(_timm_maxvit, 32, 10, 4, ("stages.1.blocks.0.conv.shortcut.expand", "layer_norm")),
+    "timm maxvit": Vision(_timm_maxvit, 32, 9, 4, ("stages.1.blocks.0.conv.shortcut.expand", "layer_norm")),
     "transformers vit": Vision(
         partial(_vit, "ViT"), 32, 2, 2, ("vit.embeddings.patch_embeddings.projection", "layer_norm")
     ),
