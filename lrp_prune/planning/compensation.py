@@ -19,6 +19,7 @@ from lrp_prune.planning.dry_run import Running, kept_by_a_forward
 from lrp_prune.pruning.compensation import Compensation
 from lrp_prune.pruning.compensation.inputs import ROOM
 from lrp_prune.pruning.compensation.stages import Watched, made_of, stages_of
+from lrp_prune.pruning.compensation.systems import MANY
 from lrp_prune.pruning.compensation.together import laid_number
 from lrp_prune.pruning.products import ComputedUses
 
@@ -26,6 +27,8 @@ _WIDE = 4  # bytes: sums, and what is solved, are in float32
 _GRAMS, _CROSSED = 5, 2
 """Matrices as large as a Gram matrix that are there while a layer is solved for: sums, damped, scaled, a factor; and crossed sums
 and what is mixed of them."""
+_HALVES = 1
+"""Of those what is known of one half of the samples, to choose the damping by."""
 _WEIGHTS = 12
 """Matrices as large as the weight, likewise: of conjugate gradients, of the solution without a mask, and what is compared."""
 
@@ -60,9 +63,10 @@ class _Layer:
         """Bytes of the rows of a batch, as they come and in float32, of the pruned and the dense model."""
         return 2 * self.groups * self.rows * (self.inputs + 1) * (self.size + _WIDE)
 
-    def solving(self, both: bool) -> int:
-        """Bytes while it is solved for, with products of the dense model's inputs or without."""
+    def solving(self, both: bool, halves: bool, batches: int) -> int:
+        """Bytes while it is solved for, with products of the dense model's inputs or without, and of halves of few rows."""
         grams = _GRAMS + _CROSSED if both else _GRAMS
+        grams += _HALVES * (halves and batches * self.rows < MANY * self.inputs)
         return grams * self.gram + _WEIGHTS * self.groups * self.outputs * (self.inputs + 1) * _WIDE
 
 
@@ -196,14 +200,15 @@ def planned(
     _, logits = kept_by_a_forward(runner, batch, dtype)
     order = [name for name in runner.watched.order if runner.watched.calls[name] == 1]
     number = laid_number(runner.largest, batches)
-    both = way.dense > 0
+    both, halves = way.dense > 0, way.damping is None
     whole = min(number, 2) * runner.held + 2 * logits  # two batches are tried as one, without logits
     device = whole
     for name in order:
         plan = runner.plans[name]
         for layer in plan.layers:
             forward = number * (plan.held + 2 * plan.outputs + layer.summing)
-            device = max(device, plan.weights + max(2 * layer.gram + forward, layer.solving(both)))
+            summing, solving = (2 + halves) * layer.gram + forward, layer.solving(both, halves, batches)
+            device = max(device, plan.weights + max(summing, solving))
     return CompensationPlan(device, _kept(runner, order, both, batches))
 
 

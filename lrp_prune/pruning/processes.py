@@ -72,11 +72,21 @@ class Processes:
 
     def share(self, entries: int) -> slice:
         """Which of so many entries are this one's, where each does a part."""
+        rank, size = self._place
+        return slice(rank * entries // size, (rank + 1) * entries // size)
+
+    def half(self, index: int) -> int:
+        """Of two halves of all batches, each of one sample, the one that this one's are of: 0 or 1."""
+        return (index + self._place[0]) % 2
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Which one this is, and of how many."""
         rank, size = 0, 1
         for axis, place in enumerate(self._mesh.get_coordinate() or () if self._mesh is not None else ()):
             number = self._mesh.size(axis) if self._mesh is not None else 1
             rank, size = rank * number + place, size * number
-        return slice(rank * entries // size, (rank + 1) * entries // size)
+        return rank, size
 
     def agreeing(self) -> AbstractContextManager[None]:
         """What fails in one of them fails in all, see :func:`lrp_prune.distributed.sharding.agreeing`."""

@@ -63,7 +63,8 @@ def run(folder: Path, sparsities: list[str]) -> None:
             pattern = sparsity if ":" in sparsity else "0:0"
             kept, of = map(int, pattern.split(":"))
             share = float(sparsity) if of == 0 else 1 - kept / of
-            recipe = SparseGPTModifier(sparsity=share, mask_structure=pattern, targets="Linear", ignore=["lm_head"])
+            blocks = type(model.model.layers[0]).__name__  # with "Linear" it would take nothing, and say nothing
+            recipe = SparseGPTModifier(sparsity=share, mask_structure=pattern, targets=[blocks])
             ids = windows["calibration"].tolist()
             data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(each) for each in ids]})
             oneshot(
@@ -72,6 +73,8 @@ def run(folder: Path, sparsities: list[str]) -> None:
             seconds, found = time.process_time() - start, perplexity(model, windows["test"])
             layers = [entry for name, entry in model.named_parameters() if name.endswith("proj.weight")]
             zeros = sum(int((entry == 0).sum()) for entry in layers) / sum(entry.numel() for entry in layers)
+            if abs(zeros - share) > 0.01:
+                raise RuntimeError(f"llmcompressor removed {zeros:.2%} of the weights, not {share:.0%}")
             print(f"{path.stem}, {sparsity}: {found:.2f}, {zeros:.2%} zero, {seconds:.0f} s", flush=True)
 
 

@@ -19,6 +19,8 @@ class Compensated:
         unweighed: weights for which all tokens counted alike although relevance was to weigh them, as theirs is not known there.
         as_one: modules that read something of others beside what these give (an attribute, an object they write into), so that
             the model was gone through as one and not block by block: more memory, and more time for each layer.
+        held: weights that few samples say little of, which are held to the dense ones by more damping than 0.01, and
+            by how much (``damping=None``).
         few: weights whose layer had less than twice as many rows of inputs (tokens, places) as inputs: both numbers.
         samples: reference samples that were gone through, of all processes.
         seconds: how long it took.
@@ -29,6 +31,7 @@ class Compensated:
     damped: dict[str, float] = field(default_factory=dict)
     unweighed: list[str] = field(default_factory=list)
     as_one: list[str] = field(default_factory=list)
+    held: dict[str, float] = field(default_factory=dict)
     few: dict[str, tuple[int, int]] = field(default_factory=dict)
     samples: int = 0
     seconds: float = 0.0
@@ -58,6 +61,8 @@ class Compensated:
             what += f": in the median {shares[len(shares) // 2]:.0%} of the error that masks make in a layer are left"
         if self.damped:
             what += f"; damping was raised, up to {max(self.damped.values()):g} times, for {_listed(list(self.damped))}"
+        if self.held:
+            what += f"; of few samples, damped by up to {max(self.held.values()):g}: {_listed(list(self.held))}"
         if self.unweighed:
             what += f"; tokens count alike for {_listed(self.unweighed)}"
         if self.as_one:

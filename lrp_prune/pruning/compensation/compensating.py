@@ -18,6 +18,7 @@ from lrp_prune.progress import Progress, bar, no_bar
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.checking import not_reproduced
 from lrp_prune.pruning.compensation.compensated import Compensated
+from lrp_prune.pruning.compensation.damping import LEAST
 from lrp_prune.pruning.compensation.grouping import Group, merged
 from lrp_prune.pruning.compensation.partial_runs import PartialRuns
 from lrp_prune.pruning.compensation.reading import StageReading
@@ -261,7 +262,8 @@ class _Compensating:
                     self._result.left_out[place.name] = "is used by something else as well"
             alone = [place for place in wanted if place not in self._tied]
             if alone:
-                systems = stage.summed(group[0], [place for later in groups[number:] for place in later])
+                changing = [place for later in groups[number:] for place in later]
+                systems = stage.summed(group[0], changing, parted=self._way.damping is None)
                 if self._way.weights is not None and not systems.weighed:
                     self._result.unweighed += dict.fromkeys(place.name for place in alone)
                 for place in alone:
@@ -278,6 +280,8 @@ class _Compensating:
                 self._result.note(place.name, *solved.write_(self._processes))
                 if systems.count < _ENOUGH * systems.inputs:
                     self._result.few.setdefault(place.name, (systems.count, systems.inputs))
+                if self._way.damping is None and solved.damping > LEAST:
+                    self._result.held[place.name] = max(solved.damping, self._result.held.get(place.name, 0.0))
 
     def _zero_outside(self, stages: Mapping[str, nn.Module]) -> None:
         """Apply masks to what is in no stage or in several, and remember the dense model's values."""

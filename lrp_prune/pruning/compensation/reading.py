@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrp_prune.engine.uses import Product
+from lrp_prune.models.batches import samples_in
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.compensation.grouping import Group, Grouped, merged, reading_otherwise
 from lrp_prune.pruning.compensation.inputs import ROOM, DenseInputs, Inputs, Planned
@@ -77,14 +78,15 @@ class StageReading:
             self._inputs.dropped.update((index, place) for place in alone for index in range(len(self._planned)))
         return found
 
-    def summed(self, place: Place, changing: Collection[Place]) -> Systems:
+    def summed(self, place: Place, changing: Collection[Place], parted: bool) -> Systems:
         """The sums of what a layer gets, over all batches of all processes, with weights as they are by now.
 
         Args:
             place: the layer.
             changing: those that are still to be changed, itself among them.
+            parted: whether halves of few samples are told apart.
         """
-        systems = Systems()
+        systems = Systems(parted)
         with self._processes.agreeing():
             for index, plan in enumerate(self._planned):
                 # In step each runs the stage to its end, whether it uses the layer or not.
@@ -123,9 +125,11 @@ class StageReading:
         )  # fmt: skip
         runs.run(index, self.module, self._pruned, ours, Choices(plan.choices))
         systems.known = systems.known and not ours.unknown
+        several = len(runs.batches) > 1 or not self._processes.alone
+        half = self._processes.half(index) if several and samples_in(runs.batches[index]) == 1 else None
         for number, rows in enumerate(ours.rows):
             dense_rows = theirs[number] if theirs is not None and number < len(theirs) else None
-            systems.add(rows, dense_rows, ours.weights[number])
+            systems.add(rows, dense_rows, ours.weights[number], half)
 
     def _keep(self, index: int, part: Part, found: Product) -> None:
         if self._dense is not None:

@@ -16,6 +16,8 @@ from lrp_prune.pruning.processes import Processes
 
 _ENTRIES = 1 << 26
 """Entries of rows that are laid out at a time: patches of a convolution repeat each of its inputs."""
+MANY = 10
+"""Rows for each input, from which on halves of them are not told apart: the least squares of so many need no more damping."""
 
 
 class Taken(NamedTuple):
@@ -96,12 +98,18 @@ class Systems:
     r"""Sums of products of a layer's inputs, of ones beside them for the bias, and with those of the dense model.
 
     :attr:`gram` is :math:`\sum x' x'^\top`, :attr:`crossed` :math:`\sum x x'^\top`, with :math:`x'` the input as it is and
-    :math:`x` the dense model's: ``[groups, in + 1, in + 1]``. They are there once the sums are :meth:`over`.
+    :math:`x` the dense model's: ``[groups, in + 1, in + 1]``. They are there once the sums are :meth:`over`, and so is
+    :attr:`first`, the part of the Gram matrix that one half of the samples makes, as long as there are few.
+
+    Args:
+        parted: whether halves are told apart.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parted: bool = True) -> None:
         self.count = 0
         self.gram: Tensor | None = None
+        self.first: Tensor | None = None
+        """Of one half of the samples; None where there are :data:`MANY`, or nothing in one of the halves."""
         self.crossed: Tensor | None = None
         self.paired = True
         """Whether there was a dense input for each."""
@@ -110,7 +118,8 @@ class Systems:
         self.weighed = True
         """Whether each row has a weight of its own."""
         self._width = 0
-        self._upper: Tensor | None = None
+        self._halves: list[Tensor | None] = [None, None]
+        self._parted = parted
         self._mixed: Tensor | None = None
 
     @property
@@ -118,8 +127,17 @@ class Systems:
         """How many inputs a row has, without the one for the bias."""
         return self._width - 1
 
-    def add(self, rows: list[Tensor], dense: list[Tensor] | None, weights: Tensor | None = None) -> None:
-        """Add inputs, and the dense model's for the same places; each row counts as often as its weight says."""
+    def add(
+        self, rows: list[Tensor], dense: list[Tensor] | None, weights: Tensor | None = None, half: int | None = None
+    ) -> None:
+        """Add inputs, and the dense model's for the same places; each row counts as often as its weight says.
+
+        Args:
+            rows: each ``[groups, rows, in]``.
+            dense: the same of the dense model.
+            weights: of rows.
+            half: of the samples, which these are of; None: of both, one after the other.
+        """
         alike = dense is not None and [entry.shape for entry in dense] == [entry.shape for entry in rows]
         self.paired = self.paired and alike
         for index, (entry, root) in enumerate(zip(rows, roots_of_weights(weights, rows), strict=True)):
@@ -127,30 +145,56 @@ class Systems:
             self.weighed = self.weighed and isinstance(root, Tensor)
             self.count += entry.shape[1]
             self._width = entry.shape[2] + 1
-            self._upper = with_upper_products(self._upper, pruned)
+            self._part_as_long_as_few()
+            middle = pruned.shape[1] // 2 if half is None else pruned.shape[1] * (half == 0)
+            self._add(0, pruned[:, : middle if self._parted else None])
+            if self._parted:
+                self._add(1, pruned[:, middle:])
             if alike and dense is not None:
                 self._mixed = with_products(self._mixed, with_ones(dense[index], root), pruned)
+
+    def _add(self, half: int, rows: Tensor) -> None:
+        if rows.shape[1]:
+            self._halves[half] = with_upper_products(self._halves[half], rows)
+
+    def _part_as_long_as_few(self) -> None:
+        """Lay the halves together once there are many rows; these sums are the largest that is held."""
+        if self._parted and self.count >= MANY * self.inputs:
+            self._parted, self._halves = False, [self._whole(), None]
+
+    def _whole(self) -> Tensor | None:
+        first, second = self._halves
+        return first if second is None else second if first is None else first.add_(second)
 
     def over(self, processes: Processes, device: torch.device) -> None:
         """Add what others have, so that all have the same sums, bit for bit; one that saw no input takes part with nothing."""
         if not processes.alone:
             self._with_others(processes, device)
-        width = self._width
-        self.gram = None if self._upper is None else mirrored_(self._upper)[:, :width, :width]
+        width, (first, second) = self._width, self._halves
+        if first is not None and second is not None:
+            second.add_(first)
+            self.first = mirrored_(first)[:, :width, :width]
+        whole = first if second is None else second
+        self.gram = None if whole is None else mirrored_(whole)[:, :width, :width]
         self.crossed = None if self._mixed is None or not self.paired else self._mixed[:, :width, :width]
-        self._upper = self._mixed = None
+        self._halves, self._mixed = [None, None], None
 
     def _with_others(self, processes: Processes, device: torch.device) -> None:
-        shape = None if self._upper is None else (tuple(self._upper.shape), self._upper.dtype)
+        there = next((sums for sums in self._halves if sums is not None), None)
+        shape = None if there is None else (tuple(there.shape), there.dtype)
         everyone = processes.gathered((self.count, self.paired, self.known, self._width, shape))
         counts, paired, known, widths, shapes = zip(*everyone, strict=True)
         self.count, self.paired, self.known, self._width = sum(counts), all(paired), all(known), max(widths)
-        there = next((entry for entry in shapes if entry is not None), None)
-        if there is None:
+        found = next((entry for entry in shapes if entry is not None), None)
+        if found is None:
             return
+        self._part_as_long_as_few()  # with all rows counted: where one has many, all have
         crossed = any(processes.gathered(self._mixed is not None))
-        nothing = torch.zeros(there[0], dtype=there[1], device=device)
-        self._upper = processes.summed(nothing if self._upper is None else self._upper)
+        nothing = torch.zeros(found[0], dtype=found[1], device=device)
+        for half in range(2) if self._parted else range(1):
+            if any(processes.gathered(self._halves[half] is not None)):
+                own = self._halves[half]
+                self._halves[half] = processes.summed(nothing if own is None else own)
         if crossed and self.paired:
             self._mixed = processes.summed(nothing if self._mixed is None else self._mixed)
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrp_prune.pruning.compensation.damping import damping_of
 from lrp_prune.pruning.compensation.matrices import Matrix
 from lrp_prune.pruning.compensation.systems import Systems
 from lrp_prune.pruning.compensation.ways import Compensation
@@ -17,7 +18,6 @@ from lrp_prune.pruning.processes import Processes
 FEWEST = 16
 """Rows that a layer has to get to be compensated."""
 _LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
-_DAMPING = 0.01
 _SINGULAR = 0.01
 """What may be left of a system when it is solved, as a share: beyond, rounding has made it another one."""
 
@@ -30,12 +30,14 @@ class Solved:
         weight: the layer.
         rows: ``[groups, out, in]``, zero where others solve.
         errors: the squared error of outputs that the mask adds to the least squares without one, before and after.
+        damping: as a fraction of the mean square of the inputs.
         raised: by what the damping had to be multiplied; infinite if nothing was enough, and rows are as the mask made them.
     """
 
     weight: Matrix
     rows: Tensor
     errors: tuple[float, float]
+    damping: float
     raised: float
 
     def write_(self, processes: Processes) -> tuple[float, float, float]:
@@ -76,7 +78,7 @@ def solved_for(
     mixed = gram if crossed is None or share == 0 else gram.lerp(crossed.to(found.dtype), share)
     if not weight.has_bias:
         gram, mixed = gram[:, :-1, :-1], mixed[:, :-1, :-1]
-    damping = damping_of(way, systems)
+    damping = damping_of(way.damping, systems, weight, gram)
     rows, errors, own, raised = torch.zeros_like(found), [0.0, 0.0], processes.share(found.shape[1]), 1.0
     for group in range(len(gram)):
         inputs, kept, dense = gram[group].diagonal(), weight.kept[group, own], found[group, own]
@@ -95,16 +97,7 @@ def solved_for(
         update, before, after, times = _solved(gram[group], mixed[group], kept, dense, way, size * damping)
         rows[group, own], raised = update, max(raised, times)
         errors = [errors[0] + before, errors[1] + after]
-    return Solved(weight, rows, (errors[0], errors[1]), raised)
-
-
-def damping_of(way: Compensation, systems: Systems) -> float:
-    """What is asked for; else 0.01, or the square of inputs by rows where that is more: from 1 at as many rows as inputs.
-
-    Of SmolLM2 at 50 %, whose layers have 576 and 1,536 inputs, 0.01 / 0.1 / 1 gave a perplexity of 43.5 / 36.2 / 34.0 with 1,024
-    rows (39.0 with masks alone), 36.4 / 34.3 / 33.3 with 2,048 (38.2), and 17.1 / 17.1 / 17.7 with 16,384 of another text.
-    """
-    return max(_DAMPING, (systems.inputs / systems.count) ** 2) if way.damping is None else way.damping
+    return Solved(weight, rows, (errors[0], errors[1]), damping, raised)
 
 
 def _solved(

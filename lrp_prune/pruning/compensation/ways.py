@@ -20,8 +20,8 @@ class Compensation(ABC):
         dense: share of the dense model's inputs in the targets, in [0, 1]. 0: the layer does to its inputs what it did to them
             before; 1: it gives what the dense model's layer gives, and makes up for the layers before as well.
         damping: :math:`\delta`, as a fraction of the mean of :math:`X'^2` over inputs: what reference samples do not tell stays
-            as it is. None: 0.01, and more where there are few rows (samples, tokens or places): the square of a layer's inputs by
-            its rows, which is 0.01 at ten rows for each input, and 1 at one.
+            as it is. None: 0.01; of fewer than ten rows (samples, tokens or places) for each of a layer's inputs, what makes one
+            half of them good for the other, from 0.01 to 3 (two-fold cross-validation, on some of the layer's outputs).
         weights: ``"relevance"``: tokens (of what has none, samples) count by the root of the absolute relevance of what the block
             gives there, from one backward pass over each batch. None: all alike, which was as good or better.
 

@@ -176,6 +176,7 @@ def test_in_one_call_of_prune_and_back_after_an_error(tmp_path: Path, precision:
     """Masks are divided here; weights stay what the model is trained in, whatever it computes in."""
     torch.manual_seed(0)
     dense, batches = build("llama"), [{"input_ids": torch.randint(2, 50, (4, 12))} for _ in range(4)]
+    way = LeastSquares(damping=0.05)  # what is chosen of few samples depends on which of them are together
 
     def call(mesh: Any) -> Any:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -184,22 +185,22 @@ def test_in_one_call_of_prune_and_back_after_an_error(tmp_path: Path, precision:
         first, mine = mesh.get_local_rank() == 0, sharded(copy.deepcopy(dense), mesh, mp_policy=policy)
         theirs = batches[:2] if first else batches[2:]
         with pytest.raises(ValueError, match=r"the processes have \[2, 1\] batches: .* give each the same number"):
-            lrp_prune.prune(mine, theirs if first else theirs[:1], 0.5, "random", compensation="exact", progress=False)
+            lrp_prune.prune(mine, theirs if first else theirs[:1], 0.5, "random", compensation=way, progress=False)
         handle = mine.model.layers[1].mlp.down_proj.register_forward_pre_hook(
             lambda _, given: (given[0] * float("nan"),)
         )
         with pytest.raises(FloatingPointError, match=r"down_proj\.weight are not finite"):
-            lrp_prune.prune(mine, theirs, 0.5, "random", compensation="exact", progress=False)
+            lrp_prune.prune(mine, theirs, 0.5, "random", compensation=way, progress=False)
         handle.remove()
         for name, value in mine.named_parameters():
             assert torch.equal(whole(value), dense.get_parameter(name)), name
-        masks = lrp_prune.prune(mine, theirs, 0.5, "random", compensation="exact", progress=False)
+        masks = lrp_prune.prune(mine, theirs, 0.5, "random", compensation=way, progress=False)
         values = {name: whole(value) for name, value in mine.named_parameters()}
         return values, masks.gathered()
 
     (values, masks), (others, _) = together(call, 2, tmp_path)
     model = copy.deepcopy(dense)
-    assert lrp_prune.prune(model, batches, 0.5, "random", compensation="exact", progress=False) == masks
+    assert lrp_prune.prune(model, batches, 0.5, "random", compensation=way, progress=False) == masks
     for name, value in model.named_parameters():
         assert torch.equal(values[name], others[name]) and values[name].dtype == torch.float32
         if name in masks:

@@ -94,6 +94,43 @@ def test_sums_are_those_of_all_rows() -> None:
     assert systems.crossed is not None and torch.allclose(systems.crossed[0], theirs.T @ ours)
 
 
+@pytest.mark.parametrize("half", [None, 0, 1])
+def test_of_few_rows_halves_are_told_apart(half: int | None) -> None:
+    """Of entries as a whole, or in the middle of each, whichever is known; and of many they are one."""
+    systems, pieces = Systems(), [torch.randn(1, rows, 3).double() for rows in (6, 4, 1)]
+    systems.add([pieces[0]], None, half=half)
+    systems.add([pieces[1]], None, half=None if half is None else 1 - half)
+    systems.add([pieces[2]], None, half=half)
+    systems.over(Processes(None), torch.device("cpu"))
+    parts = {
+        None: [pieces[0][0, :3], pieces[1][0, :2]],
+        0: [pieces[0][0], pieces[2][0]],
+        1: [pieces[1][0]],
+    }
+    first, whole = (torch.cat(entries) for entries in (parts[half], [entry[0] for entry in pieces]))
+    assert systems.first is not None and systems.gram is not None
+    for found, rows in ((systems.first, first), (systems.gram, whole)):
+        ones = torch.cat([rows, torch.ones(len(rows), 1)], 1).double()
+        torch.testing.assert_close(found[0], ones.T @ ones)
+
+
+@pytest.mark.parametrize("sizes", [(29,), (30,), (20, 9), (20, 10), (40, 7)])
+def test_of_many_rows_there_is_one_sum(sizes: tuple[int, ...]) -> None:
+    systems, pieces = Systems(), [torch.randn(1, rows, 3).double() for rows in sizes]
+    for piece in pieces:
+        systems.add([piece], None)
+    systems.over(Processes(None), torch.device("cpu"))
+    assert (systems.first is None) == (sum(sizes) >= 30) and systems.gram is not None
+    torch.testing.assert_close(systems.gram[0, :3, :3], (rows := torch.cat(pieces, 1)[0]).T @ rows)
+
+
+def test_one_half_alone_is_none() -> None:
+    systems = Systems()
+    systems.add([torch.randn(1, 5, 3)], None, half=1)
+    systems.over(Processes(None), torch.device("cpu"))
+    assert systems.first is None and systems.gram is not None and systems.gram.shape == (1, 4, 4)
+
+
 def test_inputs_of_another_number_are_no_pairs() -> None:
     systems = Systems()
     systems.add([torch.randn(1, 5, 3)], [torch.randn(1, 4, 3)])
