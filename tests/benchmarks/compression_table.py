@@ -4,6 +4,7 @@
     python tests/benchmarks/compression_table.py --ways wanda sparsegpt "lrp, exact" --sparsities 0.5 2:4 --seeds 0
     python tests/benchmarks/compression_table.py --report              # table and figure of what is there
     python tests/benchmarks/compression_table.py --results docs/compression.jsonl --report  # of what the docs have
+    python tests/benchmarks/compression_table.py --tasks arc_easy piqa  # zero-shot tasks besides, see zero_shot.py
 
 SmolLM2, by itself on each kind of text: all ways see the same windows of it to calibrate on, and are measured on the same
 windows of other documents. Relevance is collected once for a seed and used at each sparsity; its seconds and its peak count in
@@ -19,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -37,6 +40,7 @@ from lrp_prune import Relevance, Scope
 from lrp_prune.effects import kinds
 from lrp_prune.pruning import LeastSquares, budgets, scorer
 from tests.benchmarks import sparsegpt
+from tests.benchmarks.zero_shot import Tasks
 
 Batches = list[dict[str, Tensor]]
 Level = str
@@ -148,6 +152,11 @@ class Results:
         with self.file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 
+    def lacks(self, key: tuple[str, str, Level, int], tasks: Tasks | None) -> bool:
+        """Whether something of a row is still to be measured."""
+        row = self.rows.get(key)
+        return row is None or not set(tasks.names if tasks else ()) <= set(row.get("tasks", ()))
+
     def of(self, text: str, way: str, level: Level, what: str = "perplexity") -> list[float]:
         """One value a seed, in their order."""
         found = sorted((key[3], row[what]) for key, row in self.rows.items() if key[:3] == (text, way, level))
@@ -176,6 +185,24 @@ class Results:
                 costs = f"{seconds[len(seconds) // 2]:.0f} | {peak[len(peak) // 2]:,.0f}"
                 lines.append(f"| {way} | " + " | ".join(map(_cell, found)) + f" | {costs} |")
         return "\n".join(lines)
+
+    def zero_shot(self, text: str) -> str:
+        """Mean accuracies at zero-shot tasks, over seeds; nothing if there are none."""
+        found = [(key, row["tasks"]) for key, row in self.rows.items() if key[0] == text and "tasks" in row]
+        names = list(dict.fromkeys(name for _, tasks in found for name in tasks))
+        levels = [level for level in ("0", *LEVELS) if any(key[2] == level for key, _ in found)]
+        lines = [
+            f"| zero-shot, {text} | " + " | ".join(["removed", *names, "mean"]) + " |",
+            "|---" * (3 + len(names)) + "|",
+        ]
+        for way in ("dense", *WAYS):
+            for level in levels:
+                cell = [tasks for key, tasks in found if key[1:3] == (way, level) and set(names) <= set(tasks)]
+                if cell:
+                    means = [mean(tasks[name] for tasks in cell) for name in names]
+                    shown = " | ".join(f"{value:.3f}" for value in (*means, mean(means)))
+                    lines.append(f"| {way} | {_title(level)} | {shown} |")
+        return "\n".join(lines) if names else ""
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, Level, int]:
@@ -220,28 +247,36 @@ def plot(results: Results, path: Path) -> None:
 
 def measure(results: Results, options: argparse.Namespace) -> None:
     """Do what is missing, text by text and seed by seed."""
+    tasks = Tasks(options.tasks, options.task_folder, options.task_limit) if options.tasks else None
     model, tokenizer = language_model.load_model(options.model)
+    judge = partial(_judged, model, tokenizer, tasks)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ways = [way for way in WAYS if way in options.ways]  # those of one method follow each other
     for text in options.texts:
         calibration, held_out = language_model.split_documents([document for _, document in TEXTS[text]()])
         test = language_model.windows(held_out, tokenizer, options.held_out_windows)
-        if (text, "dense", "0", 0) not in results.rows:
-            perplexity = language_model.perplexity(model, test)
-            results.add({"text": text, "way": "dense", "level": "0", "seed": 0, "perplexity": perplexity})
+        if results.lacks((text, "dense", "0", 0), tasks):
+            results.add({"text": text, "way": "dense", "level": "0", "seed": 0, **judge(test)})
         for seed in options.seeds:
             ids = language_model.windows(calibration, tokenizer, options.calibration_windows, seed=seed)
             scores = Scores(model, language_model.batches(ids, 1))
             cells = [(way, level) for way in ways for level in options.sparsities if _possible(way, level)]
-            todo = [cell for cell in cells if (text, *cell, seed) not in results.rows]
+            todo = [cell for cell in cells if results.lacks((text, *cell, seed), tasks)]
             for way, level in tqdm(todo, desc=f"{text}, seed {seed}", dynamic_ncols=True):
                 torch.manual_seed(seed)
                 seconds, megabytes = prune_(way, level, model, ids, scores)
-                perplexity = language_model.perplexity(model, test)
+                row = {**judge(test), "seconds": round(seconds, 1), "megabytes": round(megabytes)}
                 model.load_state_dict(dense)
-                row = {"perplexity": perplexity, "seconds": round(seconds, 1), "megabytes": round(megabytes)}
                 results.add({"text": text, "way": way, "level": level, "seed": seed, **row})
-                tqdm.write(f"{text}, {way}, {_title(level)}, seed {seed}: {perplexity:.2f}, {seconds:.0f} s")
+                tqdm.write(f"{text}, {way}, {_title(level)}, seed {seed}: {row['perplexity']:.2f}, {seconds:.0f} s")
+
+
+def _judged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks | None, test: Tensor
+) -> dict[str, Any]:
+    """What a model is worth: its perplexity, and its accuracies at tasks."""
+    accuracies = {} if tasks is None else {"tasks": tasks.accuracies(model, tokenizer)}
+    return {"perplexity": language_model.perplexity(model, test), **accuracies}
 
 
 def _possible(way: str, level: Level) -> bool:
@@ -257,6 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--sparsities", nargs="+", choices=LEVELS, default=list(LEVELS), help="columns of the table")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the choice of windows to calibrate on")
     add("--calibration-windows", type=int, default=32, help="windows of 512 tokens to calibrate on")
+    add("--tasks", nargs="+", default=[], help="zero-shot tasks of lm-eval (the extra `tasks`), most need a network")
+    add("--task-folder", type=Path, help="folder of tasks of one's own")
+    add("--task-limit", type=int, help="at most so many questions of each task")
     add("--held-out-windows", type=int, default=24, help="windows of other documents to measure on")
     add("--model", default=language_model.PACKAGED_MODEL, help="the packaged model, or a hub name or folder")
     add("--output", type=Path, default=Path("outputs/compression"), help="folder of results and figure")
@@ -268,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.report:
         measure(results, options)
     for text in results.texts():
-        print(aligned(results.table(text)), end="\n\n")
+        for table in filter(None, (results.table(text), results.zero_shot(text))):
+            print(aligned(table), end="\n\n")
     plot(results, options.output / "compression.png")
 
 
