@@ -33,7 +33,7 @@ PARTS = (
 
 
 def rows(name: str, config: PretrainedConfig, options: argparse.Namespace) -> list[str]:
-    """One row of the table for each number of devices, in GB."""
+    """One row of the table for each number of devices, in GiB."""
     lines = []
     for devices in options.devices:
         plan = lrp_prune.estimate(
@@ -62,7 +62,7 @@ def main() -> None:
     add("--accumulate-on", default=None, help="cpu keeps the relevance in the host's memory")
     options = parser.parse_args()
     configs = {name: AutoConfig.from_pretrained(name) for name in options.model} or KNOWN
-    print(f"GB on each device, {options.strategy}, {options.dtype}, {options.optimizer}, {options.tokens} tokens")
+    print(f"GiB on each device, {options.strategy}, {options.dtype}, {options.optimizer}, {options.tokens} tokens")
     table = ["| model | devices | " + " | ".join(PARTS) + " |", "|---" * (2 + len(PARTS)) + "|"]
     for name, config in configs.items():
         table += rows(name, config, options)

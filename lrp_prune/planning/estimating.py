@@ -322,7 +322,7 @@ def _one_module(module: nn.Module, scored: Mapping[str, Tensor], size: Callable[
 
 
 def _readable(size: int) -> str:
-    for unit, factor in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
