@@ -226,8 +226,12 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
         if shadow is None:
             return torch.full((), _untold(value), dtype=torch.int32, device=value.device).expand(value.shape)
         zero &= shadow.zero
+        if value is written:
+            return shadow.numbers.clone()
         return shadow.numbers.expand(value.shape)
 
+    # What turns a tensor in place has done so by now, and its shadow has the axes of before.
+    written = call.args[0] if getattr(call.function, "__name__", "") in _TURNING else None
     args, kwargs = tree_map(numbers, (call.args, call.kwargs))
     if call.name in ("pad", "constant_pad_nd"):
         args, kwargs, padding = _padded_with_nothing(args, kwargs)
@@ -243,7 +247,12 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
     entries = list(moved) if isinstance(moved, tuple | list) else [moved]
     if len(entries) != len(call.outputs) or not any(isinstance(entry, Tensor) for entry in entries):
         return None
+    if written is not None and any(entry.dim() != written.dim() for entry in entries):
+        return None
     return [Shadow(compact(entry.to(torch.int32)), zero) if isinstance(entry, Tensor) else None for entry in entries]
+
+
+_TURNING = {"squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 
 
 def _untold(value: Tensor) -> int:

@@ -158,7 +158,9 @@ class Layer(nn.Module):
 
 def test_weights_in_a_custom_function_are_scored() -> None:
     model, x = Layer(), torch.randn(5, 4)
-    relevance = lrp_prune.attribute(model, [x], target=lambda model, x: model(x).sum(), statistic="signed")
+    relevance = lrp_prune.attribute(
+        model, [x], target=lambda model, x: model(x).sum(), statistic="signed", matmul_dtype=None
+    )
     torch.testing.assert_close(relevance["weight"], model.weight.detach() * x.sum(0) / 5)
 
 

@@ -126,6 +126,25 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
         ),
         {"b": ["a"], "c": ["b"], "head": ["c"]},
     ),
+    "turned in place": (  # as many channels as rows and columns
+        lambda: Net(
+            lambda n, x: pooled(
+                n.b(
+                    n.a(x)
+                    .relu()
+                    .unsqueeze_(0)
+                    .transpose_(2, 4)
+                    .swapaxes_(2, 4)
+                    .squeeze_(0)
+                    .transpose_(1, 2)
+                    .mT.mT.transpose_(1, 2)
+                ).relu()
+            ),
+            a=nn.Conv2d(4, 6, 1),
+            b=nn.Conv2d(6, 5, 1),
+        ),
+        {"b": ["a"], "head": ["b"]},
+    ),
     "squeeze and excite": (
         lambda: Net(
             lambda n, x: pooled(
