@@ -65,4 +65,4 @@ def _tried(groups: int, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _spread(entries: int, number: int) -> Tensor:
-    return torch.linspace(0, entries - 1, min(entries, number)).round().long()
+    return torch.linspace(0, entries - 1, min(entries, number), device="cpu").round().long()
