@@ -181,12 +181,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, of data and models")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--report", action="store_true", help="only table and figures of what there is")
-    parser.add_argument("--output", type=Path, default=Path("outputs/panel"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/panel"), help="folder of models, results and figures"
+    )
+    parser.add_argument("--results", type=Path, help="file of results, which goes on; by default one in that folder")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lrp_prune").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    results = arguments.output / "results.jsonl"
+    results = arguments.results or arguments.output / "results.jsonl"
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         quick = arguments.quick
@@ -201,9 +204,9 @@ def main() -> None:
         run(list(todo), results, arguments.output / "models")
     found = list(done(results).values())
     print(table(found))
-    print(
-        f"figures: {overview(found, arguments.output / 'overview.png')}, {figure(found, arguments.output / 'panel.png')}"
-    )
+    if any(entry["rounds"] == 1 for entry in found):  # which they are of
+        one = overview(found, arguments.output / "overview.png")
+        print(f"figures: {one}, {figure(found, arguments.output / 'panel.png')}")
 
 
 if __name__ == "__main__":
