@@ -253,6 +253,7 @@ def _moved(call: Call, shadow_of: Callable[[Any], Shadow | None]) -> list[Shadow
 
 
 _TURNING = {"squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
+"""What changes the axes of a tensor in place; of a shadow, whose axes may be shorter, ``squeeze_()`` takes others as well."""
 
 
 def _untold(value: Tensor) -> int:

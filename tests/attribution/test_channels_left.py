@@ -27,6 +27,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
         lambda n, x: pooled(n.b(y := n.a(x).sigmoid())) * pooled(y).mean(1, keepdim=True),
         "mean still has something of its channels",
     ),
+    "squeezed in place, of which axes is not told": (
+        lambda n, x: pooled(n.b(n.a(x).relu().unsqueeze_(0).squeeze_())),
+        "squeeze",
+    ),
     # A layer reads the channels as they are as well; what mixes them makes something of a channel of zeros.
     "layer norm besides": (
         lambda n, x: (

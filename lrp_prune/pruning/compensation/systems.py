@@ -145,7 +145,7 @@ class Systems:
             self.weighed = self.weighed and isinstance(root, Tensor)
             self.count += entry.shape[1]
             self._width = entry.shape[2] + 1
-            self._part_as_long_as_few()
+            self._lay_together_if_many()
             middle = pruned.shape[1] // 2 if half is None else pruned.shape[1] * (half == 0)
             self._add(0, pruned[:, : middle if self._parted else None])
             if self._parted:
@@ -157,7 +157,7 @@ class Systems:
         if rows.shape[1]:
             self._halves[half] = with_upper_products(self._halves[half], rows)
 
-    def _part_as_long_as_few(self) -> None:
+    def _lay_together_if_many(self) -> None:
         """Lay the halves together once there are many rows; these sums are the largest that is held."""
         if self._parted and self.count >= MANY * self.inputs:
             self._parted, self._halves = False, [self._whole(), None]
@@ -188,7 +188,7 @@ class Systems:
         found = next((entry for entry in shapes if entry is not None), None)
         if found is None:
             return
-        self._part_as_long_as_few()  # with all rows counted: where one has many, all have
+        self._lay_together_if_many()  # with all rows counted: where one has many, all have
         crossed = any(processes.gathered(self._mixed is not None))
         nothing = torch.zeros(found[0], dtype=found[1], device=device)
         for half in range(2) if self._parted else range(1):
