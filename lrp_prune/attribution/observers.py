@@ -21,7 +21,17 @@ from lrp_prune.names import class_name, layer_of, matches, named_parameters, unw
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic, statistic_of
-from lrp_prune.relevance.unscored import CONSTANTS, DATA, NO_PRODUCT, UNREACHED, UNUSED, described, patterns_of
+from lrp_prune.relevance.unscored import (
+    CONSTANTS,
+    DATA,
+    NO_PRODUCT,
+    TRANSFORMED,
+    UNREACHED,
+    UNUSED,
+    WITHOUT_GRADIENTS,
+    described,
+    patterns_of,
+)
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -75,9 +85,9 @@ class ObserverTable:
         if set(kinds) <= set(UNIT_KINDS):
             choice = Choice(self.parameters, include, exclude, trainable_only)
             self._units = UnitObservers(kinds, statistic, self.batch, self._all, choice, on_path)
-        self._touched: set[str] = set()
-        self._data: set[str] = set()
-        self._constants: set[str] = set()
+        reasons = (DATA, CONSTANTS, TRANSFORMED, WITHOUT_GRADIENTS, NO_PRODUCT)
+        self._noted: dict[str, set[str]] = {reason: set() for reason in reasons}
+        """Parameters that something else is known of than relevance, by the reason that this is; the first says most."""
         self._used, self.refused = parametrized(self._model) if granularity == "weight" else ({}, {})
         """Of weights that are not used as they are: how, or why they cannot be scored."""
 
@@ -141,10 +151,12 @@ class ObserverTable:
 
     def touched(self, uses: WeightUses, roots: Iterable[Root]) -> None:
         """Take note of parameters that a forward did anything with, and of those that are data."""
-        self._touched.update(uses.touched)
-        self._constants.update(uses.on_constants)
         self.refused.update(uses.left_out)
-        self._data.update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
+        self._noted[DATA].update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
+        self._noted[CONSTANTS].update(uses.on_constants)
+        self._noted[TRANSFORMED].update(uses.transformed)
+        self._noted[NO_PRODUCT].update(uses.touched)
+        self._noted[WITHOUT_GRADIENTS].update(uses.without_gradients)
 
     @property
     def tells_outputs(self) -> bool:
@@ -169,7 +181,7 @@ class ObserverTable:
         reason = use.origin.reason
         if reason is not None and use.origin.product and type(use.form) is Form:
             # Scores of queries with positions that a layer has gone over, say: it is what was computed that is no weight.
-            self._constants.update(use.origin.names)
+            self._noted[CONSTANTS].update(use.origin.names)
         elif reason is not None:
             for name in use.origin.names:
                 self.refused.setdefault(name, reason)
@@ -227,11 +239,7 @@ class ObserverTable:
             return self.refused[name]
         if isinstance(statistic, WeightStatistic):
             return statistic.unscored or UNREACHED
-        if name in self._data:
-            return DATA
-        if name in self._constants:
-            return CONSTANTS
-        return NO_PRODUCT if name in self._touched else UNUSED
+        return next((reason for reason, names in self._noted.items() if name in names), UNUSED)
 
     def finish(self, **description: Any) -> Relevance:
         """The relevance of everything scored, in the model's order.

@@ -160,13 +160,12 @@ class ShardedTable(ObserverTable):
         mine = {name: _described(statistic) for name, statistic in self._statistics.items()}
         weights = {name: entry for name, entry in self._statistics.items() if isinstance(entry, WeightStatistic)}
         reasons = {name: entry.unscored for name, entry in weights.items() if entry.unscored is not None}
-        known = ({**reasons, **self.refused}, self._touched, self._data, self._constants)
+        known = ({**reasons, **self.refused}, self._noted)
         everyone = all_gathered((mine, self._members, self._layouts, known), self.mesh)
         descriptions: dict[str, Any] = {}
-        for theirs, members, layouts, (refused, touched, data, constants) in everyone:
+        for theirs, members, layouts, (refused, noted) in everyone:
             self.refused = {**refused, **self.refused}
-            self._touched, self._data = self._touched | touched, self._data | data
-            self._constants = self._constants | constants
+            self._noted = {reason: names | noted[reason] for reason, names in self._noted.items()}
             for name, (units, inputs) in theirs.items():
                 known = descriptions.setdefault(name, (units, inputs))
                 if known[1] is None and inputs is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.engine.facts import Fact
-from lrp_prune.engine.nested import tensors_in
+from lrp_prune.engine.nested import is_transformed, tensors_in
 from lrp_prune.engine.places import Places
 
 _NUMBERS = frozenset("item tolist numpy __float__ __int__ __array__".split())
@@ -22,7 +22,7 @@ class Ending(NamedTuple):
 
     Args:
         cause: ``"rule"``, ``"registered"`` (a rule of the user's), ``"detached"``, ``"integers"``, ``"numbers"``,
-            ``"no_grad"`` or ``"no_gradient"``.
+            ``"no_grad"``, ``"no_gradient"`` or ``"transformed"`` (by ``torch.func``).
         operation: the function's name.
         module: the module's name.
         place: the module in words.
@@ -60,6 +60,7 @@ class Endings:
         self._outputs: dict[Ending, None] = {}
         self._opaque: dict[Ending, None] = {}
         self._numbers: dict[Ending, None] = {}
+        self._transformed: dict[Ending, None] = {}
 
     def ended(self, function: Any, values: Iterable[Tensor], result: Any, cause: str, places: Places) -> None:
         """Mark what was computed from activations without a gradient, or from what is marked already.
@@ -75,6 +76,9 @@ class Endings:
             return  # made after the shape of an activation, not of its values
         found = None
         for value in values:
+            if is_transformed(value):
+                self._transformed[Ending("transformed", name_of(function), places.name, places.described())] = None
+                return
             if value.requires_grad and not isinstance(value, nn.Parameter):
                 found = Ending(cause, name_of(function), places.name, places.described())
                 break
@@ -122,7 +126,7 @@ class Endings:
                 f"the target does not depend on what the {model} returned: after the call it was detached, or computed without "
                 f"gradients or from numbers (detach, no_grad, item, argmax), or it comes from something else{lost}"
             )
-        endings = self._outputs or self._numbers
+        endings = self._outputs or self._numbers or self._transformed
         if endings:
             return f"what the {model} returned does not depend on what entered it: {self._told(endings)}"
         return (
@@ -145,6 +149,8 @@ _TOLD = {
     "registered": "the rule registered for {where} stops all relevance: register another one, or explain what comes before",
     "detached": "the model cuts it off by {where}: explain what comes before, or leave that out",
     "no_gradient": "{where} has no gradient (as quantized layers have none): load the model in a floating-point type",
+    "transformed": "{where} runs inside a transformation of torch.func, such as vmap, and relevance is not followed into these: "
+    "write it without, or explain what comes after",
     "integers": "the model goes on with whole numbers or truth values after {where}, which carry no relevance: explain what "
     "comes before",
     "numbers": "the model goes on with Python numbers after {where}: explain what comes before, or keep tensors",

@@ -86,8 +86,7 @@ class PropagationMode(TorchFunctionMode):
         self._parameters = parameters
         self._places = places
         self._roots, self._absorbing = roots, roots.absorbing
-        self._uses = uses
-        self._endings = endings
+        self._uses, self._endings = uses, endings
         self._tracing, self._tracer = tracing, tracer
         self.audit = audit
         self.kept = kept
@@ -327,6 +326,7 @@ class PropagationMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
             self._ended(func, (args, kwargs), result, "no_grad")
+            without_parameters(args, kwargs, self._origins, self._uses.without_gradients)  # tells which there are
         return result
 
     def _ended(self, func: Any, values: Any, result: Any, cause: str) -> None:

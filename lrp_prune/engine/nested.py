@@ -1,8 +1,9 @@
-"""Tensors in nested arguments and outputs."""
+"""Tensors in nested arguments and outputs, and those that a transformation of `torch.func` has wrapped."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -10,7 +11,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in any nesting of mappings, lists and tuples.
 
     Example:
-        >>> import torch
         >>> len(list(tensors_in({"hidden": [torch.ones(1), None], "mask": (torch.ones(1),)})))
         2
     """
@@ -22,3 +22,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for entry in value:
             yield from tensors_in(entry)
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether a tensor stands for others, inside a transformation of `torch.func` such as ``vmap``.
+
+    Example:
+        >>> seen = []
+        >>> ones = torch.func.vmap(lambda row: (seen.append(is_transformed(row)), row)[1])(torch.ones(2, 3))
+        >>> seen, is_transformed(ones)
+        ([True], False)
+    """
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)

@@ -141,7 +141,10 @@ class Shadows:
         return Shadow(numbers, own.zero)
 
     def _normalized(self, own: Shadow, call: Call) -> Shadow:
-        """A normalisation keeps units that are normalised each by itself: the number does not change within a statistic."""
+        """A normalisation keeps units that are normalised each by itself: the number does not change within a statistic.
+
+        One by the root mean square keeps all: what others are divided by is no channel, whether written out or not.
+        """
         argument: Tensor = call.args[0]
         dims = argument.dim()
         if call.name in ("batch_norm", "instance_norm"):
@@ -155,9 +158,12 @@ class Shadows:
             numbers = merged.expand(by_group.shape).reshape(len(numbers), argument.shape[1], *(1,) * (dims - 2))
         else:
             shape = call.args[1] if len(call.args) > 1 else call.kwargs["normalized_shape"]
-            less_mean = Shadow(own.numbers, own.zero and "rms" in call.name)  # zero is zero no more
-            numbers = self._together(less_mean, list(range(dims - len(shape), dims)), call)
-        shifted = "rms" not in call.name and any(value.dim() == 1 for value in call.tensors[1:])
+            over = list(range(dims - len(shape), dims))
+            if call.name == "rms_norm":  # a scale common to all, and zero stays zero
+                self._together(own, over, call)
+                return own
+            numbers = self._together(Shadow(own.numbers, False), over, call)  # less the mean, zero is zero no more
+        shifted = any(value.dim() == 1 for value in call.tensors[1:])
         return Shadow(numbers, own.zero and not shifted)
 
     def _product(self, call: Call, result: Tensor) -> Shadow | None:

@@ -19,6 +19,7 @@ from lrp_prune.engine.call import Call, is_activation
 from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution, form_of
 from lrp_prune.engine.functional import own_memory
 from lrp_prune.engine.held import Held, Switch
+from lrp_prune.engine.nested import is_transformed
 from lrp_prune.engine.operands import Latest
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.origins import Origin, marked
@@ -204,6 +205,10 @@ class WeightUses:
         """Parameters that any function was called with."""
         self.on_constants: set[str] = set()
         """Weights of layers that were applied to constants."""
+        self.without_gradients: set[str] = set()
+        """Parameters of functions that were called while gradients were off."""
+        self.transformed: set[str] = set()
+        """Weights of products inside a transformation of `torch.func`."""
         self.left_out: dict[str, str] = {}
         """Weights that are not shown to anyone, each with the reason."""
         self._all_tokens = False
@@ -269,6 +274,9 @@ class WeightUses:
             marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
         ]
         active = [index for index, value in enumerate(operands) if is_activation(value)]
+        if not active and any(map(is_transformed, operands)):
+            self.transformed.update(origin.name for origin in origins if origin is not None)
+            return None
         if not active and _is_layer(call) and origins[1] is not None and origins[1].layout is not None:
             self._applied_to_constants(call, origins[1])
         weights = [index for index, origin in enumerate(origins) if origin is not None]

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 UNUSED = "was used in no forward of the reference samples (an expert without tokens, a part that does not run)"
 NO_PRODUCT = "is used, but in no product with activations that is observed"
 CONSTANTS = "multiplies constants only, such as embeddings of positions, and no relevance goes through these"
-DATA = "enters as data: it is added to activations, or put beside them"
+DATA = "enters as data: it, or a sum of its rows, is added to activations or put beside them"
+WITHOUT_GRADIENTS = "ran without gradients (torch.no_grad inside the model), and no relevance goes there: enable them"
+TRANSFORMED = "is used inside a transformation of torch.func, such as vmap, and relevance is not followed into these"
 GATES = "belongs to gates in part, and the rules stop relevance before them: most of its rows would count as irrelevant"
 UNREACHED = "no relevance reaches it: what is explained does not depend on it, or the rules stop before it"
 RESCALED = (
@@ -22,7 +24,9 @@ DIVIDED = "it is divided among processes, and computed with before it is used"
 RULES_DIFFER = "it is used under rules of which one leaves out of account how large it is, and another does not"
 SEVERAL = "it is used with several values, scaled differently"
 
-TOLERABLE = frozenset({UNUSED, NO_PRODUCT, CONSTANTS, DATA, GATES, UNREACHED})
+TOLERABLE = frozenset({
+    UNUSED, NO_PRODUCT, CONSTANTS, DATA, WITHOUT_GRADIENTS, TRANSFORMED, GATES, UNREACHED,
+})  # fmt: skip
 """Reasons that lie in the samples, the target and the rules: other weights can be pruned in these weights' place.
 
 Any other says that zeros in the parameter would be none in what is used. To prune these was asked for by mistake, and is refused.
@@ -87,7 +91,7 @@ def described(reasons: Mapping[str, str]) -> str:
 
     Example:
         >>> described({"layers.0.q.weight": DATA, "layers.1.q.weight": DATA})
-        'layers.*.q.weight (enters as data: it is added to activations, or put beside them)'
+        'layers.*.q.weight (enters as data: it, or a sum of its rows, is added to activations or put beside them)'
     """
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -50,6 +50,11 @@ def _by_response(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     return gain * (x * response / (response.mean(-1, keepdim=True) + 1e-6)) + shift + x
 
 
+def _by_root_mean_square(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm as language models write it out, of channels that come last."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
 # name: network, and for each group of units the modules whose output channels they are (unit u is channel u).
 NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
     "grouped": (
@@ -208,6 +213,24 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
             shift=nn.Parameter(torch.zeros(1, 1, 1, 5)),
         ),
         {"b": ["a+shift"], "head": ["b"]},
+    ),
+    "normed by the root mean square": (
+        lambda: Net(
+            lambda n, x: pooled(n.b(n.norm(n.a(x).relu().movedim(1, -1))).movedim(-1, 1)),
+            a=nn.Conv2d(4, 5, 3),
+            norm=nn.RMSNorm(5),
+            b=nn.Linear(5, 4),
+        ),
+        {"b": ["a"], "head": ["b"]},
+    ),
+    "normed by the root mean square, written out": (
+        lambda: Net(
+            lambda n, x: pooled(n.b(_by_root_mean_square(n.a(x).relu().movedim(1, -1), n.weight)).movedim(-1, 1)),
+            a=nn.Conv2d(4, 5, 3),
+            weight=nn.Parameter(torch.zeros(5)),
+            b=nn.Linear(5, 4),
+        ),
+        {"b": ["a"], "head": ["b"]},
     ),
     "in place": (
         lambda: Net(lambda n, x: pooled(n.b(n.a(x).relu_().mul_(2)).relu_()), a=conv_bn(4, 5), b=nn.Conv2d(5, 4, 1)),
