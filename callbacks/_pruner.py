@@ -49,6 +49,7 @@ class Pruner:
         self._scope, self._compared = scope, scope.compared or "global"
         self.state = PruningState()
         self._keeper: MaskKeeper | None = None
+        self._written: set[str] = set()
         self._told: set[str] = set()
         self._adapted: set[str] = set()
 
@@ -245,6 +246,18 @@ class Pruner:
             assert self._keeper is not None  # later masks were kept by it
             self._keeper.update(state.masks)
             self.mask_adapters(pl_module)
+
+    def look(self) -> None:
+        """Let pruned weights that something else than an optimizer has written to be zero again, and say once which these are."""
+        found = [] if self._keeper is None else self._keeper.look()
+        if not self._written.issuperset(found):
+            self._written.update(found)
+            warnings.warn(
+                f"{self.name}: between two steps something writes to pruned weights of {', '.join(patterns_of(found))}, such as "
+                "a constraint in on_train_batch_end: they are set to zero again before each batch, validation and checkpoint; "
+                "leave out what is zero",
+                stacklevel=2,
+            )
 
     def check_zeros(self, trainer: Trainer) -> None:
         """Let what is pruned be zero at the very end as well, and say of which weights something else had brought it back."""

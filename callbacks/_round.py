@@ -96,8 +96,11 @@ class Round:
         masks = self._pruner.state.masks if self._collection.kinds == ("weight",) else None
         return self._claimed.union(masks or ())
 
-    def pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
-        """Select masks in a validation, to be applied when the training goes on."""
+    def pend(self, trainer: Trainer, relevance: Relevance, epoch: int, previewing: bool) -> None:
+        """Select masks in a validation, to be applied when the training goes on; or show what they would be."""
+        if previewing:
+            self.preview(trainer, relevance)
+            return
         self._claim(trainer, relevance)
         state = self._pruner.state
         state.pending = self._pruner.select(relevance)

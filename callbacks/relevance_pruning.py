@@ -18,7 +18,7 @@ from lrp_prune.callbacks._rounds import Rounds
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.pruning import Compensation, Masks, Method, Scope
 from lrp_prune.pruning.schedules import ScheduleName
-from lrp_prune.relevance import Granularity, Relevance
+from lrp_prune.relevance import Granularity
 
 
 class RelevancePruning(AdapterMasking, CollectingCallback):
@@ -227,6 +227,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._monitored.forget(trainer)
+        self._pruner.look()
         collects = self._uses_validation(trainer) and not trainer.sanity_checking
         if collects and self._times.needs_validation(trainer, self.round):
             self._collection.start(trainer, pl_module)
@@ -249,7 +250,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._collection.active:
-            self._pend(trainer, self._collection.finish(trainer), trainer.current_epoch)
+            self._round.pend(trainer, self._collection.finish(trainer), trainer.current_epoch, self._preview)
         self._log_progress(trainer, pl_module)
 
     @override
@@ -263,6 +264,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._pruner.look()
         # After a resume within an epoch there was no on_train_epoch_start.
         self._prune_if_due(trainer, pl_module)
 
@@ -285,6 +287,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pruner.look()
         if not self._warned:
             self._warned = _resuming.warn_within_window(trainer)
 
@@ -320,13 +323,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         epoch = _resuming.skipped_validation(trainer)
         uses = self._collection.uses_validation
         if epoch is not None and uses and self._times.needs_validation(trainer, self.round, epoch):
-            self._pend(trainer, self._collection.run(trainer, pl_module), epoch)
-
-    def _pend(self, trainer: Trainer, relevance: Relevance, epoch: int) -> None:
-        if self._preview:
-            self._round.preview(trainer, relevance)
-        else:
-            self._round.pend(trainer, relevance, epoch)
+            self._round.pend(trainer, self._collection.run(trainer, pl_module), epoch, self._preview)
 
     def _prune_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self._pruner.state

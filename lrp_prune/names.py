@@ -113,6 +113,17 @@ def layer_of(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
+def is_called_bias(own: str) -> bool:
+    """Whether a parameter's own name, without its module's, says that it is a bias.
+
+    Example:
+        >>> [name for name in ("bias", "bias_ih_l0", "b_Q", "B", "weight") if is_called_bias(name)]
+        ['bias', 'bias_ih_l0', 'b_Q']
+    """
+    words = own.split("_")
+    return "b" in words or any(word.lower() in ("bias", "biases") for word in words)
+
+
 def matches(name: str, patterns: Iterable[str] | None) -> bool:
     """Whether one of the shell-style patterns matches the name, or the name of a module that contains it.
 

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from lrp_prune.adapters import adapted_layers, adapter_parameters
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.quantized import quantized_modules
-from lrp_prune.names import aliases, matches, named_parameters, naming, unwrap
+from lrp_prune.names import aliases, is_called_bias, matches, named_parameters, naming, unwrap
 
 _DATA_WORDS = frozenset(
     """
-    bias biases token tokens embed embeds embedding embeddings emb pos position positions positional position_encoding table
+    token tokens embed embeds embedding embeddings emb pos position positions positional position_encoding table
     latent latents scale log ape
     """.split()
 )
+_DATA_CLASSES = frozenset({"Embed", "Embedding", "Embeddings", "Unembed", "Unembedding"})
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -38,7 +39,8 @@ def candidates(
       - has a first dimension of one, since it is broadcast over the samples: class tokens ``(1, 1, D)``, position
         embeddings ``(1, T, D)``, learned queries; or at most one dimension larger than one: layer scales ``(D, 1, 1)``; or
       - has a word in its own name that says so: ``bias``, ``token``, ``embedding``, ``position``, ``table``, ``latent``,
-        ``scale``, ``log``, their plurals and short forms (relative position bias tables, biases of experts, ``A_log``).
+        ``scale``, ``log``, their plurals and short forms (relative position bias tables, biases of experts, ``A_log``,
+        ``b_Q``), or is held by a class whose name does (``Embed``, ``Unembed``).
 
       A parameter that is only a vector in disguise, ``(1, 1, 1, D)``, is none of either, whatever it is called;
     * what adapters (PEFT) add to a model, so that its weights are the same ones with and without them.
@@ -197,4 +199,5 @@ def _is_data(parameter: Tensor, owner: nn.Module, own: str) -> bool:
     if called_weight:
         return False
     words = set(re.split(r"[_\d]+", own.lower()))
-    return parameter.shape[0] == 1 or bool(words & _DATA_WORDS)
+    held_by = set(re.findall(r"[A-Z][a-z]+", type(owner).__name__))
+    return parameter.shape[0] == 1 or is_called_bias(own) or bool(words & _DATA_WORDS or held_by & _DATA_CLASSES)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine.channels import by_activation, read_axes
 from lrp_prune.engine.composites import Composite
 from lrp_prune.engine.propagation import propagating
-from lrp_prune.engine.tracing import UnitTracer, channel_axis
+from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.names import layer_of, named_parameters
 
@@ -105,14 +106,14 @@ class Condition:
         return torch.stack([each.sum() for each in found]).sum().reshape(1)
 
     def _observers(self, use: Use) -> list[Observer]:
-        if use.form.channel_dim is None:
+        if read_axes(use.form, use.weight, use.weight) is None:
             return []
         self._seen.append(_Seen(use, backward_needed=True))
         return [self._seen[-1]]
 
     def _shown(self, use: Use) -> list[Observer]:
         """The same uses in the same order, this time for their activations."""
-        if use.form.channel_dim is None:
+        if read_axes(use.form, use.weight, use.weight) is None:
             return []
         self._seen.append(_Seen(use, backward_needed=False))
         return [self._seen[-1]]
@@ -153,8 +154,4 @@ def _checked(group: str, known: Mapping[str, tuple[int, dict[int, Tensor]]], pla
 def _along(chosen: Tensor, seen: _Seen) -> Tensor:
     """Of each channel of an activation, in a shape that broadcasts to it."""
     assert seen.gradient is not None
-    axis = channel_axis(seen.use.form, seen.use.weight, seen.gradient)
-    assert axis is not None
-    shape = [1] * seen.gradient.dim()
-    shape[axis] = -1
-    return chosen.to(seen.gradient.device).reshape(shape)
+    return by_activation(seen.use.form, seen.use.weight, chosen.to(seen.gradient.device), seen.gradient)

@@ -12,9 +12,10 @@ from lrp_prune.attribution.silent import silent_outputs
 from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
 from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units, blocks_left
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.channels import by_weight, channel_axis
 from lrp_prune.engine.forms import Form
 from lrp_prune.engine.roots import Root
-from lrp_prune.engine.tracing import UnitTracer, by_weight, channel_axis
+from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, layer_of, matches, named_parameters, unwrap

@@ -190,7 +190,7 @@ class WeightStatistic:
 
     def add(self, contribution: Tensor, use: Use) -> None:
         """Add to the entries that the use's layout covers, in float32 (float64 for weights of that type)."""
-        layout = use.origin.layout
+        layout = use.origin.entries
         assert layout is not None
         self._note(use)
         layout.add_to(self._allocated(), contribution)
@@ -211,7 +211,7 @@ class WeightStatistic:
             return
         if self.inputs is None:
             self.inputs = torch.zeros_like(self._parameter, dtype=torch.float32)
-        layout = use.origin.layout
+        layout = use.origin.entries
         assert layout is not None
         layout.add_to(self.inputs, input_energy(use, activation))
 

@@ -12,6 +12,7 @@ from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.attribution.unit_statistics import ReadStatistic
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.blocks import Blocks
+from lrp_prune.engine.channels import by_weight, on_parameter, read_axes
 from lrp_prune.engine.shadow import NOTHING
 from lrp_prune.engine.tracing import STACKED, UnitTracer
 from lrp_prune.engine.unit_table import Group
@@ -84,7 +85,8 @@ class UnitObservers:
         self._reads: dict[tuple[str, str], ReadStatistic] = {}
         self._finished: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._reached: set[tuple[str, str]] = set()
-        self._heads: dict[str, tuple[int, Tensor]] = {}
+        self._heads: dict[str, Tensor] = {}
+        """Of each weight that reads heads, the head of each of its entries, in a shape that broadcasts to it."""
 
     def begin(self, point: int, points: int) -> None:
         """Go to one of several points on the way from zeros to the inputs."""
@@ -102,19 +104,28 @@ class UnitObservers:
     def observers(self, use: Use) -> list[Observer]:
         """What observes a use: one statistic for each kind of units that the layer reads."""
         reading, name = use.reading, use.origin.name
-        if reading is None or use.form.channel_dim is None:
+        if reading is None or read_axes(use.form, use.weight, use.weight) is None:
             return []
         found: list[Observer] = []
         for kind in self._kinds:
             if kind == "neuron" and (reading.neurons is None or reading.passes):
                 continue
             if kind == "head":
-                dim = use.origin.dim(use.form.in_axis)
-                if reading.heads is None or dim is None:
+                owners = self._heads.get(name) if reading.heads is None else self._owned_by_heads(use, reading.heads)
+                if reading.heads is None or owners is None:
                     continue
-                self._heads[name] = dim, reading.heads
+                self._heads[name] = owners
             found.append(self._statistic_of(kind, name))
         return found
+
+    @on_own_data()
+    def _owned_by_heads(self, use: Use, heads: Tensor) -> Tensor | None:
+        """Which head each entry of a weight reads, -1 for none; None where it is not known which these are."""
+        if use.origin.layout is None or use.origin.name in self._heads:
+            return self._heads.get(use.origin.name)
+        by_entry = by_weight(use.form, use.weight, heads + 1, reading=True)
+        owners = on_parameter(by_entry, use.origin)
+        return None if owners is None else owners - 1
 
     def _statistic_of(self, kind: str, name: str) -> ReadStatistic:
         if (kind, name) not in self._reads:
@@ -184,16 +195,11 @@ class UnitObservers:
         return sums
 
     def _finish_heads(self, left: dict[str, str]) -> Iterable[Found]:
-        for name, (dim, heads) in self._heads.items():
+        for name, owners in self._heads.items():
             if self._wanted((name,), ()):
-                number = int(heads.max()) + 1
-                shape = [len(heads) if axis == dim else 1 for axis in range(self._parameters[name].dim())]
-                yield (
-                    layer_of(name),
-                    (name,),
-                    self._placed("head", name, number),
-                    (Member(name, heads.reshape(shape), reads=True),),
-                )
+                number = int(owners.max()) + 1
+                member = Member(name, owners, reads=True)
+                yield layer_of(name), (name,), self._placed("head", name, number), (member,)
 
     def _finish_blocks(self, left: dict[str, str]) -> Iterable[Found]:
         assert self.tracer.blocks is not None

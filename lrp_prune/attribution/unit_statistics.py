@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lrp_prune.attribution.conductance import Conductance
 from lrp_prune.engine.batch_layout import BatchLayout
+from lrp_prune.engine.channels import by_weight, channels_last
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.shadow import distinct
-from lrp_prune.engine.tracing import by_weight, channel_axis
 from lrp_prune.engine.uses import Use
 from lrp_prune.relevance.statistics import Statistic, power_of
 from lrp_prune.without_data import has_data
@@ -54,9 +54,8 @@ class ReadStatistic:
         if self.backward_needed or not self.statistic.counted:
             return
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            axis = _axis(use, activation)
-            counted = self._batch.only_counted(activation.detach(), self.name, use.edge)
-            energy = _wide(counted).movedim(axis, -1).reshape(-1, activation.shape[axis]).square().sum(0)
+            counted = self._counted(use, _wide(activation.detach()))
+            energy = counted.reshape(-1, counted.shape[-1]).square().sum(0)
             if not self.statistic.weighing:
                 self._add(self._units(use).to(energy.device), energy)
                 return
@@ -67,11 +66,10 @@ class ReadStatistic:
 
     def backward(self, use: Use, activation: Tensor, d: Tensor, input_gradient: Tensor) -> None:
         """Add one use of one batch."""
-        axis = _axis(use, activation)
         relevance = self._relevance(_wide(activation), _wide(input_gradient))
         if relevance is None:
             return
-        relevance = self._batch.only_counted(relevance, self.name, use.edge).movedim(axis, -1)
+        relevance = self._counted(use, relevance)
         units = self._units(use).to(relevance.device)
         relevance, numbers = _by_unit(relevance, units)
         if self.statistic.by_map and isinstance(use.form, Convolution):
@@ -83,6 +81,12 @@ class ReadStatistic:
         else:
             reduced = power_of(relevance.reshape(-1, len(numbers)), self.statistic.power, relevance.dtype).sum(0)
         self._add(numbers, reduced)
+
+    def _counted(self, use: Use, values: Tensor) -> Tensor:
+        """What a layer reads ``[..., channels]``, with zeros at tokens that do not count."""
+        if use.form.channel_dim is None:  # tokens may come after heads
+            return self._batch.only_counted(channels_last(use.form, use.weight, values), self.name, use.edge)
+        return channels_last(use.form, use.weight, self._batch.only_counted(values, self.name, use.edge))
 
     def _relevance(self, activation: Tensor, gradient: Tensor) -> Tensor | None:
         """Of each entry of an activation; None where the end of a path is still to come."""
@@ -120,12 +124,6 @@ def _by_unit(relevance: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         return relevance.reshape(*relevance.shape[:-1], len(numbers), width).sum(-1), numbers
     summed = relevance.new_zeros(*relevance.shape[:-1], len(numbers))
     return summed.index_add_(-1, places, relevance), numbers
-
-
-def _axis(use: Use, activation: Tensor) -> int:
-    axis = channel_axis(use.form, use.weight, activation)
-    assert axis is not None
-    return axis
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import subject_of
-from lrp_prune.names import named_modules
+from lrp_prune.names import is_called_bias, named_modules
 from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets.tokens import labelled
 
@@ -157,7 +157,7 @@ def _cause(passage: Passage, module: nn.Module | None, unruled: Iterable[Finding
     if passage.name in conserved:
         return "rule"
     own = () if module is None else module.named_parameters(recurse=False)
-    return "bias" if any("bias" in name and bool(value.any()) for name, value in own) else "unknown"
+    return "bias" if any(is_called_bias(name) and bool(value.any()) for name, value in own) else "unknown"
 
 
 def _module_of(finding: Finding) -> str:

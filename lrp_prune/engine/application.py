@@ -141,6 +141,11 @@ class Application:
     def _summed(self, call: Call) -> Any:
         return self._by_rule(call) if self.shares(call) else call.run()
 
+    def taken(self, call: Call) -> Any:
+        """The result of a function without a rule, with a parameter among its arguments: rows may be looked up in that."""
+        lookup = self._roots.ids.lookup(call)
+        return call.run() if lookup is None else self._looked_up(lookup)
+
     def _looked_up(self, call: Call) -> Any:
         return self._roots.embedding(call, self._is_own(marked(call.operand(0))))
 

@@ -23,6 +23,32 @@ def axes_of(call: Call, activation: int, weight: int) -> tuple[int, int] | None:
     return (dims - 2, dims - 1) if weight == 0 else (dims - 1, dims - 2)
 
 
+def shared_axes(call: Call, activation: int, weight: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Axes of an activation and of a weight that are the same, as those of the heads that an einsum reads.
+
+    Args:
+        call: of a product.
+        activation: index of the activation among the operands.
+        weight: index of the weight.
+
+    Returns:
+        Those of the activation, which may be counted from its last, and those of the weight; None where nothing tells.
+    """
+    if call.function.__name__ == "tensordot":
+        dims = tuple(call.args[2]), tuple(call.args[3])  # as torch's own function calls the one that computes it
+        return (dims[activation], dims[weight]) if dims[0] else None
+    if call.function.__name__ != "einsum" or not isinstance(call.args[0], str):
+        return None
+    operands = call.args[0].replace(" ", "").partition("->")[0].split(",")
+    if len(operands) != 2 or "." in operands[weight]:
+        return None
+    read, ours = operands[activation].rpartition(".")[2], operands[weight]
+    shared = [letter for letter in ours if letter in read]
+    if not shared or len(set(read)) < len(read) or len(set(ours)) < len(ours):
+        return None
+    return tuple(read.index(letter) - len(read) for letter in shared), tuple(map(ours.index, shared))
+
+
 def _of_equation(equation: str, activation: int, weight: int) -> tuple[int, int] | None:
     """The same of an einsum.
 

@@ -114,6 +114,11 @@ class Blocks:
         if len(active) == 1:
             own, shifts = _written(active[0]), [value for value in call.tensors if value is not active[0]]
             return None if own is None or any(marked(value) is None for value in shifts) else _with(own, shifts)
+        merged = {use: others for value in written for use, others in (_written(value) or {}).items()}
+        if len(merged) < sum(
+            len(_written(value) or ()) for value in written
+        ):  # twice what one layer wrote, as of a rotation
+            return merged
         streams = [
             branch
             for branch, other in (active[:2], active[1::-1])
@@ -129,11 +134,7 @@ class Blocks:
                 self._found[weight] = self._found.get(weight, frozenset()) | others
                 self._elsewhere.get(weight, set()).discard(use)
             return None
-        if len(written) == 2:  # branches side by side, which are added to the stream together
-            first, second = (_written(value) for value in written)
-            assert first is not None and second is not None
-            return {**first, **second}
-        return None
+        return merged if len(written) == 2 else None  # branches side by side, which are added to the stream together
 
 
 def _with(written: Written, constants: Iterable[Tensor]) -> Written:

@@ -14,6 +14,7 @@ from lrp_prune.engine.facts import Fact
 from lrp_prune.engine.nested import is_transformed, tensors_in
 from lrp_prune.engine.places import Places
 
+_RULELESS = frozenset({"plain", "sum", "join", "embedding"})
 _NUMBERS = frozenset("item tolist numpy __float__ __int__ __array__".split())
 
 
@@ -163,6 +164,15 @@ def name_of(function: Any) -> str:
     name = getattr(function, "__name__", None) or str(function)
     owner = getattr(function, "__self__", None)
     return getattr(owner, "__name__", name) if name == "__get__" else name
+
+
+def cause_of(function: Any, kind: str, result: Any) -> str:
+    """Why relevance does not go on with a result: see :class:`Ending`."""
+    if ends_in_numbers(function):
+        return "numbers"
+    if kind in _RULELESS:
+        return "detached" if result.is_floating_point() else "integers"
+    return "registered" if kind == "registered" else "rule"
 
 
 def ends_in_numbers(function: Any) -> bool:

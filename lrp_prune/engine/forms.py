@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lrp_prune.engine.axes import axes_of
+from lrp_prune.engine.axes import axes_of, shared_axes
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.operations import Place
 from lrp_prune.engine.origins import marked
@@ -40,6 +40,10 @@ class Form:
         if self.channel_dim is not None:
             return self.out_axis, self.in_axis
         return axes_of(self.call, self._activation, self._weight)
+
+    def shared(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Axes of the activation that the weight has as well, and the weight's own of the same; None where that is not known."""
+        return shared_axes(self.call, self._activation, self._weight)
 
     def forward(self, activation: Tensor, weight: Tensor) -> Tensor:
         """The operation, exactly as the model called it."""

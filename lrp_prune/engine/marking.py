@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.engine.operations import channels_of
-from lrp_prune.engine.origins import Origin, derive, mark, marked, note_source, of_operation, source_of
+from lrp_prune.engine.origins import RESHAPING, Origin, derive, mark, marked, note_source, of_operation, source_of
 
 _NUMBERS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, slice, type(...)})
 
@@ -22,7 +22,7 @@ def mark_taken(func: Any, args: Any, kwargs: Any, constant: Tensor, result: Any)
             continue
         origin = marked(constant)
         viewed = entry.untyped_storage()._cdata == constant.untyped_storage()._cdata
-        if origin is None or not (viewed or copied) or _writes(name):
+        if origin is None or not (viewed or copied or name in RESHAPING) or _writes(name):
             mark_made(func, "plain", args, kwargs, entry)
             continue
 

@@ -19,7 +19,7 @@ from lrp_prune.engine import tags
 from lrp_prune.engine.application import Application
 from lrp_prune.engine.audit import Audit
 from lrp_prune.engine.composites import Composite
-from lrp_prune.engine.endings import Endings, ends_in_numbers
+from lrp_prune.engine.endings import Endings, cause_of, ends_in_numbers
 from lrp_prune.engine.looking import Unchecked
 from lrp_prune.engine.marking import mark_made, mark_taken, without_parameters
 from lrp_prune.engine.nested import tensors_in
@@ -47,7 +47,6 @@ from lrp_prune.engine.uses import WeightUses
 
 _FIRST = Operation("plain")
 _OPERATORS = (torch._ops.OpOverloadPacket, torch._ops.OpOverload)
-_RULELESS = frozenset({"plain", "sum", "join", "embedding"})
 _ACTIVATION = Operation("activation")
 
 
@@ -249,8 +248,10 @@ class PropagationMode(TorchFunctionMode):
         if not args and not kwargs:
             return func(*args, **kwargs)
         args, kwargs, constant = without_parameters(args, kwargs, self._origins, self._uses.touched)
-        result = func(*args, **kwargs)
-        if constant is not None:
+        if constant is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self._application.taken(self._called(func, _FIRST, args, kwargs))
             mark_taken(func, args, kwargs, constant, result)
         self._finish(func, "plain", Call(func, _FIRST, args, kwargs), result)
         return result
@@ -302,7 +303,7 @@ class PropagationMode(TorchFunctionMode):
             self.audit.made(func, result, ruled=kind != "plain" or func in OPERATIONS)
         first = result[0] if isinstance(result, tuple | list) and result else result
         if (isinstance(first, Tensor) and not first.requires_grad) or ends_in_numbers(func):
-            self._ended(func, (call.args, call.kwargs), result, _cause(func, kind, first))
+            self._ended(func, (call.args, call.kwargs), result, cause_of(func, kind, first))
         elif isinstance(func, _OPERATORS) and isinstance(first, Tensor):
             self._ends_here(func, first)
 
@@ -324,6 +325,7 @@ class PropagationMode(TorchFunctionMode):
 
     def _without_gradients(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
+        self._roots.ids.after(tensors_in((args, kwargs)), result)
         if isinstance(result, Tensor) and result.is_floating_point():
             self._ended(func, (args, kwargs), result, "no_grad")
             without_parameters(args, kwargs, self._origins, self._uses.without_gradients)  # tells which there are
@@ -331,15 +333,7 @@ class PropagationMode(TorchFunctionMode):
 
     def _ended(self, func: Any, values: Any, result: Any, cause: str) -> None:
         self._endings.ended(func, tensors_in(values), result, cause, self._places)
-
-
-def _cause(func: Any, kind: str, result: Any) -> str:
-    """Why relevance does not go on with a result: see :class:`~lrp_prune.engine.endings.Ending`."""
-    if ends_in_numbers(func):
-        return "numbers"
-    if kind in _RULELESS:
-        return "detached" if result.is_floating_point() else "integers"
-    return "registered" if kind == "registered" else "rule"
+        self._roots.ids.after(tensors_in(values), result)
 
 
 def _is_own(origins: Mapping[int, Origin], places: Places, origin: Origin | None) -> bool:

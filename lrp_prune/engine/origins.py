@@ -25,6 +25,8 @@ _ELEMENTWISE = frozenset(
 
 _CHOOSING = frozenset("where masked_fill __setitem__".split())
 """Functions that put other entries in the place of some."""
+RESHAPING = frozenset({"reshape", "flatten", "unflatten"})
+"""Functions that copy entries in their order into another shape, where no view has it."""
 _OWN_NORM = frozenset({"_weight_norm", "_weight_norm_interface"})
 
 
@@ -74,6 +76,8 @@ class Origin(NamedTuple):
         arithmetic: whether more than views, copies and picking of entries did, if ``layout`` is None.
         product: whether a product of matrices did.
         trained: whether the parameter requires a gradient, by which torch chooses how it multiplies.
+        copied: where it is a copy, in another shape, of entries that no strides in that shape tell: their layout, in the copy's
+            order; ``layout`` is None.
     """
 
     name: str
@@ -86,6 +90,12 @@ class Origin(NamedTuple):
     arithmetic: bool = False
     product: bool = False
     trained: bool = False
+    copied: Layout | None = None
+
+    @property
+    def entries(self) -> Layout | None:
+        """Which entries of the parameter it has, in their order, maybe in another shape; None if they are none."""
+        return self.copied if self.layout is None else self.layout
 
     def dim(self, axis: int) -> int | None:
         """The parameter's dimension that an axis of the tensor is, where the tensor is the parameter up to a transposition."""
@@ -149,7 +159,7 @@ class Origin(NamedTuple):
     @property
     def reason(self) -> str | None:
         """Why zeros in the parameter would not do; None if they would."""
-        if self.layout is not None:
+        if self.entries is not None:
             return None
         return RESCALED if self.rescaled else computed(self.steps)
 
@@ -189,7 +199,8 @@ def derive(
         again: applies it to another tensor.
     """
     if origin.layout is None:
-        return origin
+        same = elementwise and result.shape == source.shape
+        return origin if origin.copied is None or same else lost(name, [origin])
     if result.untyped_storage()._cdata == source.untyped_storage()._cdata and result.dtype == source.dtype:
         if source.stride() == origin.layout.stride:
             offset = int(result.storage_offset() - source.storage_offset()) + origin.layout.offset
@@ -202,6 +213,8 @@ def derive(
             return origin._replace(layout=layout)
     elif elementwise and result.shape == source.shape:
         return origin
+    elif name in RESHAPING and result.numel() == source.numel() and not origin.scaled:
+        return origin._replace(layout=None, copied=origin.layout, steps=(name,))
     return lost(name, [origin])
 
 
@@ -211,7 +224,7 @@ def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bo
     steps = dict.fromkeys((*(step for origin in origins for step in origin.steps), name))
     others = tuple(entry for entry in names if entry != origins[0].name)
     rescaled = rescaled or any(origin.rescaled for origin in origins)
-    made = origins[0]._replace(layout=None, scaled=False, steps=tuple(steps), others=others)
+    made = origins[0]._replace(layout=None, copied=None, scaled=False, steps=tuple(steps), others=others)
     return made._replace(
         rescaled=rescaled,
         arithmetic=kind != "plain" or any(origin.scaled or origin.arithmetic for origin in origins),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lrp_prune.engine import functional
 from lrp_prune.engine.beside import beside
 from lrp_prune.engine.constants import HUGE, Constants
+from lrp_prune.engine.ids import Ids
 from lrp_prune.engine.nested import tensors_in
 from lrp_prune.engine.origins import marked, note_source, source_of
 from lrp_prune.engine.rules import Call, is_activation
@@ -66,6 +67,7 @@ class Roots:
         self.entries: list[Root] = []
         self.recording = True
         self._constants, self._share = constants, share
+        self.ids = Ids()
 
     def _scaled(self, leaf: Tensor) -> Tensor:
         return leaf if self._share == 1 else leaf * self._share
@@ -202,6 +204,7 @@ class Roots:
             adopt: also take over tensors that already require grad (they are activations otherwise).
         """
         if isinstance(value, Tensor):
+            self.ids.enter(value)
             if not value.is_floating_point() or value.dim() == 0 or (value.requires_grad and not adopt):
                 return value
             # What was made in inference mode, as batches of a validation are, cannot require grad; a copy can.

@@ -16,7 +16,7 @@ class Seen:
 
     def add(self, use: Use) -> bool:
         """Take note of a use; False if its values contradict those of another one."""
-        layout = use.origin.layout
+        layout = use.origin.entries
         assert layout is not None
         if not use.origin.scaled and self._values is None:
             self._plain = True
@@ -25,7 +25,8 @@ class Seen:
             own = self._parameter.detach()
             own = own.to(torch.promote_types(own.dtype, torch.float32))
             self._values = own.clone() if self._plain else torch.full_like(own, torch.nan)
-        known, values = layout.once(layout.on(self._values)), layout.once(use.weight.detach().to(self._values))
+        used = use.weight.detach().to(self._values).reshape(layout.size)
+        known, values = layout.once(layout.on(self._values)), layout.once(used)
         agree = known.isnan() | torch.isclose(known, values, rtol=1e-2)
         known.copy_(values)
         return not has_data(agree) or bool(agree.all())

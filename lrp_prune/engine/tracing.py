@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lrp_prune.engine.blocks import Blocks
-from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
+from lrp_prune.engine.channels import by_weight, channel_axis, channels_last, on_parameter, passes_channels, read_axes
+from lrp_prune.engine.forms import Convolution, Form
+from lrp_prune.engine.ids import LOOKUPS
 from lrp_prune.engine.operations import PRODUCTS
 from lrp_prune.engine.origins import Origin, Slot, marked
 from lrp_prune.engine.shadow import MIXED, NOTHING, Call, Shadow, cast_shadow, per_channel, units_in
@@ -27,8 +29,6 @@ from lrp_prune.without_data import on_own_data
 
 STACKED = "it holds several layers, as those of the experts of a mixture, whose channels are not told apart"
 """Why a weight that is multiplied layer by layer has no units."""
-_LARGEST_TABLE = 1 << 26
-"""Entries of a parameter up to which a part of it that is no run of its rows is told apart entry by entry."""
 
 
 class Reading(NamedTuple):
@@ -102,9 +102,11 @@ class UnitTracer:
     def reads(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Reading:
         """What a layer reads, before it runs."""
         neurons = None if self._neurons is None else self._read_neurons(form, weight, origin, activation)
-        axis = channel_axis(form, weight, activation)
-        channels = 0 if axis is None else int(activation.shape[axis])
-        return Reading(neurons, self._read_heads(form, origin, activation), channels, passes_channels(form, weight))
+        axes = read_axes(form, weight, activation)
+        channels = 0 if axes is None else math.prod(activation.shape[axis] for axis in axes)
+        return Reading(
+            neurons, self._read_heads(form, weight, origin, activation), channels, passes_channels(form, weight)
+        )
 
     @on_own_data()
     def writes(
@@ -133,7 +135,7 @@ class UnitTracer:
             # A layer that is used upright and transposed (tied factors) has other channels in each.
             numbers = self.table.numbers_for(origin.name, (origin.layout, form.out_axis), channels, slot)
             numbers = numbers if passed is None else torch.where(passed > NOTHING, passed, numbers)
-        rows = _on_parameter(by_weight(form, weight, numbers, reading=False), origin)
+        rows = on_parameter(by_weight(form, weight, numbers, reading=False), origin)
         if rows is None:
             return
         self.table.own(origin.name, (origin.layout, "writes"), rows, slot=slot)
@@ -141,7 +143,7 @@ class UnitTracer:
         if owner is not None and owner.layout is not None:
             owner, own_slot = _alone(owner)
             assert owner.layout is not None
-            shift = _on_parameter(numbers, owner)
+            shift = on_parameter(numbers, owner)
             if shift is not None:
                 self.table.own(owner.name, owner.layout, shift, slot=own_slot)
         zero = bias is None or owner is not None
@@ -161,7 +163,7 @@ class UnitTracer:
         axis, numbers, table = channel_axis(form, weight, activation), None, None
         if axis is not None and origin.layout is not None and len(origin.parameter.size) == weight.dim():
             numbers = per_channel(shadow, activation.shape[axis], axis).cpu()
-            table = _on_parameter(by_weight(form, weight, numbers, reading=True), origin)
+            table = on_parameter(by_weight(form, weight, numbers, reading=True), origin)
         units = units_in(shadow.numbers).cpu()
         unread = units if table is None or numbers is None else units[~torch.isin(units, numbers)]
         if len(unread):
@@ -172,17 +174,21 @@ class UnitTracer:
         self.table.own(origin.name, (origin.layout, "reads"), table, reads=reads, zero=shadow.zero, slot=slot)
         return numbers
 
-    def _read_heads(self, form: Form, origin: Origin, activation: Tensor) -> Tensor | None:
+    def _read_heads(self, form: Form, weight: Tensor, origin: Origin, activation: Tensor) -> Tensor | None:
         """The head of each channel, counted from 0: which channels have the same number, in each token alike."""
         shadow = None if self._heads is None else self._heads.of(activation)
-        if shadow is None or form.channel_dim != -1:
+        axes = None if shadow is None else read_axes(form, weight, activation)
+        if shadow is None or axes is None or isinstance(form, Convolution):
             return None
+        channels = math.prod(activation.shape[axis] for axis in axes)
         known = self._known_heads.get(origin.name)
-        if known is not None and len(known) == activation.shape[-1]:
+        if known is not None and len(known) == channels:
             return known
-        numbers = shadow.numbers.expand(*shadow.numbers.shape[:-1], activation.shape[-1]).reshape(
-            -1, activation.shape[-1]
-        )
+        shape = [
+            activation.shape[dim] if dim - activation.dim() in axes or dim in axes else size
+            for dim, size in enumerate(shadow.numbers.shape)
+        ]
+        numbers = channels_last(form, weight, shadow.numbers.expand(shape)).reshape(-1, channels)
         row = numbers[0].tolist()
         first = {number: index for index, number in reversed(list(enumerate(row)))}
         same_as = torch.tensor([first[number] for number in row], device=numbers.device)
@@ -203,7 +209,9 @@ class UnitTracer:
 
     def _looked_up(self, call: Call) -> None:
         """A table from which entries are looked up may be a weight as well, that of an output tied to it say."""
-        if call.kind == "embedding":
+        first = call.outputs[0] if call.outputs else None
+        by_index = call.name in LOOKUPS and first is not None and first.requires_grad
+        if call.kind == "embedding" or by_index:
             for origin in filter(None, map(marked, call.tensors)):
                 self.table.use_otherwise(origin.name)
 
@@ -275,63 +283,3 @@ def _only_long(value: Tensor, dims: int) -> int | None:
     if len(long) > 1 or value.dim() == 0:
         return None
     return dims - value.dim() + (long[0] if long else value.dim() - 1)
-
-
-def channel_axis(form: Form, weight: Tensor, tensor: Tensor) -> int | None:
-    """The axis of a layer's input or output along which it has channels."""
-    if isinstance(form, Convolution):
-        return tensor.dim() - (weight.dim() - 1)  # there may be no dimension of samples
-    return form.channel_dim
-
-
-def passes_channels(form: Form, weight: Tensor) -> bool:
-    """Whether each output channel of a convolution is made of the input channel of the same number, and of no other."""
-    return isinstance(form, Convolution) and form.groups > 1 and form.groups == weight.shape[0] and weight.shape[1] == 1
-
-
-def by_weight(form: Form, weight: Tensor, channels: Tensor, reading: bool) -> Tensor:
-    """What is known of each channel that a layer reads, or writes, for each entry of its weight.
-
-    Args:
-        form: the layer's.
-        weight: the layer's.
-        channels: ``[channels]``.
-        reading: of its input, else of its output.
-
-    Returns:
-        A tensor that broadcasts to the weight.
-    """
-    transposed = isinstance(form, TransposedConvolution)
-    if isinstance(form, Convolution) and reading != transposed:
-        # The axis has the channels of one group, and the other axis tells which group that is.
-        rows, width = weight.shape[:2]
-        table = channels.reshape(form.groups, 1, width).expand(-1, rows // form.groups, -1).reshape(rows, width)
-        return (table[:1] if form.groups == 1 else table).reshape(-1, width, *(1,) * (weight.dim() - 2))
-    axis = form.in_axis if reading else form.out_axis
-    return channels.reshape([len(channels) if dim == axis else 1 for dim in range(weight.dim())])
-
-
-def _on_parameter(numbers: Tensor, origin: Origin) -> Tensor | None:
-    """Numbers in the shape of a view of a parameter, in a shape that broadcasts to the parameter itself."""
-    layout, whole = origin.layout, origin.parameter
-    assert layout is not None
-    if layout == whole:
-        return numbers
-    if (
-        layout.offset == 0
-        and sorted(layout.size) == sorted(whole.size)
-        and sorted(layout.stride) == sorted(whole.stride)
-    ):
-        axes = [layout.stride.index(stride) for stride in whole.stride]
-        if len(set(axes)) == len(axes):
-            return numbers.permute(axes)
-    if math.prod(whole.size) > _LARGEST_TABLE:
-        return None
-    table = torch.full((), NOTHING, dtype=torch.int32, device="cpu").expand(whole.size).contiguous()
-    strided = torch.empty_strided(whole.size, whole.stride, dtype=torch.int32, device="cpu").copy_(table)
-    strided.as_strided(layout.size, layout.stride, layout.offset).copy_(numbers.expand(layout.size))
-    for axis in range(strided.dim()):
-        first = strided.narrow(axis, 0, 1)
-        if bool((strided == first).all()):
-            strided = first
-    return strided

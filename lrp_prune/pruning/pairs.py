@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.channels import channel_axis
 from lrp_prune.engine.origins import Layout, marked
 from lrp_prune.engine.rules import Call
-from lrp_prune.engine.tracing import channel_axis
 from lrp_prune.engine.uses import Product, RecurrentLayer
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments

@@ -40,6 +40,7 @@ class MaskKeeper:
       changed: what a change of few entries of a large gradient brings back is zeroed within a hundred steps. On other
       devices, and in gradients that are laid out otherwise, so are changes through ``.data``.
     - **When an optimizer loads its state**: the loaded moments are zeroed.
+    - **Where somebody looks** (:meth:`look`): what else has written to pruned weights is zeroed, and named.
 
     Second moments (averages of squared gradients) are the exception: of optimizers that keep zeros they stay
     positive where the first moment is zero, which makes the same update, exactly zero. On the CPU they are even kept
@@ -75,6 +76,8 @@ class MaskKeeper:
         self._kept: dict[str, Tensor] = {}
         self._samples: dict[str, Tensor] = {}
         self._zeroed: dict[str, tuple[TensorWeakRef, int]] = {}
+        self._versions: dict[str, int] = {}
+        """Of each weight how often it had been written to when it was known to be zero where it has to be."""
         self._steps: Counter[int] = Counter()  # of each optimizer, by its id
         self._optimizers: list[Optimizer] = []
         self._parameter_hooks, self._optimizer_hooks = Hooks(), Hooks()
@@ -132,10 +135,21 @@ class MaskKeeper:
     def enforce(self) -> None:
         """Zero pruned weights, their gradients and their moments now, whatever has happened to them."""
         for name, parameter in self._parameters.items():
-            zero_pruned_(parameter, self._bits(name, parameter))
+            self._zero_weight(name, parameter)
             self._zero_gradient(name, parameter)
         for optimizer in self._optimizers:
             self._zero_moments(optimizer)
+
+    def look(self) -> list[str]:
+        """Zero the pruned weights that something else than an optimizer has brought back since the last step, and name them.
+
+        A constraint that is applied after a step, say. It takes next to no time where nothing has written to them: torch counts
+        what is done in place, and on the CPU some entries tell of what is done through ``.data``.
+        """
+        found = [name for name, parameter in self._parameters.items() if not self._is_zero(name, parameter)]
+        for name in found:
+            self._zero_weight(name, self._parameters[name])
+        return found
 
     def brought_back(self) -> list[str]:
         """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them."""
@@ -163,6 +177,23 @@ class MaskKeeper:
         self._zeroed = {}
         for name, parameter in self._parameters.items():
             self._parameter_hooks.on_gradient(parameter, partial(self._zero_gradient, name))
+
+    def _zero_weight(self, name: str, parameter: Tensor) -> None:
+        zero_pruned_(parameter, self._bits(name, parameter))
+        self._note_zero(name, parameter)
+
+    def _note_zero(self, name: str, parameter: Tensor) -> None:
+        self._versions[name] = local_part(parameter)._version
+
+    def _is_zero(self, name: str, parameter: Tensor) -> bool:
+        here, kept = local_part(parameter), self._bits(name, parameter)
+        if here._version == self._versions.get(name):
+            sampled = here.device.type == "cpu" and here.stride() == kept.stride() and is_dense(here)
+            return not (sampled and bool(flat(here)[self._samples[name]].any()))
+        if bool(here[kept == 0].any()):
+            return False
+        self._note_zero(name, parameter)
+        return True
 
     def _zero_gradient(self, name: str, parameter: Tensor) -> None:
         whole = parameter.grad
@@ -217,9 +248,11 @@ class MaskKeeper:
         if keeps_zeros(optimizer):
             self._keep_second_moments_positive(optimizer)
             if self._steps[id(optimizer)] % _EVERYTHING_EVERY:
+                for name, parameter in self._of(optimizer):
+                    self._note_zero(name, parameter)
                 return
         for name, parameter in self._of(optimizer):
-            zero_pruned_(parameter, self._bits(name, parameter))
+            self._zero_weight(name, parameter)
         self._zero_moments(optimizer)
 
     def _keep_second_moments_positive(self, optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lrp_prune import CorrectedModule, Patch
@@ -47,6 +48,64 @@ class Noise(Callback):
                 parameter.grad = parameter.grad + noise
             else:
                 parameter.grad.add_(noise)
+
+
+class Constraint(Callback):
+    """Writes to weights after a step: in place, out of autograd's sight, or by putting others in their place."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for parameter in pl_module.parameters():
+            if self.way == "data":
+                parameter.data.clamp_(min=0.01)
+            elif self.way == "copied":
+                parameter.data = parameter.data.clamp(min=0.01)
+            else:
+                with torch.no_grad():
+                    parameter.clamp_(min=0.01)
+
+
+class Zeros(Callback):
+    """Counts them where a model is used or kept."""
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, int]] = set()
+
+    def _count(self, where: str, trainer: Any, weights: Any) -> None:
+        if trainer.global_step > 4:  # the first epoch's, after which there is something to keep
+            self.found.add((where, sum(int((value == 0).sum()) for value in weights if value.dim() == 2)))
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self._count("validation", trainer, pl_module.parameters())
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._count("checkpoint", trainer, checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "copied"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_zeros_survive_what_writes_to_weights_after_a_step(
+    make_module, make_loader, make_trainer, tmp_path, optimizer, way
+) -> None:
+    module, zeros = make_module(optimizer=optimizer), Zeros()
+    seen: list[int] = []
+    module.register_forward_pre_hook(
+        lambda module, _: (
+            seen.append(sum(int((p == 0).sum()) for p in module.parameters() if p.dim() == 2))
+            if module.training
+            else None
+        )
+    )
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    pruning = RelevancePruning(sparsity=0.5, scope="global")
+    trainer = make_trainer(callbacks=[pruning, Constraint(way), zeros, saving], max_epochs=3, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=r"between two steps something writes to pruned weights of .*weight") as told:
+        trainer.fit(module, make_loader(), make_loader(seed=2))
+    assert sum("between two steps" in str(each.message) for each in told) == 1
+    assert seen == [0] * 4 + [ENTRIES // 2] * 8
+    assert zeros.found == {("validation", ENTRIES // 2), ("checkpoint", ENTRIES // 2)}
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -1,0 +1,198 @@
+"""Models of bare parameters, indexed and multiplied by einsum, as TransformerLens wrote them: the same as of modules."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrp_prune
+
+HEADS, DIM, WIDTH, HIDDEN, VOCABULARY, CLASSES = 3, 4, 10, 14, 20, 5
+IDS = torch.randint(VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"ids": IDS, "labels": torch.arange(6) % CLASSES}]
+
+
+class Embed(nn.Module):
+    """A table that an index looks up."""
+
+    def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self._look_up = nn.Parameter(torch.empty(VOCABULARY, WIDTH)), look_up
+        self.W_E = self.table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._look_up(self.W_E, ids)
+
+
+def flat(weight: Tensor) -> Tensor:
+    """``[heads, width, dim]`` as ``[heads * dim, width]``, which no view is."""
+    return weight.permute(0, 2, 1).reshape(HEADS * DIM, WIDTH)
+
+
+def split(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, DIM))
+
+
+READING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "einsum": lambda x, w: torch.einsum("bpm,hmd->bphd", x, w),
+    "copies in another shape": lambda x, w: split(F.linear(x, flat(w))),
+}
+WRITING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "einsum": lambda z, w: torch.einsum("b q h d, h d m -> b q m", z, w),
+    "einsum, weight first": lambda z, w: torch.einsum("hdm,bqhd->bqm", w, z),
+    "einsum, heads before tokens": lambda z, w: torch.einsum("bhqd,hdm->bqm", z.transpose(1, 2), w),
+    "einsum of any number of dimensions": lambda z, w: torch.einsum("...hd,hdm->...m", z, w),
+    "einsum, each head by itself": lambda z, w: torch.einsum("bqhd,hdm->bqhm", z, w).sum(2),
+    "tensordot": lambda z, w: torch.tensordot(z, w, dims=2),
+    "a view": lambda z, w: F.linear(z.flatten(2), w.permute(2, 0, 1).reshape(WIDTH, HEADS * DIM)),
+}
+LOOKING_UP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "all of a row": lambda table, ids: table[ids, :],
+    "index": lambda table, ids: table[ids.long().clamp(min=0)],
+    "counted from the end": lambda table, ids: table[ids - VOCABULARY],
+    "index_select": lambda table, ids: table.index_select(0, ids.flatten()).view(*ids.shape, -1),
+}
+
+
+class OfParameters(nn.Module):
+    """An attention and a feed-forward part, each written with tensors."""
+
+    def __init__(self, read: str = "einsum", write: str = "einsum", look_up: str = "all of a row") -> None:
+        super().__init__()
+        self.embed = Embed(LOOKING_UP[look_up])
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(HEADS, WIDTH, DIM)) for _ in range(3))
+        self.b_V = nn.Parameter(torch.empty(HEADS, DIM))
+        self.W_O = nn.Parameter(torch.empty(HEADS, DIM, WIDTH))
+        self.W_in, self.b_in = nn.Parameter(torch.empty(WIDTH, HIDDEN)), nn.Parameter(torch.empty(HIDDEN))
+        self.W_out = nn.Parameter(torch.empty(HIDDEN, WIDTH))
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self._read, self._write = READING[read], WRITING[write]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = (self._read(x, weight) for weight in (self.W_Q, self.W_K, self.W_V))
+        pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        pattern = torch.where(pattern.isnan(), torch.zeros_like(pattern), pattern)
+        x = x + self._write(torch.einsum("bhqk,bkhd->bqhd", pattern, v + self.b_V), self.W_O)
+        x = x + (x @ self.W_in + self.b_in).relu() @ self.W_out
+        return self.head(x.mean(1))
+
+
+class OfModules(nn.Module):
+    """The same function, of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.q, self.k = nn.Linear(WIDTH, HEADS * DIM, bias=False), nn.Linear(WIDTH, HEADS * DIM, bias=False)
+        self.v, self.o = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(HEADS * DIM, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = (split(layer(x)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        pattern = (q @ k.transpose(-1, -2)).softmax(-1)
+        x = x + self.o((pattern @ v).transpose(1, 2).flatten(2))
+        x = x + self.down(self.up(x).relu())
+        return self.head(x.mean(1))
+
+
+SAME = {
+    "embed.table": "embed.weight", "W_Q": "q.weight", "W_K": "k.weight", "W_V": "v.weight", "b_V": "v.bias", "W_O": "o.weight",
+    "W_in": "up.weight", "b_in": "up.bias", "W_out": "down.weight", "head.weight": "head.weight", "head.bias": "head.bias",
+}  # fmt: skip
+
+
+def as_of_modules(name: str, values: Tensor) -> Tensor:
+    """Values of a parameter in the shape of the layer's."""
+    if name in ("W_Q", "W_K", "W_V"):
+        return flat(values)
+    if name == "W_O":
+        return values.flatten(0, 1).T
+    return values.T if name in ("W_in", "W_out") else values.flatten() if name == "b_V" else values
+
+
+def both(**ways: str) -> tuple[OfParameters, OfModules]:
+    torch.manual_seed(0)
+    ours, other = OfParameters(**ways).double(), OfModules().double()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.normal_(std=0.6)
+            other.get_parameter(SAME[name]).copy_(as_of_modules(name, parameter))
+    torch.testing.assert_close(ours(IDS), other(IDS))
+    return ours.eval(), other.eval()
+
+
+WAYS = [
+    *({"read": read} for read in READING),
+    *({"write": write} for write in WRITING),
+    *({"look_up": look_up} for look_up in LOOKING_UP),
+]
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=lambda ways: ", ".join(ways.values()))
+def test_weights_have_the_relevance_of_the_layers_that_they_are(ways: dict[str, str]) -> None:
+    ours, other = both(**ways)
+    found, wanted = (lrp_prune.attribute(model, BATCHES) for model in (ours, other))
+    assert set(found) == {"W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "head.weight"} and not found.unscored
+    for name in found:
+        torch.testing.assert_close(as_of_modules(name, found[name]), wanted[SAME[name]], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("look_up", LOOKING_UP)
+def test_rows_of_a_table_are_embeddings(look_up: str) -> None:
+    ours, other = both(look_up=look_up)
+    pairs = [
+        [
+            lrp_prune.attribute(model, BATCHES, include=[name], **options)
+            for model, name in ((ours, "embed.*"), (other, "embed"))
+        ]
+        for options in ({"statistic": "abs_token"}, {"statistic": "abs_token", "granularity": "embedding"})
+    ]
+    for found, wanted in pairs:
+        (values,), (expected,) = found.values(), wanted.values()
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
+        assert bool(values.any())
+    if look_up != "index_select":  # which ids in a row are told to be those of the batch by nothing
+        explained = [lrp_prune.explain(model, BATCHES[0], target=1).inputs["ids"].relevance for model in (ours, other)]
+        torch.testing.assert_close(*explained, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["head", "neuron", "block"])
+@pytest.mark.parametrize("write", WRITING)
+def test_units_are_those_of_the_layers_that_they_are(write: str, granularity: str) -> None:
+    if (write, granularity) == ("einsum, each head by itself", "block"):
+        return  # what is written is not what is added, but a part of it for each head
+    ours, other = both(write=write)
+    with pytest.warns(UserWarning) if granularity == "neuron" else torch.no_grad():
+        found = lrp_prune.attribute(ours, BATCHES, granularity=granularity)
+    wanted = lrp_prune.attribute(other, BATCHES, granularity=granularity)
+    names = {"W_O": "o", "W_out": "down", "head": "head"}
+    assert set(found) <= set(names) and len(found) == {"head": 1, "neuron": 1, "block": 2}[granularity]
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[names[name]], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", [name for name in WRITING if "by itself" not in name])
+def test_relevance_goes_through_heads_that_are_read_by_several_axes(write: str) -> None:
+    models = both(write=write)
+    ours, other = (
+        lrp_prune.explain(model, BATCHES[0], target=1, through={name: [1]}, granularity="head").inputs["ids"].relevance
+        for model, name in zip(models, ("W_O", "o"), strict=True)
+    )
+    torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+    assert bool(ours.any())
+
+
+@pytest.mark.parametrize("write", WRITING)
+def test_a_head_without_its_weights_writes_nothing(write: str) -> None:
+    ours, other = both(write=write)
+    masks = lrp_prune.prune(ours, BATCHES, 0.34, "lrp", granularity="head", recalibrate=False, progress=False)
+    gone = [head for head in range(HEADS) if not bool(masks["W_O"][head].any())]
+    assert len(gone) == 1 and bool(masks["W_O"].sum() == 2 * DIM * WIDTH)
+    with torch.no_grad():
+        other.o.weight.view(WIDTH, HEADS, DIM)[:, gone] = 0
+    torch.testing.assert_close(ours(IDS), other(IDS))
