@@ -141,7 +141,7 @@ def find_sites(
     traced: dict[str, Relevance | str] = {}
     stacked = _stacked(module)
     if {"attention_block", "head", "attention_neuron"} & set(kinds):
-        traced["attention"] = _traced(module, batch, target, "head", stacked)
+        traced["attention"] = _traced(module, batch, target, "head")
     if {"mlp_block", "mlp_neuron"} & set(kinds):
         traced["mlp"] = _traced(module, batch, target, "neuron", stacked)
     found = [
@@ -195,7 +195,7 @@ def _traced(
     batch: Any,
     target: Callable[[nn.Module, Any], Tensor],
     granularity: str,
-    stacked: Sequence[str],
+    stacked: Sequence[str] = (),
 ) -> Relevance | str:
     """Relevance of the units, or why none has any; raises where nothing at all has any."""
     try:
@@ -217,9 +217,14 @@ def _traced(
 def _sites(model: nn.Module, relevance: Relevance | str, part: str) -> list[Site]:
     if isinstance(relevance, str):
         return []
-    sites, parameters = [], named_parameters(model)
+    sites, parameters, modules = [], named_parameters(model), named_modules(model)
     for group, values in relevance.items():
         reader, *producers = relevance.members[group]
+        if group in parameters and group not in modules:
+            raise ValueError(
+                f"{group} is a parameter and no module of its own, so that its input cannot be replaced: hold it in a layer "
+                f"(nn.Linear), or leave it out by exclude=[{group!r}]"
+            )
         if reader.width is None or sum(member.parameter == reader.parameter for member in producers) or "(" in group:
             raise ValueError(
                 f"the units that {group.partition('(')[0]} reads are not its input's channels in their order, or made by "

@@ -196,3 +196,15 @@ def test_a_head_without_its_weights_writes_nothing(write: str) -> None:
     with torch.no_grad():
         other.o.weight.view(WIDTH, HEADS, DIM)[:, gone] = 0
     torch.testing.assert_close(ours(IDS), other(IDS))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("head", "W_O"), ("mlp_neuron", "W_out"), ("attention_block", "W_O")])
+def test_circuits_tell_that_they_need_layers(kind: str, name: str) -> None:
+    ours, other = both()
+
+    def target(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["ids"])[:, 0].sum()
+
+    with pytest.raises(ValueError, match=rf"{name} is a parameter and no module of its own.*exclude=\['{name}'\]"):
+        lrp_prune.circuits.find_sites(ours, BATCHES[0], kind, target)
+    assert {site.kind for site in lrp_prune.circuits.find_sites(other, BATCHES[0], kind, target)} == {kind}
