@@ -19,8 +19,7 @@ class Embed(nn.Module):
 
     def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.table, self._look_up = nn.Parameter(torch.empty(VOCABULARY, WIDTH)), look_up
-        self.W_E = self.table
+        self.W_E, self._look_up = nn.Parameter(torch.empty(VOCABULARY, WIDTH)), look_up
 
     def forward(self, ids: Tensor) -> Tensor:
         return self._look_up(self.W_E, ids)
@@ -43,6 +42,7 @@ WRITING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda z, w: torch.einsum("b q h d, h d m -> b q m", z, w),
     "einsum, weight first": lambda z, w: torch.einsum("hdm,bqhd->bqm", w, z),
     "einsum, heads before tokens": lambda z, w: torch.einsum("bhqd,hdm->bqm", z.transpose(1, 2), w),
+    "einsum, axes of the weight turned": lambda z, w: torch.einsum("bqhd,dhm->bqm", z, w.transpose(0, 1)),
     "einsum of any number of dimensions": lambda z, w: torch.einsum("...hd,hdm->...m", z, w),
     "einsum, each head by itself": lambda z, w: torch.einsum("bqhd,hdm->bqhm", z, w).sum(2),
     "tensordot": lambda z, w: torch.tensordot(z, w, dims=2),
@@ -70,7 +70,7 @@ class OfParameters(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
         self._read, self._write = READING[read], WRITING[write]
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(ids)
         q, k, v = (self._read(x, weight) for weight in (self.W_Q, self.W_K, self.W_V))
         pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
@@ -91,7 +91,7 @@ class OfModules(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, CLASSES)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(ids)
         q, k, v = (split(layer(x)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         pattern = (q @ k.transpose(-1, -2)).softmax(-1)
@@ -101,7 +101,7 @@ class OfModules(nn.Module):
 
 
 SAME = {
-    "embed.table": "embed.weight", "W_Q": "q.weight", "W_K": "k.weight", "W_V": "v.weight", "b_V": "v.bias", "W_O": "o.weight",
+    "embed.W_E": "embed.weight", "W_Q": "q.weight", "W_K": "k.weight", "W_V": "v.weight", "b_V": "v.bias", "W_O": "o.weight",
     "W_in": "up.weight", "b_in": "up.bias", "W_out": "down.weight", "head.weight": "head.weight", "head.bias": "head.bias",
 }  # fmt: skip
 
@@ -174,6 +174,84 @@ def test_units_are_those_of_the_layers_that_they_are(write: str, granularity: st
     assert set(found) <= set(names) and len(found) == {"head": 1, "neuron": 1, "block": 2}[granularity]
     for name in found:
         torch.testing.assert_close(found[name], wanted[names[name]], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", WRITING)
+def test_heads_count_the_tokens_that_layers_count(write: str) -> None:
+    padded = [{**BATCHES[0], "attention_mask": (torch.arange(7) < torch.tensor([[7], [4], [5], [7], [2], [6]])).long()}]
+    ours, other = (lrp_prune.attribute(model, padded, granularity="head") for model in both(write=write))
+    torch.testing.assert_close(ours["W_O"], other["o"], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(
+        ours["W_O"], lrp_prune.attribute(both(write=write)[0], BATCHES, granularity="head")["W_O"]
+    )
+
+
+class Tied(nn.Module):
+    """Hidden units that are read by a table of embeddings, which is looked up by an index or by a module."""
+
+    def __init__(self, module: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self._module = module
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) if self._module else self.embed.weight[ids]
+        return (self.hidden(x.mean(1)).relu() @ self.embed.weight.T)[:, :CLASSES]
+
+
+def test_units_do_not_own_entries_of_a_table_that_is_looked_up() -> None:
+    for module in (True, False):
+        with pytest.raises(ValueError, match="hidden: its channels go into embed, which has other uses"):
+            lrp_prune.attribute(Tied(module), BATCHES, granularity="neuron", include=["hidden"])
+
+
+class Rotated(nn.Module):
+    """Positions turn queries and keys, written into a copy; and rows of a table that no id of the batch looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.W_pos = OfParameters(), nn.Parameter(torch.randn(9, DIM))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        inner = self.inner
+        x = inner.embed(ids)
+        angles = self.W_pos[torch.arange(ids.shape[1])][:, None]
+        q, k = (self._turned(torch.einsum("bpm,hmd->bphd", x, each), angles) for each in (inner.W_Q, inner.W_K))
+        v = torch.einsum("bpm,hmd->bphd", x, inner.W_V)
+        pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        return inner.head((x + torch.einsum("bqhd,hdm->bqm", z, inner.W_O)).mean(1))
+
+    def _turned(self, x: Tensor, angles: Tensor) -> Tensor:
+        turned = x.clone()
+        turned[..., : DIM // 2], turned[..., DIM // 2 :] = -x[..., DIM // 2 :], x[..., : DIM // 2]
+        return x * angles.cos() + turned * angles.sin()
+
+
+def test_what_a_rotation_makes_of_queries_is_no_block() -> None:
+    torch.manual_seed(0)
+    model = Rotated()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    assert set(lrp_prune.attribute(model, BATCHES, granularity="block")) == {"inner.W_O"}
+
+
+def test_rows_that_are_not_looked_up_by_ids_are_data() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W_pos, self.embed, self.head = (
+                nn.Parameter(torch.randn(9, WIDTH)),
+                nn.Embedding(20, WIDTH),
+                nn.Linear(WIDTH, 5),
+            )
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head((self.embed(ids) + self.W_pos[torch.arange(ids.shape[1])]).relu().mean(1))
+
+    with pytest.raises(ValueError, match=r"W_pos \(enters as data"):
+        lrp_prune.attribute(Positions(), BATCHES, include=["W_pos"])
 
 
 @pytest.mark.parametrize("write", [name for name in WRITING if "by itself" not in name])
