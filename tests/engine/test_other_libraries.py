@@ -1,4 +1,4 @@
-"""Models of other libraries conserve: torch's own transformer, and where they are installed layers of graphs and of diffusion."""
+"""Models of other libraries conserve: torch's transformer and, where installed, of graphs, diffusion and TransformerLens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.names import is_called_bias
 
 EDGES = torch.tensor([[0, 1, 2, 3, 0, 2], [1, 0, 3, 2, 2, 1]])
 
@@ -18,7 +19,7 @@ def _conserves(model: nn.Module, call: Callable[[nn.Module], Tensor], composite:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "bias" in name.rpartition(".")[2]:
+            if is_called_bias(name.rpartition(".")[2]):
                 parameter.zero_()
             elif not bool(parameter.any()):  # layers that begin as nothing
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -112,3 +113,42 @@ def test_models_of_diffusion(make: Callable[[Any], nn.Module]) -> None:
     image, classes = torch.randn(2, 3, 8, 8).double(), torch.tensor([1, 2])
     named = {"class_labels": classes} if make is _dit else {}
     _conserves(make(models), lambda model: model(image, timestep=torch.tensor([3, 7]), **named).sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_split_qkv_input": True},
+        {"attn_only": True, "act_fn": None},
+        {
+            "gated_mlp": True,
+            "act_fn": "silu",
+            "normalization_type": "RMS",
+            "positional_embedding_type": "rotary",
+            "n_key_value_heads": 2,
+        },
+    ],
+    ids=["as GPT-2", "einsum", "attention only", "as Llama"],
+)
+def test_a_hooked_transformer_of_transformer_lens(options: dict[str, Any]) -> None:
+    lens = pytest.importorskip("transformer_lens", exc_type=ImportError)
+    torch.manual_seed(0)
+    sizes = {"n_layers": 2, "d_model": 16, "n_ctx": 9, "d_head": 4, "n_heads": 4, "d_mlp": 20, "d_vocab": 15}
+    config = lens.HookedTransformerConfig(
+        **{"act_fn": "gelu", "normalization_type": "LN", "device": "cpu", "dtype": torch.float64, **sizes, **options}
+    )
+    model, ids = lens.HookedTransformer(config), torch.randint(15, (3, 8))
+    relevance = _conserves(model, lambda model: model(ids)[:, -1])
+    assert bool(relevance["embed"].any())
+    batches = [{"input": ids, "labels": ids}]
+    weights = lrp_prune.attribute(model, batches, target="next_token")
+    assert not weights.unscored and {name.rpartition(".")[2].strip("_")[:3] for name in weights} >= {
+        "W_Q",
+        "W_K",
+        "W_V",
+        "W_O",
+    }
+    heads = lrp_prune.attribute(model, batches, granularity="head", target="next_token")
+    assert {name: len(values) for name, values in heads.items()} == {f"blocks.{block}.attn.W_O": 4 for block in (0, 1)}
