@@ -11,7 +11,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lrp_prune.attribution.observers import check_included
 from lrp_prune.callbacks._batches import batches_by_loader, batches_of, number_of_batches, validation_batches
 from lrp_prune.callbacks._checks import (
     check_count,
@@ -29,7 +28,7 @@ from lrp_prune.pruning.checking import check_uses
 from lrp_prune.pruning.coverage import refuse_unusable
 from lrp_prune.pruning.methods import collected_by
 from lrp_prune.pruning.recalibration import enough
-from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning, check_included
 from lrp_prune.targets import Inferred
 from lrp_prune.wrapper.internals import to_device
 

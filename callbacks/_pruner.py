@@ -247,15 +247,20 @@ class Pruner:
             self._keeper.update(state.masks)
             self.mask_adapters(pl_module)
 
-    def look(self) -> None:
-        """Let pruned weights that something else than an optimizer has written to be zero again, and say once which these are."""
+    def look(self, trainer: Trainer) -> None:
+        """Let pruned weights that something else than an optimizer has written to be zero again, and say once which these are.
+
+        Averages of weights may have taken them in by then.
+        """
         found = [] if self._keeper is None else self._keeper.look()
+        if found and self.state.masks is not None:
+            _mask_averages(trainer, self.state.masks)
         if not self._written.issuperset(found):
             self._written.update(found)
             warnings.warn(
                 f"{self.name}: between two steps something writes to pruned weights of {', '.join(patterns_of(found))}, such as "
-                "a constraint in on_train_batch_end: they are set to zero again before each batch, validation and checkpoint; "
-                "leave out what is zero",
+                "a constraint in on_train_batch_end: they are set to zero again before each batch, validation and checkpoint "
+                "(of weights alone, if a callback that does so is listed before this one); leave out what is zero",
                 stacklevel=2,
             )
 

@@ -227,7 +227,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._monitored.forget(trainer)
-        self._pruner.look()
+        self._pruner.look(trainer)
         collects = self._uses_validation(trainer) and not trainer.sanity_checking
         if collects and self._times.needs_validation(trainer, self.round):
             self._collection.start(trainer, pl_module)
@@ -264,9 +264,13 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._pruner.look()
+        self._pruner.look(trainer)
         # After a resume within an epoch there was no on_train_epoch_start.
         self._prune_if_due(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._pruner.look(trainer)  # a checkpoint of weights alone asks no callback
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,9 +291,8 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._pruner.look()
-        if not self._warned:
-            self._warned = _resuming.warn_within_window(trainer)
+        self._pruner.look(trainer)
+        self._warned = self._warned or _resuming.warn_within_window(trainer)
 
     @property
     def _collects(self) -> bool:

@@ -6,6 +6,7 @@ checkpointing, nor the attribute under which a ``LightningModule`` holds its mod
 through the adapter, so that a weight is called the same with and without one.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
@@ -113,15 +114,23 @@ def layer_of(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def is_called_bias(own: str) -> bool:
-    """Whether a parameter's own name, without its module's, says that it is a bias.
+def is_called_bias(own: str, owner: nn.Module) -> bool:
+    """Whether a parameter's own name says that it is a bias, as ``b_Q`` does beside ``W_Q``, and ``b`` beside ``w``.
+
+    Args:
+        own: its name without that of the module that holds it.
+        owner: that module.
 
     Example:
-        >>> [name for name in ("bias", "bias_ih_l0", "b_Q", "B", "weight") if is_called_bias(name)]
-        ['bias', 'bias_ih_l0', 'b_Q']
+        >>> import torch
+        >>> owner = nn.ParameterDict({name: torch.ones(2) for name in ("W_Q", "b_Q", "b_proj", "bias1")})
+        >>> [name for name in owner if is_called_bias(name, owner)]
+        ['b_Q', 'bias1']
     """
-    words = own.split("_")
-    return "b" in words or any(word.lower() in ("bias", "biases") for word in words)
+    if {"bias", "biases"} & set(re.split(r"[_\d]+", own.lower())):
+        return True
+    convention = re.fullmatch(r"(_?)b((_.*)?)", own)
+    return convention is not None and any(f"{convention[1]}{w}{convention[2]}" in owner._parameters for w in "Ww")
 
 
 def matches(name: str, patterns: Iterable[str] | None) -> bool:

@@ -16,7 +16,7 @@ _DATA_WORDS = frozenset(
     latent latents scale log ape
     """.split()
 )
-_DATA_CLASSES = frozenset({"Embed", "Embedding", "Embeddings", "Unembed", "Unembedding"})
+_TABLES = frozenset({"Embed", "Embedding", "Unembed", "Unembedding"})
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -40,7 +40,9 @@ def candidates(
         embeddings ``(1, T, D)``, learned queries; or at most one dimension larger than one: layer scales ``(D, 1, 1)``; or
       - has a word in its own name that says so: ``bias``, ``token``, ``embedding``, ``position``, ``table``, ``latent``,
         ``scale``, ``log``, their plurals and short forms (relative position bias tables, biases of experts, ``A_log``,
-        ``b_Q``), or is held by a class whose name does (``Embed``, ``Unembed``).
+        ``b_Q`` beside ``W_Q``), or has two dimensions and is held by a class called ``Embed``, ``Unembed`` or
+        ``Embedding``;
+      - is looked up by ids that the model is given (``table[ids]``), which methods that look at samples see;
 
       A parameter that is only a vector in disguise, ``(1, 1, 1, D)``, is none of either, whatever it is called;
     * what adapters (PEFT) add to a model, so that its weights are the same ones with and without them.
@@ -199,5 +201,5 @@ def _is_data(parameter: Tensor, owner: nn.Module, own: str) -> bool:
     if called_weight:
         return False
     words = set(re.split(r"[_\d]+", own.lower()))
-    held_by = set(re.findall(r"[A-Z][a-z]+", type(owner).__name__))
-    return parameter.shape[0] == 1 or is_called_bias(own) or bool(words & _DATA_WORDS or held_by & _DATA_CLASSES)
+    held = parameter.dim() == 2 and type(owner).__name__ in _TABLES
+    return parameter.shape[0] == 1 or held or is_called_bias(own, owner) or bool(words & _DATA_WORDS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.chunks import check_chunks, collect
 from lrp_prune.attribution.defaults import best_for
-from lrp_prune.attribution.observers import ObserverTable, check_included
+from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.attribution.sharded import COLLECTING, ShardedTable, shardings_of
 from lrp_prune.attribution.silent import tell_silent
 from lrp_prune.attribution.unit_observers import UNIT_KINDS
@@ -28,7 +28,7 @@ from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.models.subject import Subject, subject_of
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.statistics import Statistic
-from lrp_prune.relevance.unscored import tell_nothing
+from lrp_prune.relevance.unscored import check_included, tell_nothing
 from lrp_prune.targets import Inferred, Target, check_suits, checked, describe
 
 

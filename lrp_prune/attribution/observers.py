@@ -1,5 +1,6 @@
 """The observers of one collection: which weights and units are scored, and what comes of their sums."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from lrp_prune.engine.roots import Root
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
-from lrp_prune.names import class_name, layer_of, matches, named_parameters, unwrap
+from lrp_prune.names import class_name, layer_of, named_parameters, unwrap
+from lrp_prune.progress import is_first
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic, statistic_of
@@ -33,6 +35,8 @@ from lrp_prune.relevance.unscored import (
     described,
     patterns_of,
 )
+
+_logger = logging.getLogger("lrp_prune")
 
 
 def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
@@ -75,6 +79,7 @@ class ObserverTable:
         self.batch = BatchLayout()
         self.parameters = candidates(self._model, include, exclude, trainable_only, granularity == "embedding")
         self._all = named_parameters(self._model)
+        self._by_default = include is None and granularity == "weight"
         self.active: set[str] | None = None
         """The weights that are collected in this pass; None for all."""
         self._statistics: dict[str, WeightStatistic | RowStatistic] = {}
@@ -154,10 +159,24 @@ class ObserverTable:
         """Take note of parameters that a forward did anything with, and of those that are data."""
         self.refused.update(uses.left_out)
         self._noted[DATA].update(root.parameter for root in roots if root.parameter is not None and root.ids is None)
+        if self._by_default:
+            looked_up = {root.parameter for root in roots if root.ids is not None}
+            self._leave_tables([name for name in self.parameters if name in looked_up])
         self._noted[CONSTANTS].update(uses.on_constants)
         self._noted[TRANSFORMED].update(uses.transformed)
         self._noted[NO_PRODUCT].update(uses.touched)
         self._noted[WITHOUT_GRADIENTS].update(uses.without_gradients)
+
+    def _leave_tables(self, names: list[str]) -> None:
+        """Leave tables that an index looks ids up in: like other embeddings, they are none of what is asked for by default."""
+        for name in names:
+            del self.parameters[name]
+            self._statistics.pop(name, None)
+        if names and is_first():
+            tables = ", ".join(patterns_of(names))
+            _logger.info(
+                "%s: rows are looked up by ids, as of an embedding, and left alone (include= takes them)", tables
+            )
 
     @property
     def tells_outputs(self) -> bool:
@@ -308,8 +327,7 @@ class ObserverTable:
             )
             return f"no {what} received relevance in {model}: {why}"
         if cut:
-            readers = listed(patterns_of(cut))
-            why = f"the explained value does not depend on {readers}, or the rules stop before"
+            why = f"the explained value does not depend on {listed(patterns_of(cut))}, or the rules stop before"
             return f"no {what} received relevance in {model}: {why}"
         if what == "block":
             assert self._units.tracer.blocks is not None
@@ -324,19 +342,6 @@ class ObserverTable:
                 asked.setdefault(why, []).append(layer_of(name))
         reasons = "; ".join(f"{listed(patterns_of(names), 3)}: {why}" for why, names in list(asked.items())[:3])
         return f"{model} has no {what} that could be removed" + (f" ({reasons})" if reasons else "")
-
-
-def check_included(include: Sequence[str] | None, scored: Iterable[str], unscored: Mapping[str, str]) -> None:
-    """Refuse patterns that name nothing but weights without relevance.
-
-    Raises:
-        ValueError: if there is one; with the reasons.
-    """
-    names = list(scored)
-    for pattern in include or ():
-        found = {name: reason for name, reason in unscored.items() if matches(name, [pattern])}
-        if found and not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"include pattern {pattern!r} names only weights that are not scored: {described(found)}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -156,8 +156,10 @@ def _cause(passage: Passage, module: nn.Module | None, unruled: Iterable[Finding
         return "unruled"
     if passage.name in conserved:
         return "rule"
-    own = () if module is None else module.named_parameters(recurse=False)
-    return "bias" if any(is_called_bias(name) and bool(value.any()) for name, value in own) else "unknown"
+    if module is None:
+        return "unknown"
+    own = module.named_parameters(recurse=False)
+    return "bias" if any(is_called_bias(name, module) and bool(value.any()) for name, value in own) else "unknown"
 
 
 def _module_of(finding: Finding) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrp_prune.arguments import check_integer, check_number, check_patterns
 from lrp_prune.attribution.candidates import candidates
-from lrp_prune.attribution.observers import check_included, fingerprint
+from lrp_prune.attribution.observers import fingerprint
 from lrp_prune.circuits.ablation import check_ablation, weights_zeroed
 from lrp_prune.circuits.methods import method_for, way_of, with_statistic
 from lrp_prune.circuits.ranking import Ranking
@@ -18,6 +18,7 @@ from lrp_prune.models.batches import to_device
 from lrp_prune.models.subject import forwarded
 from lrp_prune.pruning import Method, scorer
 from lrp_prune.relevance import NORMALIZATIONS, Relevance
+from lrp_prune.relevance.unscored import check_included
 from lrp_prune.selection.keys import ORDERS
 from lrp_prune.tasks.task import Batch, Task
 

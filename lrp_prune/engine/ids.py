@@ -43,10 +43,12 @@ class Ids:
             return None
         table, index = call.argument(0, "input"), call.argument(1, "dim")
         if call.function.__name__ == "index_select":
-            index = call.argument(2, "index") if index == 0 else None
+            index = call.argument(2, "index") if index in (0, -2) else None
         elif isinstance(index, tuple) and index and all(_is_whole(entry) for entry in index[1:]):
             index = index[0]
         if not isinstance(index, Tensor) or not isinstance(table, Tensor) or index not in self._known:
+            return None
+        if index.dtype == torch.uint8:  # which torch reads as a mask
             return None
         origin = marked(table)
         if table.requires_grad or table.dim() != 2 or origin is None or origin.layout is None:

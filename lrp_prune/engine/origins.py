@@ -25,8 +25,8 @@ _ELEMENTWISE = frozenset(
 
 _CHOOSING = frozenset("where masked_fill __setitem__".split())
 """Functions that put other entries in the place of some."""
-RESHAPING = frozenset({"reshape", "flatten", "unflatten"})
-"""Functions that copy entries in their order into another shape, where no view has it."""
+RESHAPING = frozenset({"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze"})
+"""Functions that give another shape to entries in their order, in a copy where no view has it."""
 _OWN_NORM = frozenset({"_weight_norm", "_weight_norm_interface"})
 
 
@@ -199,23 +199,31 @@ def derive(
         again: applies it to another tensor.
     """
     if origin.layout is None:
-        same = elementwise and result.shape == source.shape
-        return origin if origin.copied is None or same else lost(name, [origin])
+        kept = (elementwise and result.shape == source.shape) or _in_order(name, source, result)
+        return origin if origin.copied is None or kept else lost(name, [origin])
     if result.untyped_storage()._cdata == source.untyped_storage()._cdata and result.dtype == source.dtype:
         if source.stride() == origin.layout.stride:
             offset = int(result.storage_offset() - source.storage_offset()) + origin.layout.offset
             return origin._replace(layout=Layout(tuple(result.size()), tuple(result.stride()), offset))
         # A copy that lies in memory otherwise than in the parameter: look where the entries would come to lie there.
         stand_in = torch.empty_strided(origin.parameter.size, origin.parameter.stride, device="meta")
-        viewed = again(origin.layout.on(stand_in))
+        try:
+            viewed = again(origin.layout.on(stand_in))
+        except RuntimeError:  # no view of the parameter is what is one of the copy
+            viewed = None
         if isinstance(viewed, Tensor) and viewed.shape == result.shape and viewed._is_view():
             layout = Layout(tuple(viewed.size()), tuple(viewed.stride()), int(viewed.storage_offset()))
             return origin._replace(layout=layout)
     elif elementwise and result.shape == source.shape:
         return origin
-    elif name in RESHAPING and result.numel() == source.numel() and not origin.scaled:
+    if _in_order(name, source, result) and not origin.scaled:
         return origin._replace(layout=None, copied=origin.layout, steps=(name,))
     return lost(name, [origin])
+
+
+def _in_order(name: str, source: Tensor, result: Tensor) -> bool:
+    """Whether a function has only given another shape to entries that stay in their order."""
+    return name in RESHAPING and result.numel() == source.numel() and result.dtype == source.dtype
 
 
 def lost(name: str, origins: Sequence[Origin], kind: str = "plain", rescaled: bool = False) -> Origin:

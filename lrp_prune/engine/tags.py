@@ -102,7 +102,7 @@ def after(name: str, kind: str, operands: list[Any], active: list[bool]) -> Tag 
     if first is None or len(tags) > (2 if kind == "division" else 1):  # of a quotient the dividend tells
         return None
     if name == "where":  # of what is masked otherwise, and of zeros in place of what is not finite
-        return _if_any(replace(first, statistic=False, decay=False))
+        return _if_any(first)
     # With constants: one minus a gate is a gate, a deviation plus a small number a deviation.
     if kind in ("sum", "join"):
         return _if_any(Tag(gate=first.gate, statistic=first.statistic, decay=first.decay))

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from lrp_prune.attribution.chunks import check_chunks
-from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.adjusting import Adjusting
@@ -27,7 +26,7 @@ from lrp_prune.pruning.scope import Scope, settled
 from lrp_prune.pruning.scorers import scorer
 from lrp_prune.pruning.select import select
 from lrp_prune.relevance import Relevance, granularities_of
-from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from lrp_prune.relevance.unscored import UnscoredWeightsWarning, check_included
 from lrp_prune.selection.scopes import Structure, parse_scope
 from lrp_prune.targets import Inferred
 

@@ -2,8 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from lrp_prune.names import matches
 
 if TYPE_CHECKING:
     from lrp_prune.relevance.relevance import Relevance
@@ -102,6 +104,19 @@ def described(reasons: Mapping[str, str]) -> str:
         more = f" and {len(patterns) - _SHOWN} more" if len(patterns) > _SHOWN else ""
         parts.append(f"{', '.join(patterns[:_SHOWN])}{more} ({reason})")
     return "; ".join(parts)
+
+
+def check_included(include: Sequence[str] | None, scored: Iterable[str], unscored: Mapping[str, str]) -> None:
+    """Refuse patterns that name nothing but weights without relevance.
+
+    Raises:
+        ValueError: if there is one; with the reasons.
+    """
+    names = list(scored)
+    for pattern in include or ():
+        found = {name: reason for name, reason in unscored.items() if matches(name, [pattern])}
+        if found and not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"include pattern {pattern!r} names only weights that are not scored: {described(found)}")
 
 
 def share(part: int, whole: int) -> str:

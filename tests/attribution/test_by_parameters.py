@@ -1,5 +1,6 @@
 """Models of bare parameters, indexed and multiplied by einsum, as TransformerLens wrote them: the same as of modules."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.attribution.candidates import candidates
 
 HEADS, DIM, WIDTH, HIDDEN, VOCABULARY, CLASSES = 3, 4, 10, 14, 20, 5
 IDS = torch.randint(VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(0))
@@ -37,6 +39,8 @@ def split(x: Tensor) -> Tensor:
 READING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda x, w: torch.einsum("bpm,hmd->bphd", x, w),
     "copies in another shape": lambda x, w: split(F.linear(x, flat(w))),
+    "a view of a copy": lambda x, w: split(F.linear(x, w.permute(0, 2, 1).contiguous().view(HEADS * DIM, WIDTH))),
+    "a copy in two shapes": lambda x, w: split(F.linear(x, w.permute(0, 2, 1).reshape(-1).reshape(HEADS * DIM, WIDTH))),
 }
 WRITING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda z, w: torch.einsum("b q h d, h d m -> b q m", z, w),
@@ -52,7 +56,7 @@ LOOKING_UP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "all of a row": lambda table, ids: table[ids, :],
     "index": lambda table, ids: table[ids.long().clamp(min=0)],
     "counted from the end": lambda table, ids: table[ids - VOCABULARY],
-    "index_select": lambda table, ids: table.index_select(0, ids.flatten()).view(*ids.shape, -1),
+    "index_select": lambda table, ids: table.index_select(-2, ids.flatten()).view(*ids.shape, -1),
 }
 
 
@@ -159,6 +163,53 @@ def test_rows_of_a_table_are_embeddings(look_up: str) -> None:
     if look_up != "index_select":  # which ids in a row are told to be those of the batch by nothing
         explained = [lrp_prune.explain(model, BATCHES[0], target=1).inputs["ids"].relevance for model in (ours, other)]
         torch.testing.assert_close(*explained, rtol=1e-4, atol=1e-6)
+
+
+class Entities(nn.Module):
+    """A table whose name says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entity, self.layer, self.head = nn.Parameter(torch.randn(20, 10)), nn.Linear(10, 8), nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layer(self.entity[ids]).relu().mean(1))
+
+
+@pytest.mark.parametrize("method", ["lrp", "wanda", "gradient"])
+def test_a_table_is_left_alone_as_other_embeddings_are(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, batches = Entities(), [{**BATCHES[0], "ids": IDS % 7}]  # the other rows would be the first to go
+    with caplog.at_level(logging.INFO, logger="lrp_prune"):
+        masks = lrp_prune.prune(model, batches, 0.5, method, recalibrate=False, progress=False)
+    assert set(masks) == {"layer.weight", "head.weight"} and masks.num_pruned == 60 and not masks.unscored
+    assert bool((model.entity != 0).all())
+    assert "entity: rows are looked up by ids" in caplog.text
+    masks = lrp_prune.prune(model, batches, 0.5, "lrp", include=["entity", "head"], recalibrate=False, progress=False)
+    assert set(masks) == {"entity", "head.weight"} and masks.pruned_in("entity") > 0
+
+
+def test_names_of_biases_and_tables_are_told_by_what_stands_beside_them() -> None:
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W_E, self.kernel = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3, 2))
+
+    class PatchEmbed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.b_proj = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("W_Q", "b_Q", "_W_K", "_b_K", "a", "b", "W_b", "bias1", "expert_biases"):
+                setattr(self, name, nn.Parameter(torch.ones(4, 3)))
+
+    model = nn.ModuleDict({"table": Embed(), "patches": PatchEmbed(), "layer": Layer()})
+    assert set(candidates(model)) == {
+        "table.kernel", "patches.proj", "patches.b_proj", "layer.W_Q", "layer._W_K", "layer.a", "layer.b", "layer.W_b",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("granularity", ["head", "neuron", "block"])

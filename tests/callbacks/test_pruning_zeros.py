@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lrp_prune import CorrectedModule, Patch
@@ -106,6 +106,26 @@ def test_zeros_survive_what_writes_to_weights_after_a_step(
     assert sum("between two steps" in str(each.message) for each in told) == 1
     assert seen == [0] * 4 + [ENTRIES // 2] * 8
     assert zeros.found == {("validation", ENTRIES // 2), ("checkpoint", ENTRIES // 2)}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_zeros_survive_in_averages_and_in_checkpoints_of_weights(
+    make_module, make_loader, make_trainer, tmp_path, weights_only
+) -> None:
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1, save_weights_only=weights_only)
+    pruning, constraint = RelevancePruning(sparsity=0.5, scope="global"), Constraint("in place")
+    averaged = [pruning, constraint, EMAWeightAveraging(decay=0.5)]  # which does without such checkpoints
+    callbacks = [*([constraint, pruning] if weights_only else averaged), Zeros(), saving]
+    module, zeros = make_module(optimizer="adamw"), callbacks[-2]
+    with pytest.warns(UserWarning, match="between two steps something writes"):
+        make_trainer(callbacks=callbacks, max_epochs=3, enable_checkpointing=True).fit(
+            module, make_loader(), make_loader(seed=2)
+        )
+    assert {count for where, count in zeros.found if where == "validation"} == {ENTRIES // 2}
+    for step in (6, 8, 10, 12):
+        saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=False)
+        for state in (saved["state_dict"], saved.get("current_model_state", saved["state_dict"])):
+            assert sum(int((value == 0).sum()) for value in state.values() if value.dim() == 2) == ENTRIES // 2
 
 
 @pytest.mark.parametrize("assign", [False, True])

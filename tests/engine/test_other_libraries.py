@@ -19,7 +19,8 @@ def _conserves(model: nn.Module, call: Callable[[nn.Module], Tensor], composite:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if is_called_bias(name.rpartition(".")[2]):
+            owner, _, own = name.rpartition(".")
+            if is_called_bias(own, model.get_submodule(owner)):
                 parameter.zero_()
             elif not bool(parameter.any()):  # layers that begin as nothing
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -42,6 +42,30 @@ def test_a_statistic_is_a_constant_where_it_divides_or_multiplies_and_a_feature_
     torch.testing.assert_close(relevance["x"].sum(-1, keepdim=True), x.pow(2).mean(-1, keepdim=True).sqrt())
 
 
+def test_a_statistic_or_a_decay_that_is_chosen_where_it_is_finite_stays_one() -> None:
+    x, below = torch.randn(4, 6), torch.ones(6, 6).tril().bool()
+
+    def rms(x: Tensor) -> Tensor:
+        return x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+    def decayed(x: Tensor, guarded: Callable[[Tensor], Tensor]) -> Tensor:
+        total = -F.softplus(x).cumsum(-1)
+        return guarded(torch.exp(total[:, :, None] - total[:, None])) * (x[:, :, None] * x[:, None])
+
+    for composite in ("attnlrp", "cp_lrp"):
+        pairs: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
+            (lambda x: x * rms(x), lambda x: x * torch.where((s := rms(x)).isfinite(), s, 1.0)),
+            (
+                lambda x: decayed(x, lambda e: e.masked_fill(~below, 0.0)),
+                lambda x: decayed(x, lambda e: torch.where(below, e, torch.zeros(()))),
+            ),
+        ]
+        for plain, guarded in pairs:
+            one, two = (explained(lambda x, f=f: f(x), x, composite)[1]["x"] for f in (plain, guarded))
+            torch.testing.assert_close(one, two)
+            assert not torch.allclose(one, explained(guarded, x, "gradient")[1]["x"], atol=1e-3)
+
+
 def test_the_mean_that_is_computed_with_a_variance_is_no_constant() -> None:
     """A layer norm by hand from ``var_mean`` is a layer norm."""
 

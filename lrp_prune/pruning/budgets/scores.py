@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from lrp_prune.attribution.observers import check_included
 from lrp_prune.models.batches import check_batches
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.budgets.budget import check_whole, groups_by
@@ -14,7 +13,14 @@ from lrp_prune.pruning.coverage import refuse_unusable
 from lrp_prune.pruning.methods import Method
 from lrp_prune.pruning.scorers import scorer
 from lrp_prune.relevance import Relevance
-from lrp_prune.relevance.unscored import UnscoredWeightsWarning, described, entries_of, patterns_of, share
+from lrp_prune.relevance.unscored import (
+    UnscoredWeightsWarning,
+    check_included,
+    described,
+    entries_of,
+    patterns_of,
+    share,
+)
 
 
 def scored_groups(
