@@ -170,6 +170,7 @@ class RelevanceAccumulator:
                 kept=table.kept,
                 named=first,
                 share=share,
+                backward=table.backward_needed,
             ) as propagation,
             nullcontext() if sharded is None else sharded.passing(),
         ):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lrp_prune.engine.audit import Audit, Finding
 from lrp_prune.engine.checkpoints import propagating_checkpoints
@@ -204,6 +205,17 @@ def attributing(
         yield propagation
 
 
+def _without_activations(saved: Tensor) -> Tensor | None:
+    """What the graph keeps where nothing goes back through it: indices, by which rows are followed, and no activations."""
+    return None if saved.is_floating_point() or saved.is_complex() else saved
+
+
+def _as_saved(saved: Tensor | None) -> Tensor:
+    if saved is None:
+        raise RuntimeError("nothing was kept for a backward pass")
+    return saved
+
+
 @contextmanager
 def propagating(
     model: nn.Module,
@@ -217,6 +229,7 @@ def propagating(
     constants: bool = False,
     named: bool = True,
     share: float = 1.0,
+    backward: bool = True,
 ) -> Iterator[Propagation]:
     """:func:`attributing` with observers of weights.
 
@@ -228,6 +241,7 @@ def propagating(
         constants: whether constants that enter as data are roots.
         share: of float inputs and outputs of embeddings, which come in as this much of what they are.
         named: whether messages, roots and rules know the module that runs; it costs time in each call of a module.
+        backward: whether there may be a backward pass, for which activations are kept.
     """
     if unruled not in UNRULED:
         raise ValueError(f"unruled must be one of {UNRULED}, got {unruled!r}")
@@ -250,6 +264,8 @@ def propagating(
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if not backward:
+            stack.enter_context(saved_tensors_hooks(_without_activations, _as_saved))
         stack.enter_context(running)
         ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
         for module in modules.values():

@@ -1,11 +1,14 @@
 """A forward without data: how many bytes it keeps, of a model that may be on the meta device."""
 
+import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.engine.composites import composite_of
@@ -28,14 +31,32 @@ def is_shape(batch: Any) -> bool:
 
 def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes that a forward keeps for the backward pass, without the weights; and of the logits among them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
+
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    logits, own = _run_without_data(runner, batch, dtype, saving)
+    keep(logits)
+    total = sum(size for storage, (size, _) in kept.items() if storage not in own)
+    return total, logits.untyped_storage().nbytes()
+
+
+def held_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that a forward that nothing goes back through holds at most, without the weights; and of the logits among them."""
+    live = _Live()
+    logits, _ = _run_without_data(runner, batch, dtype, live)
+    return live.peak, logits.untyped_storage().nbytes()
+
+
+def _run_without_data(
+    runner: "Running", batch: Any, dtype: torch.dtype | None, watching: AbstractContextManager[Any]
+) -> tuple[Tensor, set[int]]:
+    """The logits of a forward without data, and the storages of the model's own tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
 
@@ -51,17 +72,42 @@ def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) 
             given = mapped(batch, without_data)
         own = {entry.untyped_storage()._cdata for entry in state.values()}
         try:
-            saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with undisturbed(runner), saving, torch.enable_grad(), _InAnyPrecision():  # type: ignore[no-untyped-call]  # torch's
+            with undisturbed(runner), watching, torch.enable_grad(), _InAnyPrecision():  # type: ignore[no-untyped-call]  # torch's
                 output = torch.func.functional_call(runner, state, (given,))
-            logits = logits_of(output)
+            return logits_of(output), own
         except Exception as error:
             raise ValueError(
                 f"{class_name(runner.module)} cannot be run without data ({type(error).__name__}: {error}): leave out batch="
             ) from error
-        keep(logits)
-        total = sum(size for storage, (size, _) in kept.items() if storage not in own)
-        return total, logits.untyped_storage().nbytes()
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Counts the bytes of tensors made while it lasts that are alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {entry.untyped_storage()._cdata for entry in tree_leaves((args, kwargs)) if isinstance(entry, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for entry in tree_leaves(result):
+            if isinstance(entry, Tensor) and entry.untyped_storage()._cdata not in given:
+                self._count(entry.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
 
 
 class _InAnyPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
@@ -96,8 +142,10 @@ class Collecting(Running):
         options = {"statistic": statistic, "accumulate_on": None, "matmul_dtype": "auto", **self.options}
         table = ObserverTable(self.module, **options)
         uses = WeightUses(table.observers, table.tracer)
-        composite = composite_of(self.collected.composite)
-        with propagating(self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept):
+        composite, needed = composite_of(self.collected.composite), table.backward_needed
+        with propagating(
+            self.module, composite, None, "ignore", uses, tracer=table.tracer, kept=table.kept, backward=needed
+        ):
             return run(self.module, batch)
 
 
@@ -107,11 +155,11 @@ class Comparing(Running):
     def __init__(self, module: nn.Module, names: set[str]) -> None:
         super().__init__()
         self.module, self.names = module, names
-        self.entries = self.bytes = 0
+        self.entries = self.bytes = self.largest = 0
 
     def forward(self, batch: Any) -> Any:
         uses = _Outputs(self)
-        with propagating(self.module, composite_of("gradient"), None, "ignore", uses, named=False):
+        with propagating(self.module, composite_of("gradient"), None, "ignore", uses, named=False, backward=False):
             return run(self.module, batch)
 
 
@@ -126,3 +174,4 @@ class _Outputs(ComputedUses):
         if found.origin.name in self._runner.names:
             self._runner.entries += result.numel()
             self._runner.bytes += result.nbytes
+            self._runner.largest = max(self._runner.largest, result.numel())

@@ -14,7 +14,7 @@ from lrp_prune.models.batches import tensors
 from lrp_prune.models.subject import subject_of
 from lrp_prune.names import named_parameters
 from lrp_prune.planning.compensation import CompensationPlan, planned
-from lrp_prune.planning.dry_run import Collecting, Comparing, is_shape, kept_by_a_forward
+from lrp_prune.planning.dry_run import Collecting, Comparing, held_by_a_forward, is_shape, kept_by_a_forward
 from lrp_prune.pruning.compensation import Compensation, compensation_of
 from lrp_prune.pruning.fitting import ENTRIES
 from lrp_prune.pruning.methods import Method, collected_by, method_of
@@ -31,6 +31,8 @@ OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, 
 Strategy = Literal["ddp", "fsdp"]
 _LOGIT_BLOCK = 4 * 2**20  # bytes of logits that are worked on at a time
 _SUM = 4  # bytes of a sum: relevance is accumulated in float32
+_MOMENT = 8  # bytes
+_CHECKED, _COMPARED = 3.25, 7  # times the logits, for what is made of them
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,10 @@ def estimate(
     sums = sum(_SUM * (part(entry) + inputs * _inputs(entry)) for entry in scored.values()) if whole else 0
     masks = sum(part(entry) for entry in scored.values())
     options = {"granularity": granularity, "include": include, "exclude": exclude, "trainable_only": trainable_only}
-    activations = logits = 0
-    if batch is not None and collected is not None:
-        activations, logits = kept_by_a_forward(Collecting(module, collected, options), batch, dtype)
-    gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
-    temporary = max(gradient, _contraction(scored, batch, size) if whole and collected is not None else 0)
+    activations = temporary = 0
+    if collected is not None:
+        forward = Collecting(module, collected, options)
+        activations, temporary = _collected(forward, scored if whole else {}, batch, dtype, size)
     passes, fitted = _passes(min(batches, LOOKED_AT))
     zeroed = round(sparsity * sum(part(entry) * size(entry) for entry in scored.values()))
     compares = batch is not None and way is None
@@ -249,12 +250,32 @@ def _passes(batches: int) -> tuple[int, int]:
     return one_to_measure + whether_together + fitted * (1 + len(STRENGTHS)) + judged * (2 + len(STRENGTHS)), fitted
 
 
+def _collected(
+    runner: Collecting,
+    scored: Mapping[str, Tensor],
+    batch: Any,
+    dtype: torch.dtype | None,
+    size: Callable[[Tensor], int],
+) -> tuple[int, int]:
+    """Bytes that a forward holds for a backward pass, and that this takes at a time; of what looks at forwards alone at most."""
+    propagates = statistic_of(runner.collected.statistic).backward_needed
+    activations = logits = 0
+    if batch is not None:
+        activations, logits = (kept_by_a_forward if propagates else held_by_a_forward)(runner, batch, dtype)
+        if not propagates:
+            return activations, 0
+    gradient = logits + min(2 * logits, _LOGIT_BLOCK) if logits else 0
+    return activations, max(gradient, _contraction(scored, batch, size))
+
+
 def _compared(runner: "Comparing", batch: Any, dtype: torch.dtype | None, fitted: int) -> int:
     """Bytes that are kept of the dense model's outputs, and held by a forward, over so many batches as are run as one."""
-    held, logits = kept_by_a_forward(runner, batch, dtype)
+    held, logits = held_by_a_forward(runner, batch, dtype)
     together = max(1, min(fitted, ENTRIES // max(runner.entries, 1)))
-    # Beside its own a forward has the dense logits; those of one batch are compared as distributions.
-    return max(together * (runner.bytes + held + 2 * logits), runner.bytes + held + 5 * logits)
+    # Beside its own a forward has the dense logits, and outputs of a layer and of the dense one in float64; logits are checked
+    # before that, and those of one batch are compared as distributions.
+    fitting = max(held + 2 * _MOMENT * runner.largest + logits, math.ceil(_CHECKED * logits))
+    return max(together * (runner.bytes + fitting), runner.bytes + _COMPARED * logits)
 
 
 def _from_configuration(configuration: Any, dtype: torch.dtype | None) -> nn.Module:

@@ -37,7 +37,7 @@ def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, cho
         unchanged_configuration(profile_of(module).config),
     ):
         plain = composite_of("gradient")
-        with propagating(module, plain, None, "ignore", uses, named=False) as propagation, choices:
+        with propagating(module, plain, None, "ignore", uses, named=False, backward=False) as propagation, choices:
             if callable(target):
                 logits, output = None, target(module, batch)  # of a method that explains nothing it may be anything
             else:
