@@ -247,12 +247,12 @@ class Pruner:
             self._keeper.update(state.masks)
             self.mask_adapters(pl_module)
 
-    def look(self, trainer: Trainer) -> None:
+    def look(self, trainer: Trainer, closely: bool = True) -> None:
         """Let pruned weights that something else than an optimizer has written to be zero again, and say once which these are.
 
         Averages of weights may have taken them in by then.
         """
-        found = [] if self._keeper is None else self._keeper.look()
+        found = [] if self._keeper is None else self._keeper.look(closely)
         if found and self.state.masks is not None:
             _mask_averages(trainer, self.state.masks)
         if not self._written.issuperset(found):

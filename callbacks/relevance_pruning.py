@@ -270,7 +270,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._pruner.look(trainer)  # a checkpoint of weights alone asks no callback
+        self._pruner.look(trainer, closely=False)  # a checkpoint of weights alone asks no callback
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

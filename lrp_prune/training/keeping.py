@@ -140,13 +140,16 @@ class MaskKeeper:
         for optimizer in self._optimizers:
             self._zero_moments(optimizer)
 
-    def look(self) -> list[str]:
+    def look(self, closely: bool = True) -> list[str]:
         """Zero the pruned weights that something else than an optimizer has brought back since the last step, and name them.
 
-        A constraint that is applied after a step, say. It takes next to no time where nothing has written to them: torch counts
-        what is done in place, and on the CPU some entries tell of what is done through ``.data``.
+        A constraint that is applied after a step, say. It takes little time where nothing has written to them.
+
+        Args:
+            closely: look at some entries on the CPU as well, which tell of what is done through ``.data``; torch counts only what
+                is done in place.
         """
-        found = [name for name, parameter in self._parameters.items() if not self._is_zero(name, parameter)]
+        found = [name for name, parameter in self._parameters.items() if not self._is_zero(name, parameter, closely)]
         for name in found:
             self._zero_weight(name, self._parameters[name])
         return found
@@ -185,9 +188,13 @@ class MaskKeeper:
     def _note_zero(self, name: str, parameter: Tensor) -> None:
         self._versions[name] = local_part(parameter)._version
 
-    def _is_zero(self, name: str, parameter: Tensor) -> bool:
+    def _is_zero(self, name: str, parameter: Tensor, closely: bool) -> bool:
+        counted = local_part(parameter) if is_sharded(parameter) else parameter
+        unchanged = counted._version == self._versions.get(name)
+        if unchanged and not closely:
+            return True
         here, kept = local_part(parameter), self._bits(name, parameter)
-        if here._version == self._versions.get(name):
+        if unchanged:
             sampled = here.device.type == "cpu" and here.stride() == kept.stride() and is_dense(here)
             return not (sampled and bool(flat(here)[self._samples[name]].any()))
         if bool(here[kept == 0].any()):
