@@ -26,6 +26,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +62,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Of each way of the package the method whose scores it takes, and options of `prune`."""
 WAYS = (*OURS, *REFERENCES)
+DASHES, STARS = ("o-", "o--"), ("*", "d")
+"""How the package's ways are drawn, and the independent implementations."""
 
 
 def pattern_of(level: Level) -> sparsegpt.Pattern | None:
@@ -233,14 +236,24 @@ def plot(results: Results, path: Path) -> None:
             stars = [(share, value) for share, value, level in found if ":" in level]
             label = way if each is axes[0] else None
             if line:
-                each.plot(*zip(*line, strict=True), "o-", color=colour("", index), label=label, markersize=3)
-            each.plot(*zip(*stars, strict=True), "*", color=colour("", index)) if stars else None
-        titled(each, text, "weights removed (stars: 2:4)", "times the dense model's perplexity")
+                each.plot(
+                    *zip(*line, strict=True),
+                    DASHES[way in REFERENCES],
+                    color=colour("", index),
+                    label=label,
+                    markersize=3,
+                )
+            if stars:
+                each.plot(
+                    *zip(*stars, strict=True), STARS[way in REFERENCES], color=colour("", index), fillstyle="none"
+                )
+        titled(each, text, "weights removed (stars, diamonds: 2:4)", "times the dense model's perplexity")
         each.set_yscale("log")
         each.set_xticks(sorted({share_of(level) for level in LEVELS}))
         each.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        for axis in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
-            axis(lambda value, _: f"{value:g}")
+        each.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        each.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        each.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
 
