@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lrp_prune.engine.forms import keeping_what_is_saved
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.packed import Packing
 from lrp_prune.engine.precision import without_autocast
@@ -77,7 +78,7 @@ class Rules:
     @cached_property
     def stops_gates(self) -> bool:
         """Whether no relevance goes to the gate of a product."""
-        with _out_of_sight():
+        with _out_of_sight(), keeping_what_is_saved():
             gate, signal = (torch.ones((), requires_grad=True, device="cpu") for _ in range(2))
             product = self.gated(gate, signal.clone())
             return torch.autograd.grad(product, gate, allow_unused=True)[0] is None
