@@ -41,11 +41,13 @@ def candidates(
       - has a word in its own name that says so: ``bias``, ``token``, ``embedding``, ``position``, ``table``, ``latent``,
         ``scale``, ``log``, their plurals and short forms (relative position bias tables, biases of experts, ``A_log``,
         ``b_Q`` beside ``W_Q``), or has two dimensions and is held by a class called ``Embed``, ``Unembed`` or
-        ``Embedding``;
-      - is looked up by ids that the model is given (``table[ids]``), which methods that look at samples see;
+        ``Embedding``.
 
       A parameter that is only a vector in disguise, ``(1, 1, 1, D)``, is none of either, whatever it is called;
     * what adapters (PEFT) add to a model, so that its weights are the same ones with and without them.
+
+    A bare table that is looked up by ids (``table[ids]``) is told from a weight by its use alone: methods that look at samples
+    leave it alone as they do other embeddings, those that do not take it for a weight.
 
     Args:
         model: any module.

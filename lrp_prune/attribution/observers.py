@@ -188,7 +188,7 @@ class ObserverTable:
         for use, gradient in made_by:
             name, layout = use.origin.name, self._layouts.get(use.origin.name)
             axis = channel_axis(use.form, use.weight, gradient)
-            if axis is None or layout is None or use.origin.layout is None:
+            if axis is None or layout is None or use.origin.layout is None or name not in self.parameters:
                 continue
             channels = (gradient != 0).movedim(axis, -1).flatten(0, -2).any(dim=0)
             if len(channels) == use.weight.shape[use.form.out_axis]:

@@ -114,10 +114,9 @@ class Blocks:
         if len(active) == 1:
             own, shifts = _written(active[0]), [value for value in call.tensors if value is not active[0]]
             return None if own is None or any(marked(value) is None for value in shifts) else _with(own, shifts)
-        merged = {use: others for value in written for use, others in (_written(value) or {}).items()}
-        if len(merged) < sum(
-            len(_written(value) or ()) for value in written
-        ):  # twice what one layer wrote, as of a rotation
+        parts = [use for value in written for use in (_written(value) or {}).items()]
+        merged = dict(parts)
+        if len(merged) < len(parts):  # twice what one layer wrote, as of a rotation
             return merged
         streams = [
             branch

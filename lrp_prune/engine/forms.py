@@ -5,17 +5,16 @@ Every form is bilinear, :math:`y = B(a, W)`, so that one contraction :math:`G(a,
 :math:`G(a^2, d^2)`.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from lrp_prune.engine.axes import axes_of, shared_axes
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.operations import Place
 from lrp_prune.engine.origins import marked
+from lrp_prune.engine.saved import with_all
 
 
 class Form:
@@ -86,7 +85,7 @@ class Form:
 
     def input_gradient(self, d: Tensor, activation: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the activation, which may be changed in place."""
-        with torch.enable_grad(), keeping_what_is_saved():
+        with torch.enable_grad(), with_all():
             leaf = activation.detach().requires_grad_()
             result = self.product(leaf, weight)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
@@ -95,17 +94,12 @@ class Form:
 
     def contract(self, activation: Tensor, d: Tensor, weight: Tensor) -> Tensor:
         """``G(activation, d)``, in the shape of the weight."""
-        with torch.enable_grad(), keeping_what_is_saved():
+        with torch.enable_grad(), with_all():
             # In the precision of what is contracted: squares do not fit into the weights' float16.
             leaf = torch.zeros_like(weight, dtype=activation.dtype).requires_grad_()
             result = self.product(activation, leaf)
             (gradient,) = torch.autograd.grad(result, leaf, d.to(result.dtype))
         return gradient
-
-
-def keeping_what_is_saved() -> AbstractContextManager[None]:
-    """A graph within a forward keeps what it saves, also where nothing goes back through that forward, which keeps nothing."""
-    return saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def as_in_the_model(activation: Tensor, weight: Tensor, place: int) -> Tensor:

@@ -66,4 +66,4 @@ def _is_integral(value: Tensor) -> bool:
 
 
 def _is_whole(index: Any) -> bool:
-    return index is Ellipsis or index == slice(None)
+    return index is Ellipsis or (isinstance(index, slice) and index == slice(None))

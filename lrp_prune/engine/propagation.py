@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from lrp_prune.engine.audit import Audit, Finding
 from lrp_prune.engine.checkpoints import propagating_checkpoints
@@ -25,6 +24,7 @@ from lrp_prune.engine.precision import is_finite, without_autocast
 from lrp_prune.engine.registry import MODULE_RULES, any_placed
 from lrp_prune.engine.roots import Root, Roots
 from lrp_prune.engine.rules import gradient as plain_gradient
+from lrp_prune.engine.saved import without_activations
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.unsharding import unsharding
 from lrp_prune.engine.uses import Use, WeightUses
@@ -205,17 +205,6 @@ def attributing(
         yield propagation
 
 
-def _without_activations(saved: Tensor) -> Tensor | None:
-    """What the graph keeps where nothing goes back through it: indices, by which rows are followed, and no activations."""
-    return None if saved.is_floating_point() or saved.is_complex() else saved
-
-
-def _as_saved(saved: Tensor | None) -> Tensor:
-    if saved is None:
-        raise RuntimeError("nothing was kept for a backward pass")
-    return saved
-
-
 @contextmanager
 def propagating(
     model: nn.Module,
@@ -265,7 +254,7 @@ def propagating(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if not backward:
-            stack.enter_context(saved_tensors_hooks(_without_activations, _as_saved))
+            stack.enter_context(without_activations())
         stack.enter_context(running)
         ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
         for module in modules.values():

@@ -24,7 +24,6 @@ forward and backward pass of torch's own function on a CPU.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -34,11 +33,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lrp_prune.engine.forms import keeping_what_is_saved
 from lrp_prune.engine.operations import OPERATIONS
 from lrp_prune.engine.packed import Packing
 from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rules import Call, is_activation
+from lrp_prune.engine.saved import with_all
 from lrp_prune.engine.tags import Tag, set_tag
 from lrp_prune.engine.taps import RecurrentProduct
 from lrp_prune.engine.uses import RecurrentLayer, WeightUses
@@ -78,7 +77,7 @@ class Rules:
     @cached_property
     def stops_gates(self) -> bool:
         """Whether no relevance goes to the gate of a product."""
-        with _out_of_sight(), keeping_what_is_saved():
+        with with_all():
             gate, signal = (torch.ones((), requires_grad=True, device="cpu") for _ in range(2))
             product = self.gated(gate, signal.clone())
             return torch.autograd.grad(product, gate, allow_unused=True)[0] is None
@@ -154,17 +153,12 @@ def recurrent(call: Call, given: Call, ruled: Callable[[Call], Call], uses: Weig
         made = _one_step(rules, step, arguments, state) if cell else _all_layers(rules, step, arguments, state)
     if uses.replaces_values:
         return made if len(made) > 1 else made[0]
-    with _out_of_sight():
+    with with_all():
         values = call.function(*{**_arguments(given), **({} if cell else {"dropout": 0.0})}.values())
         several = isinstance(values, tuple)
         values = [entry.detach() for entry in (values if several else (values,))]
     results = _with_values(values, *made)
     return results if several else results[0]
-
-
-def _out_of_sight() -> AbstractContextManager[Any]:
-    """What is saved for a backward pass in it is no business of a checkpoint around the model's call."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _arguments(call: Call) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lrp_prune.engine.operations import channels_of
 DECAYS = frozenset({"exp", "exp2"})
 """Functions that make a decay."""
 
-_PUT_CONSTANTS = frozenset("masked_fill nan_to_num clamp".split())
+_PUT_CONSTANTS = frozenset("masked_fill nan_to_num clamp where".split())
 """Functions that replace some entries by constants, and leave the others what they are."""
 
 _PICKING = frozenset("topk sort take".split())
@@ -101,13 +101,13 @@ def after(name: str, kind: str, operands: list[Any], active: list[bool]) -> Tag 
         return Tag(statistic=all(tag.statistic for tag in scales), decay=any(tag.decay for tag in scales))
     if first is None or len(tags) > (2 if kind == "division" else 1):  # of a quotient the dividend tells
         return None
-    if name == "where":  # of what is masked otherwise, and of zeros in place of what is not finite
-        return _if_any(first)
+    if name in _PUT_CONSTANTS:
+        return first
     # With constants: one minus a gate is a gate, a deviation plus a small number a deviation.
     if kind in ("sum", "join"):
         return _if_any(Tag(gate=first.gate, statistic=first.statistic, decay=first.decay))
     channels = channels_of(name, kind)
-    if channels in ("copied", "moved") or name in _PUT_CONSTANTS:
+    if channels in ("copied", "moved"):
         return first
     if kind == "product":
         return _if_any(first)

@@ -1,6 +1,5 @@
 """A forward without data: how many bytes it keeps, of a model that may be on the meta device."""
 
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lrp_prune.attribution.observers import ObserverTable
 from lrp_prune.engine.composites import composite_of
@@ -20,6 +18,7 @@ from lrp_prune.models.calling import run
 from lrp_prune.models.outputs import logits_of
 from lrp_prune.models.states import undisturbed
 from lrp_prune.names import class_name
+from lrp_prune.planning.live import Live
 from lrp_prune.pruning.methods import Collects
 from lrp_prune.pruning.products import ComputedUses
 
@@ -47,7 +46,7 @@ def kept_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) 
 
 def held_by_a_forward(runner: "Running", batch: Any, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes that a forward that nothing goes back through holds at most, without the weights; and of the logits among them."""
-    live = _Live()
+    live = Live()
     logits, _ = _run_without_data(runner, batch, dtype, live)
     return live.peak, logits.untyped_storage().nbytes()
 
@@ -79,35 +78,6 @@ def _run_without_data(
             raise ValueError(
                 f"{class_name(runner.module)} cannot be run without data ({type(error).__name__}: {error}): leave out batch="
             ) from error
-
-
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
-    """Counts the bytes of tensors made while it lasts that are alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {entry.untyped_storage()._cdata for entry in tree_leaves((args, kwargs)) if isinstance(entry, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for entry in tree_leaves(result):
-            if isinstance(entry, Tensor) and entry.untyped_storage()._cdata not in given:
-                self._count(entry.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 class _InAnyPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's

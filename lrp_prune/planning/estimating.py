@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, float] = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0, 
 Strategy = Literal["ddp", "fsdp"]
 _LOGIT_BLOCK = 4 * 2**20  # bytes of logits that are worked on at a time
 _SUM = 4  # bytes of a sum: relevance is accumulated in float32
-_MOMENT = 8  # bytes
+_MOMENT = 8  # bytes of an entry that moments are made of: float64
 _CHECKED, _COMPARED = 3.25, 7  # times the logits, for what is made of them
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,26 @@ def test_a_table_is_left_alone_as_other_embeddings_are(method: str, caplog: pyte
     assert "entity: rows are looked up by ids" in caplog.text
     masks = lrp_prune.prune(model, batches, 0.5, "lrp", include=["entity", "head"], recalibrate=False, progress=False)
     assert set(masks) == {"entity", "head.weight"} and masks.pruned_in("entity") > 0
+
+
+class Decayed(nn.Module):
+    """A layer whose weight is a table as well, and whose output a rule holds constant; entries of a table besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.other, self.head = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+        self.gains = nn.Parameter(torch.randn(20, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.tied.weight)
+        entries = self.gains[ids[:, :1], np.arange(4)]  # no rows, so that it is no embedding
+        return self.head((torch.exp(-F.softplus(self.tied(x))) * self.other(x)).mean(1)) * entries.mean(1, keepdim=True)
+
+
+def test_a_layer_that_is_a_table_is_one_though_a_rule_holds_what_it_makes() -> None:
+    torch.manual_seed(0)
+    relevance = lrp_prune.attribute(Decayed(), BATCHES, composite="attnlrp")
+    assert set(relevance) == {"other.weight", "head.weight"} and set(relevance.unscored) == {"gains"}
 
 
 def test_names_of_biases_and_tables_are_told_by_what_stands_beside_them() -> None:

@@ -90,10 +90,11 @@ def test_padding_changes_nothing_where_attention_puts_time_first(statistic: str)
         torch.testing.assert_close(together[name], apart[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("statistic", ["abs_token", "input_norm"])  # which nothing is propagated for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", [PERMUTED, TIME_FIRST], ids=["permuted", "time first"])
-def test_rows_in_another_order_are_left_out_alike(order: tuple, dtype: torch.dtype) -> None:
-    options = {"target": "class", "statistic": "abs_token", "matmul_dtype": None}
+def test_rows_in_another_order_are_left_out_alike(order: tuple, dtype: torch.dtype, statistic: str) -> None:
+    options = {"target": "class", "statistic": statistic, "matmul_dtype": None}
     found = lrp_prune.attribute(_dispatched(*order).to(dtype), [_padded()], **options)
     expected = lrp_prune.attribute(_dispatched(*PLAIN).to(dtype), [_padded()], **options)
     every = lrp_prune.attribute(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lrp_prune
+from lrp_prune.planning.live import Live
 from lrp_prune.relevance import Relevance
-from tests.support.live_bytes import Live
 from tests.support.small_models import batch_for, build, llama
 
 EXACT: dict[str, Any] = {"matmul_dtype": None, "composite": "attnlrp", "statistic": "squared_token"}

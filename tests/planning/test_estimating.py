@@ -8,11 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lrp_prune
+from lrp_prune.planning.live import Live
 from lrp_prune.pruning import LeastSquares, OptimalBrainSurgeon, recalibrate, scorer
 from lrp_prune.pruning.compensation import compensate_
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.training.keeping import MaskKeeper
-from tests.support.live_bytes import Live, allocated
+from tests.support.live_bytes import allocated
 from tests.support.sharding import device_type, sharded, together
 from tests.support.small_models import batch_for, build
 
