@@ -29,7 +29,7 @@ from lrp_prune import Patch, Relevance
 from lrp_prune.correction import Automatic, Guard, search_amount, side_effects_of, together
 from lrp_prune.effects import Likelihood
 from lrp_prune.metrics import Suite
-from lrp_prune.targets import RepetitionMargin
+from lrp_prune.targets import NextToken, RepetitionMargin
 
 
 def parse() -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 def general_relevance(model: PreTrainedModel, suite: Suite, statistic: str, combination: str) -> Relevance:
     """That of all texts for their labelled tokens together, of copied sequences for their second pass only."""
     sets = {
-        name: lrp_prune.attribute(model, entry.parts, "next_token", "epsilon", statistic, skip_first=1)
+        name: lrp_prune.attribute(model, entry.parts, NextToken(odds=0), "epsilon", statistic, skip_first=1)
         for name, entry in suite.items()
         if isinstance(entry, Likelihood)
     }

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import lrp_prune
 from lrp_prune import Patch, Relevance
 from lrp_prune.correction import Guard
+from lrp_prune.targets import NextToken
 
 
 def last_within(model: PreTrainedModel, patches: Sequence[Patch], strength: float, text: Tensor, allowed: float) -> int:
@@ -53,7 +54,7 @@ class ContrastRounds:
     ) -> None:
         self.model, self.general, self.target, self.behaviour = model, general, target, behaviour
         self.composite, self.guard = composite, guard
-        self.guard_by = guard_by or self._explain(general, "next_token", "squared_token")
+        self.guard_by = guard_by or self._explain(general, NextToken(odds=0), "squared_token")
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +68,7 @@ class ContrastRounds:
 
     def collect(self, undesired: list[Batch]) -> tuple[Relevance, Relevance]:
         """The relevance of general text and of the behaviour, on the model as it is now."""
-        return self._explain(self.general, "next_token", "signed"), self._explain(undesired, self.target, "signed")
+        return self._explain(self.general, NextToken(odds=0), "signed"), self._explain(undesired, self.target, "signed")
 
     def patch(
         self,

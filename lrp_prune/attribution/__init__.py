@@ -28,7 +28,7 @@ from lrp_prune.engine.rules import (
 )
 from lrp_prune.engine.where import Where
 from lrp_prune.targets import (
-    ClassLogit,
+    ClassLabel,
     LastToken,
     LogitDifference,
     NextToken,
@@ -42,7 +42,7 @@ __all__ = [
     "RULES",
     "AlphaBeta",
     "AttentionZPlus",
-    "ClassLogit",
+    "ClassLabel",
     "Composite",
     "Epsilon",
     "EpsilonSum",

@@ -255,7 +255,7 @@ def attribute(
         model: a Hugging Face model, any ``nn.Module``, or a ``LightningModule``.
         batches: batches as the model takes them: mappings (``input_ids``, ``attention_mask``, ``labels``, ...), pairs of
             inputs and labels, objects with attributes, or tensors; see :func:`lrp_prune.models.call_of`.
-        target: what is explained: ``"next_token"`` (log-probabilities of tokens given those before), ``"token"`` (of labels
+        target: what is explained: ``"next_token"`` (how likely tokens are given those before), ``"token"`` (of labels
             at their own token or pixel), ``"last_token"`` (largest logit at the last attended token), ``"class"`` (logit of
             the true class), ``"multi_label"`` (logits of set labels minus those of others), ``"regression"`` (size of the
             predicted values), ``"span"`` (logits of an answer's first and last token); a

@@ -14,7 +14,7 @@ from lrp_prune.effects.entries import measuring, value_of
 from lrp_prune.effects.generating import greedy
 from lrp_prune.effects.rows import padded
 from lrp_prune.pruning import LRP
-from lrp_prune.targets import TokenMargin
+from lrp_prune.targets import NextToken, TokenMargin
 from lrp_prune.tasks.prompts import continuation, tokens
 
 Tokens = tuple[int, ...]
@@ -192,7 +192,7 @@ class Behaviour:
             "general": self.general(halves[0]),
             "undesired": self.batches,
             "undesired_target": self.target,
-            "method": LRP("epsilon", "signed", "next_token", skip_first=1),
+            "method": LRP("epsilon", "signed", NextToken(odds=0), skip_first=1),
             "guard": Guard(by="squared_token"),
             "undesired_metric": self.measure,
             "general_metric": selection,

@@ -34,7 +34,7 @@ class Contrast:
 
     What served well on a language model (``examples/correct_repetition.py``): as undesired target the margin of the tokens
     that show the behaviour (:class:`~lrp_prune.targets.RepetitionMargin`, :class:`~lrp_prune.targets.TokenMargin`),
-    ``"next_token"`` on general text, both ``signed`` by ``epsilon`` with ``skip_first=1``; a guard by the general set in
+    ``NextToken(odds=0)`` on general text, both ``signed`` by ``epsilon`` with ``skip_first=1``; a guard by the general set in
     ``squared_token``; a strength of a half on more entries instead of removing fewer; and a second round on the corrected
     model (``extends`` of :meth:`Patch.from_contrast`).
 

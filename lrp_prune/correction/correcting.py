@@ -21,6 +21,7 @@ from lrp_prune.correction.trials import Search
 from lrp_prune.effects import Effect, SideEffects, Suite
 from lrp_prune.models.subject import subject_of
 from lrp_prune.relevance import Relevance
+from lrp_prune.targets import NextToken
 
 SEARCHED = Automatic(amounts=(0.00005, 0.0002, 0.0004), strengths=(0.25, 0.5))
 """What is tried if nothing else is said: weights that are weakened, not removed."""
@@ -126,7 +127,7 @@ def correct(
     def relevance(statistic: str, combination: str) -> Relevance:
         found = Together(combination)
         for name, each in sets.items():  # one after the other: each has a number for each weight
-            found.add(name, explained(each, "next_token", statistic))
+            found.add(name, explained(each, NextToken(odds=0), statistic))
         return found.compute()
 
     general, guarded = relevance("signed", "mean"), Guard(guard, relevance("squared_token", "largest"))

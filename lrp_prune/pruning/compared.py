@@ -11,7 +11,7 @@ from lrp_prune.models.batches import to_device
 from lrp_prune.models.states import unchanged_state
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.targets import Inferred
-from lrp_prune.targets.naming import TARGETS
+from lrp_prune.targets.naming import describe, named
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,12 +30,12 @@ def asked_of(target: Any, explained: str) -> Any:
         explained: what relevance of this model is about, by its name, as in :attr:`lrp_prune.Relevance.target`.
 
     Example:
-        >>> asked_of("token", "class"), asked_of(None, "class"), asked_of(Inferred(), "nothing")
+        >>> asked_of("token", "class"), asked_of(None, "ClassLabel(odds=1)"), asked_of(Inferred(), "nothing")
         ('token', 'class', None)
     """
     if target is not None and not isinstance(target, Inferred):
-        return target
-    return explained if explained in TARGETS else None
+        return named(describe(target)) or target
+    return named(explained)
 
 
 def comparing_by(
@@ -75,4 +75,4 @@ def _inferred(module: nn.Module, batch: Any, mesh: "DeviceMesh | None") -> tuple
         if mesh is None:  # else it may be that another process could not tell
             raise
         return BY_SQUARES, str(error)
-    return next((name for name, kind in TARGETS.items() if type(chosen) is kind), BY_SQUARES), "no target has a name"
+    return named(describe(chosen)) or BY_SQUARES, "no target has a name"

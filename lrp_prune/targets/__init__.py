@@ -1,6 +1,6 @@
 """Targets: the value that is explained, as a scalar computed from a model and a batch; by name, inferred, or of one's own."""
 
-from lrp_prune.targets.classes import ClassLogit, MultiLabel
+from lrp_prune.targets.classes import ClassLabel, MultiLabel
 from lrp_prune.targets.differences import LogitDifference
 from lrp_prune.targets.inferring import Inferred
 from lrp_prune.targets.likelihood import log_likelihood
@@ -15,7 +15,7 @@ from lrp_prune.targets.values import PredictedValues
 __all__ = [
     "TARGETS",
     "AnswerSpan",
-    "ClassLogit",
+    "ClassLabel",
     "Inferred",
     "LastToken",
     "Logit",

@@ -9,32 +9,48 @@ from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.outputs import answer_of
 from lrp_prune.models.profile import profile_of
 from lrp_prune.targets.alignment import aligned, check_range, padded, shape_of, without_ignored
+from lrp_prune.targets.likelihood import checked_odds, likelihood, soft_likelihood
 
 _ROUNDING = 1e-3
 
 
-class ClassLogit:
+class ClassLabel:
     r"""The true class's logit :math:`\sum z_y`, or with a probability for each class their mean :math:`\sum_c y_c z_c`.
 
     Labels are ``[samples]`` (-100 leaves a sample out), or ``[samples, classes]`` in rows that sum to one, as mixed samples or a
     teacher have them; logits ``[samples, classes]``.
 
+    Args:
+        odds: None for the logit, as in most works on relevance: all samples count alike, and the other classes are not looked
+            at; else how likely the class is, with this share of log-odds (1: the logit beyond those of the other classes, 0:
+            log-probabilities; :mod:`~lrp_prune.targets.likelihood`).
+
     Raises:
-        ValueError: on a call, for other logits or labels, or labels that are no classes.
+        ValueError: for a share that is not between 0 and 1; on a call, for other logits or labels, or labels that are no classes.
 
     Example:
-        >>> ClassLogit()(nn.Identity(), (torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([1, 0])))
+        >>> ClassLabel()(nn.Identity(), (torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([1, 0])))
         tensor(5.)
     """
+
+    def __init__(self, odds: float | None = None) -> None:
+        self.odds = None if odds is None else checked_odds(odds)
+
+    def __repr__(self) -> str:
+        return f"ClassLabel({'' if self.odds is None else f'odds={self.odds:g}'})"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = answer_of(model, batch)
         if labels is not None and logits.dim() == 2 and logits.shape[1] > 1:
             if labels.shape == logits.shape and are_shares(labels):
-                return (labels.to(logits.dtype) * logits).sum()
+                if self.odds is None:
+                    return (labels.to(logits.dtype) * logits).sum()
+                return soft_likelihood(logits, labels, self.odds)
             if not labels.is_floating_point() and labels.shape in (logits.shape[:1], (len(logits), 1)):
                 labels = labels.view(-1, 1).long()
                 check_range(labels, logits.shape[1], "class")
+                if self.odds is not None:
+                    return likelihood(logits, labels, self.odds)
                 chosen = logits.gather(1, labels.clamp(min=0))
                 return torch.where(labels == IGNORED, 0.0, chosen).sum()
         raise ValueError(

@@ -48,7 +48,7 @@ class Inferred:
     Example:
         >>> inferred = Inferred()
         >>> inferred.decide(nn.Linear(2, 3), (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))
-        <lrp_prune.targets.classes.ClassLogit object at ...>
+        ClassLabel()
         >>> inferred.words
         "the logit of each sample's class"
     """

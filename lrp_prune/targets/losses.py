@@ -11,7 +11,7 @@ from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import Profile, profile_of
 from lrp_prune.targets.alignment import aligned, classes_last, padded, without_ignored
-from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
+from lrp_prune.targets.classes import ClassLabel, MultiLabel, are_shares
 from lrp_prune.targets.naming import Target
 from lrp_prune.targets.tokens import NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues
@@ -45,9 +45,9 @@ def _losses(model: nn.Module, batch: Any, logits: Tensor, labels: Tensor) -> Ite
     if not labels.is_floating_point():
         yield from _of_tokens(profile, attended_labels(model, batch), logits, labels.long())
         if logits.dim() == 2 and labels.numel() == len(logits):
-            yield from _if_classes(logits, labels.view(-1).long(), ClassLogit)
+            yield from _if_classes(logits, labels.view(-1).long(), ClassLabel)
     elif labels.shape == logits.shape and labels.dim() == 2 and logits.shape[1] > 1 and are_shares(labels):
-        yield ClassLogit(), F.cross_entropy(logits, labels.to(logits.dtype))
+        yield ClassLabel(), F.cross_entropy(logits, labels.to(logits.dtype))
     values = aligned(logits, labels, profile)
     if values is None:
         return

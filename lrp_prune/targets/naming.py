@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from torch import Tensor, nn
 
 from lrp_prune.models.profile import profile_of
-from lrp_prune.targets.classes import ClassLogit, MultiLabel
+from lrp_prune.targets.classes import ClassLabel, MultiLabel
 from lrp_prune.targets.spans import AnswerSpan
 from lrp_prune.targets.tokens import LastToken, NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues
@@ -24,7 +24,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "next_token": NextToken,
     "token": TokenLabel,
     "last_token": LastToken,
-    "class": ClassLogit,
+    "class": ClassLabel,
     "multi_label": MultiLabel,
     "regression": PredictedValues,
     "span": AnswerSpan,
@@ -32,8 +32,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
 """The targets that have a name."""
 
 _WORDS = {
-    "next_token": "log-probabilities of tokens given those before: labels shifted by one, or an encoder-decoder's as they are",
-    "token": "log-probabilities of labels, one a token (or pixel), not shifted",
+    "next_token": "how likely tokens are given those before: labels shifted by one, or an encoder-decoder's as they are",
+    "token": "how likely labels are, one a token (or pixel), not shifted",
     "last_token": "the largest logit at each sample's last token",
     "class": "the logit of each sample's class",
     "multi_label": "the logits of labels that are set, minus those of labels that are not",
@@ -48,15 +48,26 @@ def in_words(description: str) -> str:
 
     Example:
         >>> in_words("token")
-        'log-probabilities of labels, one a token (or pixel), not shifted'
+        'how likely labels are, one a token (or pixel), not shifted'
     """
     return _WORDS.get(description, description)
+
+
+def named(description: str) -> str | None:
+    """The name of the target that is described, whatever its options; None if it has none.
+
+    Example:
+        >>> named("class"), named("ClassLabel(odds=1)"), named("my_own_target")
+        ('class', 'class', None)
+    """
+    kinds = {kind.__name__: name for name, kind in TARGETS.items()}
+    return description if description in TARGETS else kinds.get(description.partition("(")[0])
 
 
 def describe(target: Any) -> str:
     """A target's name, by which relevance of the same target is recognised."""
     named = next((name for name, kind in TARGETS.items() if type(target) is kind), None)
-    plain = named is not None and not any(value is not None for value in vars(target).values())
+    plain = named is not None and vars(target) == vars(TARGETS[named]())
     return (named if plain else None) or getattr(target, "__qualname__", None) or repr(target)
 
 

@@ -8,7 +8,7 @@ from lrp_prune.models.batches import entry
 from lrp_prune.models.binding import Call
 from lrp_prune.models.profile import Profile, profile_of
 from lrp_prune.targets.alignment import classes_last
-from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
+from lrp_prune.targets.classes import ClassLabel, MultiLabel, are_shares
 from lrp_prune.targets.looking import Seen, token_ids
 from lrp_prune.targets.losses import readings_by_loss
 from lrp_prune.targets.naming import Target, target_called
@@ -85,7 +85,7 @@ def _by_problem_type(profile: Profile, labels: Tensor) -> Target:
     if said == "regression" or (said is None and profile.config.num_labels == 1):
         return PredictedValues()
     several = said == "multi_label_classification" or (said is None and labels.is_floating_point())
-    return MultiLabel() if several else ClassLogit()
+    return MultiLabel() if several else ClassLabel()
 
 
 def _check_problem_type(profile: Profile, labels: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from lrp_prune.models.batches import IGNORED
 from lrp_prune.models.profile import Profile
 from lrp_prune.targets.alignment import aligned, classes_last, per_sample, shape_of
-from lrp_prune.targets.classes import ClassLogit, MultiLabel, are_shares
+from lrp_prune.targets.classes import ClassLabel, MultiLabel, are_shares
 from lrp_prune.targets.naming import Target
 from lrp_prune.targets.tokens import NextToken, TokenLabel
 from lrp_prune.targets.values import PredictedValues
@@ -85,7 +85,7 @@ def _by_classes(logits: Tensor, labels: Tensor) -> Reading:
         return _by_range(labels)
     if int(labels.max()) >= classes or int(labels.masked_fill(labels == IGNORED, 0).min()) < 0:
         raise Unclear(f"labels between {int(labels.min())} and {int(labels.max())} are no classes of {classes} outputs")
-    return Reading(ClassLogit(), "one integer label a sample")
+    return Reading(ClassLabel(), "one integer label a sample")
 
 
 def _by_values(profile: Profile, logits: Tensor, labels: Tensor) -> Reading:

@@ -14,7 +14,7 @@ from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.padding import attended_labels
 from lrp_prune.models.profile import profile_of
 from lrp_prune.targets.alignment import check_range, classes_last, positions_first, shape_of, without_ignored
-from lrp_prune.targets.likelihood import log_likelihood
+from lrp_prune.targets.likelihood import ODDS, checked_odds, likelihood
 
 _ONE_BATCH = ContextVar("_ONE_BATCH", default=False)
 """Whether what is explained is one batch, and nothing where that has no labels."""
@@ -35,21 +35,33 @@ def labelled() -> Iterator[None]:
 
 
 class NextToken:
-    r"""Sum of the log-probabilities of the labelled tokens, each given those before it: :math:`\sum_t \log p(x_t | x_{<t})`.
+    r"""How likely the labelled tokens are, each given those before it: :math:`\sum_t \log p_t - \lambda \log (1 - p_t)`.
+
+    With :math:`p_t = p(x_t | x_{<t})`, between log-probabilities, in which what a model is sure of counts for nothing, and
+    log-odds, in which all positions count alike (:mod:`~lrp_prune.targets.likelihood`).
 
     Labels are the batch's ``labels``, else its ``input_ids``. Positions labelled -100 and padded positions are left out. Labels
     are shifted by one, since the logits at a token are about the next one; of an encoder-decoder they are those of its decoder,
     which are not shifted.
 
+    Args:
+        odds: :math:`\lambda`, the share of log-odds, between 0 (log-probabilities) and 1.
+
     Raises:
-        ValueError: on a call, for logits that are not ``[samples, tokens, vocabulary]`` (or ``[samples, vocabulary,
-            tokens]``), or labels that are not ``[samples, tokens]``.
+        ValueError: for another share; on a call, for logits that are not ``[samples, tokens, vocabulary]`` (or ``[samples,
+            vocabulary, tokens]``), or labels that are not ``[samples, tokens]``.
 
     Example:
         >>> ids = torch.tensor([[0, 2, 1]])
-        >>> NextToken()(nn.Embedding.from_pretrained(torch.zeros(3, 4)), {"input": ids, "labels": ids})  # 2 log(1/4)
+        >>> NextToken(odds=0)(nn.Embedding.from_pretrained(torch.zeros(3, 4)), {"input": ids, "labels": ids})  # 2 log(1/4)
         tensor(-2.7726)
     """
+
+    def __init__(self, odds: float = ODDS) -> None:
+        self.odds = checked_odds(odds)
+
+    def __repr__(self) -> str:
+        return f"NextToken({'' if self.odds == ODDS else f'odds={self.odds:g}'})"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = answer_of(model, batch)
@@ -72,11 +84,11 @@ class NextToken:
         if shifted:  # the labels move, not the logits: a slice of them is one more copy in backward
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
         _check_labels(labels, fitting.shape[-1], "next_token")
-        return log_likelihood(fitting, labels)
+        return likelihood(fitting, labels, self.odds)
 
 
 class TokenLabel:
-    r"""Sum of the log-probabilities of labels at their own position: :math:`\sum_t \log \mathrm{softmax}(z_t)_{y_t}`.
+    r"""How likely labels are at their own position: :math:`\sum_t \log p_t - \lambda \log (1 - p_t)`, as for :class:`NextToken`.
 
     For masked language models, token classification, and segmentation, with a label for each pixel. Positions labelled -100
     and padded ones are left out. Where the classes are the last dimension, no copy of the logits is made.
@@ -85,24 +97,26 @@ class TokenLabel:
         class_dim: where the classes are, -1 for ``[samples, *positions, classes]`` or 1 for ``[samples, classes,
             *positions]``; None for what fits the labels ``[samples, *positions]``.
         ignored: a further label that is left out; by default that of the model's own loss (255 for most segmentations).
+        odds: :math:`\lambda`, the share of log-odds (:mod:`~lrp_prune.targets.likelihood`), between 0 (log-probabilities) and 1.
 
     Raises:
-        ValueError: on a call, if labels and logits do not fit, or fit in both ways; for labels that are no classes.
+        ValueError: for another share; on a call, if labels and logits do not fit, or fit in both ways, or labels are no classes.
 
     Example:
         >>> images, labels = torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 3], [255, 1]]])
-        >>> TokenLabel(ignored=255)(nn.Identity(), (images, labels))  # 3 log(1/4)
+        >>> TokenLabel(ignored=255, odds=0)(nn.Identity(), (images, labels))  # 3 log(1/4)
         tensor(-4.1589)
     """
 
-    def __init__(self, class_dim: int | None = None, ignored: int | None = None) -> None:
+    def __init__(self, class_dim: int | None = None, ignored: int | None = None, odds: float = ODDS) -> None:
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim must be 1, -1 or None, got {class_dim!r}")
-        self.class_dim, self.ignored = class_dim, ignored
+        self.class_dim, self.ignored, self.odds = class_dim, ignored, checked_odds(odds)
 
     def __repr__(self) -> str:
-        given = {"class_dim": self.class_dim, "ignored": self.ignored}
-        return f"TokenLabel({', '.join(f'{name}={value}' for name, value in given.items() if value is not None)})"
+        odds = None if self.odds == ODDS else self.odds
+        given = {"class_dim": self.class_dim, "ignored": self.ignored, "odds": odds}
+        return f"TokenLabel({', '.join(f'{name}={value:g}' for name, value in given.items() if value is not None)})"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = answer_of(model, batch)
@@ -123,7 +137,7 @@ class TokenLabel:
         if attended is not None and labels.shape == attended.shape:
             labels = labels.masked_fill(~attended.to(labels.device), IGNORED)
         _check_labels(labels, fitting.shape[-1], "token")
-        return log_likelihood(fitting, labels)
+        return likelihood(fitting, labels, self.odds)
 
 
 class LastToken:

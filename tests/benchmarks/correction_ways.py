@@ -36,7 +36,7 @@ from lrp_prune.effects import Likelihood
 from lrp_prune.metrics import Suite
 from lrp_prune.names import named_parameters
 from lrp_prune.pruning import scorer
-from lrp_prune.targets import RepetitionMargin
+from lrp_prune.targets import NextToken, RepetitionMargin
 
 Batch = dict[str, Tensor]
 UNITS = {"neurons": "neuron", "heads": "head"}
@@ -70,7 +70,13 @@ class Setup:
         for name, entry in self.collecting.items():
             if isinstance(entry, Likelihood):
                 relevance = lrp_prune.attribute(
-                    self.model, entry.parts, "next_token", "epsilon", statistic, granularity=granularity, skip_first=1
+                    self.model,
+                    entry.parts,
+                    NextToken(odds=0),
+                    "epsilon",
+                    statistic,
+                    granularity=granularity,
+                    skip_first=1,
                 )
                 for way in ways.values():
                     way.add(name, relevance)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import lrp_prune
 from lrp_prune import Scope, pruning
 from lrp_prune.pruning import sparsity_schedule
+from lrp_prune.targets import Inferred
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks.panel_data import Data
@@ -44,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lrp": {},
     "lrp, one round": {"rounds": 1},
     "lrp, not recalibrated": {"recalibrate": False},
+    "lrp, by log-probabilities": {"odds": 0},
+    "lrp, by log-odds": {"odds": 1},
     "lrp, compensated": {"compensation": "exact"},
     "lrp, compensated column by column": {"compensation": "obs"},
     "lrp, compensated to its own inputs": {"compensation": pruning.LeastSquares(dense=0.0)},
@@ -70,7 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "random": {"method": "random"},
 }
-"""What is compared, each with the arguments of :func:`lrp_prune.prune` beside its defaults."""
+"""What is compared, each with the arguments of :func:`lrp_prune.prune` beside its defaults, and ``odds`` of the target."""
 TRAINED_METHODS = (
     "lrp", "lrp, not recalibrated", "wanda", "wanda, not recalibrated", "magnitude, not recalibrated",
     "magnitude, global, not recalibrated", "random",
@@ -118,6 +121,12 @@ def trained_model(case: Case, seed: int, folder: Path) -> tuple[nn.Module, Data]
     return model.eval(), data
 
 
+def _with_odds(model: nn.Module, data: Data, odds: float) -> Any:
+    """The target that is inferred, with another share of log-odds if it has any."""
+    target = Inferred(tells=False).decide(model, data.reference[0])
+    return type(target)(odds=odds) if hasattr(target, "odds") else target
+
+
 def pruned(case: Case, model: nn.Module, data: Data, row: Row) -> tuple[nn.Module, float]:
     """A pruned copy, and the seconds that pruning took."""
     model, masks, seconds = copy.deepcopy(model).eval(), None, 0.0
@@ -126,8 +135,9 @@ def pruned(case: Case, model: nn.Module, data: Data, row: Row) -> tuple[nn.Modul
         if case.include is not None:
             options["include"] = case.include
         method = options.get("method", "lrp")
+        odds = options.pop("odds", None)
         own = (
-            {"target": case.target}
+            {"target": case.target if odds is None else _with_odds(model, data, odds)}
             if method in ("lrp", "gradient")
             else {"seed": row.seed}
             if method == "random"

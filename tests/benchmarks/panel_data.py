@@ -115,6 +115,14 @@ def masked_chains(seed: int) -> Data:
     return split({"input_ids": ids.masked_fill(hidden, 1), "labels": ids.masked_fill(~hidden, -100)}, 32, seed)
 
 
+def counted_sequences(seed: int) -> Data:
+    """Counting modulo 16 from anywhere, in steps of one, two or three: after two tokens all others are beyond doubt."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    start, step = torch.randint(16, (4096, 1), generator=generator), torch.randint(1, 4, (4096, 1), generator=generator)
+    ids = (start + step * torch.arange(20)) % 16
+    return split({"input_ids": ids, "labels": ids}, 32, seed)
+
+
 def marked_sequences(seed: int) -> Data:
     """Two classes that a few tokens tell apart beyond doubt: a classifier is soon sure of everything."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from tests.benchmarks.panel_data import (
     character_guess,
     character_windows,
     characters,
+    counted_sequences,
     digits,
     eras,
     friedman,
@@ -29,6 +30,7 @@ from tests.benchmarks.panel_data import (
 from tests.benchmarks.panel_training import (
     Case,
     accuracy,
+    accuracy_from_the_third_token,
     class_loss,
     likelihood,
     minus_squares,
@@ -126,6 +128,13 @@ _LLAMA: dict[str, Any] = {
     "intermediate_size": 192,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
+}
+
+_SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "intermediate_size": 48,
+    "pad_token_id": None,
 }
 
 
@@ -236,6 +245,11 @@ def cases() -> list[Case]:
         Case(
             "llama", lambda: tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=vocabulary, **_LLAMA)),
             character_windows(96, 6000), own_loss, likelihood, guess, 2,
+        ),
+        Case(
+            "llama-sure",
+            lambda: tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=16, **{**_LLAMA, **_SMALL_LLAMA})),
+            counted_sequences, own_loss, accuracy_from_the_third_token, 1 / 16, 30, 3e-3,
         ),
         Case("mixture", _mixture, character_windows(96, 6000), own_loss, likelihood, guess, 1.5),
         Case("lora", _lora, digits((1, 8, 8), "pixel_values"), class_loss, accuracy, 0.1, 15, 4e-3),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import lrp_prune
 from lrp_prune.models import attended_labels, call_of, counted_tokens, logits_for
-from lrp_prune.targets import ClassLogit
+from lrp_prune.targets import ClassLabel
 from tests.support.labelled_models import CASES, VOCABULARY
 
 EXACT: dict[str, Any] = {"composite": "gradient", "statistic": "abs_token", "matmul_dtype": None}
@@ -52,7 +52,7 @@ def test_a_classifier_explains_the_logit_of_the_text_whatever_is_beside_it(kind:
     model = classifier(kind)
     alone = [{"input_ids": ids, "labels": LABELS[place : place + 1]} for place, ids in enumerate((SHORT, LONG))]
     expected = sum(model(input_ids=each["input_ids"]).logits[0, int(each["labels"])] for each in alone)
-    torch.testing.assert_close(ClassLogit()(model, padded(side)), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ClassLabel()(model, padded(side)), expected, rtol=1e-4, atol=1e-6)
     one, other = lrp_prune.attribute(model, [padded(side)], **EXACT), lrp_prune.attribute(model, alone, **EXACT)
     assert one.target == other.target == "class"
     for name in other:
@@ -63,7 +63,7 @@ def test_a_classifier_explains_the_logit_of_the_text_whatever_is_beside_it(kind:
 def test_a_classifier_that_would_read_padding_is_refused(side: str) -> None:
     model, batch = classifier("gpt2"), padded(side, pad=7)  # not the token that the configuration says
     if side == "left":  # what is read last is no padding
-        ClassLogit()(model, batch)
+        ClassLabel()(model, batch)
         return
     with pytest.raises(
         ValueError, match=r"last token that is not pad_token_id=0, which is padding in sample 0.*pads \(7\)"
@@ -71,7 +71,7 @@ def test_a_classifier_that_would_read_padding_is_refused(side: str) -> None:
         lrp_prune.attribute(model, [batch])
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="reads the last token, which is padding"):
-        ClassLogit()(model, {name: value[:1] for name, value in batch.items()})
+        ClassLabel()(model, {name: value[:1] for name, value in batch.items()})
 
 
 @pytest.mark.parametrize("name", ["bert classes", "bert token classification", "bert masked"])
@@ -99,7 +99,7 @@ def test_models_that_count_attended_tokens_themselves_are_left_to_it(decoder: bo
     model, batch = tf.RobertaForSequenceClassification(config).eval(), padded("left", pad=1)
     assert "position_ids" not in call_of(model, batch).kwargs
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(ClassLogit()(model, batch), logits[[0, 1], LABELS].sum())
+    torch.testing.assert_close(ClassLabel()(model, batch), logits[[0, 1], LABELS].sum())
     assert "position_ids" in call_of(classifier("gpt2"), batch).kwargs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.recalibration import enough, recalibrate
+from lrp_prune.targets import TokenLabel
 from tests.support.recalibrated import MODELS, applied, masks_of
 from tests.support.small_models import batch_for, build
 
@@ -225,3 +226,54 @@ def test_channels_without_a_shift_have_the_least_squares_without_one() -> None:
         expected = torch.linalg.lstsq(matrix, y).solution.clamp(min=float(scale.min()))
         assert abs(float(scale[channel] - expected[0])) < 1e-5 or float(scale[channel]) == float(scale.min())
         assert with_shift or float(shift[channel]) == 0
+
+
+class _Counting(nn.Module):
+    """A small language model of one layer, written with torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(16, 24), nn.Embedding(24, 24), nn.Linear(24, 16)
+        self.layer = nn.TransformerEncoderLayer(24, 2, 48, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        logits: Tensor = self.head(
+            self.layer(self.tokens(ids) + self.places.weight[: ids.shape[1]], src_mask=mask, is_causal=True)
+        )
+        return logits
+
+
+@pytest.mark.slow
+def test_a_language_model_that_is_sure_of_all_but_a_token_does_not_collapse() -> None:
+    """It counts in steps that the first two tokens tell: of log-probabilities nearly all relevance is that of the second."""
+    torch.manual_seed(0)
+    model, generator = _Counting(), torch.Generator().manual_seed(0)
+
+    def drawn(number: int) -> tuple[Tensor, Tensor]:
+        start, step = (torch.randint(low, high, (number, 1), generator=generator) for low, high in ((0, 16), (1, 4)))
+        ids = (start + step * torch.arange(19)) % 16
+        return ids[:, :-1], ids[:, 1:]
+
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(700):
+        ids, following = drawn(16)
+        loss = F.cross_entropy(model(ids).flatten(0, 1), following.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    held_out, batches = drawn(256), [drawn(16) for _ in range(8)]
+
+    def accuracy(**options: Any) -> float:
+        sparse = copy.deepcopy(model)
+        if options:
+            lrp_prune.prune(sparse, batches, progress=False, **options)
+        with torch.no_grad():
+            right = sparse(held_out[0]).argmax(-1) == held_out[1]
+        return float(right[:, 1:].float().mean())
+
+    assert accuracy() > 0.99
+    by_default = accuracy(sparsity=0.5)
+    assert by_default > 0.93 and by_default > accuracy(sparsity=0.5, method="magnitude") - 0.03
+    assert accuracy(sparsity=0.5, method=lrp_prune.LRP(target=TokenLabel(odds=0))) < by_default - 0.1

@@ -9,6 +9,8 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.likelihood import how_likely
+
 VOCABULARY = 50
 SAMPLES, TOKENS = 4, 10
 _BERT: dict[str, Any] = {
@@ -140,20 +142,24 @@ def _pixels(classes: int) -> Callable[[torch.Generator], Tensor]:
     return labels
 
 
-def by_loss(model: nn.Module, batch: Batch, ignored: int = -100) -> Tensor:
-    """Minus the model's own mean loss, times the number of labels that it is the mean of."""
-    value: Tensor = -model(**batch).loss * (batch["labels"] != ignored).sum()
-    return value
+def by_labels(model: nn.Module, batch: Batch, ignored: int = -100, shift: int = 0) -> Tensor:
+    """How likely the labels are by logits whose mean log-probability is minus the model's own loss."""
+    output, labels = model(**batch), batch["labels"][:, shift:]
+    logits = output.logits[:, : output.logits.shape[1] - shift]
+    if logits.dim() == 4:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear").movedim(1, -1)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignored)
+    torch.testing.assert_close(loss, output.loss)
+    return how_likely(logits, labels, ignored)
 
 
-def by_shifted_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The same of a language model that shifts labels: each sample's first is predicted by nothing."""
-    value: Tensor = -model(**batch).loss * (batch["labels"][:, 1:] != -100).sum()
-    return value
+def by_shifted_labels(model: nn.Module, batch: Batch) -> Tensor:
+    """The same of labels that are about the next token."""
+    return by_labels(model, batch, shift=1)
 
 
-def _by_pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return by_loss(model, batch, 255)
+def _by_pixel_labels(model: nn.Module, batch: Batch) -> Tensor:
+    return by_labels(model, batch, 255)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -201,12 +207,12 @@ def _bert(head: str, **config: Any) -> Callable[[], nn.Module]:
 
 
 CASES: dict[str, Case] = {
-    "bert token classification": Case(_bert("TokenClassification", num_labels=5), _tagged, "token", by_loss),
+    "bert token classification": Case(_bert("TokenClassification", num_labels=5), _tagged, "token", by_labels),
     "electra token classification": Case(
         lambda: tf.ElectraForTokenClassification(tf.ElectraConfig(**_BERT, embedding_size=32, num_labels=5)),
         _tagged,
         "token",
-        by_loss,
+        by_labels,
     ),
     "distilbert token classification": Case(
         lambda: tf.DistilBertForTokenClassification(
@@ -214,20 +220,20 @@ CASES: dict[str, Case] = {
         ),
         _tagged,
         "token",
-        by_loss,
+        by_labels,
     ),
     "t5 token classification": Case(
-        lambda: tf.T5ForTokenClassification(tf.T5Config(**_T5, num_labels=5)), _tagged, "token", by_loss
+        lambda: tf.T5ForTokenClassification(tf.T5Config(**_T5, num_labels=5)), _tagged, "token", by_labels
     ),
-    "bert masked": Case(_bert("MaskedLM"), _masked, "token", by_loss),
-    "gpt2": Case(lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT2)), _continued, "next_token", by_shifted_loss),
-    "bart decoder": Case(lambda: tf.BartForCausalLM(tf.BartConfig(**_BART)), _continued, "token", by_loss),
-    "t5": Case(lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), _translated, "next_token", by_loss),
+    "bert masked": Case(_bert("MaskedLM"), _masked, "token", by_labels),
+    "gpt2": Case(lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**_GPT2)), _continued, "next_token", by_shifted_labels),
+    "bart decoder": Case(lambda: tf.BartForCausalLM(tf.BartConfig(**_BART)), _continued, "token", by_labels),
+    "t5": Case(lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)), _translated, "next_token", by_labels),
     "bart": Case(
         lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)),
         lambda generator: _translated(generator, pad=1),
         "next_token",
-        by_loss,
+        by_labels,
     ),
     "bert classes": Case(_bert("SequenceClassification", num_labels=3), _classified(_classes), "class", by_class),
     "gpt2 classes": Case(
@@ -276,7 +282,7 @@ CASES: dict[str, Case] = {
         lambda: tf.SegformerForSemanticSegmentation(tf.SegformerConfig(**_SEGFORMER, num_labels=4)),
         _pictured(_pixels(4)),
         "token",
-        _by_pixel_loss,
+        _by_pixel_labels,
     ),
     "segformer of one class": Case(
         lambda: tf.SegformerForSemanticSegmentation(tf.SegformerConfig(**_SEGFORMER, num_labels=1)),

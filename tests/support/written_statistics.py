@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.support.likelihood import how_likely
+
 
 def tokens_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Weight ``[out, in]``, activations and gradients ``[samples, tokens, .]`` of each linear layer, by plain autograd hooks."""
@@ -23,7 +25,7 @@ def tokens_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Ten
         if type(module).__name__ in ("Linear", "Conv1D") and "lm_head" not in name
     ]
     logits = model(**batch, use_cache=False).logits
-    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    value = how_likely(logits[:, :-1], batch["input_ids"][:, 1:])
     gradients = torch.autograd.grad(value, [entry[2] for entry in found.values()])
     for handle in handles:
         handle.remove()

@@ -123,5 +123,5 @@ def test_processes_that_explained_different_things_are_refused_by_all(tmp_path: 
         return
     for refusal in outcomes:
         assert isinstance(refusal, MisconfigurationException), refusal
-        assert "rank 0 explained log-probabilities of tokens given those before" in str(refusal)
-        assert "rank 1 log-probabilities of labels" in str(refusal) and "pass target=" in str(refusal)
+        assert "rank 0 explained how likely tokens are given those before" in str(refusal)
+        assert "rank 1 how likely labels are" in str(refusal) and "pass target=" in str(refusal)

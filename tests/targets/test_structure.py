@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrp_prune
-from lrp_prune.targets import ClassLogit, Inferred, MultiLabel, PredictedValues, TokenLabel
+from lrp_prune.targets import ClassLabel, Inferred, MultiLabel, PredictedValues, TokenLabel
+from tests.support.likelihood import how_likely, how_likely_in_channels
 
 EXACT: dict[str, Any] = {"composite": "gradient", "statistic": "signed", "matmul_dtype": None}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -43,10 +44,6 @@ def inferred(model: nn.Module, batch: Any) -> tuple[str, Tensor]:
     return relevance.target, Inferred().decide(model, batch)(model, batch)
 
 
-def token_value(logits: Tensor, labels: Tensor) -> Tensor:
-    return -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-
-
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("ids", [True, False])
 def test_a_tagger_explains_its_tags_where_they_are(bidirectional: bool, ids: bool) -> None:
@@ -54,7 +51,7 @@ def test_a_tagger_explains_its_tags_where_they_are(bidirectional: bool, ids: boo
     x = IDS if ids else torch.randn(3, 8, 4, generator=GENERATOR)
     target, value = inferred(model, (x, TAGS))
     assert target == "token"
-    torch.testing.assert_close(value, token_value(model(x), TAGS))
+    torch.testing.assert_close(value, how_likely(model(x), TAGS))
 
 
 @pytest.mark.parametrize(
@@ -77,8 +74,8 @@ def test_labels_that_are_input_ids_are_predicted_from_where_the_model_can(
         target, value = inferred(model, batch)
         assert target == expected
         logits = model(IDS)
-        shifted = token_value(logits[:, :-1], labels[:, 1:])
-        torch.testing.assert_close(value, shifted if expected == "next_token" else token_value(logits, labels))
+        shifted = how_likely(logits[:, :-1], labels[:, 1:])
+        torch.testing.assert_close(value, shifted if expected == "next_token" else how_likely(logits, labels))
 
 
 class Channels(Tagger):
@@ -94,8 +91,8 @@ def test_classes_before_tokens_are_read_alike(bidirectional: bool, expected: str
     target, value = inferred(model, (IDS, IDS))
     assert target == expected
     logits = model(IDS).transpose(1, 2)
-    shifted = token_value(logits[:, :-1], IDS[:, 1:])
-    torch.testing.assert_close(value, shifted if expected == "next_token" else token_value(logits, IDS))
+    shifted = how_likely(logits[:, :-1], IDS[:, 1:])
+    torch.testing.assert_close(value, shifted if expected == "next_token" else how_likely(logits, IDS))
 
 
 def test_text_alone_is_explained_by_what_follows_if_the_model_reads_it_so() -> None:
@@ -106,7 +103,7 @@ def test_text_alone_is_explained_by_what_follows_if_the_model_reads_it_so() -> N
     model, batch = seeded(lambda: Named(20, False)), {"input_ids": IDS}
     target, value = inferred(model, batch)
     assert target == "next_token"
-    torch.testing.assert_close(value, token_value(model(IDS)[:, :-1], IDS[:, 1:]))
+    torch.testing.assert_close(value, how_likely(model(IDS)[:, :-1], IDS[:, 1:]))
     with pytest.raises(ValueError, match=r"no labels.*tokens see those after them"):
         inferred(seeded(lambda: Named(20, True)), batch)
 
@@ -135,7 +132,7 @@ def test_classes_before_positions_are_explained_for_each_pixel(shape: tuple[int,
     model = seeded(lambda: nn.Sequential({3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](shape[1], shape[1], 1)))
     target, value = inferred(model, (x, labels))
     assert target == "token"
-    torch.testing.assert_close(value, -F.cross_entropy(model(x), labels, reduction="sum"))
+    torch.testing.assert_close(value, how_likely_in_channels(model(x), labels))
 
 
 def test_classes_that_may_lie_along_two_dimensions_are_refused_unless_told() -> None:
@@ -148,7 +145,7 @@ def test_classes_that_may_lie_along_two_dimensions_are_refused_unless_told() -> 
     for dim, logits in ((1, model(x).transpose(1, 2)), (-1, model(x))):
         relevance = lrp_prune.attribute(model, [(x, labels)], TokenLabel(class_dim=dim), **EXACT)
         assert relevance.target == f"TokenLabel(class_dim={dim})"
-        torch.testing.assert_close(TokenLabel(dim)(model, (x, labels)), token_value(logits, labels))
+        torch.testing.assert_close(TokenLabel(dim)(model, (x, labels)), how_likely(logits, labels))
 
 
 @pytest.mark.parametrize(
@@ -219,13 +216,13 @@ def test_rows_that_sum_to_one_are_explained_as_told() -> None:
     model, x = seeded(lambda: nn.Linear(4, 3)), torch.randn(6, 4, generator=GENERATOR)
     labels = torch.eye(3)[[0, 1, 2, 1, 0, 2]]
     logits = model(x)
-    torch.testing.assert_close(ClassLogit()(model, (x, labels)), (logits * labels).sum())
-    torch.testing.assert_close(ClassLogit()(model, (x, labels)), ClassLogit()(model, (x, labels.argmax(1))))
+    torch.testing.assert_close(ClassLabel()(model, (x, labels)), (logits * labels).sum())
+    torch.testing.assert_close(ClassLabel()(model, (x, labels)), ClassLabel()(model, (x, labels.argmax(1))))
     torch.testing.assert_close(MultiLabel()(model, (x, labels)), (logits * (2 * labels - 1)).sum())
     soft = torch.softmax(torch.randn(6, 3, generator=GENERATOR), 1)
-    torch.testing.assert_close(ClassLogit()(model, (x, soft)), (logits * soft).sum())
+    torch.testing.assert_close(ClassLabel()(model, (x, soft)), (logits * soft).sum())
     with pytest.raises(ValueError, match="rows sum to one"):
-        ClassLogit()(model, (x, soft * 2))
+        ClassLabel()(model, (x, soft * 2))
 
 
 class WithLoss(nn.Module):
@@ -286,4 +283,4 @@ def test_logits_beside_a_loss_or_nothing_are_found(loss_first: bool) -> None:
     x, y = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0])
     model = Both()
     for batch in ((x, y), {"x": x, "y": y}):
-        torch.testing.assert_close(ClassLogit()(model, batch), model.layer(x)[torch.arange(6), y].sum())
+        torch.testing.assert_close(ClassLabel()(model, batch), model.layer(x)[torch.arange(6), y].sum())

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune.models import profile_of, subject_of
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
-from lrp_prune.targets import ClassLogit, LastToken, Logit, LogitDifference, NextToken, checked, describe, predicted
+from lrp_prune.targets import ClassLabel, LastToken, Logit, LogitDifference, NextToken, checked, describe, predicted
 from lrp_prune.targets.alignment import positions_first
+from tests.support.likelihood import how_likely
 from tests.support.small_models import batch_for, build, forward
 
 
-def test_next_token_is_the_log_probability_of_the_text() -> None:
+def test_next_token_is_how_likely_the_text_is() -> None:
     model, batch = build("llama"), batch_for("llama")
     output = model(**batch, labels=batch["input_ids"])
     expected = -output.loss * batch["input_ids"][:, 1:].numel()
-    torch.testing.assert_close(NextToken()(model, batch), expected)
+    torch.testing.assert_close(NextToken(odds=0)(model, batch), expected)
+    torch.testing.assert_close(NextToken()(model, batch), how_likely(output.logits[:, :-1], batch["input_ids"][:, 1:]))
 
 
 def test_last_token_is_the_last_attended_one() -> None:
@@ -47,7 +49,7 @@ def test_an_encoders_padding_says_nothing_of_its_decoder() -> None:
     around = nn.ModuleDict({"model": model})
     around.config = {"learning_rate": 0.1}  # of another kind
     assert profile_of(around).encoder_decoder and not profile_of(build("llama")).encoder_decoder
-    torch.testing.assert_close(NextToken()(model, batch), expected)
+    torch.testing.assert_close(NextToken(odds=0)(model, batch), expected)
     last = model(**batch).logits.amax(-1)
     torch.testing.assert_close(LastToken()(model, batch), last[0, 6] + last[1, 4])
     short, long = (
@@ -64,9 +66,9 @@ def test_class_is_the_true_classs_logit() -> None:
     model = nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
     expected = model(x)[torch.arange(5), y].sum()
-    torch.testing.assert_close(ClassLogit()(model, (x, y)), expected)
+    torch.testing.assert_close(ClassLabel()(model, (x, y)), expected)
     with pytest.raises(ValueError, match="integer labels"):
-        ClassLogit()(model, (x, torch.randn(5)))
+        ClassLabel()(model, (x, torch.randn(5)))
 
 
 def test_of_classes_of_pixels_the_logit_is_the_mean_over_them() -> None:
