@@ -14,6 +14,7 @@ from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._corrected import inner, uncorrected
 from lrp_prune.callbacks._distributed import agreeing, check_equal, gathered
+from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.distributed.sharding import local_part, sharding_of
@@ -160,7 +161,7 @@ class Pruner:
             agreeing(trainer),
             uncorrected(pl_module),
             torch.inference_mode(False),
-            trainer.precision_plugin.val_step_context(),
+            own_forward(trainer, pl_module),
         ):
             return recalibrate(inner(pl_module), masks, batches(), target, together=together, progress=shown)
 
@@ -216,7 +217,7 @@ class Pruner:
                     if id(entry) not in before:  # a bias may be in several stages
                         before[id(entry)] = local_part(entry).to("cpu", copy=True)
 
-            with agreeing(trainer), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+            with agreeing(trainer), torch.inference_mode(False), own_forward(trainer, pl_module):
                 done = compensate_(
                     model,
                     masks,

@@ -19,7 +19,7 @@ from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._listening import RoundListener
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 from lrp_prune.models.outputs import logits_in
-from lrp_prune.models.states import eager, undisturbed
+from lrp_prune.models.states import eager, undisturbed, unlogged
 from lrp_prune.models.subject import forwarded
 from lrp_prune.names import class_name, unwrap
 from lrp_prune.pruning import Masks
@@ -253,7 +253,13 @@ class Distillation(RoundListener):
     def _divergence(self, pl_module: LightningModule, call: Seen) -> Tensor:
         student, counted = call.logits, call.counted()
         assert student is not None
-        with torch.no_grad(), self._teaching(pl_module, call.module) as teacher, undisturbed(teacher), eager(teacher):
+        with (
+            torch.no_grad(),
+            self._teaching(pl_module, call.module) as teacher,
+            undisturbed(teacher),
+            unlogged(pl_module),
+            eager(teacher),
+        ):
             teaches = logits_in(teacher(*call.args, **call.kwargs))
         try:
             if teaches is None:
