@@ -191,6 +191,17 @@ def known_layouts(pl_module: nn.Module, names: Iterable[str], data: bool) -> dic
     return {name: known.get(name, None if data or name not in shapes else layout_of(shapes[name])) for name in names}
 
 
+def frozen_since(pl_module: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Those of some weights that require no gradient, or that the module has no more; with their numbers of entries."""
+    parameters = named_parameters(pl_module)
+    found = {name: parameters.get(name) for name in sorted(names)}
+    return {
+        name: 0 if parameter is None else parameter.numel()
+        for name, parameter in found.items()
+        if parameter is None or not parameter.requires_grad
+    }
+
+
 def checked_key(callback: Callback, key: str, way_out: str) -> str:
     """A callback's state key; refuses a second callback with the same one, and says what to do about it.
 

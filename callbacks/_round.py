@@ -1,13 +1,16 @@
 """What a round does: from relevance to masks, from masks to a pruned model, and the table that tells of it."""
 
 import logging
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lrp_prune.callbacks._callbacks import callbacks_of
-from lrp_prune.callbacks._checks import check_apart, known_layouts
+from lrp_prune.callbacks._checks import check_apart, frozen_since, known_layouts
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
@@ -18,9 +21,11 @@ from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.compensation import Compensated, Compensation
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets import in_words
 
 _logger = logging.getLogger("lrp_prune")
+_WAY_OUT = "Freeze them after the last round, or prune frozen weights too, by naming them in include= or by trainable_only=False"
 
 
 class Round:
@@ -48,6 +53,7 @@ class Round:
         """Forget what another training found."""
         self.previewed: Masks | None = None
         self._claimed: set[str] = set()
+        self._frozen: set[str] = set()
 
     def check(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
         """Refuse now what can be known without data."""
@@ -103,9 +109,32 @@ class Round:
             return
         self._claim(trainer, relevance)
         state = self._pruner.state
-        state.pending = self._pruner.select(relevance)
+        state.pending = self._select(trainer.lightning_module, relevance)
         state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
         state.pending_target = relevance.target
+
+    def _select(self, pl_module: LightningModule, relevance: Relevance) -> Masks:
+        """The coming round's masks; says once of which weights nothing more can be pruned, as they were frozen since."""
+        weights = self._collection.kinds == ("weight",)
+        candidates = self._all_claimed if weights else {*(self._pruner.state.masks or ())}
+        frozen = frozen_since(pl_module, candidates - set(relevance.parameter_shapes))
+        told = f"{self._pruner.name}: {', '.join(patterns_of(sorted(frozen)))} cannot be pruned any more, being frozen since"
+        try:
+            masks = self._pruner.select(relevance)
+        except MisconfigurationException as error:
+            raise (MisconfigurationException(f"{error}. {told}: {_WAY_OUT}") if frozen else error) from error
+        if not self._frozen.issuperset(frozen):
+            self._frozen.update(frozen)
+            last = self._pruner.state.round + 1 == self._count
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                final = masks if last else self._pruner.select(relevance, final=True)
+            entries = final.num_entries + sum(numel for name, numel in frozen.items() if name not in final)
+            rank_zero_warn(
+                f"{told}: the last round will leave {final.num_pruned / entries:.2%} of all {entries:,} weights of this callback "
+                f"pruned, where {self._pruner.targets[-1]} {'' if weights else 'of the units '}was asked for. {_WAY_OUT}"
+            )
+        return masks
 
     def preview(self, trainer: Trainer, relevance: Relevance) -> None:
         """Select and show the last round's masks, and change nothing."""
@@ -132,7 +161,7 @@ class Round:
             relevance = self._collection.run(trainer, pl_module)
             explained = relevance.target
             self._claim(trainer, relevance)
-            masks = pruner.select(relevance)
+            masks = self._select(pl_module, relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
         tell_before_round(trainer, pl_module, masks, self._recalibrate or self._compensation is not None)
         recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None
