@@ -255,7 +255,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitored.catch_up(trainer, self, self.round == self._times.count)
+        self._monitored.catch_up(trainer, self, self.round >= self._times.count)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -347,4 +347,4 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.log_progress(pl_module)
-        self._monitored.log(trainer, pl_module, self.round == self._times.count)
+        self._monitored.log(trainer, pl_module, self.round >= self._times.count)
