@@ -23,6 +23,7 @@ from lrp_prune.names import named_parameters, resolve
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.compensation import Compensated, Compensation, compensate_
 from lrp_prune.pruning.coverage import groups_of
+from lrp_prune.pruning.existing import check_existing
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.masking import masked_parameters
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
@@ -102,13 +103,14 @@ class Pruner:
         self._told |= set(relevance.unscored)
         return masks
 
-    def check(
-        self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]], granularity: str = "weight"
-    ) -> None:
-        """Refuse now what a selection would refuse whatever the scores are; see :func:`check_selectable`."""
+    def check(self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse now what a selection of weights would refuse whatever the scores are, and whatever is pruned later."""
+        existing = self.state.masks
         with misconfiguration():
             for target in self.targets[self.state.round :]:
-                check_selectable(layouts, shapes, target, self._compared, granularity)
+                check_selectable(layouts, shapes, target, self._compared)
+                if existing is not None:  # of a checkpoint, say
+                    check_existing(existing, layouts, shapes, target, self._compared)
 
     def check_adapters(self, pl_module: LightningModule, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse now adapters that a round could not mask."""

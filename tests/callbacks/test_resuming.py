@@ -130,7 +130,9 @@ def interrupted(make_module, make_loader, make_trainer, tmp_path) -> Any:
     def fit(pruning: RelevancePruning, path: Path | None = None) -> tuple[RelevancePruning, Any]:
         kept = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         trainer = make_trainer(callbacks=[pruning, kept], enable_checkpointing=True, max_epochs=5)
-        trainer.fit(make_module(), make_loader(), make_loader(seed=2), ckpt_path=path)
+        module = make_module()
+        fit.steps = module.zeros_after_step
+        trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=path)
         return pruning, trainer
 
     fit(RelevancePruning(0.6, 3, schedule="linear", scope="layer", summary=False))
@@ -157,3 +159,26 @@ def test_more_rounds_done_than_asked_for_count_as_all(make_module, make_loader, 
 def test_masks_that_wait_are_selected_anew_by_what_is_asked_for_now(interrupted) -> None:
     pruning, _ = interrupted(RelevancePruning(0.9, 2, schedule="linear", scope="layer", summary=False))
     assert pruning.round == 2 and pruning.masks.sparsity == pytest.approx(0.9, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.1, "rounds": 3}, r"of net\..* are pruned already, more than the"),
+        (
+            {"sparsity": 0.19, "rounds": 2, "schedule": "linear", "scope": "global"},
+            "128 of 640 entries .* than the 122 ",
+        ),
+        ({"sparsity": {"net.0*": 0.5, "net.4*": 0.1}, "rounds": 2}, "77 of 384 entries of net.4.weight"),
+        (
+            {"sparsity": 0.25, "rounds": 2, "schedule": [0.25, 0.25], "scope": "6:8"},
+            r"of 8 entries of a row of net\..*the 2 ",
+        ),
+        ({"sparsity": 0.25, "rounds": 2, "scope": "row"}, "entries of a row of net"),
+    ],
+    ids=str,
+)
+def test_less_than_is_pruned_is_refused_before_the_training(interrupted, arguments, message) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        interrupted(RelevancePruning(summary=False, **{"scope": "layer", **arguments}))
+    assert not interrupted.func.steps
