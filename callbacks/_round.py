@@ -2,12 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.callbacks._checks import check_apart, frozen_since, known_layouts
@@ -53,6 +54,7 @@ class Round:
         """Forget what another training found."""
         self.previewed: Masks | None = None
         self._claimed: set[str] = set()
+        self._parameters: set[str] = set()
         self._frozen: set[str] = set()
 
     def check(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
@@ -84,23 +86,34 @@ class Round:
             if not preview:
                 self._claim(trainer, relevance)
 
-    def _claim(self, trainer: Trainer, names: Iterable[str]) -> None:
+    def _claim(self, trainer: Trainer, found: Relevance | Mapping[str, Tensor]) -> None:
         """Note what these rounds prune; refuses what those of another callback prune, whose zeros would count as well as ours.
 
         Raises:
             MisconfigurationException: and says which, and by which callbacks.
         """
-        self._claimed.update(names)
-        others = [getattr(entry, "_round", None) for entry in callbacks_of(trainer)]
+        self._claimed.update(found)
+        owned = found.members.values() if isinstance(found, Relevance) else ()
+        self._parameters.update({member.parameter for members in owned for member in members} or found)
+        mine, others = self._pruner.name, [getattr(entry, "_round", None) for entry in callbacks_of(trainer)]
         for other in others:
-            if isinstance(other, Round) and other is not self and other._collection.kinds == self._collection.kinds:
-                check_apart(self._pruner.name, self._claimed, other._pruner.name, other._all_claimed)
+            if not isinstance(other, Round) or other is self:
+                continue
+            if other._collection.kinds == self._collection.kinds:
+                check_apart(mine, self._claimed, other._pruner.name, other._all_claimed)
+            else:
+                check_apart(mine, self._parameters, other._pruner.name, other._all_parameters)
 
     @property
     def _all_claimed(self) -> set[str]:
         """Weights, also of rounds that are done and were not looked at in this training; or modules whose units these are."""
         masks = self._pruner.state.masks if self._collection.kinds == ("weight",) else None
         return self._claimed.union(masks or ())
+
+    @property
+    def _all_parameters(self) -> set[str]:
+        """Weights, or what units own of them, also of rounds that are done."""
+        return self._parameters.union(self._pruner.state.masks or ())
 
     def pend(self, trainer: Trainer, relevance: Relevance, epoch: int, previewing: bool) -> None:
         """Select masks in a validation, to be applied when the training goes on; or show what they would be."""
