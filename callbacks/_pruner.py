@@ -327,4 +327,4 @@ def _mask_averages(trainer: Trainer, masks: Masks) -> None:
 def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
-    pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+    pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1)

@@ -165,7 +165,7 @@ class CircuitDiscovery(Callback):
         if len(set(result.sizes)) > 1:
             measured |= {"cpr": result.cpr, "cmd": result.cmd}
         for name, value in measured.items():
-            pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1)
+            pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1, batch_size=1)
 
 
 def _check_task(name: str, task: Any) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lrp_prune import CorrectedModule
 from lrp_prune.callbacks import ContrastiveCorrection, RelevanceCollector, RelevancePruning
 
 X = torch.linspace(-2, 2, 32 * 8).reshape(4, 8, 8).sin()
@@ -100,3 +101,31 @@ def test_a_training_prunes_by_the_batches_as_they_were(sanity: int, make_trainer
     trainer.fit(Taking(), batches, [batches, loader(lambda x, y: {"x": -x, "y": y})])
     assert pruning.round == 1
     assert correction.patch.num_entries == 2
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: RelevancePruning(0.5, rounds=2, monitor="val_loss", summary=False),
+        lambda: ContrastiveCorrection(
+            0,
+            [(torch.randn(8, 8), torch.zeros(8, dtype=torch.long))],
+            amount=0.1,
+            undesired_metric=lambda model: 1.0,
+        ),
+    ],
+    ids=["pruning", "correction"],
+)
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_training_step_that_takes_batches_by_itself(callback, make_module, make_loader, make_trainer) -> None:
+    class Taking(make_module):  # type: ignore[misc,valid-type]
+        def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+            batch, *_ = next(dataloader_iter)
+            return self.loss(batch)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            pass
+
+    trainer = make_trainer(callbacks=[made := callback()], max_epochs=3)
+    trainer.fit(CorrectedModule(Taking()), make_loader(), make_loader(seed=2))
+    assert made.round == 2 if isinstance(made, RelevancePruning) else "correction/undesired" in trainer.callback_metrics
