@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lrp_prune
 from lrp_prune import CorrectedModule
 from lrp_prune.callbacks import ContrastiveCorrection, RelevanceCollector, RelevancePruning
 
@@ -129,3 +131,30 @@ def test_a_training_step_that_takes_batches_by_itself(callback, make_module, mak
     trainer = make_trainer(callbacks=[made := callback()], max_epochs=3)
     trainer.fit(CorrectedModule(Taking()), make_loader(), make_loader(seed=2))
     assert made.round == 2 if isinstance(made, RelevancePruning) else "correction/undesired" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("method", ["lrp", "wanda"])
+def test_a_label_before_its_image_says_what_was_run_and_how_to_say_otherwise(
+    method: Any, make_module, make_loader, make_trainer
+) -> None:
+    class Turned(make_module):  # type: ignore[misc,valid-type]
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch[::-1])
+
+    pairs = [(labels, inputs) for inputs, labels in make_loader().dataset]
+    module, loader = Turned(), DataLoader(pairs, 16)
+    trainer = make_trainer(callbacks=[RelevancePruning(0.5, method=method)], max_epochs=2)
+    with pytest.raises(
+        MisconfigurationException, match=r"Turned.forward failed \(RuntimeError.*(?s:.)*def relevance_target"
+    ):
+        trainer.fit(module, loader, loader)
+    assert not module.zeros_after_step
+
+
+def test_errors_of_a_forward_that_are_not_about_its_input_are_its_own() -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("the cable is out")
+
+    with pytest.raises(RuntimeError, match="the cable is out"):
+        lrp_prune.attribute(Broken(3, 2), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))])
