@@ -9,10 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
-from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, misconfiguration
+from lrp_prune.callbacks._checks import check_count, check_flags, misconfiguration
 from lrp_prune.callbacks._collecting import check_validation
 from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.callbacks._rounds import warn_of_no_epoch
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import Ablation, check_ablation
 from lrp_prune.circuits.discover import check_nodes, check_options

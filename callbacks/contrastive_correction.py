@@ -15,7 +15,6 @@ from lrp_prune.callbacks._batches import Source
 from lrp_prune.callbacks._checks import (
     check_choice,
     check_flags,
-    check_strategy,
     checked_key,
     misconfiguration,
 )
@@ -36,6 +35,7 @@ from lrp_prune.callbacks._contrast import (
 )
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._reference_sets import ReferenceSets
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.correction import Automatic, Guard, Learned, Patch, Search, patch_of, search_amount
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects

@@ -17,6 +17,7 @@ from lrp_prune.callbacks._callbacks import callbacks_of
 from lrp_prune.callbacks._calls import Seen, outermost, watching
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._listening import RoundListener
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 from lrp_prune.models.outputs import logits_in
 from lrp_prune.models.states import eager, undisturbed, unlogged
@@ -104,7 +105,7 @@ class Distillation(RoundListener):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested)
+        check_strategy(trainer, type(self).__name__, self._allow_untested)
         prunings = [entry for entry in callbacks_of(trainer) if isinstance(entry, RelevancePruning)]
         if not prunings and self.teacher is None:
             raise MisconfigurationException(

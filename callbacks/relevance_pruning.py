@@ -8,7 +8,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks import _checks, _monitor, _resuming
+from lrp_prune.callbacks import _checks, _monitor, _resuming, _strategies
 from lrp_prune.callbacks._adapter_masking import AdapterMasking
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
@@ -180,11 +180,11 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
+        _strategies.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
         if self._compensates:
-            _checks.check_compensated_strategy(trainer)
+            _strategies.check_compensated_strategy(trainer)
         _checks.check_other_pruning(trainer, type(self).__name__)
         _checks.check_names(_checks.names_of(trainer, RelevancePruning))
         self._monitored.check(trainer)
