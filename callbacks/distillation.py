@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,9 +22,10 @@ from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 from lrp_prune.models.outputs import logits_in
 from lrp_prune.models.states import eager, undisturbed, unlogged
 from lrp_prune.models.subject import forwarded
-from lrp_prune.names import class_name, unwrap
+from lrp_prune.names import class_name, resolve, unwrap
 from lrp_prune.pruning import Masks
 from lrp_prune.pruning.sparse_adapters import whole_adapters
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.training.earlier import EarlierValues
 from lrp_prune.training.matching import soft_divergence, squared_distance
 
@@ -138,12 +139,16 @@ class Distillation(RoundListener):
                 "known: go on from a checkpoint of a training with Distillation, or pass the dense model as teacher="
             )
         if self.teacher is not None:
+            trained = {name for name, entry in pl_module.named_parameters() if entry.requires_grad}
+            self._check_apart(pl_module, trained, "are trained")
             self.teacher.to(pl_module.device)
 
     @override
     def before_round(self, trainer: Trainer, pl_module: LightningModule, masks: Masks, adjusts: bool) -> None:
         if self.teacher is not None:
-            return
+            pruned = {id(entry) for entry in resolve(masks, pl_module).values()}
+            names = {name for name, entry in pl_module.named_parameters() if id(entry) in pruned}
+            return self._check_apart(pl_module, names, "are going to be pruned")
         if self._earlier is None:
             self._earlier = EarlierValues(pl_module, ())
         self._earlier.keep_whole(pl_module, self._changing(pl_module, adjusts))
@@ -180,6 +185,22 @@ class Distillation(RoundListener):
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback.
         return {**self.__dict__, "_module": None, "_unwrap": None}
+
+    def _check_apart(self, pl_module: LightningModule, changing: Set[str], why: str) -> None:
+        """Refuse a teacher that changes with its student, from which it would never be apart."""
+        assert self.teacher is not None
+        taught = {entry.untyped_storage().data_ptr() for entry in self.teacher.parameters()}
+        shared = [
+            name
+            for name, entry in pl_module.named_parameters()
+            if name in changing and entry.untyped_storage().data_ptr() in taught and entry.numel()
+        ]
+        if shared:
+            raise MisconfigurationException(
+                f"teacher= shares {', '.join(patterns_of(shared))} with the module, which {why}: it would move with its "
+                "student: pass a copy that stays as it is (copy.deepcopy(model)), or leave teacher= out for the model before the "
+                "first round"
+            )
 
     def _changing(self, pl_module: LightningModule, adjusts: bool) -> list[str]:
         """What of the model will not stay as it is now."""
