@@ -133,7 +133,8 @@ class Pruner:
                 self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
                 _mask_averages(trainer, self.state.masks)
             else:
-                self._keeper.attach(trainer.optimizers)
+                with misconfiguration():
+                    self._keeper.attach(trainer.optimizers)
             self.mask_adapters(pl_module)
 
     def mask_adapters(self, pl_module: LightningModule) -> None:
@@ -273,7 +274,7 @@ class Pruner:
             return
         try:
             mine = self._keeper.brought_back()
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             rank_zero_warn(
                 f"{self.name}: the model has other weights than in the training, and may not be pruned: {error}"
             )

@@ -118,10 +118,12 @@ class MaskKeeper:
 
         Raises:
             TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
+            KeyError: a parameter is there no more.
+            ValueError: one was replaced by one of another shape.
         """
         optimizers = list(optimizers)
         check_optimizers(optimizers, _KEPT)
-        current = resolve(self._kept, self._model) if self._kept else {}
+        current = self._current()
         replaced = any(current[name] is not parameter for name, parameter in self._parameters.items())
         if replaced or not len(self._parameter_hooks):
             self._parameters = current
@@ -155,11 +157,14 @@ class MaskKeeper:
         return found
 
     def brought_back(self) -> list[str]:
-        """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them."""
-        current = resolve(self._kept, self._model) if self._kept else {}  # whatever has been put in their place
+        """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them.
+
+        Raises:
+            KeyError, ValueError: see :meth:`attach`.
+        """
         return [
             name
-            for name, parameter in current.items()
+            for name, parameter in self._current().items()
             if bool(local_part(parameter).detach()[self._bits(name, parameter) == 0].any())
         ]
 
@@ -168,6 +173,18 @@ class MaskKeeper:
         self._parameter_hooks.clear()
         self._optimizer_hooks.clear()
         self._optimizers = []
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        """The parameters that are masked, whatever has been put in their place."""
+        current = resolve(self._kept, self._model) if self._kept else {}
+        for name, parameter in current.items():
+            here, masked = tuple(local_part(parameter).shape), tuple(self._kept[name].shape)
+            if here != masked:
+                raise ValueError(
+                    f"{name} has shape {here} now, and its mask {masked}: it was replaced after it had been pruned. Replace it "
+                    "before the first round, or by one of the same shape, or leave it out by exclude="
+                )
+        return current
 
     def _bits(self, name: str, parameter: Tensor) -> Tensor:
         kept = self._kept[name]

@@ -271,6 +271,24 @@ def test_the_same_weights_under_two_names_are_refused(
     assert len(module.zeros_after_step) == (0 if known else 4) and not any(module.zeros_after_step)
 
 
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_end"])
+def test_a_pruned_layer_that_is_replaced_by_a_larger_one_is_named(
+    when: str, make_module, make_loader, make_trainer
+) -> None:
+    class Growing(Callback):
+        def grow(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch >= 2:
+                pl_module.net[4], pl_module.net[6] = torch.nn.Linear(24, 20), torch.nn.Linear(20, 4)
+
+    setattr(Growing, when, Growing.grow)
+    pruning = RelevancePruning(sparsity=0.5, include=["net.4"], method="magnitude", summary=False)
+    trainer = make_trainer(callbacks=[Growing(), pruning], max_epochs=3)
+    told = r"net.4.weight has shape \(20, 24\) now, and its mask \(16, 24\).*before the first round"
+    ends = when == "on_train_end"
+    with pytest.warns(UserWarning, match=told) if ends else pytest.raises(MisconfigurationException, match=told):
+        trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+
+
 @pytest.mark.parametrize("first", ["weight", "neuron"])
 def test_weights_and_units_of_the_same_layers_are_refused(first: str, make_module, make_loader, make_trainer) -> None:
     kinds = [first, "neuron" if first == "weight" else "weight"]
