@@ -97,6 +97,10 @@ class Collection:
         self._failure: Exception | None = None
         self._first: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is under way is about this model and this run.
+        return {**self.__dict__, "_scorer": None, "_progress": None, "_failure": None}
+
     @property
     def needs_data(self) -> bool:
         """Whether the method looks at data at all."""

@@ -75,6 +75,9 @@ class ConditionSets:
         self._later: list[str] | None = None
         self._failure: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_context": None}  # what is under way is about this run
+
     def check(self, pl_module: LightningModule) -> None:
         """Raise now if there is no such module."""
         with misconfiguration((ValueError, KeyError)):

@@ -55,6 +55,10 @@ class Pruner:
         self._told: set[str] = set()
         self._adapted: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made in a training keeps the masks of the model that it is given, and not of a copy of this one.
+        return {**self.__dict__, "_keeper": None}
+
     def fits(self, model: nn.Module) -> bool:
         """Whether all that was pruned is zero in this model, as a copy of a callback finds it; warns if masks are given up.
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.callbacks._checks import check_count, check_flags, misconfiguration
 from lrp_prune.callbacks._collecting import check_validation
 from lrp_prune.callbacks._forwards import own_forward
@@ -131,6 +132,9 @@ class CircuitDiscovery(Callback):
         """The evaluation; the last of its sizes is that of :attr:`circuit`."""
         assert self.ranking is not None and self._result is not None
         return self._result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copied_state(self)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lrp_prune.callbacks import _checks
-from lrp_prune.callbacks._callbacks import callbacks_of
+from lrp_prune.callbacks._callbacks import callbacks_of, copied_state
 from lrp_prune.callbacks._calls import Seen, outermost, watching
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._listening import RoundListener
@@ -184,7 +184,7 @@ class Distillation(RoundListener):
 
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback.
-        return {**self.__dict__, "_module": None, "_unwrap": None}
+        return copied_state(self, "_module", "_unwrap")
 
     def _check_apart(self, pl_module: LightningModule, changing: Set[str], why: str) -> None:
         """Refuse a teacher that changes with its student, from which it would never be apart."""

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lrp_prune.callbacks import _checks, _monitor, _resuming, _strategies
 from lrp_prune.callbacks._adapter_masking import AdapterMasking
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._pruner import Pruner
@@ -305,8 +306,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         self._pruner.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Strategies that spawn processes pickle the callback; a weak reference cannot go along.
-        return {**self.__dict__, "_module": None}
+        return copied_state(self, "_module")
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.

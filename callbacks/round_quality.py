@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks import _checks, _monitor, _resuming
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.callbacks._distributed import gathered
 from lrp_prune.callbacks._listening import RoundListener
 from lrp_prune.callbacks._strategies import check_strategy
@@ -189,7 +190,7 @@ class RoundQuality(RoundListener):
 
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback.
-        return {**self.__dict__, "_module": None}
+        return copied_state(self, "_module")
 
     def table(self) -> str:
         """The rounds as text."""

@@ -174,6 +174,10 @@ class MaskKeeper:
         self._optimizer_hooks.clear()
         self._optimizers = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a gradient was is looked at anew in a copy: weak references cannot be pickled.
+        return {**self.__dict__, "_zeroed": {}}
+
     def _current(self) -> dict[str, nn.Parameter]:
         """The parameters that are masked, whatever has been put in their place."""
         current = resolve(self._kept, self._model) if self._kept else {}
