@@ -10,13 +10,6 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
 from torch import nn
 
 from lrp_prune.arguments import check_flag, check_integer, check_patterns
@@ -34,9 +27,6 @@ from lrp_prune.pruning.scope import settled
 from lrp_prune.relevance import granularities_of
 from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.selection.scopes import Structure, check_reachable, layout_of, parse_scope
-from lrp_prune.wrapper.internals import starts_processes
-
-STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 
 @contextmanager
@@ -191,6 +181,17 @@ def known_layouts(pl_module: nn.Module, names: Iterable[str], data: bool) -> dic
     return {name: known.get(name, None if data or name not in shapes else layout_of(shapes[name])) for name in names}
 
 
+def frozen_since(pl_module: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Those of some weights that require no gradient, or that the module has no more; with their numbers of entries."""
+    parameters = named_parameters(pl_module)
+    found = {name: parameters.get(name) for name in sorted(names)}
+    return {
+        name: 0 if parameter is None else parameter.numel()
+        for name, parameter in found.items()
+        if parameter is None or not parameter.requires_grad
+    }
+
+
 def checked_key(callback: Callback, key: str, way_out: str) -> str:
     """A callback's state key; refuses a second callback with the same one, and says what to do about it.
 
@@ -256,58 +257,12 @@ def check_apart(name: str, claimed: Set[str], other: str, theirs: Set[str]) -> N
         )
 
 
-def check_strategy(trainer: Trainer, name: str, allow_untested: bool, sharded: bool = False) -> None:
-    """Refuse strategies for which nothing is tested; subclasses count as others (DeepSpeed's is one of DDP's).
-
-    Args:
-        trainer: the run.
-        name: of the callback.
-        allow_untested: warn only.
-        sharded: whether the callback works on parameters that ``fully_shard`` has divided.
-    """
-    strategy = trainer.strategy
-    if starts_processes(trainer):
-        rank_zero_warn(
-            f"this strategy starts processes that give back the model's weights only: what {name} finds stays in them. Take "
-            "it from a checkpoint, write it in a hook of your own (on_fit_end), or use strategy='ddp'"
-        )
-    if type(strategy) is ModelParallelStrategy and sharded:
-        if strategy.device_mesh["tensor_parallel"].size() > 1:
-            raise MisconfigurationException(
-                f"{name} works on weights that fully_shard has divided, not under tensor parallelism: use "
-                f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)"
-            )
-        return
-    if type(strategy) in STRATEGIES:
-        return
-    tested = "'auto' on one device and 'ddp' in all its variants" + (", and ModelParallelStrategy" if sharded else "")
-    message = f"{name} is tested with the strategies {tested}, not with {type(strategy).__name__}"
-    remedy = "use one of those"
-    if sharded and isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-        remedy = (
-            "use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), and shard the model in "
-            "configure_model by torch.distributed.fsdp.fully_shard"
-        )
-    if not allow_untested:
-        raise MisconfigurationException(f"{message}: {remedy}, or pass allow_untested=True to try")
-    rank_zero_warn(f"{message}: you asked for it by allow_untested=True")
-
-
 def checked_compensation(compensation: Any, recalibrate: bool) -> Compensation | None:
     """How what is kept is updated; refuses what is none of the ways, and one beside recalibration."""
     with misconfiguration():
         found = compensation_of(compensation)
         check_alone(found, recalibrate)
     return found
-
-
-def check_compensated_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that divide weights so that no layer can be gathered, whether they were allowed as untested or not."""
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-        raise MisconfigurationException(
-            f"compensation works on whole layers, and {type(trainer.strategy).__name__} has none: use strategy='ddp', or "
-            "ModelParallelStrategy with fully_shard, whose layers it gathers one at a time"
-        )
 
 
 def warn_monitors(trainer: Trainer, names: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lrp_prune.callbacks import _resuming, _uneven
 from lrp_prune.callbacks._averages import trained_weights
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.models.batches import contained
 
 
@@ -40,6 +41,9 @@ class CollectingCallback(Callback, ABC):
     _validating = False
     _given: Any = None
     """The batch at hand as the loader gave it: a step may take entries out of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copied_state(self)
 
     @abstractmethod
     def _uses_validation(self, trainer: Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from functools import partial
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from lrp_prune.callbacks._checks import (
     misconfiguration,
 )
 from lrp_prune.callbacks._distributed import agree, agreeing, check_targets, gathered, merged
+from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.callbacks._progress import CollectionProgress
 from lrp_prune.models.batches import mapped
 from lrp_prune.pruning import METHODS, UNIT_METHODS, Method, Scorer, scorer
@@ -94,6 +96,10 @@ class Collection:
         self._alone = True
         self._failure: Exception | None = None
         self._first: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is under way is about this model and this run.
+        return {**self.__dict__, "_scorer": None, "_progress": None, "_failure": None}
 
     @property
     def needs_data(self) -> bool:
@@ -328,7 +334,7 @@ class Collection:
 
     def _make_scorer(self, trainer: Trainer, pl_module: LightningModule) -> Scorer:
         method = self.method if self.method.target is not None else self.method.with_target(self._inferred)
-        context = trainer.precision_plugin.val_step_context
+        context = partial(own_forward, trainer, pl_module)
         with torch.inference_mode(False), misconfiguration():
             return scorer(
                 method, pl_module, granularity=self.kinds, forward_context=context, **self.which, **self.running

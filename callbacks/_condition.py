@@ -1,6 +1,7 @@
 """What a condition is learned of inside a Lightning run: hidden states of the reference sets, taken beside their relevance."""
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from lrp_prune.callbacks._batches import Source, batches_of
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._distributed import agreeing, gathered
+from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.correction import ActivationAbove, Learned, Patch
 from lrp_prune.correction.conditional import ConditionalPatch
 from lrp_prune.correction.conditions.activation import UNDESIRED
@@ -73,6 +75,9 @@ class ConditionSets:
         self._later: list[str] | None = None
         self._failure: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_context": None}  # what is under way is about this run
+
     def check(self, pl_module: LightningModule) -> None:
         """Raise now if there is no such module."""
         with misconfiguration((ValueError, KeyError)):
@@ -103,7 +108,7 @@ class ConditionSets:
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the validation that begins."""
         self._forget()
-        self._model, self._context = subject_of(inner(pl_module)).module, trainer.precision_plugin.val_step_context
+        self._model, self._context = subject_of(inner(pl_module)).module, partial(own_forward, trainer, pl_module)
 
     def observe(self, batch: Any, dataloader_idx: int) -> None:
         """Take the states of a validation batch for the sets that it belongs to."""

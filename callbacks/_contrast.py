@@ -21,7 +21,7 @@ from lrp_prune.correction.search import GENERAL
 from lrp_prune.correction.verifying import resolve_entries
 from lrp_prune.effects import SideEffects, Suite
 from lrp_prune.effects.limits import checked_limits
-from lrp_prune.models.states import undisturbed
+from lrp_prune.models.states import undisturbed, unlogged
 from lrp_prune.names import named_parameters
 from lrp_prune.relevance import Relevance
 from lrp_prune.wrapper.module import CorrectedModule
@@ -37,7 +37,7 @@ def measured(trainer: Trainer, name: str, metric: Any, model: nn.Module) -> floa
         MisconfigurationException: it gives no number.
         OtherProcessError: it failed in another process.
     """
-    with agreeing(trainer):
+    with agreeing(trainer), unlogged(model):
         found = metric(model)
         try:
             value = float(found)

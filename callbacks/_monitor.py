@@ -74,7 +74,7 @@ class Monitored:
         if value is not None and _OF_LOADER in self._key:  # which Lightning adds itself, and does not take
             trainer.callback_metrics[self._key] = value
         elif value is not None:
-            pl_module.log(self._key, value, on_step=False, on_epoch=True, logger=False, sync_dist=False)
+            pl_module.log(self._key, value, on_step=False, on_epoch=True, logger=False, sync_dist=False, batch_size=1)
 
     def catch_up(self, trainer: Trainer, callback: Callback, final: bool) -> None:
         """Take over what the module logged in its own ``on_validation_epoch_end``, which comes after those of callbacks.

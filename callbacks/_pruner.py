@@ -14,6 +14,7 @@ from lrp_prune.callbacks._averages import averaged_models
 from lrp_prune.callbacks._checks import misconfiguration
 from lrp_prune.callbacks._corrected import inner, uncorrected
 from lrp_prune.callbacks._distributed import agreeing, check_equal, gathered
+from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.callbacks._progress import beside
 from lrp_prune.callbacks._state import PruningState
 from lrp_prune.distributed.sharding import local_part, sharding_of
@@ -22,6 +23,7 @@ from lrp_prune.names import named_parameters, resolve
 from lrp_prune.pruning import EmptiedWeightsWarning, Masks, Scope, select
 from lrp_prune.pruning.compensation import Compensated, Compensation, compensate_
 from lrp_prune.pruning.coverage import groups_of
+from lrp_prune.pruning.existing import check_existing
 from lrp_prune.pruning.kinds import figures_by_kind
 from lrp_prune.pruning.masking import masked_parameters
 from lrp_prune.pruning.recalibration import Recalibration, recalibrate
@@ -52,6 +54,10 @@ class Pruner:
         self._written: set[str] = set()
         self._told: set[str] = set()
         self._adapted: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made in a training keeps the masks of the model that it is given, and not of a copy of this one.
+        return {**self.__dict__, "_keeper": None}
 
     def fits(self, model: nn.Module) -> bool:
         """Whether all that was pruned is zero in this model, as a copy of a callback finds it; warns if masks are given up.
@@ -101,13 +107,14 @@ class Pruner:
         self._told |= set(relevance.unscored)
         return masks
 
-    def check(
-        self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]], granularity: str = "weight"
-    ) -> None:
-        """Refuse now what a selection would refuse whatever the scores are; see :func:`check_selectable`."""
+    def check(self, layouts: Mapping[str, str | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse now what a selection of weights would refuse whatever the scores are, and whatever is pruned later."""
+        existing = self.state.masks
         with misconfiguration():
             for target in self.targets[self.state.round :]:
-                check_selectable(layouts, shapes, target, self._compared, granularity)
+                check_selectable(layouts, shapes, target, self._compared)
+                if existing is not None:  # of a checkpoint, say
+                    check_existing(existing, layouts, shapes, target, self._compared)
 
     def check_adapters(self, pl_module: LightningModule, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse now adapters that a round could not mask."""
@@ -130,7 +137,8 @@ class Pruner:
                 self._keeper = MaskKeeper(pl_module, self.state.masks, trainer.optimizers)
                 _mask_averages(trainer, self.state.masks)
             else:
-                self._keeper.attach(trainer.optimizers)
+                with misconfiguration():
+                    self._keeper.attach(trainer.optimizers)
             self.mask_adapters(pl_module)
 
     def mask_adapters(self, pl_module: LightningModule) -> None:
@@ -160,7 +168,7 @@ class Pruner:
             agreeing(trainer),
             uncorrected(pl_module),
             torch.inference_mode(False),
-            trainer.precision_plugin.val_step_context(),
+            own_forward(trainer, pl_module),
         ):
             return recalibrate(inner(pl_module), masks, batches(), target, together=together, progress=shown)
 
@@ -216,7 +224,7 @@ class Pruner:
                     if id(entry) not in before:  # a bias may be in several stages
                         before[id(entry)] = local_part(entry).to("cpu", copy=True)
 
-            with agreeing(trainer), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+            with agreeing(trainer), torch.inference_mode(False), own_forward(trainer, pl_module):
                 done = compensate_(
                     model,
                     masks,
@@ -270,7 +278,7 @@ class Pruner:
             return
         try:
             mine = self._keeper.brought_back()
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             rank_zero_warn(
                 f"{self.name}: the model has other weights than in the training, and may not be pruned: {error}"
             )
@@ -324,4 +332,4 @@ def _mask_averages(trainer: Trainer, masks: Masks) -> None:
 def _log(pl_module: LightningModule, figures: Mapping[str, float]) -> None:
     # Equal on all ranks and constant over an epoch unless there were several rounds, of which the last is the largest.
     values = {name: torch.tensor(value, device=pl_module.device) for name, value in figures.items()}
-    pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+    pl_module.log_dict(values, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1)

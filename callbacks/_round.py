@@ -1,13 +1,17 @@
 """What a round does: from relevance to masks, from masks to a pruned model, and the table that tells of it."""
 
 import logging
-from collections.abc import Iterable
+import warnings
+from collections.abc import Mapping
 from functools import partial
 
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lrp_prune.callbacks._callbacks import callbacks_of
-from lrp_prune.callbacks._checks import check_apart, known_layouts
+from lrp_prune.callbacks._checks import check_apart, frozen_since, known_layouts
 from lrp_prune.callbacks._collection import Collection
 from lrp_prune.callbacks._listening import is_allowed, tell_before_round
 from lrp_prune.callbacks._pruner import Pruner
@@ -18,9 +22,11 @@ from lrp_prune.pruning.compared import asked_of
 from lrp_prune.pruning.compensation import Compensated, Compensation
 from lrp_prune.pruning.recalibration import Recalibration
 from lrp_prune.relevance import Relevance
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.targets import in_words
 
 _logger = logging.getLogger("lrp_prune")
+_WAY_OUT = "Freeze them after the last round, or prune frozen weights too, by naming them in include= or by trainable_only=False"
 
 
 class Round:
@@ -48,6 +54,8 @@ class Round:
         """Forget what another training found."""
         self.previewed: Masks | None = None
         self._claimed: set[str] = set()
+        self._parameters: set[str] = set()
+        self._frozen: set[str] = set()
 
     def check(self, trainer: Trainer, pl_module: LightningModule, preview: bool) -> None:
         """Refuse now what can be known without data."""
@@ -78,23 +86,34 @@ class Round:
             if not preview:
                 self._claim(trainer, relevance)
 
-    def _claim(self, trainer: Trainer, names: Iterable[str]) -> None:
+    def _claim(self, trainer: Trainer, found: Relevance | Mapping[str, Tensor]) -> None:
         """Note what these rounds prune; refuses what those of another callback prune, whose zeros would count as well as ours.
 
         Raises:
             MisconfigurationException: and says which, and by which callbacks.
         """
-        self._claimed.update(names)
-        others = [getattr(entry, "_round", None) for entry in callbacks_of(trainer)]
+        self._claimed.update(found)
+        owned = found.members.values() if isinstance(found, Relevance) else ()
+        self._parameters.update({member.parameter for members in owned for member in members} or found)
+        mine, others = self._pruner.name, [getattr(entry, "_round", None) for entry in callbacks_of(trainer)]
         for other in others:
-            if isinstance(other, Round) and other is not self and other._collection.kinds == self._collection.kinds:
-                check_apart(self._pruner.name, self._claimed, other._pruner.name, other._all_claimed)
+            if not isinstance(other, Round) or other is self:
+                continue
+            if other._collection.kinds == self._collection.kinds:
+                check_apart(mine, self._claimed, other._pruner.name, other._all_claimed)
+            else:
+                check_apart(mine, self._parameters, other._pruner.name, other._all_parameters)
 
     @property
     def _all_claimed(self) -> set[str]:
         """Weights, also of rounds that are done and were not looked at in this training; or modules whose units these are."""
         masks = self._pruner.state.masks if self._collection.kinds == ("weight",) else None
         return self._claimed.union(masks or ())
+
+    @property
+    def _all_parameters(self) -> set[str]:
+        """Weights, or what units own of them, also of rounds that are done."""
+        return self._parameters.union(self._pruner.state.masks or ())
 
     def pend(self, trainer: Trainer, relevance: Relevance, epoch: int, previewing: bool) -> None:
         """Select masks in a validation, to be applied when the training goes on; or show what they would be."""
@@ -103,9 +122,32 @@ class Round:
             return
         self._claim(trainer, relevance)
         state = self._pruner.state
-        state.pending = self._pruner.select(relevance)
+        state.pending = self._select(trainer.lightning_module, relevance)
         state.pending_epoch, state.pending_samples = epoch, relevance.num_samples
         state.pending_target = relevance.target
+
+    def _select(self, pl_module: LightningModule, relevance: Relevance) -> Masks:
+        """The coming round's masks; says once of which weights nothing more can be pruned, as they were frozen since."""
+        weights = self._collection.kinds == ("weight",)
+        candidates = self._all_claimed if weights else {*(self._pruner.state.masks or ())}
+        frozen = frozen_since(pl_module, candidates - set(relevance.parameter_shapes))
+        told = f"{self._pruner.name}: {', '.join(patterns_of(sorted(frozen)))} cannot be pruned any more, being frozen since"
+        try:
+            masks = self._pruner.select(relevance)
+        except MisconfigurationException as error:
+            raise (MisconfigurationException(f"{error}. {told}: {_WAY_OUT}") if frozen else error) from error
+        if not self._frozen.issuperset(frozen):
+            self._frozen.update(frozen)
+            last = self._pruner.state.round + 1 == self._count
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                final = masks if last else self._pruner.select(relevance, final=True)
+            entries = final.num_entries + sum(numel for name, numel in frozen.items() if name not in final)
+            rank_zero_warn(
+                f"{told}: the last round will leave {final.num_pruned / entries:.2%} of all {entries:,} weights of this callback "
+                f"pruned, where {self._pruner.targets[-1]} {'' if weights else 'of the units '}was asked for. {_WAY_OUT}"
+            )
+        return masks
 
     def preview(self, trainer: Trainer, relevance: Relevance) -> None:
         """Select and show the last round's masks, and change nothing."""
@@ -132,7 +174,7 @@ class Round:
             relevance = self._collection.run(trainer, pl_module)
             explained = relevance.target
             self._claim(trainer, relevance)
-            masks = pruner.select(relevance)
+            masks = self._select(pl_module, relevance)
             samples = relevance.num_samples if self._collection.needs_data else 0
         tell_before_round(trainer, pl_module, masks, self._recalibrate or self._compensation is not None)
         recalibration = self._recalibration(trainer, pl_module, masks, explained) if self._recalibrate else None

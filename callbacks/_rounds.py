@@ -190,17 +190,15 @@ class Times:
     def _check_steps(self, trainer: Trainer, done: int, uses_validation: bool) -> None:
         if not trainer.lightning_module.automatic_optimization:
             return  # how often the module will step is its own affair
-        total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
-        if total < 0:  # epochs of unknown length are the only limit
-            total = math.inf
+        total, batches = _steps_in(trainer), trainer.num_training_batches
         needed = self.time_of(self.count - 1) + 1
-        placed, last = done, self.time_of(self.count - 1)
+        placed = done
         if uses_validation and not math.isinf(total):
             for step in _validation_steps(trainer, int(total)):
                 if placed < self.count and step >= self.time_of(placed):
                     placed += 1
-        elif last < total:
-            placed = self.count
+        else:
+            placed += sum(self.time_of(index) < total for index in range(done, self.count))
         if placed < self.count:
             validations = (
                 ", with a validation after each of them that leaves steps to train," if uses_validation else ""
@@ -208,9 +206,9 @@ class Times:
             if math.isinf(batches):
                 remedy = "a larger max_steps is needed"
             else:
-                per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-                epochs = math.ceil(needed / per_epoch) + (1 if uses_validation else 0)
-                remedy = f"about {epochs} epochs of {per_epoch} steps are needed"
+                epochs = _epochs_within(trainer, needed, math.inf) + (1 if uses_validation else 0)
+                each = "" if len(_accumulated(trainer)) > 1 else f" of {_steps_of(trainer, 0)} steps"
+                remedy = f"about {epochs} epochs{each} are needed"
             raise MisconfigurationException(
                 f"{self.count} rounds, one every {self.every} steps from step {self.start} on, need {needed} optimizer "
                 f"steps{validations} but only {placed} of them fit into the {total:g} steps of this training: "
@@ -245,10 +243,31 @@ def _epochs_within(trainer: Trainer, steps: int, most: float) -> int:
     return epoch
 
 
+def _steps_in(trainer: Trainer) -> float:
+    """How many steps a training takes; infinity where epochs of unknown length are the only limit."""
+    total: float = trainer.estimated_stepping_batches
+    if math.isinf(trainer.num_training_batches) or trainer.max_epochs is None or trainer.max_epochs < 0:
+        return math.inf if total < 0 else total
+    # Lightning's estimate takes gradients to be accumulated over as many batches in each epoch.
+    steps = sum(_steps_of(trainer, epoch) for epoch in range(max(trainer.max_epochs, 1)))
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+
+
+def _accumulated(trainer: Trainer) -> dict[int, int]:
+    """Over how many batches gradients are accumulated, by the epoch from which on that is so."""
+    for entry in callbacks_of(trainer):
+        if isinstance(entry, GradientAccumulationScheduler):
+            return dict(entry.scheduling)
+    return {0: trainer.accumulate_grad_batches}
+
+
+def _accumulated_in(trainer: Trainer, epoch: int) -> int:
+    known = _accumulated(trainer)
+    return known[max(first for first in known if first <= epoch)]
+
+
 def _steps_of(trainer: Trainer, epoch: int) -> int:
-    schedulers = [each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler)]
-    every = schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
-    return max(1, math.ceil(trainer.num_training_batches / every))
+    return max(1, math.ceil(trainer.num_training_batches / _accumulated_in(trainer, epoch)))
 
 
 def _remedy(trainer: Trainer, limit: str, needed: int) -> str:
@@ -286,23 +305,22 @@ def _validation_steps(trainer: Trainer, total: int) -> Sequence[int]:
     """
     batches, between = trainer.num_training_batches, trainer.val_check_batch
     if math.isinf(batches):
-        apart = trainer.check_val_every_n_epoch is None and trainer.accumulate_grad_batches == 1
+        apart = trainer.check_val_every_n_epoch is None and set(_accumulated(trainer).values()) == {1}
         if between is None or math.isinf(between) or not apart:
             return range(1, total)
         return range(int(between), total, int(between))
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     interval = trainer.check_val_every_n_epoch
     if between is None or math.isinf(between):
         between, interval = batches, interval or 1
     between = int(between)
-    steps = []
-    for epoch in range(math.ceil(total / per_epoch)):
-        if interval is not None and (epoch + 1) % interval:
-            continue
+    steps = list[int]()
+    done = 0
+    for epoch in range(_epochs_within(trainer, total, math.inf)):
         offset = epoch * int(batches) if interval is None else 0
         first = between - offset % between
-        for batch in range(first, int(batches) + 1, between):
-            taken = per_epoch if batch == batches else batch // trainer.accumulate_grad_batches
-            if epoch * per_epoch + taken < total:
-                steps.append(epoch * per_epoch + taken)
+        for batch in range(first, int(batches) + 1, between) if (epoch + 1) % (interval or 1) == 0 else ():
+            taken = _steps_of(trainer, epoch) if batch == batches else batch // _accumulated_in(trainer, epoch)
+            if done + taken < total:
+                steps.append(done + taken)
+        done += _steps_of(trainer, epoch)
     return steps

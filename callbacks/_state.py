@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lrp_prune.pruning import Masks
 
 VERSION = 1
+_SELECTING = ("total sparsities", "method", "scope")
+"""Arguments that masks follow from."""
 
 
 @dataclass
@@ -55,6 +57,8 @@ class PruningState:
     ) -> "PruningState":
         """The state that :meth:`to_dict` gave; warns if it was made with other arguments.
 
+        Masks that wait are those of a round of then: where now there is none, or it would select others, they are left out.
+
         Args:
             state: what it gave.
             fingerprint: the arguments of now.
@@ -84,15 +88,14 @@ class PruningState:
                 f"the checkpoint was written with other pruning arguments; the {state['round']} rounds that are done "
                 f"count, and the rest goes on with {'; '.join(changed)}"
             )
-        masks = {
-            name: Masks.from_state_dict(state[name]) if state[name] is not None else None
-            for name in ("masks", "pending")
-        }
-        return cls(
+        read = cls(
             round=state["round"],
-            pending_epoch=state["pending_epoch"],
-            pending_samples=state["pending_samples"],
-            pending_target=state.get("pending_target", ""),  # not yet in the first checkpoints
+            masks=Masks.from_state_dict(state["masks"]) if state["masks"] is not None else None,
             delay=state["delay"],
-            **masks,
         )
+        selects_others = any(state["fingerprint"].get(name) != fingerprint.get(name) for name in _SELECTING)
+        if state["pending"] is not None and read.round < rounds and not selects_others:
+            read.pending = Masks.from_state_dict(state["pending"])
+            read.pending_epoch, read.pending_samples = state["pending_epoch"], state["pending_samples"]
+            read.pending_target = state.get("pending_target", "")  # not yet in the first checkpoints
+        return read

@@ -9,9 +9,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks._averages import trained_weights
-from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy, misconfiguration
+from lrp_prune.callbacks._callbacks import copied_state
+from lrp_prune.callbacks._checks import check_count, check_flags, misconfiguration
 from lrp_prune.callbacks._collecting import check_validation
+from lrp_prune.callbacks._forwards import own_forward
 from lrp_prune.callbacks._rounds import warn_of_no_epoch
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.circuits import MIB_SIZES, Circuit, EvaluationResult, Ranking, discover, evaluate
 from lrp_prune.circuits.ablation import Ablation, check_ablation
 from lrp_prune.circuits.discover import check_nodes, check_options
@@ -130,6 +133,9 @@ class CircuitDiscovery(Callback):
         assert self.ranking is not None and self._result is not None
         return self._result
 
+    def __getstate__(self) -> dict[str, Any]:
+        return copied_state(self)
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer, type(self).__name__, self._allow_untested)
@@ -139,7 +145,7 @@ class CircuitDiscovery(Callback):
         """Refuse now a training without validations, a model without such nodes, or a task that does not suit it."""
         check_validation(trainer, type(self).__name__, "finds circuits", self._every_n_epochs)
         warn_of_no_epoch(trainer, type(self).__name__, self._every_n_epochs, "finds")
-        with misconfiguration(), torch.inference_mode(False), trainer.precision_plugin.val_step_context():
+        with misconfiguration(), torch.inference_mode(False), own_forward(trainer, pl_module):
             check_nodes(pl_module, self._task, self._granularity, self._method, **self._looked_at)
 
     @override
@@ -153,7 +159,7 @@ class CircuitDiscovery(Callback):
             misconfiguration(),
             trained_weights(trainer, pl_module, self),
             torch.inference_mode(False),
-            trainer.precision_plugin.val_step_context(),
+            own_forward(trainer, pl_module),
         ):
             options: dict[str, Any] = {**self._looked_at, **self._options}
             ranking = discover(pl_module, self._task, self._granularity, self._method, **options)
@@ -164,7 +170,7 @@ class CircuitDiscovery(Callback):
         if len(set(result.sizes)) > 1:
             measured |= {"cpr": result.cpr, "cmd": result.cmd}
         for name, value in measured.items():
-            pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1)
+            pl_module.log(f"circuit/{name}", value, sync_dist=trainer.world_size > 1, batch_size=1)
 
 
 def _check_task(name: str, task: Any) -> None:

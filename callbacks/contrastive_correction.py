@@ -15,7 +15,6 @@ from lrp_prune.callbacks._batches import Source
 from lrp_prune.callbacks._checks import (
     check_choice,
     check_flags,
-    check_strategy,
     checked_key,
     misconfiguration,
 )
@@ -36,6 +35,7 @@ from lrp_prune.callbacks._contrast import (
 )
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._reference_sets import ReferenceSets
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.correction import Automatic, Guard, Learned, Patch, Search, patch_of, search_amount
 from lrp_prune.correction.several import General
 from lrp_prune.effects import SideEffects
@@ -252,7 +252,7 @@ class ContrastiveCorrection(CollectingCallback):
             self._make(pl_module, guard_by)
             if self._patch is not None:
                 self._waiting = self._examine(pl_module, self._patch)
-                pl_module.log("correction/entries", float(self._patch.num_entries))
+                pl_module.log("correction/entries", float(self._patch.num_entries), batch_size=1)
                 self._measure(pl_module, "_before", searched(self.search))
                 if trainer.state.fn != "fit":
                     self._hand_over(pl_module)
@@ -346,4 +346,4 @@ class ContrastiveCorrection(CollectingCallback):
         metrics = {name: metric for name, metric in self._metrics.items() if suffix or callable(metric)}
         for name, value in values_of(pl_module.trainer, inner(pl_module), metrics, known or {}).items():
             self._before.setdefault(name, value)
-            pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True)
+            pl_module.log(f"correction/{name}{suffix}", value, on_step=False, on_epoch=True, batch_size=1)

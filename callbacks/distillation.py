@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lrp_prune.callbacks import _checks
-from lrp_prune.callbacks._callbacks import callbacks_of
+from lrp_prune.callbacks._callbacks import callbacks_of, copied_state
 from lrp_prune.callbacks._calls import Seen, outermost, watching
 from lrp_prune.callbacks._corrected import inner
 from lrp_prune.callbacks._listening import RoundListener
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 from lrp_prune.models.outputs import logits_in
-from lrp_prune.models.states import eager, undisturbed
+from lrp_prune.models.states import eager, undisturbed, unlogged
 from lrp_prune.models.subject import forwarded
-from lrp_prune.names import class_name, unwrap
+from lrp_prune.names import class_name, resolve, unwrap
 from lrp_prune.pruning import Masks
 from lrp_prune.pruning.sparse_adapters import whole_adapters
+from lrp_prune.relevance.unscored import patterns_of
 from lrp_prune.training.earlier import EarlierValues
 from lrp_prune.training.matching import soft_divergence, squared_distance
 
@@ -104,7 +106,7 @@ class Distillation(RoundListener):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested)
+        check_strategy(trainer, type(self).__name__, self._allow_untested)
         prunings = [entry for entry in callbacks_of(trainer) if isinstance(entry, RelevancePruning)]
         if not prunings and self.teacher is None:
             raise MisconfigurationException(
@@ -137,12 +139,16 @@ class Distillation(RoundListener):
                 "known: go on from a checkpoint of a training with Distillation, or pass the dense model as teacher="
             )
         if self.teacher is not None:
+            trained = {name for name, entry in pl_module.named_parameters() if entry.requires_grad}
+            self._check_apart(pl_module, trained, "are trained")
             self.teacher.to(pl_module.device)
 
     @override
     def before_round(self, trainer: Trainer, pl_module: LightningModule, masks: Masks, adjusts: bool) -> None:
         if self.teacher is not None:
-            return
+            pruned = {id(entry) for entry in resolve(masks, pl_module).values()}
+            names = {name for name, entry in pl_module.named_parameters() if id(entry) in pruned}
+            return self._check_apart(pl_module, names, "are going to be pruned")
         if self._earlier is None:
             self._earlier = EarlierValues(pl_module, ())
         self._earlier.keep_whole(pl_module, self._changing(pl_module, adjusts))
@@ -178,7 +184,23 @@ class Distillation(RoundListener):
 
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback.
-        return {**self.__dict__, "_module": None, "_unwrap": None}
+        return copied_state(self, "_module", "_unwrap")
+
+    def _check_apart(self, pl_module: LightningModule, changing: Set[str], why: str) -> None:
+        """Refuse a teacher that changes with its student, from which it would never be apart."""
+        assert self.teacher is not None
+        taught = {entry.untyped_storage().data_ptr() for entry in self.teacher.parameters()}
+        shared = [
+            name
+            for name, entry in pl_module.named_parameters()
+            if name in changing and entry.untyped_storage().data_ptr() in taught and entry.numel()
+        ]
+        if shared:
+            raise MisconfigurationException(
+                f"teacher= shares {', '.join(patterns_of(shared))} with the module, which {why}: it would move with its "
+                "student: pass a copy that stays as it is (copy.deepcopy(model)), or leave teacher= out for the model before the "
+                "first round"
+            )
 
     def _changing(self, pl_module: LightningModule, adjusts: bool) -> list[str]:
         """What of the model will not stay as it is now."""
@@ -253,7 +275,13 @@ class Distillation(RoundListener):
     def _divergence(self, pl_module: LightningModule, call: Seen) -> Tensor:
         student, counted = call.logits, call.counted()
         assert student is not None
-        with torch.no_grad(), self._teaching(pl_module, call.module) as teacher, undisturbed(teacher), eager(teacher):
+        with (
+            torch.no_grad(),
+            self._teaching(pl_module, call.module) as teacher,
+            undisturbed(teacher),
+            unlogged(pl_module),
+            eager(teacher),
+        ):
             teaches = logits_in(teacher(*call.args, **call.kwargs))
         try:
             if teaches is None:

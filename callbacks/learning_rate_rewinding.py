@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks._callbacks import callbacks_of
+from lrp_prune.callbacks._callbacks import callbacks_of, copied_state
 from lrp_prune.callbacks.relevance_pruning import RelevancePruning
 
 _SCHEDULED = ("lr", "momentum", "betas")
@@ -96,6 +96,9 @@ class LearningRateRewinding(Callback):
             config.scheduler.load_state_dict(deepcopy(state))
         if self._schedulers:
             rank_zero_info(f"round {done}: learning rates begin anew")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copied_state(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

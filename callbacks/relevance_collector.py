@@ -6,10 +6,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks._checks import check_count, check_flags, check_strategy
+from lrp_prune.callbacks._checks import check_count, check_flags
 from lrp_prune.callbacks._collecting import CollectingCallback, check_validation
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._rounds import warn_of_no_epoch
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.engine.unsharding import make_ordinary
 from lrp_prune.pruning import Method
 from lrp_prune.relevance import Granularity

@@ -8,8 +8,9 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lrp_prune.callbacks import _checks, _monitor, _resuming
+from lrp_prune.callbacks import _checks, _monitor, _resuming, _strategies
 from lrp_prune.callbacks._adapter_masking import AdapterMasking
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.callbacks._collecting import CollectingCallback
 from lrp_prune.callbacks._collection import Collection, MethodName, Reference
 from lrp_prune.callbacks._pruner import Pruner
@@ -180,11 +181,11 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _checks.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
+        _strategies.check_strategy(trainer, type(self).__name__, self._allow_untested, sharded=True)
         if stage != "fit":
             return
         if self._compensates:
-            _checks.check_compensated_strategy(trainer)
+            _strategies.check_compensated_strategy(trainer)
         _checks.check_other_pruning(trainer, type(self).__name__)
         _checks.check_names(_checks.names_of(trainer, RelevancePruning))
         self._monitored.check(trainer)
@@ -255,7 +256,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._monitored.catch_up(trainer, self, self.round == self._times.count)
+        self._monitored.catch_up(trainer, self, self.round >= self._times.count)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,8 +306,7 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
         self._pruner.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Strategies that spawn processes pickle the callback; a weak reference cannot go along.
-        return {**self.__dict__, "_module": None}
+        return copied_state(self, "_module")
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hooks at which every strategy has restored weights, optimizers and this callback's state.
@@ -347,4 +347,4 @@ class RelevancePruning(AdapterMasking, CollectingCallback):
 
     def _log_progress(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pruner.log_progress(pl_module)
-        self._monitored.log(trainer, pl_module, self.round == self._times.count)
+        self._monitored.log(trainer, pl_module, self.round >= self._times.count)

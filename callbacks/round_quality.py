@@ -12,8 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lrp_prune.callbacks import _checks, _monitor, _resuming
+from lrp_prune.callbacks._callbacks import copied_state
 from lrp_prune.callbacks._distributed import gathered
 from lrp_prune.callbacks._listening import RoundListener
+from lrp_prune.callbacks._strategies import check_strategy
 from lrp_prune.callbacks._summary import show
 from lrp_prune.callbacks._undoing import EndOfRound, prunings_of
 from lrp_prune.figures import new_figure, saved
@@ -124,7 +126,7 @@ class RoundQuality(RoundListener):
             return
         _monitor.check_logs(trainer, type(self).__name__, self.monitor)
         if self._guards:
-            _checks.check_strategy(trainer, f"{type(self).__name__} with a limit or a margin", allow_untested=False)
+            check_strategy(trainer, f"{type(self).__name__} with a limit or a margin", allow_untested=False)
         if not prunings_of(trainer):
             raise MisconfigurationException(
                 "RoundQuality follows the rounds of RelevancePruning, which is none of the trainer's callbacks: add it"
@@ -188,7 +190,7 @@ class RoundQuality(RoundListener):
 
     def __getstate__(self) -> dict[str, Any]:
         # Strategies that spawn processes pickle the callback.
-        return {**self.__dict__, "_module": None}
+        return copied_state(self, "_module")
 
     def table(self) -> str:
         """The rounds as text."""

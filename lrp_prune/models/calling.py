@@ -5,6 +5,7 @@ forward, and is checked against it, before the model is run.
 """
 
 import inspect
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import forwarded
 from lrp_prune.models.wording import WAY_OUT, described
 from lrp_prune.names import class_name, unwrap
+
+_MISFIT = re.compile("type|shape|size|dim|channels|indices")
+"""What torch says where a tensor is not what an operation takes."""
 
 
 def call_of(model: nn.Module, batch: Any, labelled: bool = False) -> Call:
@@ -71,11 +75,15 @@ def called(model: nn.Module, call: Call) -> Any:
     model, assumed = forwarded(model), call.assumed
     try:
         return model(*call.args, **call.kwargs)
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
         unpacks = isinstance(error, ValueError) and "to unpack" in str(error)
+        fits = isinstance(error, RuntimeError) and not (type(error) is RuntimeError and _MISFIT.search(str(error)))
         if unpacks and assumed is None and call.labels is not None:
             assumed = "It may want the whole batch, and was given it without what was taken for labels"
-        if assumed is None or (isinstance(error, ValueError) and not unpacks):
+        elif assumed is None and call.labels is not None and isinstance(error, RuntimeError):
+            given = described((*call.args, *call.kwargs.values()))
+            assumed = f"It was given {given}, and for labels was taken {described(call.labels)}"
+        if assumed is None or fits or (isinstance(error, ValueError) and not unpacks):
             raise
         raise ValueError(
             f"{class_name(unwrap(model))}.forward failed ({type(error).__name__}: {error}). {assumed}; if that is not what "

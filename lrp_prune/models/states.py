@@ -1,4 +1,4 @@
-"""Running a model without a trace: as it is written, in evaluation mode, with modes, random numbers and buffers restored."""
+"""Running a model without a trace: as it is written, in evaluation mode, with nothing logged, and all restored."""
 
 import copy
 import random
@@ -34,9 +34,37 @@ def eager(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_LOGGING = ("log", "log_dict")
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """What stands in the place of ``log``."""
+
+
+@contextmanager
+def unlogged(model: nn.Module) -> Iterator[None]:
+    """What a ``LightningModule`` logs inside, this one or one in it, goes nowhere: it would stand for what its own steps log."""
+    modules = modules_of(model)
+    kinds = {
+        kind for kind in set(map(type, modules)) if any(base.__name__ == "LightningModule" for base in kind.__mro__)
+    }
+    logging = [vars(module) for module in modules if type(module) in kinds] if kinds else []
+    before = [{name: own[name] for name in _LOGGING if name in own} for own in logging]
+    try:
+        for own in logging:
+            own.update(dict.fromkeys(_LOGGING, _log_nothing))
+        yield
+    finally:
+        for own, known in zip(logging, before, strict=True):
+            for name in _LOGGING:
+                own.pop(name, None)
+            own.update(known)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's mode and the generators of random numbers come out as they went in.
+    """Evaluation mode inside, and nothing is logged; every module's mode and the generators of random numbers come out as they
+    went in.
 
     These are torch's, numpy's and Python's.
     """
@@ -51,7 +79,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         }
     )
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), unlogged(model):
         if any(training for _, training in modes):
             model.eval()
         try:

@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from lrp_prune.distributed.sharding import is_sharded, local_part, sharding_of
+from lrp_prune.distributed.sharding import is_sharded, local_part
 from lrp_prune.names import resolve
 from lrp_prune.training.hooks import Hooks, check_optimizers, owned_by
 from lrp_prune.training.optimizers import COUNTERS, SECOND_MOMENTS, keeps_zeros
-from lrp_prune.training.zeroing import as_bits, flat, is_dense, some_pruned, without_pruned, zero_pruned_
+from lrp_prune.training.zeroing import (
+    any_of,
+    as_bits,
+    flat,
+    is_dense,
+    part_of,
+    some_pruned,
+    without_pruned,
+    zero_pruned_,
+)
 
 _SECOND_MOMENT = 1e-6
 _SECOND_MOMENT_EVERY = 200  # steps; it decays, by 0.9 in a step to 1e-15 in that time
@@ -102,7 +111,7 @@ class MaskKeeper:
                     f"the mask of {name!r} must be a bool tensor of shape {tuple(parameter.shape)}, "
                     f"got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
-            here = _part(name, mask, parameter)
+            here = part_of(mask, parameter, name)
             if not here.all():
                 kept[name] = as_bits(here, local_part(parameter))
         self._kept, self._samples = kept, {name: some_pruned(bits) for name, bits in kept.items()}
@@ -118,10 +127,12 @@ class MaskKeeper:
 
         Raises:
             TypeError: for an object that has no hooks for its steps, since its updates cannot be followed.
+            KeyError: a parameter is there no more.
+            ValueError: one was replaced by one of another shape.
         """
         optimizers = list(optimizers)
         check_optimizers(optimizers, _KEPT)
-        current = resolve(self._kept, self._model) if self._kept else {}
+        current = self._current()
         replaced = any(current[name] is not parameter for name, parameter in self._parameters.items())
         if replaced or not len(self._parameter_hooks):
             self._parameters = current
@@ -149,17 +160,25 @@ class MaskKeeper:
             closely: look at some entries on the CPU as well, which tell of what is done through ``.data``; torch counts only what
                 is done in place.
         """
-        found = [name for name, parameter in self._parameters.items() if not self._is_zero(name, parameter, closely)]
+        sampled: dict[str, Tensor] = {}
+        found = [
+            name for name, parameter in self._parameters.items() if not self._is_zero(name, parameter, closely, sampled)
+        ]
+        if any_of(sampled.values()):
+            found += [name for name, entries in sampled.items() if bool(entries.any())]
         for name in found:
             self._zero_weight(name, self._parameters[name])
         return found
 
     def brought_back(self) -> list[str]:
-        """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them."""
-        current = resolve(self._kept, self._model) if self._kept else {}  # whatever has been put in their place
+        """The names of weights that are pruned and not zero in every place, as something else than an optimizer wrote to them.
+
+        Raises:
+            KeyError, ValueError: see :meth:`attach`.
+        """
         return [
             name
-            for name, parameter in current.items()
+            for name, parameter in self._current().items()
             if bool(local_part(parameter).detach()[self._bits(name, parameter) == 0].any())
         ]
 
@@ -168,6 +187,22 @@ class MaskKeeper:
         self._parameter_hooks.clear()
         self._optimizer_hooks.clear()
         self._optimizers = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a gradient was is looked at anew in a copy: weak references cannot be pickled.
+        return {**self.__dict__, "_zeroed": {}}
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        """The parameters that are masked, whatever has been put in their place."""
+        current = resolve(self._kept, self._model) if self._kept else {}
+        for name, parameter in current.items():
+            here, masked = tuple(local_part(parameter).shape), tuple(self._kept[name].shape)
+            if here != masked:
+                raise ValueError(
+                    f"{name} has shape {here} now, and its mask {masked}: it was replaced after it had been pruned. Replace it "
+                    "before the first round, or by one of the same shape, or leave it out by exclude="
+                )
+        return current
 
     def _bits(self, name: str, parameter: Tensor) -> Tensor:
         kept = self._kept[name]
@@ -188,15 +223,16 @@ class MaskKeeper:
     def _note_zero(self, name: str, parameter: Tensor) -> None:
         self._versions[name] = local_part(parameter)._version
 
-    def _is_zero(self, name: str, parameter: Tensor, closely: bool) -> bool:
+    def _is_zero(self, name: str, parameter: Tensor, closely: bool, sampled: dict[str, Tensor]) -> bool:
         counted = local_part(parameter) if is_sharded(parameter) else parameter
         unchanged = counted._version == self._versions.get(name)
         if unchanged and not closely:
             return True
         here, kept = local_part(parameter), self._bits(name, parameter)
         if unchanged:
-            sampled = here.device.type == "cpu" and here.stride() == kept.stride() and is_dense(here)
-            return not (sampled and bool(flat(here)[self._samples[name]].any()))
+            if here.device.type == "cpu" and here.stride() == kept.stride() and is_dense(here):
+                sampled[name] = flat(here.detach())[self._samples[name]]
+            return True
         if bool(here[kept == 0].any()):
             return False
         self._note_zero(name, parameter)
@@ -232,13 +268,18 @@ class MaskKeeper:
         return (args[0], checked, *args[2:]), kwargs
 
     def _check_gradients(self, optimizer: Optimizer) -> None:
+        sampled: dict[str, Tensor] = {}
         for name, parameter in self._of(optimizer):
-            if parameter.grad is not None and not self._is_zeroed(name, parameter.grad):
+            if parameter.grad is not None and not self._is_zeroed(name, parameter.grad, sampled):
                 self._zero_gradient(name, parameter)
+        # One look at all of them: of many small tensors each would take longer than what it looks at.
+        if any_of(sampled.values()):
+            for name in sampled:
+                self._zero_gradient(name, self._parameters[name])
 
-    def _is_zeroed(self, name: str, gradient: Tensor) -> bool:
-        """Whether a gradient is zero where it has to be, by a sample of it: going through all of it costs as much as all the
-        rest.
+    def _is_zeroed(self, name: str, gradient: Tensor, sampled: dict[str, Tensor]) -> bool:
+        """Whether a gradient is zero where it has to be, as far as is known without looking at the sample that is put there:
+        going through all of it costs as much as all the rest.
 
         Most changes are multiplications, as in clipping and unscaling, which leave zeros.
         """
@@ -248,7 +289,8 @@ class MaskKeeper:
         here, kept = local_part(gradient), self._kept[name]
         if here.device.type != "cpu" or here.stride() != kept.stride() or not is_dense(here):
             return here._version == version
-        return not bool(flat(here)[self._samples[name]].any())
+        sampled[name] = flat(here)[self._samples[name]]
+        return True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps[id(optimizer)] += 1
@@ -302,18 +344,3 @@ class MaskKeeper:
                 for parameter, part in zip(parameters, torch.split(vector, sizes), strict=True):
                     if id(parameter) in names:
                         zero_pruned_(part, self._bits(names[id(parameter)], parameter).reshape(-1).to(part.device))
-
-
-def _part(name: str, mask: Tensor, parameter: Tensor) -> Tensor:
-    """The mask of what this process has of a parameter.
-
-    Raises:
-        ValueError: if the mask is divided among processes, and the parameter is not, or in another way.
-    """
-    of_mask, of_parameter = sharding_of(mask, name), sharding_of(parameter, name)
-    if of_mask.mesh is not None and of_mask != of_parameter:
-        raise ValueError(
-            f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
-            "masks.gathered()"
-        )
-    return of_parameter.part(mask) if of_mask.mesh is None else local_part(mask)

@@ -1,12 +1,13 @@
 """Entries of tensors set to zero where a mask has 0, and nothing else touched."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lrp_prune.distributed.sharding import local_part
+from lrp_prune.distributed.sharding import local_part, sharding_of
 
 _INTEGER_OF_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -55,7 +56,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether its entries fill a piece of memory, in any order of dimensions."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def some_pruned(kept: Tensor) -> Tensor:
@@ -75,3 +76,23 @@ def without_pruned(sparse: Tensor, kept: Tensor) -> Tensor:
     values, indices = sparse.values(), sparse.indices()
     zero_pruned_(values, kept[tuple(indices)])
     return torch.sparse_coo_tensor(indices, values, sparse.shape, is_coalesced=True, check_invariants=False)
+
+
+def any_of(tensors: Collection[Tensor]) -> bool:
+    """Whether one of many small tensors has an entry that is not zero, which takes less time than to ask each of them."""
+    return bool(tensors) and bool(torch.cat(list(tensors)).any())
+
+
+def part_of(mask: Tensor, parameter: Tensor, name: str) -> Tensor:
+    """The mask of what this process has of a parameter.
+
+    Raises:
+        ValueError: if the mask is divided among processes, and the parameter is not, or in another way.
+    """
+    of_mask, of_parameter = sharding_of(mask, name), sharding_of(parameter, name)
+    if of_mask.mesh is not None and of_mask != of_parameter:
+        raise ValueError(
+            f"the mask of {name} is divided among processes, and its parameter is not, or in another way: use "
+            "masks.gathered()"
+        )
+    return of_parameter.part(mask) if of_mask.mesh is None else local_part(mask)

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lrp_prune
+from lrp_prune import CorrectedModule
 from lrp_prune.callbacks import ContrastiveCorrection, RelevanceCollector, RelevancePruning
 
 X = torch.linspace(-2, 2, 32 * 8).reshape(4, 8, 8).sin()
@@ -100,3 +103,58 @@ def test_a_training_prunes_by_the_batches_as_they_were(sanity: int, make_trainer
     trainer.fit(Taking(), batches, [batches, loader(lambda x, y: {"x": -x, "y": y})])
     assert pruning.round == 1
     assert correction.patch.num_entries == 2
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: RelevancePruning(0.5, rounds=2, monitor="val_loss", summary=False),
+        lambda: ContrastiveCorrection(
+            0,
+            [(torch.randn(8, 8), torch.zeros(8, dtype=torch.long))],
+            amount=0.1,
+            undesired_metric=lambda model: 1.0,
+        ),
+    ],
+    ids=["pruning", "correction"],
+)
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_training_step_that_takes_batches_by_itself(callback, make_module, make_loader, make_trainer) -> None:
+    class Taking(make_module):  # type: ignore[misc,valid-type]
+        def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+            batch, *_ = next(dataloader_iter)
+            return self.loss(batch)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            pass
+
+    trainer = make_trainer(callbacks=[made := callback()], max_epochs=3)
+    trainer.fit(CorrectedModule(Taking()), make_loader(), make_loader(seed=2))
+    assert made.round == 2 if isinstance(made, RelevancePruning) else "correction/undesired" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("method", ["lrp", "wanda"])
+def test_a_label_before_its_image_says_what_was_run_and_how_to_say_otherwise(
+    method: Any, make_module, make_loader, make_trainer
+) -> None:
+    class Turned(make_module):  # type: ignore[misc,valid-type]
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch[::-1])
+
+    pairs = [(labels, inputs) for inputs, labels in make_loader().dataset]
+    module, loader = Turned(), DataLoader(pairs, 16)
+    trainer = make_trainer(callbacks=[RelevancePruning(0.5, method=method)], max_epochs=2)
+    with pytest.raises(
+        MisconfigurationException, match=r"Turned.forward failed \(RuntimeError.*(?s:.)*def relevance_target"
+    ):
+        trainer.fit(module, loader, loader)
+    assert not module.zeros_after_step
+
+
+def test_errors_of_a_forward_that_are_not_about_its_input_are_its_own() -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("the cable is out")
+
+    with pytest.raises(RuntimeError, match="the cable is out"):
+        lrp_prune.attribute(Broken(3, 2), [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))])

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch.utils.data import DataLoader
 
 from lrp_prune.callbacks import RelevancePruning
-from lrp_prune.callbacks._checks import check_compensated_strategy
+from lrp_prune.callbacks._strategies import check_compensated_strategy
 from lrp_prune.pruning import LeastSquares
 from tests.support.sharding import results, whole
 from tests.support.still import Uneven, loader

@@ -1,6 +1,7 @@
 """What cannot work is refused before anything changes."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lrp_prune.callbacks import RelevancePruning, Rounds
+from lrp_prune.callbacks import ContrastiveCorrection, Distillation, RelevanceCollector, RelevancePruning, Rounds
 
 
 @pytest.mark.parametrize(
@@ -148,3 +149,13 @@ def test_module_without_anything_to_run(make_loader, make_trainer) -> None:
     pruning = RelevancePruning(scope="global")
     make_trainer(callbacks=[pruning], max_epochs=2).fit(Opaque(), make_loader(), make_loader())
     assert pruning.masks.num_pruned == (64 + 32) // 2
+
+
+@pytest.mark.parametrize("callback", [RelevancePruning, RelevanceCollector, ContrastiveCorrection, Distillation])
+def test_a_trainer_of_the_sibling_package_is_told_what_to_import(callback: Any, make_module) -> None:
+    kind = type("SingleDeviceStrategy", (), {"__module__": "pytorch_lightning.strategies.single_device"})
+    trainer: Any = SimpleNamespace(strategy=kind())
+    with pytest.raises(
+        MisconfigurationException, match=f"^{callback.__name__} is .*import Trainer.* from lightning.pytorch"
+    ):
+        callback(allow_untested=True).setup(trainer, make_module(), "fit")

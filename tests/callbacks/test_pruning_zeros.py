@@ -271,6 +271,43 @@ def test_the_same_weights_under_two_names_are_refused(
     assert len(module.zeros_after_step) == (0 if known else 4) and not any(module.zeros_after_step)
 
 
+@pytest.mark.parametrize("when", ["on_train_epoch_start", "on_train_end"])
+def test_a_pruned_layer_that_is_replaced_by_a_larger_one_is_named(
+    when: str, make_module, make_loader, make_trainer
+) -> None:
+    class Growing(Callback):
+        def grow(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch >= 2:
+                pl_module.net[4], pl_module.net[6] = torch.nn.Linear(24, 20), torch.nn.Linear(20, 4)
+
+    setattr(Growing, when, Growing.grow)
+    pruning = RelevancePruning(sparsity=0.5, include=["net.4"], method="magnitude", summary=False)
+    trainer = make_trainer(callbacks=[Growing(), pruning], max_epochs=3)
+    told = r"net.4.weight has shape \(20, 24\) now, and its mask \(16, 24\).*before the first round"
+    ends = when == "on_train_end"
+    with pytest.warns(UserWarning, match=told) if ends else pytest.raises(MisconfigurationException, match=told):
+        trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+
+
+@pytest.mark.parametrize("first", ["weight", "neuron"])
+def test_weights_and_units_of_the_same_layers_are_refused(first: str, make_module, make_loader, make_trainer) -> None:
+    kinds = [first, "neuron" if first == "weight" else "weight"]
+    callbacks = [RelevancePruning(0.5, granularity=kind, name=kind, summary=False) for kind in kinds]
+    module = make_module()
+    with pytest.raises(MisconfigurationException, match=r"would both prune net\..*weight.*include="):
+        make_trainer(callbacks=callbacks, max_epochs=2).fit(module, make_loader(), make_loader(seed=2))
+    assert not module.zeros_after_step
+
+
+def test_weights_and_units_of_different_layers_go_together(make_module, make_loader, make_trainer) -> None:
+    weights = RelevancePruning(0.5, include=["net.6.weight"], scope="layer", summary=False)
+    neurons = RelevancePruning(0.5, granularity="neuron", include=["net.0*"], name="neurons", summary=False)
+    trainer = make_trainer(callbacks=[weights, neurons], max_epochs=2)
+    trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+    assert trainer.callback_metrics["pruning/sparsity"] == 0.5 and neurons.round == 1
+    assert not set(weights.masks) & set(neurons.masks)
+
+
 def test_rounds_that_are_done_have_their_weights_still(make_module, make_loader, make_trainer) -> None:
     first, module = RelevancePruning(0.5, Rounds(start=0), method="magnitude", summary=False), make_module()
     make_trainer(callbacks=[first], max_epochs=1).fit(module, make_loader(), make_loader(seed=2))

@@ -1,6 +1,7 @@
 """What a user is told about resumes: what is lost without anybody's fault, and what a checkpoint does not know of pruning."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,64 @@ def test_continued_without_the_callback_the_weights_load_and_lightning_names_it(
     assert any("RelevancePruning" in text for text in messages)
     assert same_weights(module, twin)
     assert torch.load(tmp_path / "pruned.ckpt", weights_only=True)["state_dict"].keys() == twin.state_dict().keys()
+
+
+@pytest.fixture
+def interrupted(make_module, make_loader, make_trainer, tmp_path) -> Any:
+    """Resumes from after the first of three rounds on a linear schedule to 0.6, with the masks of the second waiting."""
+
+    def fit(pruning: RelevancePruning, path: Path | None = None) -> tuple[RelevancePruning, Any]:
+        kept = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        trainer = make_trainer(callbacks=[pruning, kept], enable_checkpointing=True, max_epochs=5)
+        module = make_module()
+        fit.steps = module.zeros_after_step
+        trainer.fit(module, make_loader(), make_loader(seed=2), ckpt_path=path)
+        return pruning, trainer
+
+    fit(RelevancePruning(0.6, 3, schedule="linear", scope="layer", summary=False))
+    return partial(fit, path=tmp_path / "epoch=1.ckpt")
+
+
+def test_fewer_rounds_than_are_done_prune_nothing_more(interrupted) -> None:
+    given = RelevancePruning(0.6, 1, scope="layer", monitor="val_loss", summary=False)
+    with pytest.warns(UserWarning, match="all of its 1 rounds are done"):
+        pruning, trainer = interrupted(given)
+    assert pruning.round == 1 and pruning.masks.sparsity == pytest.approx(0.2, abs=2e-3)
+    assert trainer.callback_metrics["pruning/val_loss"] == trainer.callback_metrics["val_loss"]
+
+
+def test_more_rounds_done_than_asked_for_count_as_all(make_module, make_loader, make_trainer, tmp_path) -> None:
+    first = make_trainer(callbacks=[RelevancePruning(0.6, 3, summary=False)], max_epochs=4)
+    first.fit(make_module(), make_loader(), make_loader(seed=2))
+    first.save_checkpoint(tmp_path / "done.ckpt")
+    trainer = make_trainer(callbacks=[RelevancePruning(0.6, 1, monitor="val_loss", summary=False)], max_epochs=5)
+    trainer.fit(make_module(), make_loader(), make_loader(seed=2), ckpt_path=tmp_path / "done.ckpt")
+    assert trainer.callback_metrics["pruning/val_loss"] == trainer.callback_metrics["val_loss"]
+
+
+def test_masks_that_wait_are_selected_anew_by_what_is_asked_for_now(interrupted) -> None:
+    pruning, _ = interrupted(RelevancePruning(0.9, 2, schedule="linear", scope="layer", summary=False))
+    assert pruning.round == 2 and pruning.masks.sparsity == pytest.approx(0.9, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 0.1, "rounds": 3}, r"of net\..* are pruned already, more than the"),
+        (
+            {"sparsity": 0.19, "rounds": 2, "schedule": "linear", "scope": "global"},
+            "128 of 640 entries .* than the 122 ",
+        ),
+        ({"sparsity": {"net.0*": 0.5, "net.4*": 0.1}, "rounds": 2}, "77 of 384 entries of net.4.weight"),
+        (
+            {"sparsity": 0.25, "rounds": 2, "schedule": [0.25, 0.25], "scope": "6:8"},
+            r"of 8 entries of a row of net\..*the 2 ",
+        ),
+        ({"sparsity": 0.25, "rounds": 2, "scope": "row"}, "entries of a row of net"),
+    ],
+    ids=str,
+)
+def test_less_than_is_pruned_is_refused_before_the_training(interrupted, arguments, message) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        interrupted(RelevancePruning(summary=False, **{"scope": "layer", **arguments}))
+    assert not interrupted.func.steps

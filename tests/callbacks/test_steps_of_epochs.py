@@ -7,7 +7,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lrp_prune.callbacks import RelevancePruning
+from lrp_prune.callbacks import RelevancePruning, Rounds
 
 
 @pytest.mark.parametrize(("rounds", "steps", "fits"), [(4, 8, True), (4, 7, False), (3, 7, True)])
@@ -26,6 +26,24 @@ def test_a_schedule_of_accumulation_makes_epochs_longer(
         MisconfigurationException, match=r"need 5 epochs, but .* \(max_steps=7\): set Trainer\(max_steps=8\)"
     ):
         trainer.fit(make_module(), make_loader(), make_loader(seed=2))
+
+
+@pytest.mark.parametrize("method", ["lrp", "magnitude"])
+@pytest.mark.parametrize(("every", "fits"), [(6, True), (7, False), (10, False)])
+def test_steps_between_rounds_are_counted_by_the_schedule(
+    every: int, fits: bool, method: Any, make_module, make_loader, make_trainer
+) -> None:
+    """Eight, four, one and one steps; validations after 8, 12 and 13."""
+    pruning = RelevancePruning(0.5, Rounds(2, every_n_steps=every), method=method, summary=False)
+    trainer = make_trainer(callbacks=[pruning, GradientAccumulationScheduler({0: 1, 1: 2, 2: 8})], max_epochs=4)
+    if fits:
+        trainer.fit(make_module(), make_loader(128), make_loader(seed=2))
+        assert pruning.round == 2
+        return
+    with pytest.raises(
+        MisconfigurationException, match=r"only 1 of them fit into the 14 steps .* about \d+ epochs are needed"
+    ):
+        trainer.fit(make_module(), make_loader(128), make_loader(seed=2))
 
 
 def test_a_module_that_steps_by_itself_is_not_counted_for(make_manual_module, make_loader, make_trainer) -> None:

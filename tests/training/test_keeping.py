@@ -149,6 +149,15 @@ def test_replaced_parameters_are_found_again() -> None:
     assert pruned_values(model, masks).count_nonzero() == 0
 
 
+def test_a_parameter_that_was_replaced_by_one_of_another_shape_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    keeper = MaskKeeper(model, {"0.weight": torch.tensor([[True, False, False]] * 2)})
+    model[0] = nn.Linear(3, 5)
+    for ask in (lambda: keeper.attach([]), keeper.brought_back):
+        with pytest.raises(ValueError, match=r"0.weight has shape \(5, 3\) now, and its mask \(2, 3\)"):
+            ask()
+
+
 def test_remove_leaves_nothing_behind() -> None:
     model, twin = make_model(), make_model()
     optimizer = Drifting(model.parameters())
