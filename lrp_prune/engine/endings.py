@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.engine.facts import Fact
-from lrp_prune.engine.nested import is_transformed, tensors_in
+from lrp_prune.engine.nested import is_transformed
 from lrp_prune.engine.places import Places
+from lrp_prune.models.returned import tensors_within
 
 _RULELESS = frozenset({"plain", "sum", "join", "embedding"})
 _NUMBERS = frozenset("item tolist numpy __float__ __int__ __array__".split())
@@ -99,7 +100,7 @@ class Endings:
         """The model has been called."""
         self.calls += 1
         self._without_gradients += not torch.is_grad_enabled()
-        tensors = list(tensors_in(output))
+        tensors = tensors_within(output)
         self._has_gradient = any(value.requires_grad for value in tensors)
         cut_off = (ending_of(value) for value in tensors if not value.requires_grad)
         self._outputs = dict.fromkeys(ending for ending in cut_off if ending is not None)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.roots import Roots
 from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.models.returned import tensors_within
 
 _NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
 
@@ -57,7 +57,7 @@ def guard(
         if calls:
             return
         if tracer is not None and module is model:
-            tracer.outputs(tree_flatten(output)[0])
+            tracer.outputs(tensors_within(output))
         if output is not None:
             with torch._C.DisableTorchFunction():
                 endings.called(output)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.models.backends import eager_attention
-from lrp_prune.models.batches import tensors, to_device
+from lrp_prune.models.batches import to_device
 from lrp_prune.models.profile import profile_of
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.models.states import eager, unchanged_configuration, unchanged_state, undisturbed
 from lrp_prune.names import class_name
 
@@ -45,7 +46,7 @@ def answers(module: nn.Module, batch: Any, run: Run) -> list[Tensor]:
     parameter = next(module.parameters(), None)
     with unrecorded(module), torch.no_grad():
         output = run(module, batch if parameter is None else to_device(batch, parameter.device))
-        return [value.detach().clone() for value in tensors(output) if value.is_floating_point()]
+        return [value.detach().clone() for value in tensors_within(output) if value.is_floating_point()]
 
 
 class Proof:
