@@ -22,11 +22,13 @@ class ComputedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
+        within = self.saving.everything
         result = self._already(found)
-        if result is None:
-            result = computed(found)
+        if result is None or within:
+            made = computed(found, within)
+            result = made if result is None else made - made.detach() + result
         self._made(call, found, result)
-        return given(found.activation, lambda: result)
+        return result if within else given(found.activation, lambda: result)
 
     def _already(self, found: Product) -> Tensor | None:
         """The product, if it need not be computed; None where it has to be."""
@@ -36,10 +38,10 @@ class ComputedUses(WeightUses):
         """A product is there, and may be changed in place before the model goes on with it."""
 
 
-def computed(found: Product) -> Tensor:
-    """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
-    with torch.no_grad():
-        result = found.form.forward(found.activation.detach(), found.weight)
+def computed(found: Product, within: bool = False) -> Tensor:
+    """The product, as a tensor of its own, and without a graph unless the forward takes gradients within."""
+    with torch.set_grad_enabled(within):
+        result = found.form.forward(found.activation, found.weight)
         return result.clone() if result._is_view() else result
 
 
