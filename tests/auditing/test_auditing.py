@@ -255,6 +255,20 @@ def test_of_a_lightning_module_it_is_about_the_model_that_it_holds() -> None:
     assert list(report.unscored) == ["unused.weight"] and "8 of 16 weights" in about(report, "weights")
 
 
+def test_what_looks_like_data_and_is_no_weight_is_told() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale_table, self.last = nn.Parameter(torch.rand(3, 4)), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x[:, None] * self.scale_table).sum(1))
+
+    report = lrp_prune.audit(Scaled(), torch.randn(8, 4))
+    assert "left alone, as no weights: scale_table (is used, but in no product" in about(report, "weights")
+    assert not report.problems
+
+
 def test_a_batch_without_samples_is_reported() -> None:
     report = lrp_prune.audit(network(), torch.randn(0, 4))
     assert [remark.about for remark in report.remarks] == ["batch"] and "no samples" in str(report)
