@@ -106,6 +106,11 @@ class Propagation:
         """A module that was asked for has run."""
         self._latent.append((name, output))
 
+    def noting_biases(self) -> dict[str, list[Tensor]]:
+        """By module what it adds to activations that absorbs relevance, from now on; whatever it is called."""
+        self._roots.biases = found = {}
+        return found
+
     def unruled(self, target: Tensor) -> list[Finding]:
         """The operations without a rule that a value depends on; they are not warned of any more."""
         return [] if self._mode.audit is None else self._mode.audit.take(target)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
@@ -300,6 +301,32 @@ def test_modules_that_return_an_object_are_followed() -> None:
 
     report = lrp_prune.audit(Model(), torch.randn(8, 4), target=1)
     assert [passage.name for passage in report.passages] == ["", "first", "last"] and set(report.causes) == {"first"}
+
+
+class HandNamed(nn.Module):
+    """Biases by any name: given to a function, added, and made of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w1, self.b1 = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8))
+        self.mixing, self.shift, self.task = (nn.Parameter(torch.randn(*shape)) for shape in ((8, 8), (8,), (8,)))
+        self.last = nn.Linear(8, 2, bias=False)
+
+    def forward(self, x: Tensor, way: int) -> Tensor:
+        if way == 0:
+            return self.last(F.linear(x, self.w1, self.b1).relu())
+        hidden = F.linear(x, self.w1).relu()
+        added = self.shift if way == 1 else self.task.exp()
+        return self.last((hidden + added).relu() if way < 3 else torch.addmm(self.shift, hidden, self.mixing))
+
+
+@pytest.mark.parametrize("way", range(4))
+def test_what_is_used_as_a_bias_is_one_whatever_its_name(way: int) -> None:
+    report = lrp_prune.audit(HandNamed(), {"x": torch.randn(8, 4), "way": way}, target=1)
+    assert report.causes == {"": "bias"} and not [
+        remark for remark in report.problems if remark.about == "conservation"
+    ]
 
 
 def test_what_looks_like_data_and_is_no_weight_is_told() -> None:
