@@ -108,7 +108,8 @@ class Propagation:
 
     def noting_biases(self) -> dict[str, list[Tensor]]:
         """By module what it adds to activations that absorbs relevance, from now on; whatever it is called."""
-        self._roots.biases = found = {}
+        found: dict[str, list[Tensor]] = {}
+        self._roots.biases = found
         return found
 
     def unruled(self, target: Tensor) -> list[Finding]:

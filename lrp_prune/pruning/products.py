@@ -25,7 +25,7 @@ class ComputedUses(WeightUses):
         within = self.saving.everything
         result = self._already(found)
         if result is None or within:
-            made = computed(found, within)
+            made = with_graph(found) if within else computed(found)
             result = made if result is None else made - made.detach() + result
         self._made(call, found, result)
         return result if within else given(found.activation, lambda: result)
@@ -38,11 +38,16 @@ class ComputedUses(WeightUses):
         """A product is there, and may be changed in place before the model goes on with it."""
 
 
-def computed(found: Product, within: bool = False) -> Tensor:
-    """The product, as a tensor of its own, and without a graph unless the forward takes gradients within."""
-    with torch.set_grad_enabled(within):
-        result = found.form.forward(found.activation, found.weight)
-        return result.clone() if result._is_view() else result
+def computed(found: Product) -> Tensor:
+    """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
+    with torch.no_grad():
+        return with_graph(found)
+
+
+def with_graph(found: Product) -> Tensor:
+    """The product, as a tensor of its own."""
+    result = found.form.forward(found.activation, found.weight)
+    return result.clone() if result._is_view() else result
 
 
 class _Given(Function):

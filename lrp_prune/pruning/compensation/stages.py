@@ -122,7 +122,9 @@ class Kept:
         copy = self.tensor.to(self.device, copy=True)
         if not copy.is_floating_point():
             return copy
-        return given(torch.zeros((), device=self.device, requires_grad=True), lambda: copy)
+        with torch._C.DisableTorchFunction():  # it is not the model that makes something require grad
+            source = torch.zeros((), device=self.device, requires_grad=True)
+        return given(source, lambda: copy)
 
 
 def _giving(output: Any) -> Callable[..., Any]:
