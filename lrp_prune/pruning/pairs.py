@@ -37,6 +37,11 @@ class PlacedUses(ComputedUses):
         self._whole: dict[str, Layout] = {}
         self._tied: set[Place] | None = None
 
+    @property
+    def used(self) -> set[str]:
+        """Parameters that were used."""
+        return set(self._used)
+
     def is_alone(self, place: Place) -> bool:
         """Whether nothing else uses these entries, so that scaling them changes these outputs and no others."""
         return place not in self.tied
