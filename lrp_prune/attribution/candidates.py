@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lrp_prune.adapters import adapted_layers, adapter_parameters
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.quantized import quantized_modules
+from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.names import aliases, is_called_bias, matches, named_parameters, naming, unwrap
 
 _DATA_WORDS = frozenset(
@@ -62,11 +63,12 @@ def candidates(
         Canonical name -> parameter, in the model's order.
 
     Raises:
-        ValueError: if a pattern matches no parameter, or vectors only; nothing is left; a weight is quantized; or only
-            trainable weights are asked for, and these are adapters.
+        ValueError: if a pattern matches no parameter, or vectors only; nothing is left; a weight is quantized; only trainable
+            weights are asked for, and these are adapters; or the model is compiled by ``torch.jit``.
     """
     check_patterns("include", include)
     check_patterns("exclude", exclude)
+    refuse_scripted(unwrap(model))
     parameters = named_parameters(model)
     _refuse_quantized(model, parameters, include, exclude)
     for pattern in (*(include or ()), *(exclude or ())):

@@ -1,10 +1,12 @@
 """The proof: a model's outputs on reference batches, and how far those of another form of it are from them."""
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +87,19 @@ class Proof:
                 "the largest): nothing could be proved by that. Random numbers of torch, NumPy and Python are the same in each "
                 "run, those of generators of its own are not"
             )
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether outputs of a run depend on random numbers, as with a dropout that is on in evaluation.
+
+        Args:
+            module: the model as it is now.
+        """
+        expected = answers(module, self.batches[0], self._run)
+        with undisturbed(module):
+            torch.manual_seed(1 + torch.initial_seed() % 2**32)
+            random.seed(0)
+            np.random.seed(0)
+            return _apart(answers(module, self.batches[0], self._run), expected) > self.tolerance
 
     def with_eager_attention(self, module: nn.Module) -> None:
         """Compare the first batch with plain attention as well: fused kernels do not read all numbers of a module.
