@@ -156,7 +156,8 @@ _TOLD = {
     "integers": "the model goes on with whole numbers or truth values after {where}, which carry no relevance: explain what "
     "comes before",
     "numbers": "the model goes on with Python numbers after {where}: explain what comes before, or keep tensors",
-    "no_grad": "{where} ran without gradients (torch.no_grad inside the model): enable them there, or explain what comes before",
+    "no_grad": "{where} ran without gradients (torch.no_grad inside the model): enable them there, or explain what comes before; "
+    "what is frozen by requires_grad_(False) in place of it is not trained either, and relevance goes through",
 }
 
 
