@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lrp_prune.adapters import adapted_layers, adapter_parameters
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.quantized import quantized_modules
+from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.names import aliases, is_called_bias, matches, named_parameters, naming, unwrap
 
 _DATA_WORDS = frozenset(
@@ -46,8 +47,10 @@ def candidates(
       A parameter that is only a vector in disguise, ``(1, 1, 1, D)``, is none of either, whatever it is called;
     * what adapters (PEFT) add to a model, so that its weights are the same ones with and without them.
 
-    A bare table that is looked up by ids (``table[ids]``) is told from a weight by its use alone: methods that look at samples
-    leave it alone as they do other embeddings, those that do not take it for a weight.
+    What a parameter is used for says more than its name, but shows in a forward only. So methods that look at samples leave a
+    bare table alone that is looked up by ids (``table[ids]``), as they do other embeddings, and take what activations are
+    multiplied with in a matrix product for a weight, whatever it is called and whatever its shape
+    (see :class:`~lrp_prune.attribution.beside.Beside`). Those that do not look at samples go by the name.
 
     Args:
         model: any module.
@@ -60,11 +63,12 @@ def candidates(
         Canonical name -> parameter, in the model's order.
 
     Raises:
-        ValueError: if a pattern matches no parameter, or vectors only; nothing is left; a weight is quantized; or only
-            trainable weights are asked for, and these are adapters.
+        ValueError: if a pattern matches no parameter, or vectors only; nothing is left; a weight is quantized; only trainable
+            weights are asked for, and these are adapters; or the model is compiled by ``torch.jit``.
     """
     check_patterns("include", include)
     check_patterns("exclude", exclude)
+    refuse_scripted(unwrap(model))
     parameters = named_parameters(model)
     _refuse_quantized(model, parameters, include, exclude)
     for pattern in (*(include or ()), *(exclude or ())):
@@ -101,6 +105,33 @@ def candidates(
         )
         raise ValueError(f"{type(model).__name__} has no weight to score: {why}")
     return chosen
+
+
+def taken_for_data(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    trainable_only: bool = False,
+) -> dict[str, nn.Parameter]:
+    """What :func:`candidates` leaves out as data, by name and shape: a forward may show that it is multiplied like a weight.
+
+    Args:
+        model: any module.
+        include: patterns of names to look among; what a pattern names alone is a candidate.
+        exclude: patterns of names to leave out.
+        trainable_only: leave out what does not require grad, unless ``include`` names it.
+    """
+    owners, left_out = _owners(model), _output_embeddings(model) | _normalizations(model)
+    found = {}
+    for name, entry in named_parameters(model).items():
+        owner, own = owners[name]
+        if entry.dim() < 2 or id(entry) in left_out or matches(name, exclude) or not entry.is_floating_point():
+            continue
+        asked = matches(name, include) if include is not None else entry.requires_grad or not trainable_only
+        if asked and _is_data(entry, owner, own) and type(owner).__name__ not in _TABLES:
+            found[name] = entry
+    taken = candidates(model, include, exclude) if found and include is not None else {}
+    return {name: entry for name, entry in found.items() if name not in taken}
 
 
 def _included(

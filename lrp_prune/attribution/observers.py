@@ -1,16 +1,16 @@
 """The observers of one collection: which weights and units are scored, and what comes of their sums."""
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrp_prune.attribution.candidates import candidates
+from lrp_prune.attribution.beside import Beside, tell_tables
+from lrp_prune.attribution.candidates import candidates, taken_for_data
 from lrp_prune.attribution.parametrized import parametrized
 from lrp_prune.attribution.silent import silent_outputs
-from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic
+from lrp_prune.attribution.statistics import RowStatistic, WeightStatistic, auto_dtype
 from lrp_prune.attribution.unit_observers import UNIT_KINDS, Choice, UnitObservers, Units, blocks_left
 from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.channels import by_weight, channel_axis
@@ -20,7 +20,6 @@ from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.uses import Observer, Use, WeightUses
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, layer_of, named_parameters, unwrap
-from lrp_prune.progress import is_first
 from lrp_prune.relevance import Relevance, granularities_of
 from lrp_prune.relevance.members import Member
 from lrp_prune.relevance.statistics import Statistic, statistic_of
@@ -35,17 +34,6 @@ from lrp_prune.relevance.unscored import (
     described,
     patterns_of,
 )
-
-_logger = logging.getLogger("lrp_prune")
-
-
-def _auto_dtype(parameter: Tensor) -> torch.dtype | None:
-    """bfloat16 where the device multiplies it faster than float32, and has its range in place of float16's."""
-    if parameter.dtype not in (torch.float32, torch.float16):
-        return None
-    if parameter.device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return torch.bfloat16 if parameter.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
 
 
 class NothingScoredError(ValueError):
@@ -77,8 +65,12 @@ class ObserverTable:
         self._model, self._statistic, self._granularity = unwrap(model), statistic, granularity
         self._device, self._dtype = accumulate_on, matmul_dtype
         self.batch = BatchLayout()
-        self.parameters = candidates(self._model, include, exclude, trainable_only, granularity == "embedding")
+        which = include, exclude, trainable_only
+        self.parameters = candidates(self._model, *which, granularity == "embedding")
         self._all = named_parameters(self._model)
+        self.beside = Beside(taken_for_data(self._model, *which) if granularity == "weight" else {})
+        asked = {*self.parameters, *self.beside.parameters}
+        self.parameters = {name: entry for name, entry in self._all.items() if name in asked}
         self._by_default = include is None and granularity == "weight"
         self.active: set[str] | None = None
         """The weights that are collected in this pass; None for all."""
@@ -112,7 +104,8 @@ class ObserverTable:
         """The precision in which rules may keep activations: that in which relevance passes all of the weights."""
         if self._granularity != "weight" or not self._statistic.of_magnitudes:
             return None
-        wanted = {self._matmul_dtype(parameter) for parameter in self.parameters.values()}
+        named = (entry for name, entry in self.parameters.items() if name not in self.beside.parameters)
+        wanted = {self._matmul_dtype(entry) for entry in named}
         return wanted.pop() if len(wanted) == 1 else None
 
     def begin(self, point: int, points: int) -> None:
@@ -172,11 +165,11 @@ class ObserverTable:
         for name in names:
             del self.parameters[name]
             self._statistics.pop(name, None)
-        if names and is_first():
-            tables = ", ".join(patterns_of(names))
-            _logger.info(
-                "%s: rows are looked up by ids, as of an embedding, and left alone (include= takes them)", tables
-            )
+        tell_tables(names)
+
+    def no_weights(self) -> list[str]:
+        """Of what is asked for, what looked like data and was not multiplied like a weight."""
+        return [name for name in self.beside.left(self._noted[DATA]) if name in self.parameters]
 
     @property
     def tells_outputs(self) -> bool:
@@ -199,6 +192,7 @@ class ObserverTable:
 
     def _weight_used(self, use: Use) -> list[Observer]:
         reason = use.origin.reason
+        self.beside.used(use)
         if reason is not None and use.origin.product and type(use.form) is Form:
             # Scores of queries with positions that a layer has gone over, say: it is what was computed that is no weight.
             self._noted[CONSTANTS].update(use.origin.names)
@@ -223,7 +217,7 @@ class ObserverTable:
         return found
 
     def _matmul_dtype(self, parameter: Tensor) -> torch.dtype | None:
-        dtype = _auto_dtype(parameter) if self._dtype == "auto" else self._dtype
+        dtype = auto_dtype(parameter) if self._dtype == "auto" else self._dtype
         assert not isinstance(dtype, str)
         return dtype
 
@@ -269,6 +263,8 @@ class ObserverTable:
             FloatingPointError: if a sum is not finite.
         """
         whole = self._granularity == "weight"
+        left_alone = {name: DATA if name in self._noted[DATA] else self._reason(name) for name in self.no_weights()}
+        self.beside.leave(left_alone, self.parameters, self._statistics)
         order = [name for name in self.parameters if name in self._statistics] if whole else []
         names = dict.fromkeys((*order, *self._statistics))
         sums: dict[str, Tensor] = {}

@@ -160,10 +160,11 @@ class ShardedTable(ObserverTable):
         mine = {name: _described(statistic) for name, statistic in self._statistics.items()}
         weights = {name: entry for name, entry in self._statistics.items() if isinstance(entry, WeightStatistic)}
         reasons = {name: entry.unscored for name, entry in weights.items() if entry.unscored is not None}
-        known = ({**reasons, **self.refused}, self._noted)
+        known = ({**reasons, **self.refused}, self._noted, self.beside.multiplied)
         everyone = all_gathered((mine, self._members, self._layouts, known), self.mesh)
         descriptions: dict[str, Any] = {}
-        for theirs, members, layouts, (refused, noted) in everyone:
+        for theirs, members, layouts, (refused, noted, products) in everyone:
+            self.beside.multiplied |= products
             self.refused = {**refused, **self.refused}
             self._noted = {reason: names | noted[reason] for reason, names in self._noted.items()}
             for name, (units, inputs) in theirs.items():

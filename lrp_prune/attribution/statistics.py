@@ -21,6 +21,15 @@ from lrp_prune.relevance.statistics import Statistic, power_of
 from lrp_prune.relevance.unscored import RULES_DIFFER, SEVERAL
 
 
+def auto_dtype(parameter: Tensor) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it faster than float32, and has its range in place of float16's."""
+    if parameter.dtype not in (torch.float32, torch.float16):
+        return None
+    if parameter.device.type == "cpu":
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return torch.bfloat16 if parameter.device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+
+
 class WeightStatistic:
     """Sums of one weight, in its shape.
 

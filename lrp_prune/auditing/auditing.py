@@ -36,6 +36,8 @@ class _Pass(NamedTuple):
     passages: list[Passage]
     unruled: list[Finding]
     first_token: float | None
+    biased: set[str]
+    """The modules that add a constant to activations which absorbs relevance."""
 
 
 def audit(
@@ -99,13 +101,15 @@ def _passed(model: nn.Module, batch: Any, target: Any, rules: Composite) -> _Pas
         batch = on_device_of(module, batch)
         explained = target_for(module, batch, target, subject.own_target)
         with propagating(module, rules, None, "warn", WeightUses(), constants=True) as propagation:
+            added = propagation.noting_biases()
             with passing.noting(module):
                 value = explained(module, batch)
             unruled = propagation.unruled(value) if value.requires_grad else []
             propagation.check_target(value)
             roots = propagation.roots()
             passages, ended = passing.passages(module, propagation, value, roots)
-    return _Pass(passages, unruled, _first_token(module, batch, ended))
+    biased = {name for name, values in added.items() if any(bool(value.any()) for value in values)}
+    return _Pass(passages, unruled, _first_token(module, batch, ended), biased)
 
 
 def _first_token(module: nn.Module, batch: Any, ended: Sequence[tuple[Root, Tensor]]) -> float | None:
@@ -147,15 +151,17 @@ def _losses(
             total = max((abs(passage.arrived) for passage in other.passages if not passage.name), default=size)
             conserved = {passage.name for passage in other.passages if abs(passage.own) <= _NOTICED * total}
     modules = named_modules(subject_of(model).module)
-    causes = {passage.name: _cause(passage, modules.get(passage.name), found.unruled, conserved) for passage in losing}
+    causes = {passage.name: _cause(passage, modules.get(passage.name), found, conserved) for passage in losing}
     return abs(whole.lost) / size, causes, untold
 
 
-def _cause(passage: Passage, module: nn.Module | None, unruled: Iterable[Finding], conserved: set[str]) -> str:
-    if passage.name in {_module_of(finding) for finding in unruled}:
+def _cause(passage: Passage, module: nn.Module | None, found: _Pass, conserved: set[str]) -> str:
+    if passage.name in {_module_of(finding) for finding in found.unruled}:
         return "unruled"
     if passage.name in conserved:
         return "rule"
+    if passage.name in found.biased:
+        return "bias"
     if module is None:
         return "unknown"
     own = module.named_parameters(recurse=False)

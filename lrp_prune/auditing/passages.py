@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lrp_prune.engine.propagation import Propagation
 from lrp_prune.engine.roots import Root
+from lrp_prune.engine.rules import is_activation
+from lrp_prune.models.batches import fields, with_fields
 from lrp_prune.names import class_name, named_modules
 
 
@@ -109,7 +111,7 @@ class Passing:
 def _noted(value: Any, noted: list[Tensor]) -> Any:
     """The same value, with a copy of each activation in it noted, which nothing writes into."""
     if isinstance(value, Tensor):
-        if not value.requires_grad or not value.is_floating_point():
+        if not is_activation(value) or not value.is_floating_point():
             return value
         noted.append(value.clone())
         return noted[-1].clone()
@@ -125,7 +127,8 @@ def _noted(value: Any, noted: list[Tensor]) -> Any:
         return type(value)(_noted(entry, noted) for entry in value)
     if isinstance(value, tuple) and hasattr(value, "_fields") and not hasattr(value, "batch_sizes"):
         return type(value)(*(_noted(entry, noted) for entry in value))
-    return value
+    named = None if type(value).__module__ == "transformers.cache_utils" else fields(value)
+    return with_fields(value, {name: _noted(entry, noted) for name, entry in named.items()}) if named else value
 
 
 def _sum(tensor: Tensor, gradient: Tensor | None) -> float:

@@ -19,6 +19,7 @@ from lrp_prune.relevance.unscored import (
     TOLERABLE,
     UNREACHED,
     UNUSED,
+    described,
     entries_of,
     patterns_of,
     share,
@@ -37,13 +38,18 @@ _MANY = 0.5
 
 def unscored_weights(model: nn.Module, batch: Any, target: Any) -> tuple[dict[str, str], list[Remark]]:
     """Weights that :func:`lrp_prune.attribute` cannot score by its default rules, with the reason."""
-    relevance = _collected(model, batch, target, {"granularity": "weight"})
-    if isinstance(relevance, str):
-        return {}, [Remark(True, "weights", f"none could be scored: {relevance}", "see what it says")]
+    collected = _collected(model, batch, target, {"granularity": "weight"})
+    if isinstance(collected, str):
+        return {}, [Remark(True, "weights", f"none could be scored: {collected}", "see what it says")]
+    relevance, left_alone = collected
     unscored = dict(relevance.unscored)
-    if not unscored:
-        return {}, [Remark(False, "weights", f"all {len(relevance)} that are scored by default have relevance")]
     remarks = []
+    if left_alone:
+        what = f"left alone, as no weights: {described(left_alone)}"
+        remarks.append(Remark(False, "weights", what, "include= takes them"))
+    if not unscored:
+        what = f"all {len(relevance)} that are scored by default have relevance"
+        return {}, [Remark(False, "weights", what), *remarks]
     whole = sum(parameter.numel() for parameter in model.parameters())
     for reason in dict.fromkeys(unscored.values()):
         names = [name for name in unscored if unscored[name] == reason]
@@ -58,9 +64,10 @@ def dead_units(
     model: nn.Module, batch: Any, target: Any, composite: Composite
 ) -> tuple[Mapping[str, tuple[int, int]], list[Remark]]:
     """Units that have no relevance in any sample of the batch, by group."""
-    relevance = _collected(model, batch, target, {"granularity": "neuron", "composite": composite})
-    if isinstance(relevance, str):
-        return {}, [Remark(False, "units", f"none were looked at: {relevance}")]
+    collected = _collected(model, batch, target, {"granularity": "neuron", "composite": composite})
+    if isinstance(collected, str):
+        return {}, [Remark(False, "units", f"none were looked at: {collected}")]
+    relevance, _ = collected
     counts = {name: (int((values == 0).sum()), values.numel()) for name, values in relevance.items()}
     none, total = (sum(column) for column in zip(*counts.values(), strict=True))
     samples = samples_in(batch)
@@ -78,8 +85,10 @@ def dead_units(
     return counts, [Remark(True, "units", what, advice)]
 
 
-def _collected(model: nn.Module, batch: Any, target: Any, options: Mapping[str, Any]) -> Relevance | str:
-    """Relevance of one batch, or why there is none."""
+def _collected(
+    model: nn.Module, batch: Any, target: Any, options: Mapping[str, Any]
+) -> tuple[Relevance, Mapping[str, str]] | str:  # fmt: skip
+    """Relevance of one batch, and what was left alone as no weight; or why there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is in the report
         try:
@@ -87,6 +96,6 @@ def _collected(model: nn.Module, batch: Any, target: Any, options: Mapping[str, 
                 model, target=collected_target(model, target), matmul_dtype=None, **options
             )
             accumulator.update(batch)
-            return accumulator.compute()
+            return accumulator.compute(), accumulator.table.beside.told
         except (ValueError, FloatingPointError, RuntimeError, KeyError) as error:
             return str(error)

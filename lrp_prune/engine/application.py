@@ -75,6 +75,8 @@ class Application:
         """The result of a call, by its rule."""
         if call.operation.data:
             call = self._roots.with_data(call)
+        elif call.operation.added:
+            self._roots.note_bias(call)
         call = resolved(call)
         way = _WAYS.get(call.operation.kind)
         if way is not None:

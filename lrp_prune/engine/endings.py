@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.engine.facts import Fact
-from lrp_prune.engine.nested import is_transformed, tensors_in
+from lrp_prune.engine.nested import is_transformed
 from lrp_prune.engine.places import Places
+from lrp_prune.models.returned import tensors_within
 
 _RULELESS = frozenset({"plain", "sum", "join", "embedding"})
 _NUMBERS = frozenset("item tolist numpy __float__ __int__ __array__".split())
@@ -99,7 +100,7 @@ class Endings:
         """The model has been called."""
         self.calls += 1
         self._without_gradients += not torch.is_grad_enabled()
-        tensors = list(tensors_in(output))
+        tensors = tensors_within(output)
         self._has_gradient = any(value.requires_grad for value in tensors)
         cut_off = (ending_of(value) for value in tensors if not value.requires_grad)
         self._outputs = dict.fromkeys(ending for ending in cut_off if ending is not None)
@@ -155,7 +156,8 @@ _TOLD = {
     "integers": "the model goes on with whole numbers or truth values after {where}, which carry no relevance: explain what "
     "comes before",
     "numbers": "the model goes on with Python numbers after {where}: explain what comes before, or keep tensors",
-    "no_grad": "{where} ran without gradients (torch.no_grad inside the model): enable them there, or explain what comes before",
+    "no_grad": "{where} ran without gradients (torch.no_grad inside the model): enable them there, or explain what comes before; "
+    "what is frozen by requires_grad_(False) in place of it is not trained either, and relevance goes through",
 }
 
 

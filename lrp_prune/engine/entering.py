@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from lrp_prune.engine.constants import Constants
 from lrp_prune.engine.endings import Endings
 from lrp_prune.engine.mode import PropagationMode
 from lrp_prune.engine.roots import Roots
+from lrp_prune.engine.saved import Saving
 from lrp_prune.engine.tracing import UnitTracer
+from lrp_prune.models.returned import tensors_within
 
 _NOT_DATA = ("mask", "labels", "label_ids", "return_loss")
 
@@ -27,6 +28,7 @@ def guard(
     endings: Endings,
     constants: Constants | None,
     tracer: UnitTracer | None,
+    saving: Saving,
 ) -> None:
     """Let rules act in the outermost call of an entry module, with its float arguments as roots."""
     calls: list[ExitStack] = []
@@ -42,14 +44,16 @@ def guard(
             with torch._C.DisableTorchFunction():
                 mode.audit.entered((args, kwargs))
         adopt = module is model
+        # The model may ask for gradients of what requires grad in the batch; that roots do is no business of its.
+        within = saving.everything or (adopt and any(tensor.requires_grad for tensor in tensors_within((args, kwargs))))
         names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
         named = [names[index] if index < len(names) else str(index) for index in range(len(args))]
         converted = tuple(
             arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in zip(named, args, strict=True)
         )
-        return converted, {
-            name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()
-        }
+        given = {name: arg if _is_no_data(name) else roots.inputs(arg, name, adopt) for name, arg in kwargs.items()}
+        saving.everything = within
+        return converted, given
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if calls:
@@ -57,7 +61,7 @@ def guard(
         if calls:
             return
         if tracer is not None and module is model:
-            tracer.outputs(tree_flatten(output)[0])
+            tracer.outputs(tensors_within(output))
         if output is not None:
             with torch._C.DisableTorchFunction():
                 endings.called(output)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrp_prune.arguments import check_patterns
 from lrp_prune.engine.roots import Roots
+from lrp_prune.models.batches import fields, with_fields
 
 
 def latent_modules(modules: Mapping[str, nn.Module], patterns: Sequence[str] | None) -> list[str]:
@@ -40,9 +41,8 @@ def recorded(
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not roots.recording:
             return None
-        entries = (
-            output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
-        )
+        named = fields(output)
+        entries = named.values() if named else output if isinstance(output, tuple | list) else [output]
         tensor = next(iter(entries), None)
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
@@ -54,6 +54,8 @@ def recorded(
             return output
         if hasattr(output, "_fields"):
             return type(output)(copy, *output[1:])
-        return type(output)((copy, *output[1:])) if isinstance(output, tuple | list) else copy
+        if isinstance(output, tuple | list):
+            return type(output)((copy, *output[1:]))
+        return with_fields(output, {next(iter(named)): copy}) if named else copy
 
     return hook

@@ -145,6 +145,12 @@ class PropagationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        with self._uses.saving as saving:
+            if self._acting:
+                saving.called(func, kwargs)
+            return self._handled(func, args, kwargs)
+
+    def _handled(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # By far the most frequent of all: a third of the calls of a transformer.
         if not self._acting or func is torch._C._set_grad_enabled:
             return func(*args, **kwargs)

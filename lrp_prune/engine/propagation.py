@@ -24,7 +24,7 @@ from lrp_prune.engine.precision import is_finite, without_autocast
 from lrp_prune.engine.registry import MODULE_RULES, any_placed
 from lrp_prune.engine.roots import Root, Roots
 from lrp_prune.engine.rules import gradient as plain_gradient
-from lrp_prune.engine.saved import without_activations
+from lrp_prune.engine.saved import Saving
 from lrp_prune.engine.tracing import UnitTracer
 from lrp_prune.engine.unsharding import unsharding
 from lrp_prune.engine.uses import Use, WeightUses
@@ -105,6 +105,12 @@ class Propagation:
     def note_latent(self, name: str, output: Tensor) -> None:
         """A module that was asked for has run."""
         self._latent.append((name, output))
+
+    def noting_biases(self) -> dict[str, list[Tensor]]:
+        """By module what it adds to activations that absorbs relevance, from now on; whatever it is called."""
+        found: dict[str, list[Tensor]] = {}
+        self._roots.biases = found
+        return found
 
     def unruled(self, target: Tensor) -> list[Finding]:
         """The operations without a rule that a value depends on; they are not warned of any more."""
@@ -242,6 +248,7 @@ def propagating(
     # Where statistics are features, what keeps them from zero would have relevance as well.
     data = Constants(model, absorbing=composite.needs("statistics")) if constants else None
     roots, places, endings = Roots(data, share), Places(model), Endings(class_name(model), composite.name)
+    uses.saving = Saving(everything=backward)
     audit = Audit(places, unruled, composite) if not composite.is_plain and unruled != "ignore" else None
     known = (composite, named_parameters(model), places, roots, uses, endings, tracer is not None or composite.traced)
     mode = PropagationMode(*known, tracer, audit, kept)
@@ -253,8 +260,6 @@ def propagating(
         stack.enter_context(propagating_checkpoints())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if not backward:
-            stack.enter_context(without_activations())
         stack.enter_context(running)
         ruled = any(rule != plain_gradient for rule in composite.rules_of("activation"))
         for module in modules.values():
@@ -267,7 +272,7 @@ def propagating(
         for name in wanted:
             handle = modules[name].register_forward_hook(recorded(name, roots, propagation.note_latent, mode.carry))
             stack.callback(handle.remove)
-        guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer)
+        guard(stack, model, entries or [model, *model.children()], mode, roots, endings, data, tracer, uses.saving)
         stack.enter_context(mode)
         if not composite.is_plain:
             stack.enter_context(opening(mode, lambda: mode.is_acting))

@@ -68,6 +68,18 @@ class Roots:
         self.recording = True
         self._constants, self._share = constants, share
         self.ids = Ids()
+        self.biases: dict[str, list[Tensor]] | None = None
+        """By module what it adds to activations that is no root and absorbs relevance; None where nobody asks for it."""
+
+    def note_bias(self, call: Call) -> None:
+        """A product with a weight is made, to which a bias may be added."""
+        place = call.operation.added
+        if self.biases is not None and place is not None and call.has_activations:
+            self._note_bias(call.argument(*place), call.name)
+
+    def _note_bias(self, value: Any, module: str) -> None:
+        if self.biases is not None and isinstance(value, Tensor) and not value.requires_grad:
+            self.biases.setdefault(module, []).append(value)
 
     def _scaled(self, leaf: Tensor) -> Tensor:
         return leaf if self._share == 1 else leaf * self._share
@@ -181,6 +193,8 @@ class Roots:
             value = value.to(dtype)  # as it will be for the sum
         root = self._root_of(value, module, joined)
         if root is None:
+            if not joined and value.dim() and sum(size > 1 for size in value.shape) < 2:
+                self._note_bias(value, module)
             return value
         # A copy: of a sharded model the parameter itself is gone when its relevance is read.
         root.leaf = value.detach().clone().requires_grad_()

@@ -27,6 +27,7 @@ from lrp_prune.engine.precision import without_autocast
 from lrp_prune.engine.rules.layers import Layer, widened
 from lrp_prune.engine.rules.linear import Terms, Watching, ruled
 from lrp_prune.engine.rules.messages import Message, arrival
+from lrp_prune.engine.saved import Saving
 from lrp_prune.engine.tracing import Reading, UnitTracer
 
 
@@ -200,6 +201,8 @@ class WeightUses:
     ) -> None:
         self._observers, self._tracer, self._held = observers, tracer, held
         self._latest = Latest()
+        self.saving = Saving()
+        """What the graph of the pass that is going on saves."""
         self.showing = True
         self.touched: set[str] = set()
         """Parameters that any function was called with."""
@@ -274,7 +277,7 @@ class WeightUses:
             marked(value) if isinstance(value, Tensor) and not value.requires_grad else None for value in operands
         ]
         active = [index for index, value in enumerate(operands) if is_activation(value)]
-        if not active and any(map(is_transformed, operands)):
+        if any(map(is_transformed, operands)):
             self.transformed.update(origin.name for origin in origins if origin is not None)
             return None
         if not active and _is_layer(call) and origins[1] is not None and origins[1].layout is not None:

@@ -181,6 +181,11 @@ class Replacement:
         scores, counted = [], []
         for name in self.names:
             value = self.given[name]
+            if value.dim() < 2:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(value.shape)}, and no positions within samples, as ids of nodes of several "
+                    "graphs have none: replace another input (inputs=), or give one with a row for each sample"
+                )
             each = by_position(by_name[name].detach(), value, self.patch_of(value), name).double()
             scores.append(each)
             counted.append(self._counted.get(name, torch.ones_like(each, dtype=torch.bool)).to(each.device))

@@ -40,8 +40,27 @@ def fields(batch: Any) -> dict[str, Any] | None:
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     if _is_graph(batch):
         return {name: batch[name] for name in batch.keys()}  # noqa: SIM118  # iterating over one gives pairs
-    named = {name: value for name, value in getattr(batch, "__dict__", {}).items() if not name.startswith("_")}
-    return named if any(isinstance(value, Tensor) for value in named.values()) else None
+    named = {name: value for name, value in attributes(batch).items() if not name.startswith("_")}
+    return named if any(map(_holds_tensors, named.values())) else None
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object keeps by name, in its dictionary or in slots."""
+    slots = [name for kind in type(value).__mro__ for name in _listed(vars(kind).get("__slots__", ()))]
+    own = {name: getattr(value, name) for name in slots if name not in _OF_PYTHON and hasattr(value, name)}
+    return {**own, **getattr(value, "__dict__", {})}
+
+
+_OF_PYTHON = frozenset({"__dict__", "__weakref__"})
+
+
+def _listed(names: Iterable[str]) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _holds_tensors(value: Any) -> bool:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return any(isinstance(entry, Tensor) for entry in entries)
 
 
 def _is_packed(value: Any) -> bool:

@@ -1,16 +1,17 @@
 """The logits in what a model returns, or in what the Hugging Face model inside it returned meanwhile."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lrp_prune.models.batches import tensors
+from lrp_prune.models.batches import fields
 from lrp_prune.models.binding import Call
 from lrp_prune.models.calling import call_of, called
 from lrp_prune.models.padding import check_read_tokens
 from lrp_prune.models.profile import Profile, profile_of
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.models.wording import WAY_OUT, listed
 
 _LOSSES = ("loss", "losses", "aux_loss", "z_loss")
@@ -119,7 +120,7 @@ def logits_in(output: Any) -> Tensor | None:
     if isinstance(named, Tensor):
         return named
     predictions = _predictions(output)
-    if isinstance(output, Mapping):
+    if not isinstance(output, tuple | list):
         return predictions[0] if len(predictions) == 1 else None
     return predictions[0] if predictions else None
 
@@ -131,8 +132,9 @@ def without_logits(model: nn.Module, output: Any) -> str:
 
 def _predictions(output: Any) -> list[Tensor]:
     """The floating-point tensors of an output that are no losses."""
-    if isinstance(output, Mapping):
-        entries = [value for name, value in output.items() if name not in _LOSSES]
+    named = None if isinstance(output, tuple | list) else fields(output)
+    if named is not None:
+        entries = [value for name, value in named.items() if name not in _LOSSES]
     else:
         entries = list(output) if isinstance(output, tuple | list) else [output]
     return [entry for entry in entries if isinstance(entry, Tensor) and entry.is_floating_point() and entry.dim()]
@@ -141,7 +143,8 @@ def _predictions(output: Any) -> list[Tensor]:
 def _what(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"{type(output).__name__} with {listed(output)}"
-    shapes = [f"a tensor of shape {tuple(tensor.shape)}" for tensor in tensors(output)]
+    named = None if isinstance(output, tuple | list) else fields(output)
+    if named is not None:
+        return f"{type(output).__name__} with {listed(named)}"
+    shapes = [f"a tensor of shape {tuple(tensor.shape)}" for tensor in tensors_within(output)]
     return f"{type(output).__name__} of {listed(shapes)}" if shapes else type(output).__name__

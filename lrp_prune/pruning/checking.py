@@ -63,8 +63,8 @@ def check_uses(
     )
     accumulator.table.active = set()  # it only looks
     accumulator.update(batch)
-    refused = accumulator.table.refused
-    return {name: refused[name] for name in accumulator.parameters if name in refused}
+    refused, left = accumulator.table.refused, accumulator.table.no_weights()
+    return {name: refused[name] for name in accumulator.parameters if name in refused and name not in left}
 
 
 def check_prunable(model: nn.Module, batch: Any = None, **which: Any) -> None:

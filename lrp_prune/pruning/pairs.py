@@ -37,6 +37,11 @@ class PlacedUses(ComputedUses):
         self._whole: dict[str, Layout] = {}
         self._tied: set[Place] | None = None
 
+    @property
+    def used(self) -> set[str]:
+        """Parameters that were used."""
+        return set(self._used)
+
     def is_alone(self, place: Place) -> bool:
         """Whether nothing else uses these entries, so that scaling them changes these outputs and no others."""
         return place not in self.tied
@@ -91,7 +96,7 @@ class DenseOutputs(PlacedUses):
     def _seen(self, part: "Part", found: Product, result: Tensor) -> None:
         """Keep what comes out: a copy, since the model may write into what it gets."""
         super()._seen(part, found, result)
-        self.made.setdefault(part.place, []).append(part.of(result).clone())
+        self.made.setdefault(part.place, []).append(part.of(result).detach().clone())
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """Remember what the steps are made with."""
@@ -158,10 +163,9 @@ class PrunedUses(ComputedUses):
 
     def _made(self, call: Call, found: Product, result: Tensor) -> None:
         """Make it the product as it will be."""
-        with torch.no_grad():
-            for part in parts_of(found, call, result, self._masks) if self._strength else ():
-                if self._is_alone(part.place):
-                    self._scale_(part.place, part.of(result), part.axis)
+        for part in parts_of(found, call, result, self._masks) if self._strength else ():
+            if self._is_alone(part.place):
+                self._scale_(part.place, part.of(result), part.axis)
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """The parameters as they will be."""
@@ -184,7 +188,7 @@ class PrunedUses(ComputedUses):
 
     def _scale_(self, place: Place, result: Tensor, axis: int) -> None:
         width = int(result.shape[axis])
-        found = self._fitted(place, result, axis, width)
+        found = self._fitted(place, result.detach(), axis, width)
         if found is not None:
             shape = [width if dim == axis else 1 for dim in range(result.dim())]
             scale, shift = (values.to(result).reshape(shape) for values in found)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lrp_prune.engine.composites import composite_of
 from lrp_prune.engine.propagation import propagating
@@ -15,6 +14,7 @@ from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.calling import call_of
 from lrp_prune.models.outputs import logits_by
 from lrp_prune.models.profile import profile_of
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.pruning.choices import Choices
@@ -53,8 +53,7 @@ def outputs_of(module: nn.Module, batch: Any, uses: WeightUses, target: Any, cho
 
 def tensors_in(output: Any) -> list[Tensor]:
     """The floats in what a module gives, apart from what is computed from them."""
-    leaves = tree_leaves(output)
-    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor.detach() for tensor in tensors_within(output) if tensor.is_floating_point()]
 
 
 @contextmanager

@@ -22,11 +22,13 @@ class ComputedUses(WeightUses):
         found = self._product(call)
         if found is None:
             return None
+        within = self.saving.everything
         result = self._already(found)
-        if result is None:
-            result = computed(found)
+        if result is None or within:
+            made = with_graph(found) if within else computed(found)
+            result = made if result is None else made - made.detach() + result
         self._made(call, found, result)
-        return given(found.activation, lambda: result)
+        return result if within else given(found.activation, lambda: result)
 
     def _already(self, found: Product) -> Tensor | None:
         """The product, if it need not be computed; None where it has to be."""
@@ -39,8 +41,13 @@ class ComputedUses(WeightUses):
 def computed(found: Product) -> Tensor:
     """The product, as a tensor of its own and without a graph: nothing has to go back through it."""
     with torch.no_grad():
-        result = found.form.forward(found.activation.detach(), found.weight)
-        return result.clone() if result._is_view() else result
+        return with_graph(found)
+
+
+def with_graph(found: Product) -> Tensor:
+    """The product, as a tensor of its own."""
+    result = found.form.forward(found.activation, found.weight)
+    return result.clone() if result._is_view() else result
 
 
 class _Given(Function):

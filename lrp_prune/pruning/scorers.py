@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.attribution import chunks as passes
+from lrp_prune.attribution.beside import tell_unseen
 from lrp_prune.attribution.candidates import candidates
 from lrp_prune.attribution.collect import RelevanceAccumulator
 from lrp_prune.attribution.observers import fingerprint
@@ -68,6 +69,8 @@ class Scorer:
         else:
             rows = kinds == ("embedding",)
             self._parameters = candidates(self._model, *self._which_in_order(), rows)
+            if not rows:
+                tell_unseen(self._model, *self._which_in_order())
 
     def _which_in_order(self) -> tuple[Any, Any, bool]:
         return self._which.get("include"), self._which.get("exclude"), self._which.get("trainable_only", False)

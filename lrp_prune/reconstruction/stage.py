@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.training.keeping import MaskKeeper
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -58,7 +58,7 @@ class StageTraining(LightningModule):
             batch: arguments by position, by name, and the dense outputs.
         """
         args, kwargs, expected = batch
-        found = [entry for entry in tree_leaves(self.stage(*args, **kwargs)) if _counts(entry)]
+        found = [entry for entry in tensors_within(self.stage(*args, **kwargs)) if _counts(entry)]
         errors = []
         for output, target in zip(found, expected, strict=True):
             spread = (target.float() - target.float().mean()).square().mean().clamp(min=1e-12)
@@ -75,7 +75,7 @@ class StageTraining(LightningModule):
 
 def expected_of(outputs: Any) -> list[Tensor]:
     """Of what a dense stage gave what it is to give again."""
-    return [entry for entry in tree_leaves(outputs) if _counts(entry)]
+    return [entry for entry in tensors_within(outputs) if _counts(entry)]
 
 
 def by_size(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
@@ -88,5 +88,5 @@ def by_size(parameters: Iterable[nn.Parameter], rate: float) -> Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def _counts(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.is_floating_point() and entry.dim() > 0
+def _counts(entry: Tensor) -> bool:
+    return entry.is_floating_point() and entry.dim() > 0

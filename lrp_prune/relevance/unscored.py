@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 UNUSED = "was used in no forward of the reference samples (an expert without tokens, a part that does not run)"
 NO_PRODUCT = "is used, but in no product with activations that is observed"
-CONSTANTS = "multiplies constants only, such as embeddings of positions, and no relevance goes through these"
+CONSTANTS = (
+    "multiplies constants only, such as embeddings of positions, and no relevance goes through these; what is computed from "
+    "whole numbers, as times are, is one as well unless they are given as floats"
+)
 DATA = "enters as data: it, or a sum of its rows, is added to activations or put beside them"
 WITHOUT_GRADIENTS = "ran without gradients (torch.no_grad inside the model), and no relevance goes there: enable them"
 TRANSFORMED = "is used inside a transformation of torch.func, such as vmap, and relevance is not followed into these"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.models.backends import traceable_attention
-from lrp_prune.models.batches import tensors, to_device
+from lrp_prune.models.batches import to_device
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.names import named_modules, named_parameters
 from lrp_prune.shrinking.units import Group
 
@@ -69,7 +70,7 @@ def slices_of(
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     batch = to_device(batch, next(module.parameters()).device)
     with _all_needing_gradients(module), traceable_attention(module), torch.enable_grad():
-        outputs = [value for value in tensors(run(module, batch)) if value.requires_grad]
+        outputs = [value for value in tensors_within(run(module, batch)) if value.requires_grad]
         graph = _Graph(outputs, names)
         found = {}
         for group in groups:

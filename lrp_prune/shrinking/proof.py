@@ -1,16 +1,19 @@
 """The proof: a model's outputs on reference batches, and how far those of another form of it are from them."""
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lrp_prune.models.backends import eager_attention
-from lrp_prune.models.batches import tensors, to_device
+from lrp_prune.models.batches import to_device
 from lrp_prune.models.profile import profile_of
+from lrp_prune.models.returned import tensors_within
 from lrp_prune.models.states import eager, unchanged_configuration, unchanged_state, undisturbed
 from lrp_prune.names import class_name
 
@@ -45,7 +48,7 @@ def answers(module: nn.Module, batch: Any, run: Run) -> list[Tensor]:
     parameter = next(module.parameters(), None)
     with unrecorded(module), torch.no_grad():
         output = run(module, batch if parameter is None else to_device(batch, parameter.device))
-        return [value.detach().clone() for value in tensors(output) if value.is_floating_point()]
+        return [value.detach().clone() for value in tensors_within(output) if value.is_floating_point()]
 
 
 class Proof:
@@ -84,6 +87,19 @@ class Proof:
                 "the largest): nothing could be proved by that. Random numbers of torch, NumPy and Python are the same in each "
                 "run, those of generators of its own are not"
             )
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether outputs of a run depend on random numbers, as with a dropout that is on in evaluation.
+
+        Args:
+            module: the model as it is now.
+        """
+        expected = answers(module, self.batches[0], self._run)
+        with undisturbed(module):
+            torch.manual_seed(1 + torch.initial_seed() % 2**32)
+            random.seed(0)
+            np.random.seed(0)
+            return _apart(answers(module, self.batches[0], self._run), expected) > self.tolerance
 
     def with_eager_attention(self, module: nn.Module) -> None:
         """Compare the first batch with plain attention as well: fused kernels do not read all numbers of a module.

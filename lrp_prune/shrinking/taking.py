@@ -26,6 +26,11 @@ from lrp_prune.shrinking.sites import site_of_configuration, sites_of
 _OF_MANY = 64
 """Ways to set numbers that are tried for several layers at once; where none is right, they are tried apart."""
 
+_DRAWS = (
+    "runs of the model differ by themselves, by random numbers that it draws in evaluation as well (a dropout that is always "
+    "on), and draws others where it is smaller: let it draw none (F.dropout(..., training=self.training))"
+)
+
 
 class Taking:
     """A model that units are taken out of.
@@ -55,6 +60,8 @@ class Taking:
         self._config = getattr(inner, "config", None)
         self._accepted: list[list[int]] = []
         self._numbers: dict[Any, str] = {}
+        self._draws: bool | None = None
+        """Whether runs of the model differ by random numbers; None where nobody had to ask."""
         self.swaps: list[Swap] = []
         """What was swapped, once it is finished."""
 
@@ -125,6 +132,8 @@ class Taking:
         swap.put()
         try:
             difference = self._proof.difference(self._module, batches=1)
+            if difference > self._proof.tolerance and self._draws is None:
+                self._draws = self._proof.draws(self._module)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -134,7 +143,8 @@ class Taking:
             swap.back()
         if difference <= self._proof.tolerance:
             return None
-        return f"the outputs would be others without them (by {difference:.2g} of the largest)"
+        others = f"the outputs would be others without them (by {difference:.2g} of the largest)"
+        return f"{others}: {_DRAWS}" if self._draws else others
 
     def _swap(self, parts: Sequence[list[int]]) -> tuple[Swap, list[Site]]:
         """The tensors and the numbers of torch's layers without the units of some parts, and where other numbers may change."""

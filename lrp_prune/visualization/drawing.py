@@ -57,8 +57,8 @@ def plot_explanation(explanation: "Explanation", path: str | os.PathLike[str] | 
 
 
 def _title(explanation: "Explanation", sample: int, name: str) -> str:
-    known = len(explanation.values) == len(explanation)
-    value = f", explained value {float(explanation.values[sample]):.4g}" if known else ""
+    known = explanation.value_of(sample)
+    value = "" if known is None else f", explained value {known:.4g}"
     return f"sample {sample}{value}: {name}" if len(explanation) > 1 else f"{name}{value}"
 
 

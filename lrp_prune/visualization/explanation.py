@@ -1,5 +1,6 @@
 """What :func:`lrp_prune.explain` returns: relevance to look at."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -105,10 +106,16 @@ class Explanation:
         parts = (part.heat if isinstance(part, Pixels) else part.relevance for part in self.inputs.values())
         return max((float(part[sample].abs().max()) for part in parts if part[sample].numel()), default=0.0)
 
+    def value_of(self, sample: int) -> float | None:
+        """The explained value of a sample; None where only the sum over samples is known."""
+        value = float(self.values[sample]) if len(self.values) == len(self) else math.nan
+        return None if math.isnan(value) else value
+
     def __str__(self) -> str:
         lines = [f"explains {self.target}, by {self.composite}"]
         for sample in range(len(self)):
-            value = f" = {float(self.values[sample]):.4g}" if len(self.values) == len(self) else ""
+            known = self.value_of(sample)
+            value = "" if known is None else f" = {known:.4g}"
             lines.append(f"sample {sample}{value}")
             for name, part in self.inputs.items():
                 lines.append(f"  {name}: {_described(part, sample)}")

@@ -53,7 +53,8 @@ def _scale() -> str:
 
 def _section(explanation: "Explanation", sample: int) -> str:
     largest = explanation.largest(sample) or 1.0
-    value = f" = {float(explanation.values[sample]):.4g}" if len(explanation.values) == len(explanation) else ""
+    known = explanation.value_of(sample)
+    value = "" if known is None else f" = {known:.4g}"
     parts = [f"<h2>sample {sample}{value}</h2>"] if len(explanation) > 1 or value else []
     for name, part in explanation.inputs.items():
         parts.append(f"<h3>{escape(name)}</h3>")

@@ -219,3 +219,85 @@ def test_ordinary_models_leave_few_weights_unscored() -> None:
     relevance = lrp_prune.attribute(model, [batch_for("bert")], target=target)
     assert list(relevance.unscored) == ["pooler.dense.weight"]
     assert "does not depend on it" in relevance.unscored["pooler.dense.weight"]
+
+
+class Capsules(nn.Module):
+    """Predictions of capsules by a weight that is broadcast over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.W = nn.Parameter(torch.randn(1, 5, 8, 4))
+        self.first, self.last = nn.Linear(6, 20), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last((self.W @ self.first(x).view(-1, 5, 4, 1)).relu().flatten(1))
+        return result
+
+
+class Mixer(nn.Module):
+    """Parameters whose names say data, some of which are multiplied like weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"embed_proj": (6, 8), "token_mix": (5, 5), "pool_query": (8, 1)}
+        shapes |= {"pos": (5, 8), "scale_table": (5, 8), "log_decay": (8, 8), "token_table": (5, 5), "gamma": (8, 1)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.rand(shape)))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x @ self.embed_proj + self.pos
+        hidden = (self.token_mix @ hidden) * self.scale_table
+        hidden = hidden + hidden @ torch.exp(-self.log_decay) * self.gamma.T
+        hidden = hidden + self.token_table @ hidden + self.token_table.mean()
+        hidden = torch.cat([hidden, self.token_table[:, :1].T.expand(1, 5) @ hidden], 1)
+        weights = (hidden @ self.pool_query).softmax(1)
+        result: Tensor = self.last((weights * hidden).sum(1))
+        return result
+
+
+@pytest.mark.parametrize("method", ["lrp", "wanda", "gradient"])
+def test_what_is_multiplied_like_a_weight_is_one_whatever_its_name_and_shape(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scored(model: nn.Module, x: Tensor, **options: object) -> tuple[set[str], set[str]]:
+        scores = scorer(method, model, **options)
+        scores.update((x, torch.arange(len(x)) % 3))
+        relevance = scores.compute()
+        return set(relevance), set(relevance.unscored)
+
+    assert scored(Capsules(), torch.randn(7, 6)) == ({"W", "first.weight", "last.weight"}, set())
+    weights = {"embed_proj", "token_mix", "pool_query", "last.weight"}
+    with caplog.at_level("INFO", "lrp_prune"):
+        assert scored(Mixer(), torch.randn(7, 5, 6)) == (weights, set())
+    (told,) = [record.message for record in caplog.records if "left alone" in record.message]
+    assert "scale_table (is used, but in no product" in told and "log_decay (what is used is computed from it" in told
+    assert "token_table (enters as data" in told and "pos (" not in told and "gamma" not in told
+    assert scored(Mixer(), torch.randn(7, 5, 6), include=["*"]) == (weights, set())
+    assert scored(Mixer(), torch.randn(7, 5, 6), exclude=["token_*"])[0] == weights - {"token_mix"}
+    frozen = Mixer()
+    frozen.token_mix.requires_grad_(False)
+    assert scored(frozen, torch.randn(7, 5, 6), trainable_only=True)[0] == weights - {"token_mix"}
+
+
+def test_a_bare_table_that_is_looked_up_and_multiplied_is_no_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token_embedding, self.layer = nn.Parameter(torch.randn(9, 6)), nn.Linear(6, 6)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.layer(self.token_embedding[input_ids]) @ self.token_embedding.T
+
+    ids = torch.arange(8).view(2, 4)
+    assert list(lrp_prune.attribute(Tied(), [{"input_ids": ids, "labels": ids}], target="next_token")) == [
+        "layer.weight"
+    ]
+
+
+def test_methods_without_samples_say_what_they_leave_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lrp_prune"):
+        scorer("magnitude", Capsules())
+    assert any("W: taken for data by name or shape" in record.message for record in caplog.records)

@@ -3,6 +3,9 @@
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,20 +161,49 @@ def test_such_channels_go_by_what_makes_them_where_another_layer_reads_them_too(
         assert not torch.allclose(wanted, dense)
 
 
-def test_outputs_of_the_model_are_no_units() -> None:
+@dataclass(slots=True)
+class Returned:
+    logits: Tensor
+    states: list[Tensor]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.logits
+
+
+class Private:
+    """Gives what it keeps by properties."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor) -> None:
+        self._logits, self._more, self._circle = logits, SimpleNamespace(hidden=hidden), self
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._logits
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda logits, hidden: (logits, hidden),
+        lambda logits, hidden: (logits, {"hidden": hidden}),
+        lambda logits, hidden: Returned(logits, [hidden]),
+        Private,
+    ],
+    ids=["tuple", "dict", "dataclass", "object"],
+)
+def test_outputs_of_the_model_are_no_units(returned: Callable[[Tensor, Tensor], Any]) -> None:
     class Features(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, x: Tensor) -> Any:
             hidden = self.a(x).relu()
-            return self.b(hidden), hidden
+            return returned(self.b(hidden), hidden)
 
     def first(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch)[0].sum()
 
-    with pytest.raises(ValueError, match=r"no neuron that could be removed.*outputs of the model"):
+    with pytest.raises(ValueError, match=r"no neuron that could be removed.*model's output"):
         lrp_prune.attribute(Features(), [torch.randn(2, 4)], target=first, granularity="neuron")
 
 

@@ -72,3 +72,20 @@ def test_a_model_inside_of_which_everything_is_transformed_is_told_so() -> None:
         ValueError, match=r"linear in inner\.0 \(Linear\).* inside a transformation of torch\.func, such as vmap"
     ):
         lrp_prune.attribute(outer, [(X, CLASSES)])
+
+
+def test_layers_of_times_that_are_integers_are_told_the_way_out() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.last = nn.Linear(4, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last(x * self.time(t[:, None].float() * torch.ones(4, device=t.device)).sin())
+
+    batch = {"x": torch.randn(8, 6), "t": torch.arange(8), "labels": torch.randn(8, 6)}
+    found = lrp_prune.attribute(Timed(), [batch])
+    assert (
+        list(found.unscored) == ["time.weight"] and "unless they are given as floats" in found.unscored["time.weight"]
+    )
+    assert not lrp_prune.attribute(Timed(), [{**batch, "t": batch["t"].float()}]).unscored

@@ -130,7 +130,8 @@ CUT_OFF = "what the Middle returned does not depend on what entered it: "
         (
             torch.no_grad()(torch.sigmoid),
             "sigmoid in between (Between) ran without gradients (torch.no_grad inside the model): enable them there, or explain "
-            "what comes before",
+            "what comes before; what is frozen by requires_grad_(False) in place of it is not trained either, and relevance goes "
+            "through",
         ),
     ],
 )

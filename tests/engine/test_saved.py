@@ -12,6 +12,10 @@ from lrp_prune.engine.propagation import propagating
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.planning.live import Live
 from lrp_prune.pruning import scorer
+from lrp_prune.pruning.choices import Choices
+from lrp_prune.pruning.pairs import PrunedUses
+from lrp_prune.pruning.passes import outputs_of
+from lrp_prune.pruning.products import ComputedUses
 from lrp_prune.pruning.recalibration import recalibrate
 
 WIDTH, ROWS = 16, 256
@@ -77,3 +81,92 @@ def test_graphs_within_such_a_forward_keep_what_they_save(composite: str) -> Non
     options: dict[str, Any] = {"statistic": "input_norm", "composite": composite, "include": ["*"]}
     found = lrp_prune.attribute(model, [batch], **options)
     assert "head" in found and bool((found["head"] > 0).any())
+
+
+class Energy(nn.Module):
+    """An energy of positions, and its force: a gradient that the forward takes itself, in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.hidden, self.head = way, nn.Linear(3, 16), nn.Linear(16, 1)
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x).tanh()).sum(1)
+
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.way == "func":
+            return self.energy(x), torch.func.grad(lambda x: self.energy(x).sum())(x)
+        if self.way == "jacobian":
+            found = torch.autograd.functional.jacobian(lambda x: self.energy(x).sum(), x, create_graph=True)
+            return self.energy(x), found
+        if self.way == "backward":
+            x = x.detach()
+            x.requires_grad = True
+        elif self.way == "method":
+            x = x.clone().requires_grad_()
+        elif self.way == "asked" and not x.requires_grad:
+            x.requires_grad_()
+        elif self.way == "made":
+            x = x + torch.zeros(3, device=x.device, requires_grad=True)
+        energy = self.energy(x)
+        if self.way == "backward":
+            energy.sum().backward(retain_graph=True)
+            return energy, x.grad
+        return energy, torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+WAYS = ["method", "asked", "given", "made", "backward", "jacobian", "func"]
+
+
+def positions(way: str) -> list[tuple[Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(8, 3).requires_grad_(way == "given"),) for _ in range(4)]
+
+
+def whole(model: nn.Module, batch: Any) -> Any:
+    return model(*batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "magnitude", "recalibrate": False},
+        {"method": "magnitude"},
+        {"method": "wanda", "scope": "layer"},
+        {"method": "magnitude", "compensation": "exact"},
+        {"method": "activation", "granularity": "neuron"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_takes_gradients_in_its_forward_is_pruned(way: str, options: dict[str, Any]) -> None:
+    model = Energy(way)
+    assert lrp_prune.prune(model, positions(way), 0.5, **options, progress=False).sparsity == 0.5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_within_such_a_forward_are_those_of_the_model(way: str) -> None:
+    batch = positions(way)[0]
+    for uses in (WeightUses(), ComputedUses()):
+        found = outputs_of(Energy(way), batch, uses, whole, Choices())
+        torch.testing.assert_close(found, [entry.detach() for entry in Energy(way)(batch[0].clone())])
+
+
+def test_such_gradients_know_what_recalibration_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, judged = Energy("method"), positions("method"), {}
+
+    def noting(module: nn.Module, batch: Any, uses: WeightUses, *rest: Any) -> list[Tensor]:
+        found = outputs_of(module, batch, uses, *rest)
+        if isinstance(uses, PrunedUses):
+            judged[uses._strength] = found
+        return found
+
+    monkeypatch.setattr("lrp_prune.pruning.fitting.outputs_of", noting)
+    masks = lrp_prune.prune(Energy("method"), batches, 0.5, "magnitude", recalibrate=False, progress=False)
+    found = recalibrate(model, masks, batches, whole)
+    masks.apply_(model)
+    found.apply_(model)
+    assert found.strength and found.scales
+    torch.testing.assert_close(judged[found.strength], [entry.detach() for entry in model(*batches[-1])])

@@ -278,3 +278,18 @@ def test_buffers_that_a_forward_writes_are_as_they_were() -> None:
     model = Counting()
     curve(model, torch.randn(5, 6), "gradient")
     assert not model.runs.any()
+
+
+def test_nodes_of_several_graphs_have_no_positions_which_is_said() -> None:
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nodes, self.last = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+            pooled = torch.zeros(2, 4, device=x.device).index_add(0, batch, self.nodes(x))
+            return self.last(pooled)
+
+    batch = {"x": torch.arange(6), "batch": torch.arange(6) // 3, "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match=r"'x' has shape \(6,\), and no positions within samples.*inputs="):
+        perturbation_curve(Graphs(), [batch], target="class", progress=False)

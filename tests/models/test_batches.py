@@ -1,10 +1,11 @@
 """What counts as one batch, as several, and how many samples are in it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from transformers import BatchEncoding
 
@@ -103,3 +104,35 @@ def test_types_that_pytree_knows_are_batches() -> None:
     moved = to_device(Registered(X, Y), torch.device("meta"))
     assert moved.x.is_meta and moved.y.is_meta
     torch.testing.assert_close(logits_for(Named(), Registered(X, Y)).shape, torch.Size([3, 3]))
+
+
+class Slotted:
+    """A batch that keeps its tensors in slots."""
+
+    __slots__ = ("x", "y")
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+
+
+@pytest.mark.parametrize("batch", [Slotted(X, Y), SimpleNamespace(x=X, y=Y)])
+def test_objects_of_any_class_are_batches_by_name(batch: Any) -> None:
+    model = Named()
+    found = lrp_prune.attribute(model, [batch], lambda model, batch: model(batch.x).sum())
+    expected = lrp_prune.attribute(model, [{"x": X, "y": Y}], lambda model, batch: model(batch["x"]).sum())
+    assert all(torch.equal(found[name], expected[name]) for name in expected) and samples_in(batch) == len(X)
+    listed = SimpleNamespace(x=[X, X])
+    assert samples_in(listed) == len(X) and torch.equal(to_device(listed, torch.device("cpu")).x[1], X)
+
+
+def test_the_only_prediction_of_an_object_is_its_logits() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(scores=self.layer(x), loss=torch.zeros(3, device=x.device), kind="scores")
+
+    model = Scores()
+    assert torch.equal(logits_for(model, X), model(X).scores)

@@ -27,9 +27,10 @@ def traced(module: nn.Module) -> Any:
     [
         lambda model: lrp_prune.attribute(model, [BATCH]),
         lambda model: lrp_prune.prune(model, [BATCH], 0.5),
+        lambda model: lrp_prune.prune(model, [BATCH], 0.5, "magnitude"),
         lambda model: lrp_prune.explain(model, BATCH[0]),
     ],
-    ids=["attribute", "prune", "explain"],
+    ids=["attribute", "prune", "magnitude", "explain"],
 )
 def test_a_part_is_refused_by_name(compiled: Callable[[nn.Module], Any], call: Callable[[nn.Module], Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 8), compiled(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3))
@@ -41,3 +42,5 @@ def test_a_part_is_refused_by_name(compiled: Callable[[nn.Module], Any], call: C
 def test_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^the model is compiled by torch\.jit"):
         lrp_prune.attribute(scripted(nn.Linear(4, 3)), [BATCH])
+    with pytest.raises(ValueError, match=r"^the model is compiled by torch\.jit"):
+        lrp_prune.prune(scripted(nn.Linear(4, 3)), [BATCH], 0.5, "magnitude")

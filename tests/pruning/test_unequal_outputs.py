@@ -86,3 +86,40 @@ def test_a_target_that_is_a_function_can_be_compared(batches: list[Tensor]) -> N
     kept = masks["body.weight"]
     assert torch.isfinite(model.body.weight).all() and not model.body.weight[~kept].any()
     assert before[kept].abs().sum() > 0
+
+
+class Pair:
+    """What a model returns of a class of its own."""
+
+    __slots__ = ("kinds", "values")
+
+    def __init__(self, kinds: Tensor, values: Tensor) -> None:
+        self.kinds, self.values = kinds, values
+
+
+class Paired(nn.Module):
+    """Two values, as an object or a tuple."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.kinds, self.values, self.returned = (
+            nn.Linear(12, 32),
+            nn.Linear(32, 3),
+            nn.Linear(32, 2),
+            returned,
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.body(x).relu()
+        return self.returned(self.kinds(hidden), self.values(hidden))
+
+
+def test_outputs_in_an_object_are_compared_as_those_in_a_tuple(batches: list[Tensor]) -> None:
+    method = lrp_prune.Wanda().with_target(lambda model, batch: model(batch))
+    found = []
+    for returned in (Pair, lambda *outputs: outputs):
+        masks = lrp_prune.prune(model := Paired(returned), batches, 0.5, method)
+        found.append((masks, model.state_dict()))
+    (masks, state), (others, other) = found
+    assert masks == others and all(torch.equal(value, other[name]) for name, value in state.items())

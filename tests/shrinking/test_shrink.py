@@ -197,6 +197,27 @@ def test_forward_says_how_the_model_is_run() -> None:
     assert shrunk.taken == 2 and model.net[0].out_features == 4
 
 
+class Slots:
+    """What a model returns of a class of its own."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def test_outputs_in_an_object_are_compared() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return Slots(super().forward(x))
+
+    torch.manual_seed(0)
+    model, batches = Wrapped(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), [(torch.randn(5, 6), torch.arange(5) % 3)]
+    masks = lrp_prune.prune(model, batches, 0.5, granularity="neuron", recalibrate=False)
+    lrp_prune.shrink(model, masks, batches)
+    assert model[0].out_features == 4
+
+
 def test_adapters_that_were_merged_under_the_masks_are_no_obstacle() -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -232,3 +232,21 @@ def test_divided_and_copied_models_are_refused_by_name(tmp_path: Any) -> None:
     copied, divided = together(refused, 2, tmp_path)[0]
     assert "shrink the model before it is wrapped" in copied
     assert "is divided among processes" in divided
+
+
+def test_a_dropout_that_is_always_on_is_told_as_such() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(nn.functional.dropout(self.first(x).relu()))
+
+    torch.manual_seed(0)
+    model, batches = Dropping(), [(torch.randn(8, 8), torch.arange(8) % 3)]
+    masks = lrp_prune.prune(model, batches, 0.4, granularity="neuron", recalibrate=False, progress=False)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="runs of the model differ by themselves, by random numbers"):
+        lrp_prune.shrink(model, masks, batches)
+    assert torch.equal(state, torch.get_rng_state())

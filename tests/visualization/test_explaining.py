@@ -319,3 +319,9 @@ def test_buffers_that_a_forward_writes_are_as_they_were(look: Any) -> None:
     model = Counting()
     look(model, torch.randn(5, 6))
     assert not model.runs.any()
+
+
+def test_a_value_that_is_known_of_all_samples_only_is_not_said_of_one() -> None:
+    explanation = lrp_prune.explain(nn.Linear(3, 2), torch.randn(4, 3), target=lambda model, batch: model(batch).sum())
+    assert [explanation.value_of(sample) for sample in range(4)] == [None] * 4
+    assert "nan" not in str(explanation) and "nan" not in str(explanation[1]) and "nan" not in explanation[1].html()

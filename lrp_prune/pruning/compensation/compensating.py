@@ -139,14 +139,13 @@ class _Compensating:
         self._pruned = {name: weight for name, weight in self._masked().items() if runs.masks.pruned_in(name)}
         self._outside: dict[nn.Parameter, Tensor] = {}
         self._tied: set[Place] = set()
+        self._used: set[str] = set()
         self._largest = 0
         self._weights: list[dict[str, Tensor]] = []
         self._result = Compensated()
 
     def run(self, shown: Progress) -> Compensated:
-        candidates = stages_of(self._runs.module, self._pruned)
-        with self._processes.agreeing():
-            forwards = self._watch(candidates)
+        candidates, forwards = self._candidates()
         stages = self._reproduced(self._stages(candidates, forwards), forwards)
         needed = {"": set[str]()} if self._result.as_one else made_of(forwards, stages)
         if stages and self._refining is None:  # which trains on small batches
@@ -164,6 +163,25 @@ class _Compensating:
         self._name_the_rest()
         return self._result
 
+    def _candidates(self) -> tuple[dict[str, nn.Module], list[Watched]]:
+        """What may be stages, and what forwards tell of them: a module whose weights are used by another one is in that."""
+        passed_by = set[str]()
+        while True:
+            candidates = stages_of(self._runs.module, self._pruned, passed_by)
+            with self._processes.agreeing():
+                forwards = self._watch(candidates)
+            found = {name for name, stage in candidates.items() if self._is_used_alone(stage, name, forwards)}
+            more = set().union(*self._processes.gathered(found)) - passed_by
+            if not more:
+                return candidates, forwards
+            passed_by |= more
+
+    def _is_used_alone(self, stage: nn.Module, name: str, forwards: list[Watched]) -> bool:
+        if not name or any(watched.calls[name] for watched in forwards):
+            return False
+        inside = set(map(id, stage.parameters()))
+        return any(id(weight) in inside and of in self._used for of, weight in self._pruned.items())
+
     def _watch(self, candidates: Mapping[str, nn.Module]) -> list[Watched]:
         """Dense forwards until every stage was run: what runs when, what is used elsewhere as well, and how large outputs are."""
         forwards, uses = list[Watched](), Sized(self._runs.masks)
@@ -174,7 +192,7 @@ class _Compensating:
             forwards.append(watched)
             if not self._processes.in_step and all(any(entry.calls[name] for entry in forwards) for name in candidates):
                 break
-        self._tied, self._largest = uses.tied, uses.largest
+        self._tied, self._largest, self._used = uses.tied, uses.largest, uses.used
         return forwards
 
     def _stages(self, candidates: Mapping[str, nn.Module], forwards: list[Watched]) -> dict[str, nn.Module]:

@@ -9,6 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lrp_prune.engine.nested import is_transformed
+
 
 class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """While it is entered, what is computed from marked tensors is marked as they are.
@@ -51,7 +53,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
 
 
 def _storage(value: Any) -> StorageWeakRef | None:
-    """What a tensor and its views lie in; of a sparse one that is nothing."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+    """What a tensor and its views lie in; of a sparse one, or one inside a transformation of `torch.func`, that is nothing."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or is_transformed(value):
         return None
     return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]

@@ -28,7 +28,9 @@ class StageReached(Exception):  # noqa: N818  # no error: what follows in the mo
     """Leaves a forward, as the stage has been run."""
 
 
-def stages_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Module]:
+def stages_of(
+    module: nn.Module, weights: Mapping[str, nn.Parameter], passed_by: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """The modules that are worked at one after the other, in the order in which they are registered.
 
     Each of the weights is in one of them at most. One of several modules of a class in one container is a stage (the outermost
@@ -37,6 +39,8 @@ def stages_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
     Args:
         module: the model.
         weights: what has to be in some stage.
+        passed_by: modules whose weights are used without their being called, as an attention of torch does with its ``out_proj``:
+            these weights are of the module around them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
@@ -50,7 +54,9 @@ def stages_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
     def visit(entry: nn.Module, repeats: bool) -> None:
         if not any(id(parameter) in wanted for parameter in entry.parameters()):
             return
-        own = any(id(parameter) in wanted for parameter in entry.parameters(recurse=False))
+        passed = [child for child in entry.children() if _is_passed_by(child, entry, names.get(id(child)), passed_by)]
+        held = [*entry.parameters(recurse=False), *(parameter for child in passed for parameter in child.parameters())]
+        own = any(id(parameter) in wanted for parameter in held)
         if id(entry) in names and (own or (repeats and not isinstance(entry, _CONTAINERS))):
             found[names[id(entry)]] = entry
             return
@@ -60,6 +66,10 @@ def stages_of(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[st
 
     visit(module, False)
     return found
+
+
+def _is_passed_by(child: nn.Module, owner: nn.Module, name: str | None, passed_by: Collection[str]) -> bool:
+    return name in passed_by or (isinstance(owner, nn.MultiheadAttention) and child is owner.out_proj)
 
 
 class Given:
@@ -122,7 +132,9 @@ class Kept:
         copy = self.tensor.to(self.device, copy=True)
         if not copy.is_floating_point():
             return copy
-        return given(torch.zeros((), device=self.device, requires_grad=True), lambda: copy)
+        with torch._C.DisableTorchFunction():  # it is not the model that makes something require grad
+            source = torch.zeros((), device=self.device, requires_grad=True)
+        return given(source, lambda: copy)
 
 
 def _giving(output: Any) -> Callable[..., Any]:

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lrp_prune
 from lrp_prune.names import named_parameters
+from lrp_prune.pruning import LeastSquares
+from lrp_prune.pruning.compensation import compensate_
 from lrp_prune.pruning.compensation.stages import Given, StageReached, Watched, leaving_after, made_of, stages_of
 from tests.support.small_models import batch_for, build
 
@@ -186,3 +189,31 @@ def test_t5_needs_the_first_blocks_positions_everywhere() -> None:
     with found.watching():
         model(**batch)
     assert "encoder.block.1" in found.needed["decoder.block.0"] & found.needed["decoder.block.1"]
+
+
+class Attending(nn.Module):
+    """An attention of torch, whose output projection is not called, and a layer whose weight is used from around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.attention = nn.Linear(6, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.holder, self.last = nn.ModuleDict({"layer": nn.Linear(16, 16)}), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        hidden = hidden + self.attention(hidden, hidden, hidden)[0]
+        layer = self.holder["layer"]
+        result: Tensor = self.last(nn.functional.linear(hidden, layer.weight, layer.bias).relu().mean(1))
+        return result
+
+
+@pytest.mark.parametrize("pattern", ["attention.out_proj.weight", "holder.layer.weight", "*"])
+def test_weights_of_modules_that_are_not_called_belong_to_the_module_around(pattern: str) -> None:
+    model, batches = Attending(), [(torch.randn(64, 5, 6), torch.arange(64) % 3) for _ in range(2)]
+    masks = lrp_prune.prune(Attending(), batches, 0.5, "wanda", include=[pattern], recalibrate=False, progress=False)
+    found = compensate_(model, masks, batches, LeastSquares())
+    assert not found.left_out and set(found.errors) == set(masks)
+    assert all(after < before for before, after in found.errors.values())
+    done = lrp_prune.reconstruct(Attending(), masks, batches, steps=2, progress=False)
+    assert done.errors
