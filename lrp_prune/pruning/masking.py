@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lrp_prune.distributed.sharding import Sharding
+from lrp_prune.models.loaded import check_loaded
 from lrp_prune.names import resolve
 from lrp_prune.selection import bits
 
@@ -64,11 +65,12 @@ def masked_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
     Raises:
         KeyError: if the model has not all of them.
-        ValueError: if a shape differs or a parameter is not floating-point.
+        ValueError: if a shape differs, or a parameter is not floating-point, or has no values here.
     """
     parameters = resolve(shapes, model)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter, tuple(shapes[name]))
+    check_loaded(parameters)
     return parameters
 
 

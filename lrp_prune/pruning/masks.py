@@ -167,7 +167,7 @@ class Masks(Mapping[str, Tensor]):
 
         Raises:
             KeyError: if the model has not all parameters; nothing has changed then.
-            ValueError: if a shape differs or a parameter is not floating-point; nothing has changed then.
+            ValueError: if a shape differs, or a parameter is not floating-point or offloaded; nothing has changed then.
         """
         parameters = masking.masked_parameters(model, self.shapes)
         for name, parameter in parameters.items():
