@@ -13,6 +13,7 @@ from lrp_prune.distributed.sharding import is_sharded
 from lrp_prune.models.loaded import check_loaded
 from lrp_prune.models.subject import forwarded
 from lrp_prune.names import class_name, resolve
+from lrp_prune.pruning.masking import fitting
 from lrp_prune.pruning.masks import Masks
 
 
@@ -64,6 +65,7 @@ def save_pruned(
             f"{class_name(module)} has no save_pretrained: write its state_dict() by safetensors, and ask "
             "lrp_prune.pruning.check_saved whether what is pruned is zero"
         )
+    masks = fitting(masks, module)
     parameters = resolve(masks, module)
     divided = next((name for name, parameter in parameters.items() if is_sharded(parameter)), None)
     if divided is not None:
