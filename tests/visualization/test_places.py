@@ -1,0 +1,41 @@
+"""At which of several places an explanation is, and that it is nowhere by chance."""
+
+import pytest
+import torch
+import transformers as tf
+
+import lrp_prune
+from tests.support.small_models import batch_for
+from tests.support.words import of_pieces
+
+
+def test_what_answers_by_token_is_explained_where_it_is_asked() -> None:
+    ids = batch_for("bert")["input_ids"]
+    config = tf.BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = tf.BertForMaskedLM(config).eval()
+    labels = torch.full_like(ids, -100)
+    labels[0, 2], labels[1, 4] = 7, 8
+    found = lrp_prune.explain(model, {"input_ids": ids, "labels": labels})
+    logits = model(ids).logits[[0, 1], [2, 4]].detach()
+    torch.testing.assert_close(found.values, logits.amax(-1))
+    assert found.target.endswith("at token 2, 4")
+    for silent in (model, tf.BertForTokenClassification(config).eval()):
+        with pytest.raises(ValueError, match=r"something at each of several places.*give labels"):
+            lrp_prune.explain(silent, {"input_ids": ids})
+    tokenizer = of_pieces()
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(9)
+    masked = ids.masked_fill(ids == 9, 8).index_fill(1, torch.tensor([3]), 9)
+    found = lrp_prune.explain(model, {"input_ids": masked}, tokenizer=tokenizer)
+    assert found.target.endswith("at token 3")
+
+
+def test_what_has_places_and_no_last_one_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    detector = tf.YolosForObjectDetection(tf.YolosConfig(**sizes, image_size=[16, 16], patch_size=4)).eval()
+    filling = tf.ViTForMaskedImageModeling(tf.ViTConfig(**sizes, image_size=16, patch_size=4, encoder_stride=4)).eval()
+    for model, batch in ((detector, images), (filling, {**images, "bool_masked_pos": torch.zeros(2, 16).bool()})):
+        with pytest.raises(ValueError, match=r"something at each of several places.*pass target=, a function"):
+            lrp_prune.explain(model, batch)
