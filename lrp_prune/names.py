@@ -35,7 +35,17 @@ def canonical_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DistributedDataParallel`` and the like; other modules as they are."""
+    """The module inside ``torch.compile``, ``DistributedDataParallel`` and the like; other modules as they are.
+
+    Raises:
+        TypeError: for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        raise TypeError(
+            f"a model must be a torch.nn.Module, got {type(model).__name__}"
+            f"{f': pass the model that it holds, {type(model).__name__}.model' if inside else ''}"
+        )
     while type(model).__name__ in _WRAPPER_CLASSES:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

@@ -125,6 +125,7 @@ def prune(
     method, kinds = method_of(method), granularities_of(granularity)
     scope = settled(scope, method, kinds)
     check_batches(batches)
+    module = subject_of(model).module
     tell_replicas(model)
     batches = _peeked(batches)
     adjusting = Adjusting(recalibrate, compensation, batches)
@@ -141,7 +142,7 @@ def prune(
         method = method.with_target(Inferred())  # once for all rounds
     which: dict[str, Any] = {"include": include, "exclude": exclude, "trainable_only": trainable_only}
     running: dict[str, Any] = {"accumulate_on": accumulate_on, "matmul_dtype": matmul_dtype, "unruled": unruled}
-    check_loaded(named_parameters(subject_of(model).module))
+    check_loaded(named_parameters(module))
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
     with undone_on_error() as undo:
