@@ -39,3 +39,24 @@ def test_what_has_places_and_no_last_one_is_refused() -> None:
     for model, batch in ((detector, images), (filling, {**images, "bool_masked_pos": torch.zeros(2, 16).bool()})):
         with pytest.raises(ValueError, match=r"something at each of several places.*pass target=, a function"):
             lrp_prune.explain(model, batch)
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech_to_text"])
+def test_decoders_whose_forward_shifts_the_labels_show_their_side(name: str) -> None:
+    sizes = {
+        "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 3, "max_target_positions": 16,
+    }  # fmt: skip
+    if name == "whisper":
+        config = tf.WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=10)
+        model, sound = tf.WhisperForConditionalGeneration(config).eval(), torch.randn(2, 8, 20)
+    else:
+        config = tf.Speech2TextConfig(**sizes, input_feat_per_channel=8, conv_channels=16, max_source_positions=40)
+        model, sound = tf.Speech2TextForConditionalGeneration(config).eval(), torch.randn(2, 20, 8)
+    labels = torch.tensor([[7, 8, 9, -100], [5, 6, 7, 8]])
+    found = lrp_prune.explain(model, {"input_features": sound, "labels": labels})
+    assert found.inputs["decoder_input_ids"].labels == (("3", "7", "8"), ("3", "5", "6", "7"))
+    assert not any("decoder.embed_tokens" in root for root in found.elsewhere)
+    last = model(input_features=sound, labels=labels).logits[[0, 1], [2, 3]]
+    torch.testing.assert_close(found.values, last.amax(-1).detach())
