@@ -128,6 +128,8 @@ def _laid_out(found: InputRelevance, name: str, values: Tensor) -> tuple[Tensor,
     if relevance.dim() < 2:  # one number for each sample, or one sample
         shape = (-1, 1) if found.values.numel() == relevance.numel() else (1, -1)
         return relevance.reshape(shape), values.reshape(shape)
+    if not values.is_floating_point():  # of several texts to choose from they follow each other
+        return relevance.flatten(1), values.flatten(1)
     channels = found.channels.get(name)
     if channels is None or relevance.dim() < 3:
         return relevance, values

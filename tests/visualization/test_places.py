@@ -5,6 +5,7 @@ import torch
 import transformers as tf
 
 import lrp_prune
+from lrp_prune.metrics import perturbation_curve
 from tests.support.small_models import batch_for
 from tests.support.words import of_pieces
 
@@ -60,3 +61,21 @@ def test_decoders_whose_forward_shifts_the_labels_show_their_side(name: str) -> 
     assert not any("decoder.embed_tokens" in root for root in found.elsewhere)
     last = model(input_features=sound, labels=labels).logits[[0, 1], [2, 3]]
     torch.testing.assert_close(found.values, last.amax(-1).detach())
+
+
+def test_texts_to_choose_from_are_shown_one_after_the_other() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tf.BertForMultipleChoice(tf.BertConfig(**sizes, vocab_size=50)).eval()
+    ids = torch.randint(3, 50, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 3:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = lrp_prune.explain(model, batch, target=1).inputs["input_ids"]
+    assert found.labels[0] == tuple(map(str, ids[0][mask[0].bool()].tolist()))
+    assert found.labels[1] == tuple(map(str, ids[1].flatten().tolist()))
+    with lrp_prune.attributing(model) as propagation:
+        relevance = propagation.relevance(model(**batch).logits[:, 1].sum())["bert.embeddings.word_embeddings"]
+    expected = relevance.sum(-1).reshape(2, 15) * mask.flatten(1)
+    torch.testing.assert_close(found.relevance, expected.detach())
+    with pytest.raises(ValueError, match="several texts that a sample has to choose from are not replaced"):
+        perturbation_curve(model, [batch], "attnlrp")
