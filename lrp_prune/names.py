@@ -9,6 +9,7 @@ through the adapter, so that a weight is called the same with and without one.
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -40,12 +41,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: for what is no module.
     """
-    if not isinstance(model, nn.Module):
-        inside = isinstance(getattr(model, "model", None), nn.Module)
-        raise TypeError(
-            f"a model must be a torch.nn.Module, got {type(model).__name__}"
-            f"{f': pass the model that it holds, {type(model).__name__}.model' if inside else ''}"
-        )
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        name, inside = type(given).__name__, isinstance(getattr(given, "model", None), nn.Module)
+        way_out = f": pass the model that it holds, {name}.model" if inside else ""
+        raise TypeError(f"a model must be a torch.nn.Module, got {name}{way_out}")
     while type(model).__name__ in _WRAPPER_CLASSES:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
