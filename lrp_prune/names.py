@@ -9,6 +9,7 @@ through the adapter, so that a weight is called the same with and without one.
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -35,7 +36,16 @@ def canonical_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``, ``DistributedDataParallel`` and the like; other modules as they are."""
+    """The module inside ``torch.compile``, ``DistributedDataParallel`` and the like; other modules as they are.
+
+    Raises:
+        TypeError: for what is no module.
+    """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        name, inside = type(given).__name__, isinstance(getattr(given, "model", None), nn.Module)
+        way_out = f": pass the model that it holds, {name}.model" if inside else ""
+        raise TypeError(f"a model must be a torch.nn.Module, got {name}{way_out}")
     while type(model).__name__ in _WRAPPER_CLASSES:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

@@ -23,6 +23,7 @@ from lrp_prune.engine.unaltered import unaltered
 from lrp_prune.engine.unsharding import refuse_inference_tensors
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import check_batches, samples_in, to_device
+from lrp_prune.models.loaded import check_loaded
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.scripted import refuse_scripted
 from lrp_prune.models.subject import Subject, subject_of
@@ -181,6 +182,7 @@ class RelevanceAccumulator:
                         "the explained value is on the meta device, where tensors have shapes and no values: load the weights "
                         "first (lrp_prune.attributing gives relevance there, by its shapes alone)"
                     )
+                check_loaded(table.parameters)
                 if sharded is not None:
                     propagation.check_target(value, table.backward_needed)
             roots = propagation.roots()

@@ -35,8 +35,9 @@ class InputRelevance:
     """The relevance of what one batch gave to a model.
 
     Args:
-        inputs: name of the forward's argument -> relevance: of token ids ``[samples, tokens]``, summed over their embeddings; of
-            floating-point inputs in their own shape.
+        inputs: name of the forward's argument -> relevance: of token ids ``[samples, tokens]`` (``[samples, choices, tokens]``
+            where there are several texts to choose from), summed over their embeddings; of floating-point inputs in their own
+            shape.
         given: the arguments themselves, under the same names.
         elsewhere: what went to other roots, summed: learned positions, class tokens, constants.
         latent: module -> relevance of its output, in its shape.
@@ -153,7 +154,7 @@ def input_relevance(
             continue
         name = next(names)
         if name is not None:
-            _add(inputs, name, relevance.sum(-1))
+            _add(inputs, name, relevance.sum(-1).reshape(given[name].shape))
             kept[name] = given[name]
         elif root.parameter is None and root.ids is None and not root.constant:
             _add(inputs, root.name, relevance)
@@ -245,7 +246,11 @@ def unpadded(module: nn.Module, batch: Any, skip_first: int = 0) -> dict[str, Te
         skip_first: how many tokens at the beginning of each sample of a causal language model do not count either.
     """
     encoder_decoder = profile_of(module).encoder_decoder
-    mask = entry(batch, "attention_mask") if encoder_decoder else counted_tokens(module, batch, skip_first)
+    mask = entry(batch, "attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        mask = mask.flatten(1)  # of texts to choose from, one after the other
+    elif not encoder_decoder:
+        mask = counted_tokens(module, batch, skip_first)
     found = {"input_ids": mask, "inputs_embeds": mask}
     if encoder_decoder:
         found["decoder_input_ids"] = attended_labels(module, batch)
@@ -270,10 +275,10 @@ def names_of_lookups(lookups: Sequence[Tensor | None], given: Mapping[str, Tenso
             for name, value in given.items()
             if ids is not None
             and not value.is_floating_point()
-            and value.shape == ids.shape
+            and (value.shape == ids.shape or (value.dim() == ids.dim() + 1 and value.flatten(0, 1).shape == ids.shape))
             and not any(part in name for part in _NOT_TOKENS)
             and (_same_memory(ids, value) or not (name in read and _is_counting(ids)))
-            and bool((value.to(ids.device) == ids).all())
+            and bool((value.to(ids.device).reshape(ids.shape) == ids).all())
         ]
         found.append(next((name for name in fitting if name not in found), fitting[0] if fitting else None))
     return found

@@ -77,7 +77,7 @@ class WeightStatistic:
             self.add(input_energy(use, activation if use.all_tokens else self._counted(use, activation)), use)
 
     def _counted(self, use: Use, tensor: Tensor) -> Tensor:
-        return self._batch.only_counted(tensor, layer_of(self.name), use.edge)
+        return self._batch.only_counted(tensor, layer_of(self.name), use.edge, use.form)
 
     def make_room(self) -> None:
         """Allocate the sums ahead of the first backward pass.
@@ -99,7 +99,7 @@ class WeightStatistic:
         if use.all_tokens:
             pass
         elif use.messages is not None or activation.numel() <= d.numel() or self.statistic.contributing:
-            activation = self._batch.counted_activation(activation, layer_of(self.name), use.edge)
+            activation = self._batch.counted_activation(activation, layer_of(self.name), use.edge, use.form)
         else:
             d = self._counted(use, d)
         if self.statistic.contributing:

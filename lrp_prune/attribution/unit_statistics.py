@@ -86,7 +86,7 @@ class ReadStatistic:
         """What a layer reads ``[..., channels]``, with zeros at tokens that do not count."""
         if use.form.channel_dim is None:  # tokens may come after heads
             return self._batch.only_counted(channels_last(use.form, use.weight, values), self.name, use.edge)
-        return channels_last(use.form, use.weight, self._batch.only_counted(values, self.name, use.edge))
+        return channels_last(use.form, use.weight, self._batch.only_counted(values, self.name, use.edge, use.form))
 
     def _relevance(self, activation: Tensor, gradient: Tensor) -> Tensor | None:
         """Of each entry of an activation; None where the end of a path is still to come."""

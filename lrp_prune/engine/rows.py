@@ -2,25 +2,26 @@
 
 Layers are given rows ``[samples * tokens, channels]`` in the order of samples, of tokens (attention that puts time first), or of
 experts. What was done to the rows is told by autograd: their numbers are taken back through the nodes that move entries, and
-through what works row by row, until samples and tokens are dimensions.
+through what works row by row, until samples and tokens are dimensions, whose numbers come forward on the same way.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lrp_prune.engine.nodes import MOVING_NODES, node_kind
+from lrp_prune.engine.saved import with_all
 
 _STAYING = frozenset({"Clone", "Alias", "ToCopy", "Contiguous"})
 """Of the nodes that move entries those that leave them where they are; a cast would round their numbers."""
 _MIXING = frozenset(
     """
     Sort Topk Kthvalue Cumsum Cumprod Cummax Cummin IndexAdd IndexPut IndexCopy Put Scatter ScatterAdd ScatterReduce IndexReduce
-    MaskedScatter Cdist Bmm Baddbmm
+    MaskedScatter Cdist Baddbmm
     """.split()
 )
 """Nodes whose rows are made of other rows, in an order that is not followed."""
@@ -30,128 +31,164 @@ _LONGEST = 200
 _BASE = 128
 """Numbers below are exact in any type."""
 
-Reader = Callable[[Tensor], Tensor | None]
+Numbering = Callable[[torch.Size, torch.device], list[Tensor]]
+"""Numbers from 1 on of what has a shape, by each way in which it may lie."""
 
 
 def places_of(edge: GradientEdge, samples: int, tokens: int) -> Tensor | None:
     """For each row, the number of its token, counted through all samples; None where that cannot be told.
 
+    Rows may be some of the tokens, or repeat them, as what experts get does.
+
     Args:
-        edge: of an activation, whose rows are its first dimension, or the first two.
+        edge: of an activation, whose rows are its first dimension, or of more than two dimensions the first two.
         samples: how many there are.
         tokens: in each of them.
     """
-
-    def read(numbers: Tensor) -> Tensor | None:
-        found = [_placed(each, samples * tokens) for each in _by_token(numbers, samples, tokens)]
-        known = [each for each in found if each is not None]
-        return known[0] if known and all(torch.equal(known[0], other) for other in known) else None
-
-    return _followed(edge, samples * tokens, read)
+    return _followed(edge, lambda shape, device: _by_token(shape, samples, tokens, device))
 
 
 def samples_of(edge: GradientEdge, rows: int, samples: int) -> Tensor | None:
-    """For each row, the number of its sample; None where that cannot be told."""
+    """For each row, the number of its sample, of which all have as many; None where that cannot be told."""
     places = places_of(edge, samples, rows // samples)
-    if places is not None:
-        return places // (rows // samples)
-    return _followed(edge, rows, lambda numbers: _in_samples(numbers, rows, samples))
+    if places is None:
+        found = _followed(edge, lambda shape, device: _by_sample(shape, samples, device))
+    else:
+        found = places // (rows // samples)
+    even = found is not None and len(found) == rows and bool((found.bincount() == rows // samples).all())
+    return found if even else None
 
 
-def _by_token(numbers: Tensor, samples: int, tokens: int) -> list[Tensor]:
-    """Numbers ``[samples, tokens, entries]``, by each way in which they may lie: also of attention heads, one by one or not."""
-    shape, found = numbers.shape, []
-    if shape[:2] == (samples, tokens):
-        found.append(numbers)
+def made_of_tokens(edge: GradientEdge, samples: int, tokens: int) -> bool:
+    """Whether anything that an activation is made of is laid out in samples and tokens."""
+    pending, seen = [edge.node], {edge.node}
+    while pending:
+        node = pending.pop()
+        if any(len(entry.shape) > 2 and tuple(entry.shape[:2]) == (samples, tokens) for entry in node._input_metadata):
+            return True
+        before = {entry for entry, _ in node.next_functions if entry is not None} - seen
+        seen |= before
+        pending += before
+    return False
+
+
+def _by_token(shape: torch.Size, samples: int, tokens: int, device: torch.device) -> list[Tensor]:
+    """Numbers of tokens, also of attention heads, one by one or not."""
+    numbers = torch.arange(1, samples * tokens + 1, device=device).reshape(samples, tokens)
+    found = []
+    if len(shape) > 1 and shape[:2] == (samples, tokens):
+        found.append(numbers.reshape(samples, tokens, *(1,) * (len(shape) - 2)))
     if len(shape) == 4 and (shape[0], shape[2]) == (samples, tokens):
-        found.append(numbers.movedim(2, 1))
+        found.append(numbers[:, None, :, None])
     if len(shape) == 3 and shape[1] == tokens and shape[0] % samples == 0:
-        found.append(numbers.reshape(samples, -1, *shape[1:]).movedim(2, 1))
-    return [entry.reshape(samples, tokens, -1) for entry in found]
+        found.append(numbers.repeat_interleave(shape[0] // samples, 0)[..., None])
+    return [entry.expand(shape) for entry in found]
 
 
-def _placed(numbers: Tensor, rows: int) -> Tensor | None:
-    own = _agreed(numbers.reshape(rows, -1))
-    if own is None or not torch.equal(own.sort().values, torch.arange(rows, device=own.device)):
-        return None
-    return own.argsort()
+def _by_sample(shape: torch.Size, samples: int, device: torch.device) -> list[Tensor]:
+    if not shape or shape[0] != samples:
+        return []
+    return [torch.arange(1, samples + 1, device=device).reshape(samples, *(1,) * (len(shape) - 1)).expand(shape)]
 
 
-def _in_samples(numbers: Tensor, rows: int, samples: int) -> Tensor | None:
-    if numbers.shape[0] != samples:
-        return None
-    within = [own[own > 0].unique() for own in numbers.reshape(samples, -1)]
-    if not torch.equal(torch.cat(within).sort().values, torch.arange(1, rows + 1, device=numbers.device)):
-        return None
-    found = torch.empty(rows, dtype=torch.int64, device=numbers.device)
-    for sample, own in enumerate(within):
-        found[own.long() - 1] = sample
-    return found
+class _Way(NamedTuple):
+    """How far rows are followed.
+
+    Args:
+        node: that made what they are in by now.
+        place: which of its outputs.
+        start: stands for the activation, or for the operand of the last function that works row by row.
+        moved: the same, taken back through nodes that move entries.
+        rows: of each row of the activation, the number of the row of `start`; None: the same.
+    """
+
+    node: Any
+    place: int
+    start: Tensor
+    moved: Tensor
+    rows: Tensor | None
 
 
-def _agreed(numbers: Tensor) -> Tensor | None:
-    """The number of each row, counted from 0, of entries that have it, or none."""
-    own = numbers.amax(1)
-    alike = (numbers == own[:, None]) | (numbers == 0)
-    return own.long() - 1 if bool(alike.all()) else None
-
-
-def _followed(edge: GradientEdge, rows: int, read: Reader) -> Tensor | None:
-    """What is read of the rows' numbers, where they can be."""
-    device = edge.node._input_metadata[edge.output_nr].device
-    shape = edge.node._input_metadata[edge.output_nr].shape
-    numbers = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
-    leading = 1 if shape[0] == rows else 2
-    if math.prod(shape[:leading]) != rows:  # of a convolution, whose second dimension are channels
-        return None
-    numbers = numbers.reshape(*shape[:leading], *(1,) * (len(shape) - leading))
-    pending: list[tuple[Any, int, Tensor]] = [(edge.node, edge.output_nr, numbers)]
-    seen: set[Any] = set()
-    while pending and len(seen) < _LONGEST:
-        node, index, numbers = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        entries = node._input_metadata
-        numbers = numbers.expand(entries[index].shape)
-        kind = node_kind(node)
-        if kind in MOVING_NODES:
-            back = numbers if kind in _STAYING else _taken_back(node, index, numbers)
-            before, place = node.next_functions[0]
-            if before is not None and back is not None:
-                pending.append((before, place, back))
-            continue
-        found = read(numbers)
-        if found is not None:
-            return found
-        by_row = numbers.dim() == 2 and len(numbers) == rows and kind not in _MIXING
-        own = _agreed(numbers) if by_row else None
-        operands = node.next_functions if own is not None else ()
-        for before, place in (
-            operands[:1] if kind == "Mm" else operands
-        ):  # rows of a product are those of its first factor
-            shape = None if before is None else before._input_metadata[place].shape
-            if own is not None and shape is not None and len(shape) == 2 and shape[0] == rows:
-                pending.append((before, place, (own + 1).to(numbers.dtype)[:, None]))
+def _followed(edge: GradientEdge, numbering: Numbering) -> Tensor | None:
+    """The number of each row, from 0 on, of where they come from; None where it cannot be told."""
+    with torch.enable_grad(), with_all():
+        pending = [_way(edge.node, edge.output_nr, None)]
+        seen: set[Any] = set()
+        while pending and len(seen) < _LONGEST:
+            way = pending.pop()
+            if way.node in seen:
+                continue
+            seen.add(way.node)
+            kind = node_kind(way.node)
+            if kind in MOVING_NODES:
+                back = way.moved if kind in _STAYING else _taken_back(way)
+                before, place = way.node.next_functions[0]
+                if before is not None and back is not None:
+                    pending.append(way._replace(node=before, place=place, moved=back))
+                continue
+            found = _agreeing([_numbered(way, entry) for entry in numbering(way.moved.shape, way.moved.device)])
+            if found is not None:
+                return found if way.rows is None else found[way.rows]
+            if kind not in _MIXING and way.moved.dim() in (2, 3):
+                pending += _row_by_row(way, kind)
     return None
 
 
-def _taken_back(node: Any, index: int, numbers: Tensor) -> Tensor | None:
-    """Numbers of what came out of a node that moves entries, where they were before; None where it cannot take them."""
-    entries = node._input_metadata
+def _row_by_row(way: _Way, kind: str) -> list[_Way]:
+    """Back through a function that makes each row of those at the same place."""
+    leading, rows = way.moved.shape[:-1], way.rows
+    if way.moved is not way.start:
+        numbers = torch.arange(1, leading.numel() + 1, device=way.moved.device)
+        own = _numbered(way, numbers.reshape(*leading, 1).expand(way.moved.shape))
+        if own is None:
+            return []
+        rows = own if rows is None else own[rows]
+    operands = way.node.next_functions
+    if kind in ("Mm", "Bmm"):  # rows of a product are those of its first factor
+        operands = operands[:1]
+    return [
+        _way(before, place, rows)
+        for before, place in operands
+        if before is not None
+        and len(before._input_metadata[place].shape) == way.moved.dim()
+        and tuple(before._input_metadata[place].shape[:-1]) == leading
+    ]
 
-    def back(values: Tensor) -> Tensor:
-        found = node(*(values if at == index else None for at in range(len(entries))))
-        taken: Tensor = found[0] if isinstance(found, tuple) else found
-        return taken.to(numbers.dtype)
 
-    try:
-        return back(numbers)
-    except (RuntimeError, TypeError):
-        pass
-    try:  # an index takes its own type alone, in which small numbers are exact
+def _way(node: Any, index: int, rows: Tensor | None) -> _Way:
+    """One that begins at what a node made."""
+    entry = node._input_metadata[index]
+    start = torch.zeros((), dtype=entry.dtype, device=entry.device).expand(entry.shape).detach().requires_grad_()
+    return _Way(node, index, start, start, rows)
+
+
+def _numbered(way: _Way, numbers: Tensor) -> Tensor | None:
+    """What rows of `start` get of numbers that lie as `moved` does, less 1; None where entries of a row differ, or get none."""
+    if way.moved is way.start:
+        taken = numbers
+    else:  # what was taken back is given forward again by its gradient, some digits at a time
         digits = range(math.ceil(math.log(float(numbers.max()) + 1, _BASE)))
-        parts = [back((numbers // _BASE**digit % _BASE).to(entries[index].dtype)) * _BASE**digit for digit in digits]
-        return torch.stack(parts).sum(0)
+        given = [(numbers // _BASE**digit % _BASE).to(way.moved.dtype) for digit in digits]
+        parts = [torch.autograd.grad(way.moved, way.start, each, retain_graph=True)[0] for each in given]
+        taken = torch.stack([part.long() * _BASE**digit for digit, part in zip(digits, parts, strict=True)]).sum(0)
+    taken = taken.reshape(way.start.shape[: 1 if way.start.dim() == 2 else 2].numel(), -1)
+    own = taken.amax(1)
+    alike = (taken == own[:, None]) | (taken == 0)
+    return own - 1 if bool((own > 0).all()) and bool(alike.all()) else None
+
+
+def _agreeing(found: list[Tensor | None]) -> Tensor | None:
+    known = [each for each in found if each is not None]
+    return known[0] if known and all(torch.equal(known[0], other) for other in known) else None
+
+
+def _taken_back(way: _Way) -> Tensor | None:
+    """What came out of a node that moves entries, where it was before; None where it cannot take it."""
+    entries = way.node._input_metadata
+    values = way.moved.to(entries[way.place].dtype)
+    try:
+        found = way.node(*(values if at == way.place else None for at in range(len(entries))))
     except (RuntimeError, TypeError):
         return None
+    taken: Tensor = found[0] if isinstance(found, tuple) else found
+    return taken

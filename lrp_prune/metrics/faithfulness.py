@@ -164,6 +164,12 @@ class Replacement:
         with Replacing(self.given, {}, self.baseline, {}) as replacing:
             values_of(self.target, self.module, self.batch)
         self._looked_up = tuple(replacing.looked_up)
+        several = next((name for name in self._looked_up if self.given[name].dim() > 2), None)
+        if several is not None:
+            raise ValueError(
+                f"{several} has shape {tuple(self.given[several].shape)}: tokens of several texts that a sample has to choose "
+                "from are not replaced"
+            )
 
     def patch_of(self, values: Tensor) -> int:
         """Pixels along a side of a patch; 1 where the input is no image."""

@@ -167,9 +167,19 @@ def _decoder_inputs(profile: Profile, labels: Any, arguments: Mapping[str, Any])
     """Decoder inputs of encoder-decoders, made from the labels as the model itself does."""
     prepare = getattr(profile.inner, "prepare_decoder_input_ids_from_labels", None)
     tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-    if prepare is None or not tokens or not _needs_labels(profile, arguments):
+    if not tokens or not _needs_labels(profile, arguments):
         return {}
-    return {"decoder_input_ids": prepare(labels=labels)}
+    made = _shifted(profile, labels) if prepare is None else prepare(labels=labels)
+    return {} if made is None else {"decoder_input_ids": made}
+
+
+def _shifted(profile: Profile, labels: Any) -> Tensor | None:
+    """Labels shifted by the function that the forward of a model in this file shifts them by, Whisper's for one; None without."""
+    shift = getattr(inspect.getmodule(type(profile.inner)), "shift_tokens_right", None)
+    if shift is None or "decoder_input_ids" not in Signature(profile).names:
+        return None
+    ids = {name: getattr(profile.config, name, None) for name in list(inspect.signature(shift).parameters)[1:]}
+    return None if None in ids.values() else shift(labels, **ids)
 
 
 def _needs_labels(profile: Profile, arguments: Mapping[str, Any]) -> bool:

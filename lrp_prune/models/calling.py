@@ -55,6 +55,8 @@ def call_of(model: nn.Module, batch: Any, labelled: bool = False) -> Call:
         call = by_name(profile, batch, None, labelled) if read else of_pair(profile, batch, labelled)
     else:
         call = Call((batch,), {}) if named is None else by_name(profile, batch, None, labelled)
+    if profile.inner is profile.module:
+        _check_tokens(call.kwargs.get("input_ids"), "input_ids")
     _check(profile.module, call, batch)
     return call
 
@@ -95,6 +97,15 @@ def labels_of(model: nn.Module, batch: Any) -> Tensor | None:
     """The batch's labels, if they are a tensor."""
     labels = call_of(model, batch).labels
     return labels if isinstance(labels, Tensor) else None
+
+
+def _check_tokens(ids: Any, name: str) -> None:
+    """Refuse tokens without a dimension for samples, and none at all."""
+    if isinstance(ids, Tensor) and (ids.dim() == 1 or not ids.numel()):
+        what = (
+            "is one sample: add a dimension for samples (value[None] of each entry)" if ids.numel() else "has no tokens"
+        )
+        raise ValueError(f"{name} must be [samples, tokens], and of shape {tuple(ids.shape)} it {what}")
 
 
 def _check(module: nn.Module, call: Call, batch: Any) -> None:

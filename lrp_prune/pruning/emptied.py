@@ -2,18 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from lrp_prune.pruning.kinds import by_kind
 from lrp_prune.relevance.unscored import patterns_of
-from lrp_prune.selection.scopes import as_rows, layout_of
+from lrp_prune.selection.scopes import as_rows, layout_of, number_to_prune
 
 if TYPE_CHECKING:
     from lrp_prune.pruning.coverage import Group
     from lrp_prune.pruning.masks import Masks
+    from lrp_prune.relevance import Relevance
 
 NEARLY_ALL = 0.95
 """A tensor that loses more than this share is told, unless as much was asked for."""
@@ -106,3 +107,30 @@ def tell_emptied(groups: Sequence["Group"], masks: "Masks", existing: "Masks | N
         EmptiedWeightsWarning,
         stacklevel=3,
     )
+
+
+def tell_rounded_away(
+    relevance: "Relevance", groups: "Iterable[Group]", sizes: Mapping[str, int], together: bool
+) -> None:
+    """Say where a sparsity of units is less than half of one, so that none of them is pruned.
+
+    Args:
+        relevance: of units.
+        groups: what is selected from together.
+        sizes: how many units each tensor has, or of several layers each.
+        together: whether all of a group are compared, or each tensor by itself.
+    """
+    kinds = {name: kind for kind, names in relevance.kinds().items() for name in names}
+    for group in groups:
+        by_size: dict[int, list[str]] = {}
+        for name in group.scored:
+            number = sum(sizes[other] for other in group.scored) if together else sizes[name]
+            by_size.setdefault(number, []).append(name)
+        for number, names in by_size.items():
+            if group.rate > 0 and number_to_prune(group.rate, number) == 0:
+                where = "" if together else " in each"
+                warnings.warn(
+                    f"sparsity {group.rate:g} of {number} {kinds[names[0]]}s{where} of {', '.join(patterns_of(names)[:_SHOWN])} "
+                    f"is less than half of one, so that none of them is pruned: the least is one, sparsity={1 / number:.4g}",
+                    stacklevel=4,
+                )

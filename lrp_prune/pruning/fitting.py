@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import in_groups, laid_together, to_device
 from lrp_prune.models.padding import counted_tokens
@@ -78,6 +79,8 @@ class Runs:
     """Names of weights that are places, or have some, and whether something else uses one as well."""
     uneven: set[str] = field(default_factory=set)
     """Names of weights whose outputs had another shape once masks were applied."""
+    layout: BatchLayout = field(default_factory=BatchLayout)
+    """Tells which tokens of the batch at hand are no padding."""
     biases: dict[str, Tensor] = field(default_factory=dict)
     """Masks of those of which some entries are pruned: what is added to those stays nothing."""
 
@@ -123,7 +126,7 @@ class Runs:
         """Run a batch, made of so many, dense, and as each candidate would have it."""
         with self.processes.agreeing():
             batch = to_device(batch, self.device)
-            counted = counted_tokens(self.model, batch, 0)
+            self.layout.counted = counted_tokens(self.model, batch, 0)
             dense, choices, norms = DenseOutputs(self.masks), Choices(), dict[str, list[Tensor]]()
 
             def kept(name: str, x: Tensor) -> None:
@@ -143,7 +146,7 @@ class Runs:
         with zeroed(self.model, self.masks):
             for candidate in candidates:
                 uses = PrunedUses(
-                    self.masks, dense, candidate.channels, candidate.strength, counted, turns, adding, self.biases
+                    self.masks, dense, candidate.channels, candidate.strength, self.layout, turns, adding, self.biases
                 )
                 inputs = {name: iter(values) for name, values in norms.items()}
 
@@ -161,7 +164,7 @@ class Runs:
                     found = outputs_of(self.model, batch, uses, self.target, again)
                     self.uneven.update(uses.uneven)
                     if not fitting and adding:
-                        candidate.distances.append(distances(expected, found, self.target, counted))
+                        candidate.distances.append(distances(expected, found, self.target, self.layout.counted))
                     self.advance(number if adding else 0)
 
 

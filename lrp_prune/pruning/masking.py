@@ -1,13 +1,19 @@
 """Masks and what they are put together with: other masks, the processes of a run, parameters."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lrp_prune.adapters import adapted_layers
 from lrp_prune.distributed.sharding import Sharding
-from lrp_prune.names import resolve
+from lrp_prune.models.loaded import check_loaded
+from lrp_prune.models.wording import listed
+from lrp_prune.names import resolve, unwrap
 from lrp_prune.selection import bits
+
+_ADDED = ("lora_", "ia3_")
 
 if TYPE_CHECKING:
     from lrp_prune.pruning.masks import Masks
@@ -59,16 +65,43 @@ def parts(masks: "Masks", shardings: Mapping[str, Sharding]) -> tuple[dict[str, 
     return packed, new
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter is one that PEFT adds to a layer, by its name."""
+    return any(part.startswith(_ADDED) for part in name.split("."))
+
+
+def without_adapters(masks: "Masks") -> "Masks":
+    """The masks of the model's own parameters alone."""
+    own = {name: masks.bits(name) for name in masks if not of_adapter(name)}
+    return type(masks).from_bits(
+        own, masks.shapes, granularity=masks.granularity, shardings=masks.shardings, unscored=masks.unscored,
+        layouts=masks.layouts,
+    )  # fmt: skip
+
+
+def fitting(masks: "Masks", model: nn.Module) -> "Masks":
+    """The masks; of a model that has no adapters, for they are merged, without what units had in them, which is told."""
+    added = [name for name in masks if of_adapter(name)]
+    if not added or masks.granularity == "weight" or adapted_layers(unwrap(model)):
+        return masks
+    warnings.warn(
+        f"the model has no adapters (any more), so that masks of {listed(added, 2)} are left out",
+        stacklevel=2,
+    )
+    return without_adapters(masks)
+
+
 def masked_parameters(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
     """The parameters of a model that masks of these shapes can be applied to.
 
     Raises:
         KeyError: if the model has not all of them.
-        ValueError: if a shape differs or a parameter is not floating-point.
+        ValueError: if a shape differs, or a parameter is not floating-point, or has no values here.
     """
     parameters = resolve(shapes, model)
     for name, parameter in parameters.items():
         _check_parameter(name, parameter, tuple(shapes[name]))
+    check_loaded(parameters)
     return parameters
 
 

@@ -163,19 +163,21 @@ class Masks(Mapping[str, Tensor]):
         """Set what is pruned to +0.0 in place, whatever was there (-0.0, infinity and NaN too).
 
         Args:
-            model: the model; wrapped or not, or one that holds the model the masks were made for under an attribute.
+            model: the model; wrapped or not, or one that holds the model the masks were made for under an attribute. Where
+                adapters are merged, what units had in them is left out, with a warning.
 
         Raises:
             KeyError: if the model has not all parameters; nothing has changed then.
-            ValueError: if a shape differs or a parameter is not floating-point; nothing has changed then.
+            ValueError: if a shape differs, or a parameter is not floating-point or offloaded; nothing has changed then.
         """
-        parameters = masking.masked_parameters(model, self.shapes)
+        masks = masking.fitting(self, model)
+        parameters = masking.masked_parameters(model, masks.shapes)
         for name, parameter in parameters.items():
-            self._check_division(name, parameter)
+            masks._check_division(name, parameter)
         for name, parameter in parameters.items():
             weights = local_part(parameter)
             with torch.no_grad():
-                weights.masked_fill_(~self.part(name, parameter), 0.0)
+                weights.masked_fill_(~masks.part(name, parameter), 0.0)
 
     def part(self, name: str, parameter: Tensor) -> Tensor:
         """The mask of what this process has of a parameter, which may be divided where the masks are whole.

@@ -5,6 +5,7 @@ from torch import nn
 
 from lrp_prune.adapters import adapted_layers, adapter_parameters, adapting_models
 from lrp_prune.names import resolve, unwrap
+from lrp_prune.pruning.masking import without_adapters
 from lrp_prune.pruning.masks import Masks
 
 
@@ -41,6 +42,10 @@ def merge_adapters(model: nn.Module, masks: Masks) -> nn.Module:
         inside = [name for name, found in adapting_models(model).items() if found is not model]
         where = f": it is at {inside[0]!r}" if inside else ""
         raise TypeError(f"adapters are merged in a PeftModel, got {type(model).__name__}{where}")
+    if masks.granularity != "weight":
+        masks = without_adapters(
+            masks
+        )  # a unit's part of the weights is zero as well, and what is added there is dropped
     of_adapters = adapter_parameters(model)
     added = {id(entry) for name, entry in model.named_parameters(remove_duplicate=False) if name in of_adapters}
     for name, parameter in resolve(masks, model).items():

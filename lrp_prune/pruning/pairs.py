@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from lrp_prune.engine.batch_layout import BatchLayout, counted_places
 from lrp_prune.engine.channels import channel_axis
+from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.origins import Layout, marked
 from lrp_prune.engine.rules import Call
 from lrp_prune.engine.uses import Product, RecurrentLayer
+from lrp_prune.names import layer_of
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.places import BiasPlace, Place, shifted_in
@@ -133,7 +137,7 @@ class PrunedUses(ComputedUses):
         dense: the same batch's outputs of the dense model.
         channels: moments of each place.
         strength: see :meth:`PairedMoments.fit`.
-        counted: ``[samples, tokens]``, which are no padding; None for all.
+        batch: tells which tokens are no padding.
         turns: sums moments over processes; None: what is known is only used.
         adding: whether this batch counts.
         biases: masks of those of which some entries are pruned, which get no shift.
@@ -147,7 +151,7 @@ class PrunedUses(ComputedUses):
         dense: DenseOutputs,
         channels: dict[Place, PairedMoments],
         strength: float,
-        counted: Tensor | None,
+        batch: BatchLayout,
         turns: Turns | None = None,
         adding: bool = True,
         biases: Mapping[str, Tensor] = MappingProxyType({}),
@@ -155,7 +159,7 @@ class PrunedUses(ComputedUses):
         super().__init__()
         self._biases = biases
         self._masks, self._channels, self._strength = masks, channels, strength
-        self._counted, self._turns, self._adding = counted, turns, adding
+        self._batch, self._turns, self._adding = batch, turns, adding
         self._dense, self._is_alone = {place: iter(made) for place, made in dense.made.items()}, dense.is_alone
         self._states = {place: iter(made) for place, made in dense.states.items()}
         self.uneven: set[str] = set()
@@ -165,7 +169,8 @@ class PrunedUses(ComputedUses):
         """Make it the product as it will be."""
         for part in parts_of(found, call, result, self._masks) if self._strength else ():
             if self._is_alone(part.place):
-                self._scale_(part.place, part.of(result), part.axis)
+                counted = None if self._turns is None else part.counted(found, result, self._batch)
+                self._scale_(part.place, part.of(result), part.axis, counted)
 
     def before_steps(self, layer: RecurrentLayer, x: Tensor, apart: bool, valid: Tensor | None) -> RecurrentLayer:
         """The parameters as they will be."""
@@ -181,26 +186,29 @@ class PrunedUses(ComputedUses):
                         None if states is None or len(states) != len(x) else entry.computed(layer, x.detach(), states)
                     )
                     rows = None if given is None else _without_padding(given, valid)
-                    found = self._fitted(entry.place, rows, -1, entry.rows.stop - entry.rows.start)
+                    counted = None if rows is None else self._batch.counted_rows(rows.shape, entry.place.name, None)
+                    found = self._fitted(entry.place, rows, -1, entry.rows.stop - entry.rows.start, counted)
                     if found is not None:
                         entry.scale_(scaled, *found)
         return scaled
 
-    def _scale_(self, place: Place, result: Tensor, axis: int) -> None:
+    def _scale_(self, place: Place, result: Tensor, axis: int, counted: Tensor | None) -> None:
         width = int(result.shape[axis])
-        found = self._fitted(place, result.detach(), axis, width)
+        found = self._fitted(place, result.detach(), axis, width, counted)
         if found is not None:
             shape = [width if dim == axis else 1 for dim in range(result.dim())]
             scale, shift = (values.to(result).reshape(shape) for values in found)
             result.mul_(scale).add_(shift)
 
-    def _fitted(self, place: Place, result: Tensor | None, axis: int, width: int) -> tuple[Tensor, Tensor] | None:
+    def _fitted(
+        self, place: Place, result: Tensor | None, axis: int, width: int, counted: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Scale and shift by what is known; None where that is too little."""
         if self._turns is not None:
             fresh, dense = PairedMoments(width), next(self._dense.get(place, iter(())), None)
             if self._adding and dense is not None and result is not None:
                 if dense.shape == result.shape:
-                    fresh.add(self._rows(result, axis), self._rows(dense, axis))
+                    fresh.add(_rows(result, axis, counted), _rows(dense, axis, counted))
                 else:
                     self.uneven.add(place.name)
             whole = self._turns.summed(place, fresh)
@@ -211,11 +219,10 @@ class PrunedUses(ComputedUses):
             return None
         return moments.fit(self._strength, shifted_in(place.bias, self._biases))
 
-    def _rows(self, outputs: Tensor, axis: int) -> Tensor:
-        last = axis % outputs.dim() == outputs.dim() - 1
-        if self._counted is not None and outputs.shape[:2] == self._counted.shape and last:
-            return outputs[self._counted].reshape(-1, outputs.shape[-1])
-        return outputs.movedim(axis, -1).reshape(-1, outputs.shape[axis])
+
+def _rows(outputs: Tensor, axis: int, counted: Tensor | None) -> Tensor:
+    outputs = outputs.movedim(axis, -1)
+    return (outputs if counted is None else outputs[counted]).reshape(-1, outputs.shape[-1])
 
 
 def _without_padding(gates: Tensor, valid: Tensor | None) -> Tensor:
@@ -238,6 +245,17 @@ class Part(NamedTuple):
     def of(self, result: Tensor) -> Tensor:
         """The part of the outputs; a view."""
         return result if self.rows is None else result[self.rows]
+
+    def counted(self, found: Product, result: Tensor, batch: BatchLayout) -> Tensor | None:
+        """Which of its rows, or places of a convolution, count; None for all."""
+        if isinstance(found.form, Convolution):
+            return counted_places(batch.counted, result.shape)
+        if batch.counted is None or self.axis % self.of(result).dim() != self.of(result).dim() - 1:
+            return None
+        rows = batch.counted_rows(
+            found.activation.shape, layer_of(self.place.name), get_gradient_edge(found.activation)
+        )
+        return None if rows is None else self.of(rows)
 
 
 def parts_of(found: Product, call: Call, result: Any, masks: Masks) -> list[Part]:

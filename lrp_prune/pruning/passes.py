@@ -102,7 +102,9 @@ def distances(
             distances.append(None)
             continue
         dense, pruned = dense.float(), pruned.float()
-        if counted is not None and dense.shape[:2] == counted.shape:
+        if counted is not None and dense.dim() == 2 and len(dense) == counted.numel() != len(counted):
+            dense, pruned = dense[counted.flatten()], pruned[counted.flatten()]
+        elif counted is not None and dense.shape[:2] == counted.shape:
             dense, pruned = dense[counted], pruned[counted]
         if _is_choice(target) and len(expected) == 1 and dense.dim() > 1 and dense.shape[-1] > 1:
             along = 1 if dense.dim() > 3 else -1

@@ -12,6 +12,9 @@ from torch import nn
 
 from lrp_prune.attribution.chunks import check_chunks
 from lrp_prune.models.batches import check_batches
+from lrp_prune.models.loaded import check_loaded
+from lrp_prune.models.subject import subject_of
+from lrp_prune.names import named_parameters
 from lrp_prune.progress import Counted, bar, no_bar, number_of
 from lrp_prune.pruning.adjusting import Adjusting
 from lrp_prune.pruning.checking import check_prunable, tell_replicas
@@ -122,6 +125,7 @@ def prune(
     method, kinds = method_of(method), granularities_of(granularity)
     scope = settled(scope, method, kinds)
     check_batches(batches)
+    module = subject_of(model).module
     tell_replicas(model)
     batches = _peeked(batches)
     adjusting = Adjusting(recalibrate, compensation, batches)
@@ -138,6 +142,7 @@ def prune(
         method = method.with_target(Inferred())  # once for all rounds
     which: dict[str, Any] = {"include": include, "exclude": exclude, "trainable_only": trainable_only}
     running: dict[str, Any] = {"accumulate_on": accumulate_on, "matmul_dtype": matmul_dtype, "unruled": unruled}
+    check_loaded(named_parameters(module))
     score = partial(scorer, method, model, granularity=kinds, **which, **running)
     masks = existing
     with undone_on_error() as undo:

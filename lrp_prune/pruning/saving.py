@@ -10,8 +10,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lrp_prune.distributed.sharding import is_sharded
+from lrp_prune.models.loaded import check_loaded
 from lrp_prune.models.subject import forwarded
 from lrp_prune.names import class_name, resolve
+from lrp_prune.pruning.masking import fitting
 from lrp_prune.pruning.masks import Masks
 
 
@@ -52,7 +54,7 @@ def save_pruned(
         What was found on disk; printed, it says how many weights are zero.
 
     Raises:
-        ValueError: if a pruned weight of the model is not zero, it has no ``save_pretrained``, or it is divided among processes;
+        ValueError: if a pruned weight of the model is not zero, it has no ``save_pretrained``, is divided or offloaded;
             nothing is written then.
         RuntimeError: if a pruned weight is not zero in the files.
         KeyError: if the model has not all parameters that the masks are about.
@@ -63,6 +65,7 @@ def save_pruned(
             f"{class_name(module)} has no save_pretrained: write its state_dict() by safetensors, and ask "
             "lrp_prune.pruning.check_saved whether what is pruned is zero"
         )
+    masks = fitting(masks, module)
     parameters = resolve(masks, module)
     divided = next((name for name, parameter in parameters.items() if is_sharded(parameter)), None)
     if divided is not None:
@@ -70,6 +73,7 @@ def save_pruned(
             f"{divided} is divided among processes: CorrectedModule(model).save_pretrained(folder) writes it, and "
             "lrp_prune.pruning.check_saved reads it"
         )
+    check_loaded(parameters)
     for name, parameter in parameters.items():
         alive = _not_zero(masks, name, parameter.detach())
         if alive:

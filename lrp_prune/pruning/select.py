@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrp_prune.pruning.coverage import Group, groups_of, tell_unscored
-from lrp_prune.pruning.emptied import tell_emptied
+from lrp_prune.pruning.emptied import tell_emptied, tell_rounded_away
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.scope import Scope, scope_of
 from lrp_prune.pruning.units import existing_units, expand_units
@@ -144,6 +144,10 @@ def select(
         _check_shapes(relevance.parameter_shapes, existing)
         kept = existing_units(relevance, units, existing)
         chosen = _select_weights(relevance, groups, parsed, asked.order, units, kept)
+        each = {
+            name: size // (1 if parsed == "global" else _layers(relevance, name)) for name, (size,) in units.items()
+        }
+        tell_rounded_away(relevance, groups, each, parsed == "global")
         shapes, chosen = expand_units(relevance, chosen, existing)
     if existing is not None:
         for name in existing:

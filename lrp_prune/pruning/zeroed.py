@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lrp_prune.distributed.sharding import local_part
-from lrp_prune.pruning.masking import masked_parameters
+from lrp_prune.pruning.masking import fitting, masked_parameters
 from lrp_prune.pruning.masks import Masks
 
 
@@ -31,6 +31,7 @@ def values_under(model: nn.Module, masks: Masks) -> Callable[[], None]:
         >>> torch.equal(model.weight, before)
         True
     """
+    masks = fitting(masks, model)
     values = {
         name: local_part(parameter)[~masks.part(name, parameter)]
         for name, parameter in masked_parameters(model, masks.shapes).items()

@@ -187,14 +187,15 @@ class _Reconstructing:
         return True
 
     def refine(
-        self, name: str, stage: nn.Module, held: Mapping[str, nn.Parameter], inputs: Callable[[int], Any], outputs: list[Any]
+        self, name: str, stage: nn.Module, held: Mapping[str, nn.Parameter], inputs: Callable[[int], Any], outputs: list[Any],
+        counted: Callable[[int], Tensor | None],
     ) -> None:  # fmt: skip
         batches = []
         for index, output in enumerate(outputs):
             given = inputs(index)
             if given is not None and output is not None:
                 args, kwargs = kept_tensors(given)
-                batches.append((args, kwargs, expected_of(kept_tensors(output))))
+                batches.append((args, kwargs, expected_of(kept_tensors(output)), counted(index)))
         trained = self._trained(stage, held)
         if len(batches) < 2 or not trained or not batches[0][2]:
             return

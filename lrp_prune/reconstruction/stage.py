@@ -55,12 +55,14 @@ class StageTraining(LightningModule):
         """Squared error as a share of the variance of what the dense stage gave, the mean over its outputs.
 
         Args:
-            batch: arguments by position, by name, and the dense outputs.
+            batch: arguments by position, by name, the dense outputs, and which tokens are no padding; None for all.
         """
-        args, kwargs, expected = batch
+        args, kwargs, expected, counted = batch
         found = [entry for entry in tensors_within(self.stage(*args, **kwargs)) if _counts(entry)]
         errors = []
         for output, target in zip(found, expected, strict=True):
+            if counted is not None and target.dim() > 2 and target.shape[:2] == counted.shape:
+                output, target = output[counted], target[counted]
             spread = (target.float() - target.float().mean()).square().mean().clamp(min=1e-12)
             errors.append((output.float() - target.float()).square().mean() / spread)
         return torch.stack(errors).mean()

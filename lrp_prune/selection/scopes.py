@@ -104,7 +104,7 @@ def check_selectable(
         >>> check_selectable({"head.weight": "linear"}, {"head.weight": (4, 15)}, 0.5, "2:4")
         Traceback (most recent call last):
         ...
-        ValueError: head.weight has 15 inputs, which 4 does not divide: leave it out of scope '2:4' (exclude=['head.weight'])
+        ValueError: head.weight has 15 inputs, which 4 does not divide, as scope '2:4' needs: pass exclude=['head.weight']
     """
     parsed = parse_scope(scope)
     check_units_scope(granularity, scope)
@@ -217,8 +217,8 @@ def as_rows(tensor: Tensor, layout: str, scope: str | Structure, name: str) -> T
         view = view.movedim(2, -1)
         if view.shape[-1] % scope.size:
             raise ValueError(
-                f"{name} has {view.shape[-1]} inputs, which {scope.size} does not divide: "
-                f"leave it out of scope '{scope.name}' (exclude=[{name!r}])"
+                f"{name} has {view.shape[-1]} inputs, which {scope.size} does not divide, as scope "
+                f"'{scope.name}' needs: pass exclude=[{name!r}]"
             )
     return view
 

@@ -199,6 +199,7 @@ class _Search:
         try:
             for (path, name), value in entries.items():
                 setattr(_part(changed, path), name, value)
+            getattr(changed, "validate", _nothing)()  # as saving and loading do
             with torch.device("meta"):
                 made: nn.Module = type(self._inner)(changed)
         except Exception:  # whatever a configuration or a model says of numbers that do not go together

@@ -18,6 +18,7 @@ from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import forwarded
 from lrp_prune.models.wording import listed
 from lrp_prune.names import class_name, named_modules, named_parameters, resolve
+from lrp_prune.pruning.masking import fitting
 from lrp_prune.pruning.masks import Masks
 from lrp_prune.pruning.restoring import undone_on_error
 from lrp_prune.pruning.zeroed import values_under
@@ -115,6 +116,7 @@ def shrink(
     module, run = forwarded(model), forward or run_plainly
     with undone_on_error() as undo:
         if masks is not None:
+            masks = fitting(masks, module)
             undo.append(values_under(module, masks))
             masks.apply_(module)
         proof = Proof(module, reference, run)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.models.batches import entry
-from lrp_prune.targets.tokens import last_logits
+from lrp_prune.models.outputs import logits_for
+from lrp_prune.models.profile import profile_of
+from lrp_prune.targets.tokens import answers_by_token, last_logits, places_answered
 
 
 class Logit:
@@ -60,12 +62,30 @@ class Logit:
 def predicted(model: nn.Module, batch: Any) -> Logit:
     """The logit of what the model says now, whatever it says when its input is changed.
 
+    Raises:
+        ValueError: if the model says something at several places, and neither its kind nor the batch tells which is meant.
+
     Example:
         >>> predicted(nn.Identity(), torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
         Logit([1, 0])
     """
     with torch.no_grad():
-        return Logit(last_logits(model, batch).argmax(-1))
+        found = Logit(last_logits(model, batch).argmax(-1))
+        _check_place(model, batch)
+    return found
+
+
+def _check_place(model: nn.Module, batch: Any) -> None:
+    profile = profile_of(model)
+    if profile.kind is None or (profile.kind.targets and not answers_by_token(profile)):
+        return
+    if logits_for(model, batch).dim() < 3 or places_answered(model, batch) is not None:
+        return
+    asked = "give labels [samples, tokens], -100 where it is not asked, or " if answers_by_token(profile) else ""
+    raise ValueError(
+        f"{profile.name}, a {profile.kind.task}, says something at each of several places, and nothing tells which is to be "
+        f"explained: {asked}pass target=, a function of model and batch that returns the value"
+    )
 
 
 def explaining(target: Any) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lrp_prune.models.batches import IGNORED, entry
+from lrp_prune.models.calling import labels_of
 from lrp_prune.models.outputs import answer_of, logits_for
 from lrp_prune.models.padding import attended_labels
-from lrp_prune.models.profile import profile_of
+from lrp_prune.models.profile import Profile, profile_of
 from lrp_prune.targets.alignment import check_range, classes_last, positions_first, shape_of, without_ignored
 from lrp_prune.targets.likelihood import ODDS, checked_odds, likelihood
 
@@ -143,6 +144,8 @@ class TokenLabel:
 class LastToken:
     r"""The largest logit at each sample's last attended token :math:`T`, summed: :math:`\sum \max_v z_T(v)`.
 
+    Of a masked language model or token classifier at the last one that is labelled, or masked, where the batch says it.
+
     Of a classifier, whose logits are ``[samples, classes]``, the largest of each sample.
 
     Example:
@@ -157,6 +160,8 @@ class LastToken:
 def last_logits(model: nn.Module, batch: Any) -> Tensor:
     """Logits ``[samples, classes]`` at the last attended token; those of a classifier as they are, of pixels their mean.
 
+    Of a masked language model or token classifier they are at :func:`places_answered`, where the batch says them.
+
     Which dimension has the positions of a model that is not of transformers, its batch tells (:func:`positions_first`).
 
     A model with a single output, ``[samples]``, has one class.
@@ -170,12 +175,40 @@ def last_logits(model: nn.Module, batch: Any) -> Tensor:
         return logits.flatten(2).mean(-1)
     if profile_of(model).kind is None:
         logits = positions_first(logits, batch)
+    answered = places_answered(model, batch)
+    if answered is not None and len(answered) == len(logits):
+        return logits[torch.arange(len(logits), device=logits.device), answered.to(logits.device)]
     attended = attended_labels(model, batch)
     if attended is None or attended.shape != logits.shape[:2]:
         return logits[:, -1]
     positions = torch.arange(attended.shape[1], device=attended.device)
     last = (positions * attended).amax(-1)
     return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
+
+
+def answers_by_token(profile: Profile) -> bool:
+    """Whether a model answers at some of its tokens, which are not always the last."""
+    return profile.kind is not None and profile.kind.targets[:1] == ("token",) and "last_token" in profile.kind.targets
+
+
+def places_answered(model: nn.Module, batch: Any) -> Tensor | None:
+    """Each sample's last token that is labelled, or masked, ``[samples]``; None where a sample has none, or nothing tells.
+
+    Args:
+        model: a masked language model or token classifier; None for any other.
+        batch: its labels are ``[samples, tokens]``.
+    """
+    profile, ids = profile_of(model), entry(batch, "input_ids")
+    if not answers_by_token(profile):
+        return None
+    labels, masked = labels_of(model, batch), getattr(profile.config, "mask_token_id", None)
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        asked = labels != IGNORED
+    elif masked is not None and isinstance(ids, Tensor) and ids.dim() == 2:
+        asked = ids == masked
+    else:
+        return None
+    return (torch.arange(asked.shape[1], device=asked.device) * asked).amax(-1) if bool(asked.any(-1).all()) else None
 
 
 def _check_labels(labels: Tensor, classes: int, target: str) -> None:

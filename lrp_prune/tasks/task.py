@@ -113,8 +113,15 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor], counterfactual:
     """Run the model on a task's batch; the logits ``[samples, vocabulary]`` at the position before the answer.
 
     Raises:
-        ValueError: the model has an encoder beside its decoder, or outputs that are no vocabulary.
+        ValueError: the model has an encoder beside its decoder, is known not to continue a text, or has outputs that are no
+            vocabulary.
     """
+    kind = profile_of(model).kind
+    if kind is not None and "next_token" not in kind.targets:
+        raise ValueError(
+            f"tasks continue a prompt: {type(unwrap(model)).__name__} is a {kind.task}, which predicts no next token, use a "
+            "causal language model"
+        )
     if profile_of(model).encoder_decoder:
         raise ValueError(
             f"tasks continue a prompt: {type(unwrap(model)).__name__} has an encoder, use a causal language model"

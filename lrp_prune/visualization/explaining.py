@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lrp_prune.attribution.inputs import InputRelevance, input_relevance, unpadded
 from lrp_prune.engine.composites import Composite, composite_of
-from lrp_prune.models.batches import fields, label_name
+from lrp_prune.models.batches import IGNORED, fields, label_name
 from lrp_prune.models.profile import profile_of
 from lrp_prune.models.subject import subject_of
 from lrp_prune.targets import Logit, Target, describe, in_words
+from lrp_prune.targets.tokens import answers_by_token, places_answered
 from lrp_prune.visualization.explanation import Explanation
 from lrp_prune.visualization.parts import Pixels, Tokens
 from lrp_prune.visualization.subwords import labelled
@@ -43,8 +44,9 @@ def explain(
         model: any module, or a ``LightningModule``.
         inputs: a batch as :func:`lrp_prune.attribute` takes it, without labels unless the target needs them; with a tokenizer
             also a text, or several. An encoder-decoder that is given no decoder's tokens is explained at the first that it says.
-        target: None for the logit of what the model predicts (at the last token of a language model, in the mean over pixels that
-            have a class each); the id of a class or token,
+        target: None for the logit of what the model predicts (at the last token of a language model, at the last labelled or
+            masked one of a masked language model or token classifier, which it has to be told, in the mean over pixels that have
+            a class each); the id of a class or token,
             or one for each sample; a target as in :func:`lrp_prune.attribute`, such as
             :class:`~lrp_prune.targets.LogitDifference`.
         composite: the rules: ``"attnlrp"``, ``"cp_lrp"``, ``"epsilon_gamma"`` for convolutional networks, ...
@@ -87,7 +89,7 @@ def explain(
     return Explanation(
         parts,
         found.values.float().cpu(),
-        _in_words(module, found.target, tokenizer) + _by_way_of(through),
+        _in_words(module, found.target, tokenizer) + _place(module, found.target, batch) + _by_way_of(through),
         rules.name,
         found.elsewhere,
         _by_position(found),
@@ -103,6 +105,9 @@ def _batch(model: nn.Module, inputs: Any, tokenizer: Any) -> Any:
             raise ValueError("several texts need a tokenizer with a pad_token: set tokenizer.pad_token, or explain one")
         inputs = dict(tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1))
     profile, named = profile_of(subject_of(model).module), fields(inputs)
+    ids, masked = None if named is None else named.get("input_ids"), getattr(tokenizer, "mask_token_id", None)
+    if answers_by_token(profile) and named is not None and label_name(named) is None and isinstance(ids, Tensor):
+        return inputs if masked is None else {**named, "labels": ids.where(ids == masked, IGNORED)}
     if not profile.encoder_decoder or named is None or label_name(named) is not None:
         return inputs
     if any(name.startswith("decoder_input") for name in named):
@@ -123,6 +128,8 @@ def _laid_out(found: InputRelevance, name: str, values: Tensor) -> tuple[Tensor,
     if relevance.dim() < 2:  # one number for each sample, or one sample
         shape = (-1, 1) if found.values.numel() == relevance.numel() else (1, -1)
         return relevance.reshape(shape), values.reshape(shape)
+    if not values.is_floating_point():  # of several texts to choose from they follow each other
+        return relevance.flatten(1), values.flatten(1)
     channels = found.channels.get(name)
     if channels is None or relevance.dim() < 3:
         return relevance, values
@@ -159,6 +166,15 @@ def _by_position(found: InputRelevance) -> Mapping[str, Tensor]:
         name: (values if values.dim() < 3 else values.flatten(2).sum(-1)).float().cpu()
         for name, values in found.latent.items()
     }
+
+
+def _place(module: nn.Module, target: Target, batch: Any) -> str:
+    """Where a model answers that does so at some of its tokens."""
+    places = places_answered(module, batch) if isinstance(target, Logit) else None
+    if places is None:
+        return ""
+    named = list(dict.fromkeys(places.tolist()))
+    return f" at token {', '.join(map(str, named[:_NAMED]))}{', ...' if len(named) > _NAMED else ''}"
 
 
 def _by_way_of(through: Mapping[str, Sequence[int]] | None) -> str:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import SqueezeBertConfig, SqueezeBertForMaskedLM
 
 import lrp_prune
+from tests.support.small_models import mixture, padded_text
 
 LENGTHS = (3, 5, 7)
 ORDER = torch.randperm(21, generator=torch.Generator().manual_seed(1))
@@ -132,3 +134,55 @@ def test_samples_that_cannot_be_told_apart_are_refused() -> None:
     model, batch = _dispatched(*SORTED), {**_padded(), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     with pytest.raises(ValueError, match=r"needs to tell samples apart, but second\.weight is used with 21 rows"):
         lrp_prune.attribute(model, [batch], target="class", statistic="abs_sample")
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "options", [{}, {"statistic": "input_norm"}, {"statistic": "input_norm", "granularity": "neuron"}]
+)
+def test_padding_changes_nothing_for_the_tokens_that_experts_get(options: dict, name: str, experts: str) -> None:
+    model = mixture(name)
+    model.set_experts_implementation(experts)
+    found, expected = (lrp_prune.attribute(model, [batch], **options) for batch in (padded_text(32), padded_text(0)))
+    assert any("experts" in key for key in expected)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6 * float(expected[key].abs().max()))
+
+
+class Poured(nn.Module):
+    """Tokens that are written into two bins of their own, some at each place, before a layer sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.last = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids).flatten(0, 1)
+        bins = hidden.new_zeros(12, 8).index_add(0, torch.arange(len(hidden)) % 12, hidden)
+        result: Tensor = self.last(self.layer(bins).view(3, 4, 8).mean(1))
+        return result
+
+
+def test_more_or_fewer_rows_than_tokens_that_cannot_be_told_are_named() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="what enters layer is cannot be told: all of its rows count"):
+        lrp_prune.attribute(Poured(), [_padded()], target="class", statistic="abs_token")
+
+
+def test_convolutions_over_tokens_leave_padding_out() -> None:
+    torch.manual_seed(0)
+    config = SqueezeBertConfig(
+        hidden_size=16,
+        embedding_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
+    model = SqueezeBertForMaskedLM(config).eval()
+    found, expected = (
+        lrp_prune.attribute(model, [batch], statistic="input_norm") for batch in (padded_text(32), padded_text(0))
+    )
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import BatchEncoding
 import lrp_prune
 from lrp_prune.models import call_of, labels_of, logits_for, run
 from tests.support.recorders import Attributes, Fields, Graph, Named, Record, Recorder, X, Y
+from tests.support.small_models import batch_for, build
 
 LENGTHS = torch.tensor([2, 1, 2])
 
@@ -245,3 +247,20 @@ def test_the_way_out_works() -> None:
 def test_a_call_says_which_labels_the_forward_can_do_without() -> None:
     assert call_of(LossAlone(), (X, Y)).spare == "labels"
     assert call_of(WithLabels(), (X, Y)).spare is None
+
+
+def test_one_sample_no_tokens_and_no_module_are_refused_by_name() -> None:
+    model, ids = build("llama"), batch_for("llama")["input_ids"]
+    row = {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[0]}
+    for call in (lambda: lrp_prune.attribute(model, [row]), lambda: lrp_prune.explain(model, row)):
+        with pytest.raises(ValueError, match=r"must be \[samples, tokens\], and of shape \(7,\) it is one sample"):
+            call()
+    with pytest.raises(ValueError, match=r"of shape \(1, 0\) it has no tokens"):
+        lrp_prune.explain(model, {"input_ids": ids[:1, :0]})
+    pipeline = SimpleNamespace(model=model)
+    batch = {"input_ids": ids, "labels": ids}
+    for refused in (lrp_prune.attribute, lrp_prune.prune):
+        with pytest.raises(
+            TypeError, match=r"got SimpleNamespace: pass the model that it holds, SimpleNamespace\.model"
+        ):
+            refused(pipeline, [batch])

@@ -3,15 +3,19 @@
 import copy
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lrp_prune.pruning import Masks
+import lrp_prune
+from lrp_prune.pruning import Masks, save_pruned
 from lrp_prune.selection import bits
+from tests.support.small_models import batch_for, build
 
 
 def random_masks(seed=0, shapes=((3, 5), (16,), (), (2, 3, 4), (0, 3)), granularity="weight"):
@@ -227,3 +231,23 @@ def test_state_is_plain_and_round_trips_through_a_checkpoint():
     assert restored == masks and restored.granularity == "head"
     with pytest.raises(ValueError, match="version 7"):
         Masks.from_state_dict({**masks.state_dict(), "version": 7})
+
+
+def test_offloaded_weights_are_refused_by_name_before_anything_changes(tmp_path: Path) -> None:
+    model, batch = build("llama"), {**batch_for("llama"), "labels": batch_for("llama")["input_ids"]}
+    masks = lrp_prune.prune(copy.deepcopy(model), [batch], 0.5, recalibrate=False)
+    split = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    split |= {"model.norm": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(model, split, main_device="cpu", offload_dir=str(tmp_path / "offloaded"))
+    before = {name: entry.clone() for name, entry in model.named_parameters() if not entry.is_meta}
+    assert len(before) < len(list(model.parameters()))
+    for refused in (
+        lambda: masks.apply_(model),
+        lambda: lrp_prune.prune(model, [batch], 0.5),
+        lambda: lrp_prune.prune(model, [batch], 0.5, method="magnitude", recalibrate=False),
+        lambda: lrp_prune.attribute(model, [batch]),
+        lambda: save_pruned(model, tmp_path / "saved", masks),
+    ):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.\S+ is on the meta device and holds no values yet"):
+            refused()
+    assert all(torch.equal(model.get_parameter(name), entry) for name, entry in before.items())

@@ -12,11 +12,12 @@ import transformers as tf
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.pruning import LeastSquares
 from lrp_prune.pruning.moments import PairedMoments
 from lrp_prune.pruning.recalibration import enough, recalibrate
 from lrp_prune.targets import TokenLabel
 from tests.support.recalibrated import MODELS, applied, masks_of
-from tests.support.small_models import batch_for, build
+from tests.support.small_models import batch_for, build, mixture, padded_text
 
 
 def test_padding_is_not_fitted_to() -> None:
@@ -32,6 +33,21 @@ def test_padding_is_not_fitted_to() -> None:
     # The tokens there are not attended to, and do not count themselves.
     for place in one.scales:
         torch.testing.assert_close(one.scales[place], two.scales[place], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"compensation": LeastSquares(damping=0.1)}], ids=["scales", "least squares"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral"])
+def test_padding_changes_no_weight_where_layers_see_rows(name: str, options: dict) -> None:
+    """Conv1D and OPT lay tokens out as rows, and experts get some of them."""
+    dense = mixture("mixtral") if name == "mixtral" else build(name)
+    if name == "mixtral":
+        dense.set_experts_implementation("eager")
+    found, expected = copy.deepcopy(dense), copy.deepcopy(dense)
+    lrp_prune.prune(found, [padded_text(32, samples=4)], 0.5, **options)
+    lrp_prune.prune(expected, [padded_text(0, samples=4)], 0.5, **options)
+    assert any(not torch.equal(entry, dense.get_parameter(key)) for key, entry in expected.named_parameters())
+    for key, entry in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(key), entry, rtol=1e-3, atol=1e-4)
 
 
 def test_prune_recalibrates_and_leaves_kept_weights_alone_if_told_so() -> None:

@@ -1,6 +1,7 @@
 """Adapters under masks: what is trained is what is merged, and each zero stays one."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.names import named_parameters
+from lrp_prune.pruning import Masks, save_pruned
 from lrp_prune.pruning.sparse_adapters import whole_adapters
 from tests.support.small_models import batch_for, build
 
@@ -198,3 +200,28 @@ def test_a_convolution_in_groups_is_refused_by_name() -> None:
     masks = lrp_prune.Masks({"0.weight": torch.rand(4, 2, 3) > 0.5})
     with pytest.raises(ValueError, match=r"the adapter of 0\.weight cannot be masked.*groups.*exclude="):
         lrp_prune.mask_adapters(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"])), masks)
+
+
+@pytest.mark.parametrize("merged_by", ["mask_adapters", "merge_adapters"])
+@pytest.mark.parametrize("adapted_layer", ["down_proj", "up_proj"])
+def test_masks_of_units_go_on_to_the_merged_model(adapted_layer: str, merged_by: str, tmp_path: Path) -> None:
+    """Without what units had in adapters, which is told."""
+    bare, batch = build("llama"), {**batch_for("llama"), "labels": batch_for("llama")["input_ids"]}
+    tuned = adapted(copy.deepcopy(bare), target_modules=[adapted_layer]).float()
+    masks = lrp_prune.prune(tuned, [batch], 0.4, granularity="neuron", scope="layer", recalibrate=False)
+    assert any("lora_" in name for name in masks)
+    if merged_by == "mask_adapters":
+        lrp_prune.mask_adapters(tuned, masks)
+        merged = tuned.merge_and_unload()
+    else:
+        merged = lrp_prune.merge_adapters(tuned, masks)
+    with pytest.warns(UserWarning, match=rf"has no adapters .*{adapted_layer}\.lora_\w\.default\.weight"):
+        masks.apply_(bare)
+    with pytest.warns(UserWarning, match="left out"):
+        save_pruned(merged, tmp_path, masks)
+    with pytest.warns(UserWarning, match="left out"):
+        shrunk = lrp_prune.shrink(merged, masks, [batch])
+    assert sum(layer.taken for layer in shrunk.layers) == 38
+    weights = Masks({name: masks[name] for name in masks})
+    with pytest.raises(KeyError, match="lora_"):
+        weights.apply_(bare)

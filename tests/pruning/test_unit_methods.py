@@ -1,5 +1,6 @@
 """Methods of units: activations, Taylor's first order and integrated gradients, against independent computations."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -210,3 +211,22 @@ def test_what_flows_is_of_each_batch_by_itself() -> None:
     apart = scores_of(method, model, [(x[:3], labels[:3]), (x[3:], labels[3:])])
     for group in together:
         torch.testing.assert_close(apart[group], together[group])
+
+
+def test_a_share_that_is_less_than_half_a_unit_is_told() -> None:
+    """With what would be the least; and none that is more."""
+    model, batch = build("llama"), {**batch_for("llama"), "labels": batch_for("llama")["input_ids"]}
+    heads = lrp_prune.attribute(model, [batch], granularity="head")
+    with pytest.warns(
+        UserWarning, match=r"sparsity 0\.05 of 8 heads of .* none of them is .*the least is one, sparsity=0\.125"
+    ):
+        assert lrp_prune.select(heads, 0.05).sparsity == 0
+    with pytest.warns(UserWarning, match=r"sparsity 0\.1 of 4 heads in each of .* sparsity=0\.25"):
+        lrp_prune.select(heads, 0.1, scope="layer")
+    blocks = lrp_prune.attribute(model, [batch], granularity="block")
+    with pytest.warns(UserWarning, match=r"sparsity 0\.1 of \d blocks"):
+        lrp_prune.select(blocks, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lrp_prune.select(heads, 0.125)
+        lrp_prune.select(heads, 0.0)

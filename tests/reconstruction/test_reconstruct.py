@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune.pruning import LeastSquares
 from lrp_prune.reconstruction.stage import StageTraining, by_size
-from tests.support.small_models import build
+from tests.support.small_models import build, padded_text
 
 
 class Block(nn.Module):
@@ -242,3 +242,13 @@ def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="this is one of 2, each of which would train a model of its own"):
         lrp_prune.reconstruct(model, masks, data(), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_padding_is_not_learned() -> None:
+    dense = build("gpt2")
+    masks = masks_of(dense)
+    found, expected = copy.deepcopy(dense), copy.deepcopy(dense)
+    for model, padding in ((found, 16), (expected, 0)):
+        lrp_prune.reconstruct(model, masks, [padded_text(padding)] * 2, steps=2, compensation=None, progress=False)
+    for name, entry in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), entry, rtol=1e-4, atol=1e-5)

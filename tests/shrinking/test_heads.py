@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import lrp_prune
+from lrp_prune.shrinking import load_shrunk
 from tests.support.shrinking import keeping, masked, masks_of, sizes, value
-from tests.support.small_models import CAUSAL, batch_for, build, forward
+from tests.support.small_models import CAUSAL, batch_for, build, forward, llama
 
 HEADS = ["llama", "mistral", "qwen3", "phi3", "mixtral", "gpt2", "opt", "bert", "vit", "bart"]
 
@@ -149,3 +150,17 @@ def test_a_layer_of_its_own_class_gets_the_numbers_of_its_shape() -> None:
 
 def test_every_causal_model_can_be_shrunk_by_its_heads() -> None:
     assert {name for name in CAUSAL if name not in HEADS} == {"qwen2", "gemma"}
+
+
+@pytest.mark.parametrize("keys", [4, 1])
+def test_heads_that_no_configuration_can_say_go_by_the_shapes_beside_the_weights(keys: int, tmp_path: Any) -> None:
+    """A Llama's configuration refuses three heads of a width that three does not divide."""
+    model, batch = llama(hidden_size=32, num_attention_heads=4, num_key_value_heads=keys).eval(), batch_for("llama")
+    batch = {"input_ids": batch["input_ids"] % 26}
+    masks = keeping(model, batch, "head", {f"{layer}.self_attn.o_proj": [0, 1, 2] for layer in range(2)})
+    shrunk = lrp_prune.shrink(model, masks, [batch], uniform=True)
+    model.config.validate()
+    assert not shrunk.loads_plainly and model.config.num_attention_heads == 4
+    shrunk.save(tmp_path)
+    dense = type(model)(type(model.config).from_pretrained(tmp_path))
+    assert torch.equal(forward(load_shrunk(tmp_path, dense).eval(), batch), forward(model, batch))

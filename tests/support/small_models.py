@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
 
@@ -200,3 +201,24 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.runs += 1
         return self.layer(x)
+
+
+def mixture(name: str) -> Any:
+    """A model of experts in evaluation mode, whose implementation can be chosen."""
+    torch.manual_seed(0)
+    sizes = {**_LLAMA, "num_experts_per_tok": 2}
+    if name == "mixtral":
+        model = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=4))
+    elif name == "qwen2_moe":
+        more = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+        model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**sizes, **more))
+    else:
+        model = tf.GptOssForCausalLM(tf.GptOssConfig(**sizes, num_local_experts=4, head_dim=8))
+    return model.eval()
+
+
+def padded_text(padding: int, samples: int = 2, tokens: int = 16) -> dict[str, Tensor]:
+    """Labelled text with so many places of padding behind it, the same for any number of them."""
+    ids = torch.randint(3, VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return {name: F.pad(entry, (0, padding), value=-100 if name == "labels" else 0) for name, entry in batch.items()}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 
-from lrp_prune import tasks
+from lrp_prune import circuits, tasks
 from lrp_prune.tasks import gendered_pronoun, greater_than, indirect_object, names
 from lrp_prune.tasks.prompts import tokens
 from lrp_prune.tasks.task import Task
@@ -246,3 +247,10 @@ def test_metrics_by_hand() -> None:
 def test_a_metric_without_gradient_is_no_target(metric: str) -> None:
     with pytest.raises(ValueError, match="cannot be explained"):
         make("IndirectObject", samples=1).target(metric)
+
+
+def test_what_does_not_continue_a_prompt_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tf.BertForMaskedLM(tf.BertConfig(**sizes, vocab_size=len(TOKENIZER)))
+    with pytest.raises(ValueError, match="BertForMaskedLM is a masked language model, which predicts no next token"):
+        circuits.discover(model, make("IndirectObject", samples=2), granularity="head")

@@ -254,7 +254,9 @@ class _Compensating:
         if self._refining is not None and not done:
             inputs = partial(self._runs.run, stage=module, known=pruned, leaving=leaving_before)
             with torch.autocast(self._runs.device.type, enabled=False):
-                self._refining.refine(name, module, held, inputs, outputs)
+                self._refining.refine(
+                    name, module, held, inputs, outputs, lambda index: self._runs.layout(index).counted
+                )
         if both:
             dense.keep(name, outputs)
         pruned.keep(name, reading.outputs(trained=self._refining is not None))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.forms import Convolution
 from lrp_prune.engine.uses import Product
@@ -79,7 +80,7 @@ class Inputs(RepeatedUses):
         masks: what is pruned.
         place: the layer.
         uses: how often it is used in this forward; None to stay in it.
-        counted: ``[samples, tokens]``, which are no padding; None for all.
+        batch: tells which tokens are no padding.
         weights: of tokens, likewise; None where each counts for one.
         repeated: what is known of earlier forwards, see :class:`RepeatedUses`.
 
@@ -88,11 +89,11 @@ class Inputs(RepeatedUses):
     """
 
     def __init__(
-        self, masks: Masks, place: Place, uses: int | None, counted: Tensor | None, weights: Tensor | None = None,
+        self, masks: Masks, place: Place, uses: int | None, batch: BatchLayout, weights: Tensor | None = None,
         **repeated: Any,
     ) -> None:  # fmt: skip
         super().__init__(**repeated)
-        self._masks, self._place, self._uses, self._counted = masks, place, uses, counted
+        self._masks, self._place, self._uses, self._batch = masks, place, uses, batch
         self._weights = weights
         self.rows: list[list[Tensor]] = []
         """Of each use, see :attr:`Taken.rows`."""
@@ -120,7 +121,7 @@ class Inputs(RepeatedUses):
                     raise StageReached
 
     def _take(self, found: Product, part: Part, apart: bool = True) -> None:
-        taken = taken_of(found, part, self._counted, apart)
+        taken = taken_of(found, part, self._batch, apart)
         self.unknown = self.unknown or taken is None
         self.rows.append([] if taken is None else taken.rows)
         self.weights.append(self._weights_of(found, part))
@@ -129,4 +130,4 @@ class Inputs(RepeatedUses):
         if self._weights is None or part.rows is not None:  # which tokens an expert gets, nobody knows here
             return None
         by_place = isinstance(found.form, Convolution)
-        return weights_of_rows(self._weights, found.activation, self._counted, by_place)
+        return weights_of_rows(self._weights, found.activation, self._batch.counted, by_place)

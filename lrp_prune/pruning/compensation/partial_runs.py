@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.uses import WeightUses
 from lrp_prune.models.batches import to_device
 from lrp_prune.models.padding import counted_tokens
@@ -31,6 +32,7 @@ class PartialRuns:
         self, module: nn.Module, masks: Masks, batches: list[Any], target: Any, device: torch.device
     ) -> None:  # fmt: skip
         self.module, self.masks, self.batches, self.target, self.device = module, masks, batches, target, device
+        self._layout = BatchLayout()
 
     def outputs(self, batch: Any, uses: WeightUses, choices: Choices) -> list[Tensor]:
         """What the model gives."""
@@ -59,6 +61,7 @@ class PartialRuns:
             self.outputs(self.batches[index], uses, Choices() if choices is None else choices)
         return kept[0] if kept else None
 
-    def counted(self, index: int) -> Tensor | None:
-        """Of a batch ``[samples, tokens]``, which are no padding; None for all."""
-        return counted_tokens(self.module, to_device(self.batches[index], self.device), 0)
+    def layout(self, index: int) -> BatchLayout:
+        """Tells which tokens of a batch are no padding, until it is asked for another."""
+        self._layout.counted = counted_tokens(self.module, to_device(self.batches[index], self.device), 0)
+        return self._layout

@@ -112,15 +112,15 @@ class StageReading:
     def _add(self, systems: Systems, place: Place, index: int, plan: Planned, settled: int) -> None:
         """Add what a layer gets of one batch."""
         runs, uses = self._runs, None if self._processes.in_step else plan.uses[place]
-        counted = runs.counted(index)
+        batch = runs.layout(index)
         theirs = [] if self._dense is None else self._inputs.taken(index, place, runs.device)
         if theirs is None and self._dense is not None:
-            again = Inputs(runs.masks, place, uses, counted, products=plan.products)
+            again = Inputs(runs.masks, place, uses, batch, products=plan.products)
             with holding({**self._outside, **{self.held[name]: value for name, value in self.before.items()}}):
                 runs.run(index, self.module, self._dense, again, Choices(plan.choices))
             theirs = again.rows
         ours = Inputs(
-            runs.masks, place, uses, counted, self._weights[index],
+            runs.masks, place, uses, batch, self._weights[index],
             products=plan.products, results=plan.results, settled=settled,
         )  # fmt: skip
         runs.run(index, self.module, self._pruned, ours, Choices(plan.choices))
@@ -133,4 +133,4 @@ class StageReading:
 
     def _keep(self, index: int, part: Part, found: Product) -> None:
         if self._dense is not None:
-            self._inputs.add(index, part.place, taken_of(found, part, self._runs.counted(index)))
+            self._inputs.add(index, part.place, taken_of(found, part, self._runs.layout(index)))

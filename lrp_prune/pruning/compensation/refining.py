@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Refining(Protocol):
@@ -16,7 +16,8 @@ class Refining(Protocol):
         """Whether the stage was done before, and has its weights of then again."""
 
     def refine(
-        self, name: str, stage: nn.Module, held: Mapping[str, nn.Parameter], inputs: Callable[[int], Any], outputs: list[Any]
+        self, name: str, stage: nn.Module, held: Mapping[str, nn.Parameter], inputs: Callable[[int], Any], outputs: list[Any],
+        counted: Callable[[int], Tensor | None],
     ) -> None:  # fmt: skip
         """Train a stage.
 
@@ -27,4 +28,5 @@ class Refining(Protocol):
             inputs: of a batch what the stage is called with behind the stages before it, as they are by now: arguments by
                 position and by name.
             outputs: of each batch what the dense stage gave; like the inputs as :meth:`Given.taken` keeps them.
+            counted: of a batch ``[samples, tokens]``, which are no padding; None for all.
         """

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from lrp_prune.engine.batch_layout import BatchLayout, counted_places
 from lrp_prune.engine.forms import Convolution, Form, TransposedConvolution
 from lrp_prune.engine.uses import Product
+from lrp_prune.names import layer_of
 from lrp_prune.pruning.compensation.summing import mirrored_, with_ones, with_products, with_upper_products
 from lrp_prune.pruning.compensation.weighing import roots_of_weights
 from lrp_prune.pruning.pairs import Part
@@ -27,11 +30,13 @@ class Taken(NamedTuple):
         x: inputs of a linear layer, ``[..., in]``; what a convolution goes over.
         form: of the product.
         size: of the weight.
+        counted: ``[samples, tokens]`` of the batch that a convolution goes over, which are no padding; None for all.
     """
 
     x: Tensor
     form: Form
     size: torch.Size
+    counted: Tensor | None = None
 
     def on(self, device: torch.device | str) -> "Taken":
         """The same on a device."""
@@ -41,34 +46,36 @@ class Taken(NamedTuple):
     def rows(self) -> list[Tensor]:
         """As ``[groups, rows, in]``, some rows at a time."""
         if isinstance(self.form, Convolution):
-            return _patches(self.x, self.size, self.form)
+            return _patches(self.x, self.size, self.form, self.counted)
         return [self.x.reshape(1, -1, self.x.shape[-1])]
 
 
-def taken_of(found: Product, part: Part, counted: Tensor | None, apart: bool = True) -> Taken | None:
+def taken_of(found: Product, part: Part, batch: BatchLayout, apart: bool = True) -> Taken | None:
     """What a layer's weight is multiplied with; None where that is not known.
 
     Args:
         found: the product.
         part: of it, the layer.
-        counted: ``[samples, tokens]``, which are no padding; None for all.
+        batch: tells which tokens are no padding.
         apart: whether the model may write into what it has afterwards.
     """
     x, form = found.activation.detach(), found.form
     if isinstance(form, TransposedConvolution):
         return None
-    if not isinstance(form, Convolution):
-        if part.rows is not None:
-            x = x[part.rows]
-        elif form.channel_dim != -1:
-            return None
-        elif counted is not None and x.shape[:2] == counted.shape:
-            x, apart = x[counted], False
+    if isinstance(form, Convolution):
+        return Taken(x.clone() if apart else x, form, found.weight.shape, batch.counted)
+    if part.rows is None and form.channel_dim != -1:
+        return None
+    edge = None if batch.counted is None else get_gradient_edge(found.activation)
+    counted = batch.counted_rows(x.shape, layer_of(part.place.name), edge)
+    x = part.of(x)
+    if counted is not None:
+        x, apart = x[part.of(counted)], False
     return Taken(x.clone() if apart else x, form, found.weight.shape)
 
 
-def _patches(x: Tensor, weight: torch.Size, form: Convolution) -> list[Tensor]:
-    """What the kernel sees at each place."""
+def _patches(x: Tensor, weight: torch.Size, form: Convolution, counted: Tensor | None) -> list[Tensor]:
+    """What the kernel sees at each place that counts."""
     dims = len(weight) - 2
     if x.dim() == dims + 1:
         x = x[None]
@@ -82,15 +89,18 @@ def _patches(x: Tensor, weight: torch.Size, form: Convolution) -> list[Tensor]:
         if padding == "same"
         else [(entry, entry) for entry in padding]
     )
-    found = []
+    found, seen = [], 0
     each = max(1, _ENTRIES // max(x[0].numel() * size.numel(), 1))
     for some in torch.split(x, each):
         some = F.pad(some, list(itertools.chain.from_iterable(reversed(sides))))
         for dim in range(dims):
             some = some.unfold(2 + dim, reach[dim] + 1, stride[dim])[..., :: dilation[dim]]
+        places = counted_places(counted, torch.Size((len(x), x.shape[1], some.shape[2]))) if dims == 1 else None
+        own, seen = None if places is None else places[seen : seen + len(some)].flatten(), seen + len(some)
         # [samples, channels, *places, *kernel] -> [groups, samples and places, channels of the group and kernel]
         some = some.movedim(1, 1 + dims).flatten(0, dims)
-        found.append(some.reshape(len(some), form.groups, -1).transpose(0, 1))
+        rows = some.reshape(len(some), form.groups, -1).transpose(0, 1)
+        found.append(rows if own is None else rows[:, own])
     return found
 
 

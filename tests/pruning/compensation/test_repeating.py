@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lrp_prune
+from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.uses import Product
 from lrp_prune.models.padding import counted_tokens
 from lrp_prune.models.subject import subject_of
@@ -222,7 +223,9 @@ def test_a_forward_ends_before_the_product_whose_input_is_all_that_is_asked_for(
     )
 
     def rows(**known: Any) -> list[list[Tensor]]:
-        uses = Inputs(masks, place, 2, counted_tokens(model, batch, 0), **known)
+        layout = BatchLayout()
+        layout.counted = counted_tokens(model, batch, 0)
+        uses = Inputs(masks, place, 2, layout, **known)
         made.clear()
         with pytest.raises(StageReached):
             run(model, uses, batch)

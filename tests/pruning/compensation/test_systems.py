@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrp_prune.engine.batch_layout import BatchLayout
 from lrp_prune.engine.call import Call
 from lrp_prune.engine.origins import Layout
 from lrp_prune.engine.uses import WeightUses
@@ -38,7 +39,8 @@ class Rows(WeightUses):
 
     def __init__(self, counted: Tensor | None = None) -> None:
         super().__init__(lambda use: [])
-        self.counted, self.rows = counted, list[Any]()
+        self.batch, self.rows = BatchLayout(), list[Any]()
+        self.batch.counted = counted
 
     def observed(self, call: Call) -> Any:
         found = self._product(call)
@@ -46,7 +48,7 @@ class Rows(WeightUses):
             return None
         result = computed(found)
         part = Part(Place(found.origin.name, Layout((), (), 0), 0, None), None, 1)
-        taken = taken_of(found, part, self.counted)
+        taken = taken_of(found, part, self.batch)
         self.rows.append(None if taken is None else taken.rows)
         return given(found.activation, lambda: result)
 
