@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lrp_prune
 from lrp_prune.relevance.unscored import UnscoredWeightsWarning
+from tests.support.likelihood import how_likely
 from tests.support.small_models import CAUSAL, batch_for, build, llama
 from tests.support.written_statistics import expected_statistic, tokens_of
 
@@ -77,7 +78,7 @@ def test_a_tied_output_embedding_is_left_out_unless_included() -> None:
         model, [batch], include=["model.embed_tokens"], composite="gradient", statistic="signed", matmul_dtype=None
     )
     logits = model(**batch, use_cache=False).logits
-    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    value = how_likely(logits[:, :-1], batch["input_ids"][:, 1:])
     weight = model.model.embed_tokens.weight
     (gradient,) = torch.autograd.grad(value, weight)
     torch.testing.assert_close(
@@ -98,7 +99,7 @@ def test_expert_relevance_equals_the_gradient_times_the_weight() -> None:
     model, batch = build("mixtral"), batch_for("mixtral", 3, 9)
     relevance = lrp_prune.attribute(model, [batch], composite="gradient", statistic="signed", matmul_dtype=None)
     logits = model(**batch, use_cache=False).logits
-    value = torch.log_softmax(logits[:, :-1], -1).gather(-1, batch["input_ids"][:, 1:, None]).sum()
+    value = how_likely(logits[:, :-1], batch["input_ids"][:, 1:])
     for name, parameter in model.named_parameters():
         if name in relevance:
             (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lrp_prune
 from lrp_prune import Activation, IntegratedGradients, Relevance, Taylor
 from lrp_prune.pruning import UNIT_METHODS, scorer
+from tests.support.likelihood import how_likely
 from tests.support.small_models import batch_for, build
 
 
@@ -92,8 +93,7 @@ def test_integrated_gradients_go_over_embeddings() -> None:
         embedded = table[both["input_ids"]] * step / 4
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         handle.remove()
-        logs = torch.log_softmax(logits[:, :-1], -1).gather(-1, both["input_ids"][:, 1:, None])[..., 0]
-        (gradient,) = torch.autograd.grad(logs.sum(), read)
+        (gradient,) = torch.autograd.grad(how_likely(logits[:, :-1], both["input_ids"][:, 1:]), read)
         if before is not None:
             flowed = flowed + (read[0] - before[0]) * (gradient + before[1]) / 2
         before = read[0], gradient
