@@ -61,7 +61,7 @@ def test_a_target_that_logs_leaves_the_validations_metrics(make_module, make_loa
         ({"compensation": "exact", "method": "magnitude"}, []),
         ({"method": "magnitude"}, [Distillation()]),
     ],
-    ids=str,
+    ids=["lrp", "wanda", "recalibrated", "compensated", "distilled"],
 )
 def test_no_run_of_a_round_counts(make_counting, make_loader, make_trainer, arguments, more) -> None:
     metrics = Metrics()
