@@ -42,8 +42,9 @@ class _Likelihood(Function):
         for rows in _blocks(logits):
             block = logits[rows].to(others.dtype, copy=True)
             others[rows] = block.scatter_(1, at[rows], -torch.inf).logsumexp(-1)
-        counted = (labels != IGNORED) & (others > -torch.inf)  # the only label that is possible at all says nothing
-        others.masked_fill_(~counted, 0.0)
+        rivals = others > -torch.inf
+        others.masked_fill_(~rivals, 0.0)
+        counted = rivals & (labels != IGNORED)  # the only label that is possible at all says nothing
         margin = logits.gather(1, at)[:, 0].to(others.dtype) - others
         slope = torch.where(counted, (1 - odds) * (-margin).sigmoid() + odds, 0.0)
         ctx.save_for_backward(logits, labels, others, slope)

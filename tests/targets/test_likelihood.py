@@ -109,11 +109,14 @@ def test_shares_of_log_odds_in_targets():
                 target(odds=wrong)
 
 
-def test_positions_without_label_get_no_gradient():
+@pytest.mark.parametrize("size", [1, 50])
+def test_positions_without_label_get_no_gradient(size):
     logits, labels = _case(torch.float32)
-    (gradient,) = torch.autograd.grad(log_likelihood(logits, labels), logits)
+    logits = (size * logits).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(likelihood.likelihood(logits, labels, 0.5), logits)
+    assert bool(gradient.isfinite().all())
     assert torch.equal(gradient[labels == IGNORED], torch.zeros(3, 20))
-    assert bool((gradient[labels != IGNORED] != 0).all())
+    assert bool((gradient[labels != IGNORED] != 0).any(-1).all())
 
 
 def test_logits_are_left_as_they_are():
