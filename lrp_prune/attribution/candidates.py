@@ -122,10 +122,13 @@ def taken_for_data(
         trainable_only: leave out what does not require grad, unless ``include`` names it.
     """
     owners, left_out = _owners(model), _output_embeddings(model) | _normalizations(model)
+    added = set(map(naming(model), adapter_parameters(unwrap(model))))
     found = {}
     for name, entry in named_parameters(model).items():
         owner, own = owners[name]
-        if entry.dim() < 2 or id(entry) in left_out or matches(name, exclude) or not entry.is_floating_point():
+        if entry.dim() < 2 or id(entry) in left_out or name in added or not entry.is_floating_point():
+            continue
+        if matches(name, exclude):
             continue
         asked = matches(name, include) if include is not None else entry.requires_grad or not trainable_only
         if asked and _is_data(entry, owner, own) and type(owner).__name__ not in _TABLES:

@@ -147,7 +147,7 @@ def test_padding_changes_nothing_for_the_tokens_that_experts_get(options: dict, 
     found, expected = (lrp_prune.attribute(model, [batch], **options) for batch in (padded_text(32), padded_text(0)))
     assert any("experts" in key for key in expected)
     for key in expected:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6 * float(expected[key].abs().max()))
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-3 * float(expected[key].abs().max()))
 
 
 class Poured(nn.Module):

@@ -174,8 +174,20 @@ def test_models_that_continue_no_prompt_are_refused() -> None:
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, pad_token_id=0
     )
-    with pytest.raises(ValueError, match="has 2 outputs, and answers are tokens up to"):
+    with pytest.raises(ValueError, match="is a sequence classifier, which predicts no next token"):
         circuits.discover(LlamaForSequenceClassification(config), small_task(), "head")
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.embedding(input_ids))
+            return logits
+
+    with pytest.raises(ValueError, match="has 2 outputs, and answers are tokens up to"):
+        circuits.discover(Narrow(), small_task(), "neuron")
 
 
 @pytest.mark.slow
