@@ -1,7 +1,10 @@
 """Relevance of weights; pruning, training and files."""
 
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -21,13 +24,15 @@ SPARSITY, EQUAL = 0.5, 1e-6
 
 
 def weights(case: Case) -> Verdict:
-    """Every weight that may be pruned has relevance, or is named with the reason why it has none."""
+    """Every weight that may be pruned has relevance, or is named: why it has none, or that ids look its rows up."""
     model, batch = case.first.model, case.first.batch
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _told() as told:
         warnings.simplefilter("ignore")
         relevance = lrp_prune.attribute(model, [batch], target=explained, matmul_dtype=None)
     asked = candidates(model)
-    missing = [name for name in asked if name not in relevance and not relevance.unscored.get(name)]
+    tables = [name for name in asked if any(name in line and "left alone" in line for line in told)]
+    known = {*relevance, *(name for name, why in relevance.unscored.items() if why), *tables}
+    missing = [name for name in asked if name not in known]
     if missing:
         return Verdict(FAILED, f"neither scored nor named: {', '.join(patterns_of(missing))}")
     wrong = [name for name in relevance if not bool(torch.isfinite(relevance[name]).all())]
@@ -35,6 +40,26 @@ def weights(case: Case) -> Verdict:
         return Verdict(FAILED, f"not finite: {', '.join(patterns_of(wrong))}")
     named = "; ".join(f"{', '.join(patterns_of([name]))} ({why})" for name, why in _few(relevance.unscored))
     return Verdict(PASSED, f"not scored: {named}" if named else "", len(relevance.unscored) / len(asked))
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """What the library's logger says."""
+    said: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, handler = logging.getLogger("lrp_prune"), Listening(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _few(unscored: dict[str, str]) -> list[tuple[str, str]]:
@@ -50,8 +75,10 @@ def prunes(case: Case) -> Verdict:
     model, masks, excluded = _pruned(case)
     total = sum(mask.numel() for mask in masks.values())
     zeros = sum(int((~mask).sum()) for mask in masks.values())
-    shapes = {name: tuple(entry.shape) for name, entry in candidates(model, exclude=excluded or None).items()}
-    asked = number_to_prune(SPARSITY, sum(torch.Size(shape).numel() for shape in shapes.values()))
+    # What a forward multiplies is among them whatever it is called, and tables that ids look up are not.
+    possible = {name: entry for name, entry in candidates(model, exclude=excluded or None).items() if name not in masks}
+    unscored = sum(entry.numel() for name, entry in possible.items() if name in masks.unscored)
+    asked = number_to_prune(SPARSITY, total + unscored)
     if zeros != asked:
         return Verdict(FAILED, f"{zeros:,} of {total:,} weights are pruned, and {asked:,} were asked for")
     wrong = _trained(case, model, masks)
