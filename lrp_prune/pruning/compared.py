@@ -11,7 +11,7 @@ from lrp_prune.models.batches import to_device
 from lrp_prune.models.states import unchanged_state
 from lrp_prune.pruning.processes import Processes
 from lrp_prune.targets import Inferred
-from lrp_prune.targets.naming import describe, named
+from lrp_prune.targets.naming import TARGETS, describe, named
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,10 +32,18 @@ def asked_of(target: Any, explained: str) -> Any:
     Example:
         >>> asked_of("token", "class"), asked_of(None, "ClassLabel(odds=1)"), asked_of(Inferred(), "nothing")
         ('token', 'class', None)
+        >>> from lrp_prune.targets import TokenLabel
+        >>> asked_of(TokenLabel(ignored=255), ""), asked_of(TokenLabel(class_dim=1), "")
+        ('token', TokenLabel(class_dim=1))
     """
     if target is not None and not isinstance(target, Inferred):
-        return named(describe(target)) or target
-    return named(explained)
+        return (_named(describe(target)) if type(target) in TARGETS.values() else None) or target
+    return _named(explained)
+
+
+def _named(description: str) -> str | None:
+    """The target's name, whatever its options; None where it says itself along which dimension the choices are."""
+    return None if "class_dim=" in description else named(description)
 
 
 def comparing_by(

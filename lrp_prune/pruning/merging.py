@@ -43,9 +43,8 @@ def merge_adapters(model: nn.Module, masks: Masks) -> nn.Module:
         where = f": it is at {inside[0]!r}" if inside else ""
         raise TypeError(f"adapters are merged in a PeftModel, got {type(model).__name__}{where}")
     if masks.granularity != "weight":
-        masks = without_adapters(
-            masks
-        )  # a unit's part of the weights is zero as well, and what is added there is dropped
+        # A unit's part of the weights is zero as well, and what is added there is dropped.
+        masks = without_adapters(masks)
     of_adapters = adapter_parameters(model)
     added = {id(entry) for name, entry in model.named_parameters(remove_duplicate=False) if name in of_adapters}
     for name, parameter in resolve(masks, model).items():

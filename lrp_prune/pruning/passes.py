@@ -19,7 +19,6 @@ from lrp_prune.models.states import unchanged_configuration, undisturbed
 from lrp_prune.names import named_modules
 from lrp_prune.pruning.choices import Choices
 from lrp_prune.pruning.pairs import PlacedUses
-from lrp_prune.targets.naming import named
 
 BatchNormalization = nn.modules.batchnorm._NormBase
 
@@ -119,4 +118,4 @@ def distances(
 
 
 def _is_choice(target: Any) -> bool:
-    return isinstance(target, str) and named(target) in _CHOICES
+    return not callable(target) and target in _CHOICES

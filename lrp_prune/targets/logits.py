@@ -79,7 +79,7 @@ def _check_place(model: nn.Module, batch: Any) -> None:
     profile = profile_of(model)
     if profile.kind is None or (profile.kind.targets and not answers_by_token(profile)):
         return
-    if logits_for(model, batch).dim() < 3 or places_answered(model, batch) is not None:
+    if places_answered(model, batch) is not None or logits_for(model, batch).dim() < 3:
         return
     asked = "give labels [samples, tokens], -100 where it is not asked, or " if answers_by_token(profile) else ""
     raise ValueError(
